@@ -1,0 +1,131 @@
+"""From one frozen dataclass to a command line, from a user's mistake to one line on stderr, and where to run.
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float = 2e-4              # peak learning rate          <- this comment is the --help text
+        ema: tuple[float, ...] = ()   # comma separated on the command line
+
+    cfg, dry_run = parse(Config, __doc__)      # --lr 1e-4 --ema 0.05,0.1
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import typing
+from typing import Any, Callable, ContextManager
+
+import torch
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line: what, got, wanted, do."""
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"error{where}: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def closest(word: str, options: typing.Iterable[str], n: int = 3) -> str:
+    """' Closest: …' for an error message; empty when nothing is near."""
+    near = difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
+    return f"  Closest: {', '.join(near)}." if near else ""
+
+
+def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tuple[Any, bool]:
+    """Read `--field value`, `--field=value`, `--flag`, `--no-flag` into cls(...); returns (config, dry_run).
+
+    Types come from the annotations: int, float, str, bool, Literal[…] (choices) and tuple[T, ...] (comma
+    separated). `--help` prints one screen and exits; `--dry-run` is reported, for the script to act on.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    flags = [n.replace("_", "-") for n in fields] + ["help", "dry-run"]
+    args, given, dry_run = list(sys.argv[1:] if argv is None else argv), {}, False
+    while args:
+        word = args.pop(0)
+        if word in ("-h", "--help"):
+            print(usage(cls, doc))
+            sys.exit(0)
+        key, eq, value = word[2:].partition("=")
+        name = key.replace("-", "_")
+        if word == "--dry-run":
+            dry_run = True
+        elif not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: every option is written --name value (see --help).")
+        elif name in fields and hints[name] is bool and not eq:
+            given[name] = True
+        elif name.startswith("no_") and hints.get(name[3:]) is bool and not eq:
+            given[name[3:]] = False
+        elif name not in fields:
+            raise UserError(f"unknown flag --{key}.{closest(key, flags)}  See --help.")
+        elif not eq and (not args or args[0].startswith("--")):
+            raise UserError(f"--{key} needs a value.")
+        else:
+            given[name] = convert(key, value if eq else args.pop(0), hints[name])
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+    if missing:
+        raise UserError(f"--{missing[0].replace('_', '-')} is required (see --help).")
+    return cls(**given), dry_run
+
+
+def convert(key: str, text: str, kind: Any) -> Any:
+    """One command-line string to the annotated type, or a UserError that names the flag."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if text not in inner:
+            raise UserError(f"--{key} {text!r} is not one of {', '.join(inner)}.{closest(text, inner)}")
+        return text
+    if origin is tuple:
+        return tuple(convert(key, part.strip(), inner[0]) for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--{key} takes true or false, got {text!r}.")
+        return text.lower() == "true"
+    try:
+        if kind is int and re.fullmatch(r"\d+(_\d+)*|\d+e\d+", text):          # 20_000_000 and 2e7 both read well
+            return int(float(text)) if "e" in text else int(text)
+        return kind(text)
+    except ValueError:
+        raise UserError(f"--{key} takes {kind.__name__}, got {text!r}.") from None
+
+
+def usage(cls: type, doc: str | None) -> str:
+    """The --help screen: the script's first docstring paragraph, then a line a flag with default and comment."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    lines = [(doc or "").strip().split("\n\n")[0], ""]
+    for field in dataclasses.fields(cls):
+        value = field.default
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        shown = "required" if value is dataclasses.MISSING else value
+        lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {comments.get(field.name, '')}")
+    lines.append(f"  --{'dry-run':<15} {'':<10} print the resolved config and stop")
+    return "\n".join(lines)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" = this process's GPU if there is one, else the CPU; anything else as torch names it."""
+    if name == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> ContextManager:
+    """The network's precision: "bf16" by autocast, "fp32", or "auto" = bf16 on GPUs that have it in hardware."""
+    bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -1,0 +1,243 @@
+"""A run: the processes that share it, the folder it may use, the log it keeps, the signal that stops it.
+
+log.jsonl is the source; tensorboard and wandb are views of it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ckpt import checkpoints, write_text
+from config import UserError, pick_device
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Ranks:
+    """The processes that share a step. One process is a world of one: same code."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def join_ranks(cfg: Any) -> Ranks:
+    """Join the process group torchrun describes in the environment, if it does."""
+    device = pick_device(cfg.device)
+    if "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(0, 1, device)
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+def fine_run(cfg: Any) -> Path:
+    """The run that stage2 starts from: under --out, stage=fine, same data, objective, model and (if given) tags."""
+    found = []
+    for path in sorted(Path(cfg.out).glob("*/config.json")):
+        other = json.loads(path.read_text())
+        same = all(other[k] == getattr(cfg, k) for k in ("data", "objective", "model", "resolution"))
+        tags = not cfg.exclude_tags or sorted(other["exclude_tags"]) == sorted(cfg.exclude_tags)
+        if same and tags and other["stage"] == "fine" and checkpoints(path.parent):
+            found.append(path.parent)
+    if not found:
+        tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
+        raise UserError(f"--stage stage2 starts from a fine run of the same data, objective and model, and {cfg.out}/ has none.  Make it "
+                        f"with: python train.py --data {cfg.data} --objective {cfg.objective} --model {cfg.model} --stage fine{tags}")
+    if len(found) > 1:
+        raise UserError(f"--stage stage2 could start from any of {', '.join(map(str, found))}.  Choose with --init, and give --exclude-tags.")
+    return found[0]
+
+
+def check_config(cfg: Any, run: Path, free: set[str]) -> None:
+    """An existing run continues only under the config it was made with, but for the fields in `free`."""
+    path = run / "config.json"
+    if not path.exists():
+        return
+    if not cfg.resume:
+        raise UserError(f"{run} exists and --no-resume was given.  Start the new run under another --name.")
+    old, new = json.loads(path.read_text()), json.loads(json.dumps(asdict(cfg)))
+    differs = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys())
+               if k not in free and old.get(k) != new.get(k)]
+    if differs:
+        raise UserError(f"{run} was made with another config: {'; '.join(differs)}.  Repeat its flags to resume, or give this run its own --name.")
+
+
+def check_disk(cfg: Any, run: Path, params: int) -> None:
+    """Refuse a run whose checkpoints cannot fit. Weights and EMAs are 4 bytes a parameter, AdamW's state 8."""
+    each = params * 4 * (1 + len(cfg.ema) + 2)
+    count = cfg.keep + 1 + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
+    free = shutil.disk_usage(run).free
+    if each * count > free:
+        raise UserError(f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.  "
+                        "Lower --keep, drop --ema widths, or give another --out.")
+
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+@lru_cache
+def versions() -> dict[str, Any]:
+    """Python, torch and the commit of this code, with a hash of uncommitted changes ("" = clean, None = no git)."""
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    return {"commit": commit and commit.strip(), "dirty": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else diff and "",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def append(run: Path, row: dict[str, Any]) -> None:
+    """One JSON line at the end of a run's log."""
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+class Log:
+    """log.jsonl, and tensorboard or wandb if asked for. Rank 0 writes; every rank calls."""
+
+    def __init__(self, run: Path, mirrors: tuple[str, ...], rank: int, seen: int, header: dict[str, Any]):
+        self.run, self.rank, self.mirrors = run, rank, []
+        if rank:
+            return
+        path = run / "log.jsonl"
+        if path.exists():
+            # Lines past the checkpoint describe steps that are about to be repeated, exactly.
+            write_text(path, "".join(line + "\n" for line in complete_lines(path) if json.loads(line)["images"] <= seen))
+        append(run, {"command": " ".join(sys.argv), **header})
+        for name in mirrors:
+            self.mirrors.append(open_mirror(name, run, header, seen))
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.rank == 0:
+            append(self.run, row)
+            for mirror in self.mirrors:
+                mirror({f"{row['event']}/{k}": v for k, v in row.items() if isinstance(v, float)}, row["images"])
+
+    def report(self, tr: Any, norm: Tensor, lr: float, clock: "Speed") -> dict[str, Any]:
+        """The training line: loss since the last one, over all ranks, also by t (None = no sample fell in the bin)."""
+        sums, counts = tr.ranks.sum(tr.meter.clone()).tolist()
+        tr.meter.zero_()
+        row = {"event": "train", "images": tr.seen, "loss": sum(sums) / max(sum(counts), 1),
+               "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)], "grad_norm": float(norm), "lr": lr,
+               "images_per_s": clock.rate(tr.seen), "skipped": tr.skipped}
+        self.write(row)
+        return row
+
+
+def complete_lines(path: Path) -> Iterator[str]:
+    """The lines of a log, without a last one that a kill cut short."""
+    for line in path.read_text().split("\n")[:-1]:
+        yield line
+
+
+def open_mirror(name: str, run: Path, header: dict[str, Any], seen: int) -> Callable[[dict[str, float], int], None]:
+    """A function (values, images) -> None for tensorboard or wandb."""
+    if name == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--log tensorboard needs a package that is not installed.  pip install tensorboard") from None
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
+        return lambda values, images: [writer.add_scalar(k, v, images) for k, v in values.items()] and writer.flush()
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--log wandb needs a package that is not installed.  pip install wandb") from None
+    wandb.init(project="twinpath", name=run.name, dir=str(run), config=header["config"], id=run.name, resume="allow")
+    return lambda values, images: wandb.log(values, step=images)
+
+
+class Speed:
+    """Images per second between reports, without the time spent looking or saving."""
+
+    def __init__(self, seen: int):
+        self.seen, self.since = seen, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def rate(self, seen: int) -> float:
+        now = time.perf_counter()
+        rate, self.seen, self.since = (seen - self.seen) / (now - self.since), seen, now
+        return rate
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------------
+
+class StopSignal:
+    """SIGINT and SIGTERM ask for a stop at the end of the step; a second SIGINT stops at once."""
+
+    def __init__(self):
+        self.received = False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.handle)
+
+    def handle(self, kind: int, frame: Any) -> None:
+        if self.received and kind == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def asked(self, ranks: Any) -> bool:
+        """Ranks agree: a signal to one stops all at the same step."""
+        return bool(ranks.sum(torch.tensor(int(self.received), device=ranks.device)))
+
+
+def first_nonfinite(net: torch.nn.Module, run: Callable[[torch.nn.Module], Any]) -> str:
+    """Repeat a forward pass and name the first layer with a non-finite output and the t it happened at; "" = none."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable:
+        def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+            if not found and not torch.isfinite(output).all():
+                found.append(name)
+        return hook
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in net.named_modules() if n and not list(m.children())]
+    try:
+        with torch.no_grad():
+            loss = run(net)
+    finally:
+        for h in hooks:
+            h.remove()
+    bad = ~torch.isfinite(loss.per_sample)
+    if bad.any():
+        times = ", ".join(f"{t:.4f}" for t in loss.t[bad][:4].tolist())
+        return f"layer {found[0] if found else 'input'}, t = {times}"
+    gradients = [n for n, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if gradients:
+        return f"gradient of {gradients[-1]} (forward is finite), t from {float(loss.t.min()):.4f} to {float(loss.t.max()):.4f}"
+    return ""

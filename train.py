@@ -1,0 +1,419 @@
+"""Train a diffusion or flow-matching U-Net.   The same command again resumes; a finished run says so.
+
+    python train.py                                              # toy faces, flow matching, 3 minutes on two CPU cores
+    python train.py --objective ddpm                             # the other arm: same images, same noise, same order
+    torchrun --nproc_per_node=8 train.py --data DIR --resolution 256 --model toy-281m --batch 256 --images 5_000_000
+    torchrun train.py --objective fm --stage fine                # without two characters …
+    torchrun train.py --objective fm --stage stage2              # … then only them, from the fine run
+    python train.py --help
+
+A run is a folder: config.json, log.jsonl, vae.safetensors, samples/, ckpt/.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import toyfaces
+from ckpt import checkpoints, find_checkpoint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
+from config import UserError, autocast, cli, closest, parse
+from data import Dataset, Stream, open_dataset, to_float
+from model import PRESETS, UNet
+from objectives import Loss, Objective, make_objective
+from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
+                 versions)
+from samplers import save_grid
+from vae import LinearVAE, fit_pca, load_vae, psnr, save_vae, vae_from_meta
+from watch import draw_samples, ema_net, held_out_loss, preview
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "toyfaces"               # toyfaces[:count], or a folder of images with tags
+    stage: Literal["standard", "fine", "stage2"] = "standard"   # all | without --exclude-tags | only those, from the fine run
+    exclude_tags: tuple[str, ...] = ()   # a,b  (toyfaces: two characters; stage2: what its fine run excluded)
+    classes: tuple[str, ...] = ()        # tags to condition on, * and ? allowed: "* hair"; none = unconditional
+    label_drop: float = 0.1              # share of labels dropped, for guidance
+    resolution: int = 64                 # pixels
+    flip: bool = False                   # mirror half of the images
+    holdout: float = 0.02                # share of the images kept for the held-out loss
+    # model and objective
+    model: str = "tiny"                  # tiny | toy-281m | toy-281m-attn | adm-64 …
+    vae: str = "pca"                     # pca | pixel | pixel:N | FILE
+    init: str = ""                       # checkpoint to start from
+    objective: Literal["fm", "ddpm", "v", "x0"] = "fm"   # what the network learns to say
+    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # ddpm, v, x0: their noise schedule; "" = preset
+    density: Literal["", "uniform", "logit_normal", "gaussian"] = ""   # of training times; "" = preset
+    shift: float = 1.0                   # of training times; > 1 = more noise
+    loss: Literal["mse", "l1", "huber"] = "mse"   # per element
+    weight: Literal["uniform", "min_snr"] = "uniform"   # per sample
+    # optimisation; progress is counted in images
+    images: int = 40_000                 # images shown in all
+    batch: int = 64                      # global; split over ranks and --accum
+    accum: int = 1                       # micro-batches a step
+    lr: float = 1e-3                     # peak
+    decay: Literal["constant", "cosine"] = "cosine"   # after the warm-up
+    warmup: float = 0.05                 # share of --images
+    weight_decay: float = 0.01           # AdamW
+    clip: float = 1.0                    # global gradient norm; 0 = off
+    ema: tuple[float, ...] = (0.05, 0.1)   # power-EMA widths, relative to the run's length (Karras et al. 2024); none = off
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"   # auto = bf16 on GPUs that have it
+    compile: bool = False                # torch.compile
+    seed: int = 0                        # of weights, order, noise, times
+    # the run
+    out: str = "runs"                    # where runs live
+    name: str = ""                       # default <data>-<objective>-<stage>
+    resume: bool = True                  # --no-resume = refuse to continue an existing run
+    log: tuple[str, ...] = ()            # tensorboard,wandb beside log.jsonl
+    log_every: int = 1_280               # images, like the next three; 0 = never
+    eval_every: int = 10_000             # held-out loss
+    preview_every: int = 10_000          # sample previews, raw and EMA
+    save_every: int = 10_000             # checkpoints
+    keep: int = 2                        # newest checkpoints kept
+    keep_every: int = 0                  # images; also keep checkpoints at its multiples; 0 = none
+    workers: int = -1                    # loader processes; -1 = none for data in memory on a CPU, else up to 8
+    device: str = "auto"                 # auto | cpu | cuda
+
+
+# Fields that may change when a run is resumed: they do not change what is computed.
+FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "keep", "keep_every",
+        "workers", "device"}
+TIME_BINS = 10                           # of the loss by t
+MAX_BAD = 10                             # non-finite steps in a row before giving up
+
+
+# ---- pure functions of images seen ----------------------------------------------------------------------------------
+
+def learning_rate(seen: int, cfg: Config) -> float:
+    """Linear warm-up, then constant or half a cosine. A function of images seen, not of steps, ranks or accumulation."""
+    warm = cfg.warmup * cfg.images
+    if seen < warm:
+        return cfg.lr * (seen + cfg.batch) / (warm + cfg.batch)
+    if cfg.decay == "constant":
+        return cfg.lr
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (seen - warm) / max(cfg.images - warm, 1)))
+
+
+def due(seen: int, every: int, batch: int) -> bool:
+    """Did the last step cross a multiple of `every`?"""
+    return every > 0 and seen // every > (seen - batch) // every
+
+
+class EMA:
+    """Power-function averages of the weights (Karras et al. 2024, "EDM2", sec. 3): after n images the weight of what was
+    seen at m is ∝ m^gamma, so the profile scales with the run and has no cold start. `width` = sigma_rel."""
+
+    def __init__(self, net: torch.nn.Module, widths: tuple[float, ...]):
+        self.exponents, self.weights = {}, {}
+        for width in widths:
+            # sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)), solved for gamma
+            roots = torch.linalg.eigvals(torch.tensor([[-7.0, width ** -2 - 16, width ** -2 - 12], [1, 0, 0], [0, 1, 0]],
+                                                      dtype=torch.float64))
+            self.exponents[f"{width:.3f}"] = float(roots.real.max()) + 1
+            self.weights[f"{width:.3f}"] = {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, net: torch.nn.Module, seen: int, batch: int) -> None:
+        for key, weights in self.weights.items():
+            beta = (1 - batch / seen) ** self.exponents[key]
+            torch._foreach_lerp_(list(weights.values()), [v.detach() for v in net.state_dict().values()], 1 - beta)
+
+
+# ---- setting up -----------------------------------------------------------------------------------------------------
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what depends on other fields, and refuse what cannot run, before anything is read or written."""
+    if cfg.model not in PRESETS:
+        raise UserError(f"--model {cfg.model!r} is not a preset.{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "accum", "images", "keep"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: wanted at least 1.")
+    if cfg.batch % (world * cfg.accum):
+        unit = world * cfg.accum
+        raise UserError(f"--batch {cfg.batch} is not divisible by {world} ranks × {cfg.accum} accumulation (= {unit}).  "
+                        f"Try --batch {max(cfg.batch // unit, 1) * unit}.")
+    for width in cfg.ema:
+        if not 0 < width < 0.28:
+            raise UserError(f"--ema {width}: a width is a share of the run, wanted above 0 and below 0.28.")
+    unknown = set(cfg.log) - {"tensorboard", "wandb"}
+    if unknown:
+        raise UserError(f"--log {', '.join(unknown)} is not one of tensorboard, wandb.")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
+    tags = cfg.exclude_tags
+    if not tags and cfg.stage == "stage2" and not cfg.init:
+        tags = tuple(json.loads((fine_run(cfg) / "config.json").read_text())["exclude_tags"])
+    elif not tags and cfg.stage != "standard" and cfg.data.startswith("toyfaces"):
+        tags = ("character:nova", "character:ember")
+    return replace(cfg, name=cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", exclude_tags=tags)
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs."""
+    cfg: Config
+    ranks: Ranks
+    run: Path
+    ds: Dataset
+    vae: LinearVAE
+    objective: Objective
+    net: UNet                                # the bare module: what is saved
+    model: torch.nn.Module                   # net inside torch.compile and DistributedDataParallel: what is trained
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    classes: list[str]
+    labels: Any                              # (n,) or None
+    init: dict[str, Any]                     # where the weights started
+    seen: int = 0
+    skipped: int = 0                         # non-finite steps, in all
+    bad: int = 0                             # … in a row
+    meter: Tensor = field(default_factory=lambda: torch.zeros(2, TIME_BINS, dtype=torch.float64))   # loss sum, count by t
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.vae.latent_shape(self.cfg.resolution)
+
+    def forward(self, net: Any, batch: dict[str, Tensor]) -> Loss:
+        """The objective's loss on a collated batch: everything random comes with the batch."""
+        batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+        cond = {"y": batch["y"]} if "y" in batch else {}
+        t = batch["t"] if "t" in batch else self.objective.time(batch["q"])
+        with autocast(self.ranks.device, self.cfg.dtype):
+            return self.objective.loss(net, self.vae.encode(to_float(batch["image"])), eps=batch["eps"], t=t, **cond)
+
+
+def setup(cfg: Config, ranks: Ranks) -> Trainer:
+    """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one."""
+    run = Path(cfg.out) / cfg.name
+    check_config(cfg, run, FREE)
+    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
+    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
+    start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
+    init_net, init_meta = load_unet(find_checkpoint(start)) if start else (None, None)
+    if ranks.rank == 0:
+        print(ds.report, flush=True)
+        make_dir(run)
+        vae = make_vae(cfg, run, ds, init_meta)
+        if not (run / "vae.safetensors").exists():
+            save_vae(run / "vae.safetensors", vae)
+        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    ranks.barrier()
+    vae = load_vae(run / "vae.safetensors").to(ranks.device)
+    vae.latent_shape(cfg.resolution)
+    unet = replace(PRESETS[cfg.model], in_channels=vae.channels, out_channels=vae.channels, num_classes=len(classes))
+    torch.manual_seed(cfg.seed)
+    net = UNet(unet)
+    init = {"path": start or None, "fingerprint": init_meta["fingerprint"] if start else None}
+    if start:
+        load_strict(net, init_net.state_dict(), f"--init {start}")
+    net = net.to(ranks.device)
+    model = torch.compile(net) if cfg.compile else net
+    if ranks.world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    overrides = {k: v for k, v in (("table", cfg.table), ("density", cfg.density)) if v}
+    objective = make_objective(cfg.objective, shift=cfg.shift, loss_type=cfg.loss, weight=cfg.weight, **overrides)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init)
+    check_disk(cfg, run, sum(p.numel() for p in net.parameters()))
+    if checkpoints(run):
+        load_state(trainer)
+    return trainer
+
+
+def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> LinearVAE:
+    """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
+    if (run / "vae.safetensors").exists():
+        return load_vae(run / "vae.safetensors")
+    if init_meta is not None:                                                   # its weights speak only its latents
+        vae = vae_from_meta(init_meta["vae"])
+        if vae.name != cfg.vae and Path(cfg.vae).suffix == "":
+            raise UserError(f"--init was trained on {vae.name} latents, this run asks for --vae {cfg.vae}.")
+        return vae
+    if cfg.vae != "pca":
+        return load_vae(cfg.vae)
+    images = to_float(ds.images(range(min(len(ds), 2048))))
+    vae = fit_pca(images)
+    print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
+    return vae
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def save(tr: Trainer) -> None:
+    """Rank 0 writes; the loss meter is summed over ranks so that the next log line is exact after a resume."""
+    meter = tr.ranks.sum(tr.meter.clone().to(tr.ranks.device)).cpu()
+    if tr.ranks.rank == 0:
+        names = {id(p): n for n, p in tr.net.named_parameters()}
+        state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}
+        meta = {"run": tr.cfg.name, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
+                "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
+                "data_hash": tr.ds.source.hash, **versions()}
+        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter},
+                        {"skipped": tr.skipped, "bad": tr.bad, "data_hash": tr.ds.source.hash}, tr.cfg.keep, tr.cfg.keep_every)
+    tr.ranks.barrier()
+
+
+def load_state(tr: Trainer) -> None:
+    """Continue exactly: weights, EMAs, optimizer, counters, the half-filled loss meter. Every rank reads for itself."""
+    folder = checkpoints(tr.run)[-1]
+    state, meta = read_tensors(folder / "state.safetensors")
+    if meta["data_hash"] != tr.ds.source.hash:
+        raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
+                        f"Restore them, or start again with --init {tr.run} --name NEW.")
+    load_strict(tr.net, load_unet(folder / "model.safetensors")[0].state_dict(), str(folder))
+    for width, weights in tr.ema.weights.items():
+        for name, value in load_unet(folder / f"ema-{width}.safetensors")[0].state_dict().items():
+            weights[name].copy_(value)
+    tr.meter = state.pop("meter") if tr.ranks.rank == 0 else tr.meter
+    params = dict(tr.net.named_parameters())
+    for key, value in state.items():
+        key, name = key.split("/", 1)
+        if value.ndim == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        tr.optimizer.state[params[name]][key] = value.to(tr.ranks.device)
+    tr.seen, tr.skipped, tr.bad = meta["images"], meta["skipped"], meta["bad"]
+
+
+# ---- a step ---------------------------------------------------------------------------------------------------------
+
+def positions(cfg: Config, ranks: Ranks, seen: int) -> Iterator[list[int]]:
+    """The sample positions of each of this rank's micro-batches, from `seen` to the end of the run."""
+    micro = cfg.batch // (ranks.world * cfg.accum)
+    for step in range(seen, cfg.images, cfg.batch):
+        for i in range(cfg.accum):
+            start = step + (i * ranks.world + ranks.rank) * micro
+            yield list(range(start, start + micro))
+
+
+def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
+    """One optimizer step on cfg.batch images; returns the gradient norm. A non-finite one changes no weight."""
+    cfg, batches = tr.cfg, []
+    for group in tr.optimizer.param_groups:
+        group["lr"] = learning_rate(tr.seen, cfg)
+    for i in range(cfg.accum):
+        batch = next(loader)
+        if tr.ranks.world > 1:
+            tr.model.require_backward_grad_sync = i == cfg.accum - 1            # all-reduce once a step, not once a micro-batch
+        if tr.net.cfg.dropout:
+            torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))   # masks too are a function of position
+        loss = tr.forward(tr.model, batch)
+        (loss.loss / cfg.accum).backward()
+        bins = (loss.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        update = torch.stack([loss.per_sample.detach().double(), torch.ones_like(loss.t, dtype=torch.float64)])
+        tr.meter = tr.meter.to(update.device).index_add(1, bins, update)
+        batches.append(batch)
+    norm = torch.nn.utils.clip_grad_norm_(tr.net.parameters(), cfg.clip or math.inf)
+    tr.seen += cfg.batch
+    if torch.isfinite(norm):
+        tr.optimizer.step()
+        tr.ema.update(tr.net, tr.seen, cfg.batch)
+        tr.bad = 0
+    else:
+        report_bad_step(tr, batches)
+    tr.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
+    """Say where a non-finite loss or gradient came from; after MAX_BAD in a row save the batch and stop."""
+    tr.skipped, tr.bad = tr.skipped + 1, tr.bad + 1
+    where = [first_nonfinite(tr.net, lambda net: tr.forward(net, batch)) for batch in batches]
+    where = next((w for w in where if w), "another rank's batch")
+    row = {"event": "non-finite", "images": tr.seen, "where": where, "in_a_row": tr.bad, "rank": tr.ranks.rank}
+    if tr.ranks.rank == 0:
+        append(tr.run, row)
+        tqdm.write(f"warning: step to {tr.seen:,} images skipped, non-finite: {where}")
+    # The sums cannot be cleaned of a NaN, so this stretch of the loss log restarts here.
+    tr.meter = torch.zeros_like(tr.meter) if not torch.isfinite(tr.meter).all() else tr.meter
+    if tr.bad >= MAX_BAD:
+        path = tr.run / f"bad-batch-rank{tr.ranks.rank}.pt"
+        torch.save(batches, path)
+        raise UserError(f"{MAX_BAD} non-finite steps in a row, the last: {where}.  The batch is in {path}; the newest checkpoint is from before.")
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def train(cfg: Config, ranks: Ranks) -> None:
+    """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples."""
+    tr = setup(cfg, ranks)
+    final = tr.run / "samples" / "final.png"
+    if tr.seen >= cfg.images and final.exists():
+        if ranks.rank == 0:
+            print(f"finished: {tr.run} has seen its {tr.seen:,} images.  Sample it: python samplers.py --ckpt {tr.run}")
+            print(final)
+        return
+    log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
+    stop, clock = StopSignal(), Speed(tr.seen)
+    workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
+        else min(8, (os.cpu_count() or 1) // ranks.world)
+    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
+    loader = data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin=ranks.device.type == "cuda")
+    bar = tqdm(total=cfg.images, initial=tr.seen, unit="img", disable=None if ranks.rank == 0 else True)
+    while tr.seen < cfg.images and not stop.asked(ranks):
+        lr = learning_rate(tr.seen, cfg)
+        norm = step(tr, loader)
+        bar.update(cfg.batch)
+        if due(tr.seen, cfg.log_every, cfg.batch):
+            bar.set_postfix(loss=f"{log.report(tr, norm, lr, clock)['loss']:.4f}")
+        with clock.paused():
+            last = tr.seen >= cfg.images
+            if (last or due(tr.seen, cfg.eval_every, cfg.batch)) and len(tr.ds.heldout):
+                log.write(held_out_loss(tr))
+            if due(tr.seen, cfg.preview_every, cfg.batch):
+                preview(tr)
+            if due(tr.seen, cfg.save_every, cfg.batch):
+                save(tr)
+    bar.close()
+    finish(tr, log, final)
+
+
+def finish(tr: Trainer, log: Log, final: Path) -> None:
+    """Save; then either say how to go on, or draw the final grid. Its path is the last line printed."""
+    if not checkpoints(tr.run) or int(checkpoints(tr.run)[-1].name) != tr.seen:
+        save(tr)
+    if tr.seen < tr.cfg.images:
+        if tr.ranks.rank == 0:
+            print(f"stopped and saved at {tr.seen:,} of {tr.cfg.images:,} images.  The same command continues.")
+        return
+    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), 25)
+    if tr.ranks.rank == 0:
+        make_dir(final.parent)
+        save_grid(images, final, columns=8)
+        print(f"finished: {tr.run} has seen {tr.seen:,} images.  More samples: python samplers.py --ckpt {tr.run}")
+        print(final)
+
+
+def header(tr: Trainer) -> dict[str, Any]:
+    """The first line of log.jsonl: what it takes to repeat the run."""
+    return {"event": "start", "images": tr.seen, "config": asdict(tr.cfg), "params": sum(p.numel() for p in tr.net.parameters()),
+            "device": torch.cuda.get_device_name(tr.ranks.device) if tr.ranks.device.type == "cuda" else "cpu",
+            "ranks": tr.ranks.world, "init": tr.init, "data_hash": tr.ds.source.hash, "used": len(tr.ds),
+            "held_out": len(tr.ds.heldout), **versions()}
+
+
+def main() -> None:
+    cfg, dry_run = parse(Config, __doc__)
+    cfg = resolve(cfg)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
+    ranks = join_ranks(cfg)
+    try:
+        train(cfg, ranks)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli(main)
