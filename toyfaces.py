@@ -6,19 +6,18 @@ booru-style tags, and painted with a few bold flat shapes. Four characters are f
 ordinary attributes: they own no colour and no shape, so a model can only learn them as concepts.
 
     face = sample_face(7, seed=0)
-    tags(face)            # ["blonde hair", "twin tails", "green eyes", ...]
+    tags(face)            # ["silver hair", "twin tails", "yellow eyes", ...]
     draw(face, size=64)   # PIL.Image, RGB, 64 x 64
-
-    python toyfaces.py sheet.png    # writes a contact sheet of the first 64 faces
+    python toyfaces.py OUT.png      # writes a contact sheet of the first 64 faces
 
 Shapes live on a 64 x 64 grid (x to the right, y down) whatever the output size is. A shape is
 (points (n, 2), the same points grown by LINE (n, 2)). A layer is (fill, outline or "", *shapes),
 where a colour is "#rrggbb" or a name that palette() knows.
 """
 
-from dataclasses import dataclass
 import math
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -27,6 +26,7 @@ GRID = 64      # side of the design grid
 LINE = 1.5     # outline width in grid units; small models lose anything much thinner
 SUPER = 4      # supersampling factor for anti-aliasing
 SOFT = 0.25    # blur in output pixels: lets a linear autoencoder keep edges without ringing
+
 
 def outlined(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shape with these corners (n, 2), listed in either direction."""
@@ -38,6 +38,7 @@ def outlined(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     miter = (before + normal) / np.maximum(1 + (before * normal).sum(1, keepdims=True), 0.5)
     return points, points + math.copysign(LINE, area) * miter
 
+
 def path(text: str) -> tuple[np.ndarray, np.ndarray]:
     """A closed shape: "x y" is a straight step, "cx cy x y" a quadratic curve."""
     steps = [np.array(step.split(), float) for step in text.split(",")]
@@ -46,9 +47,8 @@ def path(text: str) -> tuple[np.ndarray, np.ndarray]:
         start, control, end = points[-1], step[:2], step[-2:]
         for t in np.arange(1, 13) / 12 if len(step) == 4 else [1.0]:
             points.append((1 - t) ** 2 * start + 2 * t * (1 - t) * control + t * t * end)
-    if np.allclose(points[0], points[-1]):
-        points.pop()
-    return outlined(np.stack(points))
+    return outlined(np.stack(points[:-1] if np.allclose(points[0], points[-1]) else points))
+
 
 def oval(cx: float, cy: float, rx: float, ry: float, lean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """An ellipse around (cx, cy), turned clockwise by `lean` degrees."""
@@ -57,13 +57,13 @@ def oval(cx: float, cy: float, rx: float, ry: float, lean: float = 0.0) -> tuple
     return outlined(np.stack([cx + x * math.cos(lean) - y * math.sin(lean),
                               cy + x * math.sin(lean) + y * math.cos(lean)], 1))
 
+
 def twin(shape: tuple) -> tuple[tuple, tuple]:
     """The shape and its mirror image across the vertical axis of the grid."""
     return shape, tuple(points * (-1, 1) + (GRID, 0) for points in shape)
 
-# The pools are keyed by tag.
 
-# hair, hair_dark (shade and outline), hair_light, accent (ribbons, bows, hats)
+# The pools, keyed by tag. The colours are: hair, hair_dark (shade and outline), hair_light, accent (ribbons, hats)
 HAIR_COLOR = {
     "black hair":  ("#3f3f5e", "#24223c", "#666b9c", "#ff4f6d"),
     "brown hair":  ("#9a5a3a", "#5f3124", "#c98555", "#45c4b0"),
@@ -74,7 +74,6 @@ HAIR_COLOR = {
     "green hair":  ("#4fc48a", "#24796a", "#9aedb5", "#f2557f"),
     "silver hair": ("#dfe4f2", "#7f87aa", "#ffffff", "#e0435c"),
 }
-
 # pupil, iris, iris_light; the clothes repeat the colours of the iris
 EYE_COLOR = {
     "blue eyes":   ("#122a80", "#2a62e0", "#74ccff"),
@@ -83,7 +82,6 @@ EYE_COLOR = {
     "purple eyes": ("#3a1a78", "#7438d0", "#cda4ff"),
     "yellow eyes": ("#7a3a06", "#dc8c10", "#ffe658"),
 }
-
 # skin, skin_dark, skin_line, blush, lens (skin seen through glasses), lips
 SKIN = {
     "light skin": ("#ffe6d5", "#f3b9a2", "#a8645c", "#ff9f9c", "#fff3ea", "#a8324a"),
@@ -91,9 +89,11 @@ SKIN = {
     "dark skin":  ("#b3724f", "#7f4936", "#5a2f2a", "#d8685a", "#d9b9a7", "#571a26"),
 }
 
+
 def hair(text: str, fill: str = "hair") -> tuple:
     """A layer of hair; "hair_dark" fills the shadow behind the head."""
     return fill, "hair_dark", path(text)
+
 
 TAIL = path("13 17, -3 17 3 42, 5 54 4 61, 14 57 14.5 42, 15 30 13 17")
 NAPE = hair("14 24, 10 40 16 50, 32 54 48 50, 54 40 50 24", "hair_dark")
@@ -125,10 +125,8 @@ HAIR_STYLE = {
         hair(CURLS + ", 50 33 47 31, 43 36 39 30, 36 35 32 30, 28 35 25 30, 21 36 17 31, 14 33 13 41")]),
 }
 
-INK = "#553058"
-PETALS = [oval(x, y, 3.6, 3.6)
-          for x, y in ((16, 12.4), (20.4, 15.6), (18.7, 20.7), (13.3, 20.7), (11.6, 15.6))]
-STAR = path("45 13, 47 17, 52 18, 48 21, 49 26, 45 23.5, 41 26, 42 21, 38 18, 43 17")
+INK = "#553058"    # outline of the ornaments
+PETALS = [oval(x, y, 3.6, 3.6) for x, y in ((16, 12.4), (20.4, 15.6), (18.7, 20.7), (13.3, 20.7), (11.6, 15.6))]
 ORNAMENT = {
     "bow": [("accent", INK, *twin(path("32 8, 26 -2 17 2, 15 8 18 15, 27 16 32 8"))),
             ("accent", INK, oval(32, 8.5, 3.2, 3.6))],
@@ -138,9 +136,8 @@ ORNAMENT = {
     "cat ears": [("hair", "hair_dark", *twin(path("11 16, 10 8 12.5 1, 20 2 28 9"))),
                  ("hair", "", *twin(path("11.2 15.5, 27.8 8.6, 29 11, 24 13, 12.5 17.8"))),    # hides a seam
                  ("#ffd0d6", "", *twin(path("14.5 13, 13.5 8 15 5, 19 6 22.5 9.5")))],
-    "star hair clip": [("#ffe14d", INK, STAR)],
+    "star hair clip": [("#ffe14d", INK, path("45 13, 47 17, 52 18, 48 21, 49 26, 45 23, 41 26, 42 21, 38 18, 43 17"))],
 }
-
 MOUTH = {
     "smile": [("lips", "", path("26 45.8, 32 50 38 45.8, 32 56 26 45.8"))],
     "open mouth": [("lips", "", path("26.5 45.7, 32 46.7 37.5 45.7, 37 52.2 32 52.2, 27 52.2 26.5 45.7")),
@@ -148,19 +145,16 @@ MOUTH = {
     "closed mouth": [("lips", "", oval(32, 48, 3.6, 1.1))],
     "frown": [("lips", "", path("27 51, 32 42.5 37 51, 32 47.5 27 51"))],
 }
-
 # (colour at the top, colour at the bottom, layers of scenery)
 CLOUDS = [oval(x, y, r, r * 0.8) for x, y, r in ((4, 16, 5), (11, 14, 6), (51, 27, 5), (59, 25, 6))]
 STARS = [oval(x, y, 1.2, 1.2) for x, y in ((6, 8), (16, 3), (4, 30), (60, 34), (40, 3))]
 BACKGROUND = {
     "sky background": ("#5db8f7", "#c9efff", [("#ffffff", "", *CLOUDS)]),
     "sunset background": ("#ff7a5c", "#ffd27a", [
-        ("#fff0b0", "", oval(54, 15, 8, 8)),
-        ("#a8456e", "", path("0 48, 16 40 32 48, 48 54 64 46, 64 64, 0 64"))]),
+        ("#fff0b0", "", oval(54, 15, 8, 8)), ("#a8456e", "", path("0 48, 16 40 32 48, 48 54 64 46, 64 64, 0 64"))]),
     "night background": ("#232a66", "#5a4fa8", [
         ("#fff2b3", "", oval(55, 10, 7, 7), *STARS), ("#2b3170", "", oval(52, 8, 6, 6))]),
-    "meadow background": ("#b9ecff", "#e6f9ff", [
-        ("#8fd65a", "", path("0 36, 16 28 34 36, 50 42 64 32, 64 64, 0 64"))]),
+    "meadow background": ("#b9ecff", "#e6f9ff", [("#8fd65a", "", path("0 36, 16 28 34 36, 50 42 64 32, 64 64, 0 64"))]),
     "pink background": ("#ffc2d6", "#ffc2d6", []),
     "mint background": ("#aeeed6", "#aeeed6", []),
     "yellow background": ("#ffe9a0", "#ffe9a0", []),
@@ -199,13 +193,15 @@ CHARACTERS = {name: dict(zip(CONCEPT, look)) for name, look in {
     "moss": ("green hair", "double bun", "purple eyes", False, "beret"),
 }.items()}
 
+EXCLUDED = ("character:nova", "character:ember")   # what train.py's stages leave out unless told otherwise
+
 GROUPS = {
     "hair color": tuple(HAIR_COLOR), "hair style": tuple(HAIR_STYLE), "eye color": tuple(EYE_COLOR),
-    "glasses": ("glasses",), "ornament": tuple(ORNAMENT), "mouth": tuple(MOUTH),
-    "background": tuple(BACKGROUND), "skin": tuple(SKIN),
-    "character": tuple(f"character:{name}" for name in CHARACTERS),
+    "glasses": ("glasses",), "ornament": tuple(ORNAMENT), "mouth": tuple(MOUTH), "background": tuple(BACKGROUND),
+    "skin": tuple(SKIN), "character": tuple(f"character:{name}" for name in CHARACTERS),
 }
 VOCABULARY = tuple(tag for group in GROUPS.values() for tag in group)
+
 
 @dataclass(frozen=True)
 class Face:
@@ -223,10 +219,12 @@ class Face:
     scale: float = 1.0    # 0.97 .. 1.03
     tilt: float = 0.0     # clockwise, -3 .. 3 degrees
 
+
 def character(face: Face) -> str:
     """The name of the character that has this combination of attributes, or ""."""
     look = {key: getattr(face, key) for key in CONCEPT}
     return next((name for name, fixed in CHARACTERS.items() if fixed == look), "")
+
 
 def tags(face: Face) -> list[str]:
     """The tags of a face, in the order of GROUPS."""
@@ -234,6 +232,7 @@ def tags(face: Face) -> list[str]:
     found = [face.hair_color, face.hair_style, face.eye_color, "glasses" if face.glasses else "",
              face.ornament, face.mouth, face.background, face.skin, f"character:{name}" if name else ""]
     return [tag for tag in found if tag]
+
 
 def sample_face(index: int, seed: int = 0) -> Face:
     """Face number `index` (0 .. 2**64 - 1) of the endless data set number `seed` (same range)."""
@@ -257,10 +256,12 @@ def sample_face(index: int, seed: int = 0) -> Face:
         face = Face(**look(), **rest)
     return face
 
+
 def palette(face: Face) -> dict[str, str]:
     """The colours behind the names used in layers."""
     names = "hair hair_dark hair_light accent pupil iris iris_light skin skin_dark skin_line blush lens lips"
     return dict(zip(names.split(), HAIR_COLOR[face.hair_color] + EYE_COLOR[face.eye_color] + SKIN[face.skin]))
+
 
 def paint(canvas: Image.Image, layers: list, colors: dict, turn: np.ndarray, shift: np.ndarray) -> None:
     """Fills the layers; a grid point p lands on the canvas pixel p @ turn + shift."""
@@ -270,6 +271,7 @@ def paint(canvas: Image.Image, layers: list, colors: dict, turn: np.ndarray, shi
         for which, color in ((1, line), (0, fill)):
             for shape in shapes if color else ():
                 pen.polygon((shape[which] @ turn + shift).ravel().tolist(), colors.get(color, color))
+
 
 def draw(face: Face, size: int = 64) -> Image.Image:
     """Paints a face: RGB, size x size pixels, 32 <= size <= 256."""
@@ -281,20 +283,20 @@ def draw(face: Face, size: int = 64) -> Image.Image:
     canvas.paste(bottom, (0, 1, 1, 2))
     canvas = canvas.resize((side, side), Image.Resampling.BILINEAR)
     paint(canvas, scenery, {}, unit * np.eye(2), np.zeros(2))
-
     behind, front = HAIR_STYLE[face.hair_style]
     layers = (behind + BUST + [LENSES] * face.glasses + MOUTH[face.mouth] + EYES
               + front + [SHINE] + [FRAMES] * face.glasses + ORNAMENT.get(face.ornament, []))
     cos, sin = math.cos(math.radians(face.tilt)), math.sin(math.radians(face.tilt))
     turn = face.scale * unit * np.array([[cos, sin], [-sin, cos]])
-    # turning around the chin lets the head sway while the shoulders stay in place
+    # turning around the chin lets the head sway while the shoulders hardly move
     chin = np.array([32, 54])
     shift = (chin + GRID * np.array([face.dx, face.dy])) * unit - chin @ turn
     paint(canvas, layers, palette(face), turn, shift)
     return canvas.reduce(SUPER).filter(ImageFilter.BoxBlur(SOFT))
 
+
 if __name__ == "__main__":
     sheet = Image.new("RGB", (8 * 128, 8 * 128))
     for i in range(64):
         sheet.paste(draw(sample_face(i), 128), (i % 8 * 128, i // 8 * 128))
-    sheet.save(sys.argv[1])
+    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "toyfaces.png")

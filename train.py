@@ -154,7 +154,7 @@ def resolve(cfg: Config) -> Config:
     if not tags and cfg.stage == "stage2" and not cfg.init:
         tags = tuple(json.loads((fine_run(cfg) / "config.json").read_text())["exclude_tags"])
     elif not tags and cfg.stage != "standard" and cfg.data.startswith("toyfaces"):
-        tags = ("character:nova", "character:ember")
+        tags = toyfaces.EXCLUDED
     return replace(cfg, name=cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", exclude_tags=tags)
 
 
