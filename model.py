@@ -239,7 +239,8 @@ def num_params(cfg: UNetConfig) -> int:
 TOY = UNetConfig(model_channels=256, channel_mult=(1, 1, 2, 4), attention=(0, 0, 0, 1), use_scale_shift_norm=False)
 ADM = UNetConfig(3, 6, model_channels=256, num_head_channels=64, num_classes=1000)   # 6 = eps and its learned variance
 PRESETS: dict[str, UNetConfig] = {
-    "tiny": UNetConfig(model_channels=64, channel_mult=(1, 2), attention=(0, 1), num_head_channels=64),
+    "tiny": UNetConfig(model_channels=128, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1), num_head_channels=64),
+    "nano": UNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1)),   # for tests of the loop
     # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its constructor call
     # takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM (full ADM).
     "toy-281m": TOY,

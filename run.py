@@ -41,6 +41,13 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def share(self, make: Callable[[], Any]) -> Any:
+        """make() on rank 0, its (JSON-like) result on every rank."""
+        box = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -59,15 +66,19 @@ def join_ranks(cfg: Any) -> Ranks:
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
+def read_config(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
+
+
 def fine_run(cfg: Any) -> Path:
     """The run that stage2 starts from: under --out, stage=fine, same data, objective, model and (if given) tags."""
     found = []
-    for path in sorted(Path(cfg.out).glob("*/config.json")):
-        other = json.loads(path.read_text())
+    for run in sorted(p.parent for p in Path(cfg.out).glob("*/config.json")):
+        other = read_config(run)
         same = all(other[k] == getattr(cfg, k) for k in ("data", "objective", "model", "resolution"))
         tags = not cfg.exclude_tags or sorted(other["exclude_tags"]) == sorted(cfg.exclude_tags)
-        if same and tags and other["stage"] == "fine" and checkpoints(path.parent):
-            found.append(path.parent)
+        if same and tags and other["stage"] == "fine" and checkpoints(run):
+            found.append(run)
     if not found:
         tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
         raise UserError(f"--stage stage2 starts from a fine run of the same data, objective and model, and {cfg.out}/ has none.  Make it "
@@ -79,12 +90,11 @@ def fine_run(cfg: Any) -> Path:
 
 def check_config(cfg: Any, run: Path, free: set[str]) -> None:
     """An existing run continues only under the config it was made with, but for the fields in `free`."""
-    path = run / "config.json"
-    if not path.exists():
+    if not (run / "config.json").exists():
         return
     if not cfg.resume:
         raise UserError(f"{run} exists and --no-resume was given.  Start the new run under another --name.")
-    old, new = json.loads(path.read_text()), json.loads(json.dumps(asdict(cfg)))
+    old, new = read_config(run), json.loads(json.dumps(asdict(cfg)))
     differs = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys())
                if k not in free and old.get(k) != new.get(k)]
     if differs:
@@ -94,8 +104,9 @@ def check_config(cfg: Any, run: Path, free: set[str]) -> None:
 def check_disk(cfg: Any, run: Path, params: int) -> None:
     """Refuse a run whose checkpoints cannot fit. Weights and EMAs are 4 bytes a parameter, AdamW's state 8."""
     each = params * 4 * (1 + len(cfg.ema) + 2)
-    count = cfg.keep + 1 + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
-    free = shutil.disk_usage(run).free
+    count = cfg.keep + 1 + (cfg.images // cfg.keep_every if cfg.keep_every else 0) - len(checkpoints(run))
+    existing = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if each * count > free:
         raise UserError(f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.  "
                         "Lower --keep, drop --ema widths, or give another --out.")

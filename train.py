@@ -27,10 +27,10 @@ import toyfaces
 from ckpt import checkpoints, find_checkpoint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
 from config import UserError, autocast, cli, closest, parse
 from data import Dataset, Stream, open_dataset, to_float
-from model import PRESETS, UNet
+from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 versions)
+                 read_config, versions)
 from samplers import save_grid
 from vae import LinearVAE, fit_pca, load_vae, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
@@ -59,9 +59,9 @@ class Config:
     weight: Literal["uniform", "min_snr"] = "uniform"   # per sample
     # optimisation; progress is counted in images
     images: int = 40_000                 # images shown in all
-    batch: int = 64                      # global; split over ranks and --accum
+    batch: int = 16                      # global; split over ranks and --accum
     accum: int = 1                       # micro-batches a step
-    lr: float = 1e-3                     # peak
+    lr: float = 2e-3                     # peak
     decay: Literal["constant", "cosine"] = "cosine"   # after the warm-up
     warmup: float = 0.05                 # share of --images
     weight_decay: float = 0.01           # AdamW
@@ -148,14 +148,15 @@ def resolve(cfg: Config) -> Config:
             raise UserError(f"--ema {width}: a width is a share of the run, wanted above 0 and below 0.28.")
     unknown = set(cfg.log) - {"tensorboard", "wandb"}
     if unknown:
-        raise UserError(f"--log {', '.join(unknown)} is not one of tensorboard, wandb.")
+        raise UserError(f"--log {', '.join(sorted(unknown))} is not one of tensorboard, wandb.")
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
-    tags = cfg.exclude_tags
+    name, tags = cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", cfg.exclude_tags
     if not tags and cfg.stage == "stage2" and not cfg.init:
-        tags = tuple(json.loads((fine_run(cfg) / "config.json").read_text())["exclude_tags"])
+        own = Path(cfg.out) / name                                              # once begun, the fine run is no longer needed
+        tags = tuple(read_config(own if (own / "config.json").exists() else fine_run(cfg))["exclude_tags"])
     elif not tags and cfg.stage != "standard" and cfg.data.startswith("toyfaces"):
         tags = toyfaces.EXCLUDED
-    return replace(cfg, name=cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", exclude_tags=tags)
+    return replace(cfg, name=name, exclude_tags=tags)
 
 
 @dataclass
@@ -193,38 +194,41 @@ class Trainer:
 
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
-    """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one."""
+    """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one.
+
+    Everything that can be wrong is found before the first byte is written.
+    """
     run = Path(cfg.out) / cfg.name
-    check_config(cfg, run, FREE)
     ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
-    start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
+    start = "" if checkpoints(run) else cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     init_net, init_meta = load_unet(find_checkpoint(start)) if start else (None, None)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-        make_dir(run)
-        vae = make_vae(cfg, run, ds, init_meta)
-        if not (run / "vae.safetensors").exists():
-            save_vae(run / "vae.safetensors", vae)
-        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
-    ranks.barrier()
-    vae = load_vae(run / "vae.safetensors").to(ranks.device)
-    vae.latent_shape(cfg.resolution)
+    vae = vae_from_meta(ranks.share(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
     unet = replace(PRESETS[cfg.model], in_channels=vae.channels, out_channels=vae.channels, num_classes=len(classes))
+    side, factor = vae.latent_shape(cfg.resolution)[1], 2 ** (len(unet.channel_mult) - 1)
+    if side % factor:
+        raise UserError(f"--resolution {cfg.resolution} gives {side}×{side} latents, which {cfg.model} cannot halve "
+                        f"{len(unet.channel_mult) - 1} times.  Use a multiple of {vae.factor * factor}.")
+    check_disk(cfg, run, num_params(unet))
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
     init = {"path": start or None, "fingerprint": init_meta["fingerprint"] if start else None}
     if start:
         load_strict(net, init_net.state_dict(), f"--init {start}")
+    if ranks.rank == 0:
+        make_dir(run)
+        save_vae(run / "vae.safetensors", vae)
+        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     net = net.to(ranks.device)
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     overrides = {k: v for k, v in (("table", cfg.table), ("density", cfg.density)) if v}
     objective = make_objective(cfg.objective, shift=cfg.shift, loss_type=cfg.loss, weight=cfg.weight, **overrides)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init)
-    check_disk(cfg, run, sum(p.numel() for p in net.parameters()))
     if checkpoints(run):
         load_state(trainer)
     return trainer
@@ -270,18 +274,20 @@ def load_state(tr: Trainer) -> None:
     if meta["data_hash"] != tr.ds.source.hash:
         raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
                         f"Restore them, or start again with --init {tr.run} --name NEW.")
-    load_strict(tr.net, load_unet(folder / "model.safetensors")[0].state_dict(), str(folder))
+    net, model_meta = load_unet(folder / "model.safetensors")
+    load_strict(tr.net, net.state_dict(), str(folder))
     for width, weights in tr.ema.weights.items():
         for name, value in load_unet(folder / f"ema-{width}.safetensors")[0].state_dict().items():
             weights[name].copy_(value)
-    tr.meter = state.pop("meter") if tr.ranks.rank == 0 else tr.meter
+    meter = state.pop("meter")
+    tr.meter = meter if tr.ranks.rank == 0 else torch.zeros_like(meter)         # it was summed over ranks
     params = dict(tr.net.named_parameters())
     for key, value in state.items():
         key, name = key.split("/", 1)
         if value.ndim == 4:
             value = value.contiguous(memory_format=torch.channels_last)
         tr.optimizer.state[params[name]][key] = value.to(tr.ranks.device)
-    tr.seen, tr.skipped, tr.bad = meta["images"], meta["skipped"], meta["bad"]
+    tr.seen, tr.skipped, tr.bad, tr.init = meta["images"], meta["skipped"], meta["bad"], model_meta["init"]
 
 
 # ---- a step ---------------------------------------------------------------------------------------------------------
@@ -312,9 +318,11 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
         update = torch.stack([loss.per_sample.detach().double(), torch.ones_like(loss.t, dtype=torch.float64)])
         tr.meter = tr.meter.to(update.device).index_add(1, bins, update)
         batches.append(batch)
-    norm = torch.nn.utils.clip_grad_norm_(tr.net.parameters(), cfg.clip or math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in tr.net.parameters() if p.grad is not None])
     tr.seen += cfg.batch
     if torch.isfinite(norm):
+        if cfg.clip:
+            torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), cfg.clip, norm)
         tr.optimizer.step()
         tr.ema.update(tr.net, tr.seen, cfg.batch)
         tr.bad = 0
@@ -338,20 +346,24 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
     if tr.bad >= MAX_BAD:
         path = tr.run / f"bad-batch-rank{tr.ranks.rank}.pt"
         torch.save(batches, path)
-        raise UserError(f"{MAX_BAD} non-finite steps in a row, the last: {where}.  The batch is in {path}; the newest checkpoint is from before.")
+        save(tr)
+        raise UserError(f"{MAX_BAD} non-finite steps in a row, the last: {where}.  The batch is in {path}; the weights, as they were before, "
+                        f"in {checkpoints(tr.run)[-1]}.")
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def train(cfg: Config, ranks: Ranks) -> None:
     """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples."""
-    tr = setup(cfg, ranks)
-    final = tr.run / "samples" / "final.png"
-    if tr.seen >= cfg.images and final.exists():
+    run = Path(cfg.out) / cfg.name
+    final = run / "samples" / "final.png"
+    check_config(cfg, run, FREE)
+    if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:
-            print(f"finished: {tr.run} has seen its {tr.seen:,} images.  Sample it: python samplers.py --ckpt {tr.run}")
+            print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
             print(final)
         return
+    tr = setup(cfg, ranks)
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
     stop, clock = StopSignal(), Speed(tr.seen)
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
@@ -366,8 +378,8 @@ def train(cfg: Config, ranks: Ranks) -> None:
         if due(tr.seen, cfg.log_every, cfg.batch):
             bar.set_postfix(loss=f"{log.report(tr, norm, lr, clock)['loss']:.4f}")
         with clock.paused():
-            last = tr.seen >= cfg.images
-            if (last or due(tr.seen, cfg.eval_every, cfg.batch)) and len(tr.ds.heldout):
+            looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
+            if looks and len(tr.ds.heldout):
                 log.write(held_out_loss(tr))
             if due(tr.seen, cfg.preview_every, cfg.batch):
                 preview(tr)

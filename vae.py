@@ -23,7 +23,7 @@ from config import UserError
 
 
 class LinearVAE(nn.Module):
-    """Each factor × factor patch, minus the mean patch, in an orthonormal basis, each channel divided by its std.
+    """Each factor × factor patch, minus the mean patch, in an orthonormal basis, each channel divided by its `std`.
 
     basis (channels, 3·factor²) has orthonormal rows, so encode(decode(z)) = z always, and decode(encode(x)) = x when the
     basis is square. Patch entries are in pixel_unshuffle order: channel, then row, then column.
@@ -70,14 +70,21 @@ def pixel(factor: int = 1) -> LinearVAE:
 
 
 def fit_pca(images: Tensor, channels: int = 32, factor: int = 8) -> LinearVAE:
-    """Principal components of the patches of images (N, 3, H, W) in [-1, 1], whitened. Deterministic, signs included."""
+    """Principal components of the patches of images (N, 3, H, W) in [-1, 1]. Deterministic, signs included.
+
+    Latents have unit variance over all channels; between channels the spread is halved (in log), not removed: the mean
+    colour of a patch weighs more in a loss than its faintest texture, without drowning it.
+    """
+    pixel(factor).latent_shape(images.shape[-1])
     patches = F.pixel_unshuffle(images.double(), factor).movedim(1, -1).reshape(-1, 3 * factor * factor)
     mean = patches.mean(0)
     centred = patches - mean
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     basis = vectors.flip(1)[:, :channels].T                                     # rows: largest variance first
     basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()  # eigenvectors have no sign of their own
-    std = values.flip(0)[:channels].clamp(min=1e-8).sqrt()                      # a constant data set has no variance
+    variance = values.flip(0)[:channels].clamp(min=1e-8)                        # a constant data set has none
+    std = variance ** 0.25
+    std = std * (variance / std ** 2).mean().sqrt()
     return LinearVAE("pca", factor, basis, mean, std)
 
 

@@ -1,7 +1,9 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+# The nets here are too small to share, and one thread sums in one order. Before torch is imported, for children too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -21,11 +23,17 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 @pytest.fixture
-def script():
-    """script("train.py", "--images", 10, …) -> CompletedProcess, run from the repository's root."""
-    def run(*args, check: int | None = 0, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
-        done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, **(env or {})}, **kwargs)
-        assert check is None or done.returncode == check, f"{args} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+def user(monkeypatch, capsys):
+    """user(train.main, "--lr", "x") -> (exit code, stdout, stderr lines), in this process."""
+    from config import cli
+
+    def run(main, *args):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
+        code = 0
+        try:
+            cli(main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
     return run

@@ -1,0 +1,83 @@
+"""Write the numbers in README.md:  python benchmarks/readme.py [--check]
+
+Every block between <!-- name --> and <!-- end --> that is named below is replaced by what the tree and
+benchmarks/results/*.json say. --check only says whether it is up to date (exit code 1 if not).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MAP = {
+    "model.py": "the U-Net: ADM blocks, presets, guided-diffusion's key names",
+    "objectives.py": "one interpolant; DDPM, v, x0, flow matching; times, weights, losses; conversion to one velocity",
+    "samplers.py": "Euler, Heun, DDIM, DDPM, Dormand–Prince; guidance; the sampling command",
+    "train.py": "the training loop, and all of its settings on one screen",
+    "run.py": "a run: its ranks, its folder, its log, its signals",
+    "watch.py": "held-out loss by t, sample previews",
+    "data.py": "images with tags, stages, and an order that is a function of (seed, images seen)",
+    "toyfaces.py": "the embedded data set: tagged faces, drawn",
+    "vae.py": "the linear autoencoder and pixels",
+    "ckpt.py": "checkpoints: atomic, strict, self-describing",
+    "config.py": "dataclass → command line; one-line errors; device and precision",
+    "kernels/attention.py": "where all attention goes through",
+    "kernels/groupnorm.py": "where all GroupNorm + FiLM + SiLU goes through",
+}
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def origin(r: dict) -> str:
+    """Where a result comes from, as a line of small print."""
+    commit = (r["commit"] or "no commit")[:9] + (" + uncommitted changes" if r["dirty"] else "")
+    where = r["machine"]["gpu"] or f"{r['machine']['cpu']}, {r['machine']['threads']} threads"
+    return f"<sub>`{r['command']}`; {where}; torch {r['versions']['torch']}; commit {commit}</sub>"
+
+
+def block_map() -> str:
+    lines = ["| file | lines | concept |", "|---|---:|---|"]
+    for name, what in MAP.items():
+        lines.append(f"| [{name}]({name}) | {len((ROOT / name).read_text().splitlines())} | {what} |")
+    return "\n".join(lines)
+
+
+def block_speed() -> str:
+    r = results("train_cpu")
+    lines = ["| one training step on a CPU | images/s | against diffusers `UNet2DModel` | … in channels_last |", "|---|---:|---:|---:|"]
+    for name, row in r["results"].items():
+        if name != "loading":
+            lines.append(f"| {name} | {row['images/s']:.0f} | {row['ratio to diffusers']:.2f}× | {row['ratio to diffusers channels_last']:.2f}× |")
+    lines += ["", f"Same weights, inputs and optimizer; medians of {r['rounds']} alternating rounds. A step with real data takes "
+              f"{r['results']['loading']['ratio']:.3f}× the time of one with a constant batch.", "", origin(r)]
+    return "\n".join(lines)
+
+
+def block_stages() -> str:
+    r = results("stages")
+    lines = ["| samples that show | " + " | ".join(f"`{c}`" + (" (excluded)" if c in r["excluded"] else "")
+                                                   for c in r["share of samples"]["fine"]) + " |", "|---|" + "---:|" * 4]
+    for stage, shares in r["share of samples"].items():
+        lines.append(f"| after `{stage}` | " + " | ".join(f"{v:.1%}" for v in shares.values()) + " |")
+    lines += ["", f"{r['samples a run']} samples a run, one seed; attributes read back by search for the nearest drawing, which reads "
+              f"{r['reader accuracy on real faces']:.1%} of real faces right.", "", origin(r)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages}
+    old = new = path.read_text()
+    for name, make in blocks.items():
+        new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)
+        assert n == 1, f"README.md has {n} blocks named {name}"
+    if "--check" in sys.argv:
+        print("README.md is up to date" if old == new else "README.md is out of date: python benchmarks/readme.py")
+        sys.exit(old != new)
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The training loop: one code path for any number of ranks, exact arithmetic of progress, and errors a user can act on."""
+
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import run as run_module
+import samplers
+import train
+from ckpt import checkpoints, load_unet, save_unet
+from config import UserError
+from data import Stream
+from model import UNet, UNetConfig
+from objectives import Objective
+from train import Config, EMA, Ranks, due, learning_rate, resolve
+from vae import load_vae, pixel
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+FAST = dict(model="nano", data="toyfaces:48", resolution=32, batch=8, images=40, preview_every=0, eval_every=0, save_every=0, log_every=8)
+
+
+def flags(**fields):
+    return [w for k, v in {**FAST, **fields}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def go(tmp_path, **fields) -> Path:
+    cfg = resolve(Config(**{**FAST, "out": str(tmp_path), **fields}))
+    train.train(cfg, ALONE)
+    return tmp_path / cfg.name
+
+
+def rows(run, event="train"):
+    return [r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if r["event"] == event]
+
+
+# ---- functions of images seen ---------------------------------------------------------------------------------------
+
+def test_learning_rate_is_a_function_of_images_seen():
+    cfg = Config(images=1000, batch=10, lr=1.0, warmup=0.1, decay="cosine")
+    curve = [learning_rate(s, cfg) for s in range(0, 1000, 10)]
+    assert 0 < curve[0] < 0.1 and curve[10] == pytest.approx(1.0) and all(a <= b for a, b in zip(curve[:10], curve[1:11]))
+    assert curve[55] == pytest.approx(0.5) and curve[-1] < 1e-2
+    assert learning_rate(990, replace(cfg, decay="constant")) == 1.0
+    assert [learning_rate(s, replace(cfg, accum=5)) for s in range(0, 1000, 10)] == curve
+
+
+def test_due_fires_once_per_crossing_for_any_batch():
+    for batch in (1, 7, 64, 250):
+        fired = sum(due(seen, 100, batch) for seen in range(batch, 10 * 700 + 1, batch))
+        assert fired == min(10 * 700 // batch * batch // 100, 10 * 700 // batch)
+    assert not due(100, 0, 10)
+
+
+def test_power_ema_has_edm2s_exponents_and_their_closed_form():
+    net = torch.nn.Linear(1, 1, bias=False).double()
+    ema = EMA(net, (0.05, 0.10))
+    assert ema.exponents == pytest.approx({"0.050": 17.97, "0.100": 7.94}, abs=0.01)
+    for seen in range(10, 100_001, 10):
+        net.weight.data.fill_(seen / 100_000)                                   # a ramp: its power average is (g+1)/(g+2)
+        ema.update(net, seen, 10)
+    for key, exponent in ema.exponents.items():
+        assert ema.weights[key]["weight"].item() == pytest.approx(exponent / (exponent + 1), abs=1e-3)
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+
+def test_a_run_leaves_everything_needed_to_repeat_and_to_sample_it(tmp_path, user, capsys):
+    run = go(tmp_path, preview_every=16, eval_every=16, holdout=0.2, classes=("glasses", "double bun"))
+    assert {p.name for p in run.iterdir()} == {"config.json", "log.jsonl", "vae.safetensors", "samples", "ckpt"}
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "samples" / "final.png")
+    start = rows(run, "start")[0]
+    assert start["config"]["batch"] == 8 and start["params"] > 1e5 and len(start["data_hash"]) == 64
+    assert {"commit", "dirty", "versions", "command", "device", "used", "held_out"} <= start.keys()
+    reports = rows(run)
+    assert [r["images"] for r in reports] == [8, 16, 24, 32, 40]
+    assert all(math.isfinite(r["loss"]) and len(r["loss_by_t"]) == 10 and r["images_per_s"] > 0 for r in reports)
+    held = rows(run, "held-out")
+    assert [r["images"] for r in held] == [16, 32, 40] and len(held[0]["loss_by_t"]) == 8
+    assert Image.open(run / "samples" / "000000000016.png").size == (8 * 34 + 2, 2 * 34 + 2)
+    net, meta = load_unet(checkpoints(run)[-1] / "ema-0.050.safetensors")
+    assert meta["objective"]["target"] == "u" and meta["classes"] == ["glasses", "double bun"] and net.cfg.num_classes == 2
+    code, out, err = user(samplers.main, "--ckpt", run, "--n", 3, "--steps", 2, "--batch", 2, "--labels", "glasses,1", "--cfg", 2,
+                          "--out", tmp_path / "s")
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "s" / "grid.png") and "NFE/image 3 " in out
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
+
+
+def test_the_sampler_gives_the_same_image_for_a_seed_at_any_batch_size(tmp_path, user):
+    run = go(tmp_path)
+    for out, batch, first in (("a", 4, 0), ("b", 1, 0), ("c", 2, 2)):
+        assert user(samplers.main, "--ckpt", run, "--n", 4 - first, "--seed", first, "--steps", 3, "--batch", batch,
+                    "--method", "ddim", "--eta", 1.0, "--out", tmp_path / out)[0] == 0
+    for i in range(4):
+        pixels = [torch.tensor(list(Image.open(tmp_path / o / f"{i:06d}.png").tobytes()), dtype=torch.int16)
+                  for o in ("a", "b", "c") if (tmp_path / o / f"{i:06d}.png").exists()]
+        assert len(pixels) == 2 + (i >= 2) and all((p - pixels[0]).abs().max() <= 1 for p in pixels)   # rounding of batched convs
+
+
+def test_held_out_loss_is_fixed(tmp_path):
+    cfg = resolve(Config(**{**FAST, "out": str(tmp_path), "holdout": 0.3}))
+    tr = train.setup(cfg, ALONE)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in tr.net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    tr.ema = EMA(tr.net, (0.05,))
+    first, second = train.held_out_loss(tr), train.held_out_loss(tr)
+    assert first == second and first["n"] == len(tr.ds.heldout) > 5 and first["loss"] != pytest.approx(2.0, abs=0.05)
+
+
+def test_fm_and_ddpm_arms_see_the_same_samples_and_noise_in_the_same_order(tmp_path, monkeypatch):
+    import hashlib
+    seen = {}
+    real = Objective.loss
+
+    def recording(self, net, x0, *, eps=None, **kwargs):
+        digest = [hashlib.sha256(v.numpy().tobytes()).hexdigest() for v in (x0, eps)]
+        seen.setdefault((self.name, current), []).append(digest)
+        return real(self, net, x0, eps=eps, **kwargs)
+    monkeypatch.setattr(Objective, "loss", recording)
+    for current, objective, seed in ((0, "fm", 0), (0, "ddpm", 0), (1, "fm", 1)):
+        go(tmp_path, objective=objective, seed=seed, name=f"{objective}{seed}")
+    assert len(seen["fm", 0]) == 5 and seen["fm", 0] == seen["ddpm", 0]
+    assert seen["fm", 0] != seen["fm", 1]
+
+
+def test_the_network_learns(tmp_path):
+    run = go(tmp_path, images=4000, batch=16, log_every=400, lr=3e-3)
+    losses = [r["loss"] for r in rows(run)]
+    assert losses[0] > 1.7 and losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("objective", ["v", "x0", "ddpm"])
+def test_every_objective_trains_and_samples(tmp_path, objective):
+    run = go(tmp_path, objective=objective, weight="min_snr", table="cosine", loss="huber", density="gaussian")
+    assert rows(run)[-1]["loss"] > 0 and (run / "samples" / "final.png").exists()
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------------
+
+def test_a_non_finite_step_changes_nothing_and_is_logged_with_layer_and_t(tmp_path, monkeypatch):
+    real = Stream.__getitem__
+
+    def poisoned(self, position):
+        sample = real(self, position)
+        if position == 11:
+            sample["eps"] = sample["eps"] * float("nan")
+        return sample
+    monkeypatch.setattr(Stream, "__getitem__", poisoned)
+    run = go(tmp_path)
+    event, = rows(run, "non-finite")
+    assert event["images"] == 16 and event["in_a_row"] == 1 and event["where"].startswith("layer input_blocks.0.0, t = ")
+    assert rows(run)[-1]["skipped"] == 1 and math.isfinite(rows(run)[-1]["loss"])
+    assert all(torch.isfinite(p).all() for p in load_unet(checkpoints(run)[-1] / "model.safetensors")[0].parameters())
+
+
+def test_ten_non_finite_steps_in_a_row_stop_with_the_batch_saved(tmp_path, monkeypatch):
+    real = train.setup
+
+    def sick(cfg, ranks):
+        tr = real(cfg, ranks)
+        tr.net.middle_block[0].in_layers[2].bias.data[0] = float("inf")
+        return tr
+    monkeypatch.setattr(train, "setup", sick)
+    with pytest.raises(UserError, match="10 non-finite steps in a row, the last: layer middle_block.0.in_layers.2, t = "):
+        go(tmp_path, images=400)
+    run = tmp_path / "toyfaces-48-fm-standard"
+    batches = torch.load(run / "bad-batch-rank0.pt", weights_only=True)
+    assert batches[0]["position"].tolist() == list(range(72, 80)) and checkpoints(run)
+
+
+def test_a_non_finite_gradient_names_its_parameter(tmp_path, monkeypatch):
+    real = Objective.loss
+
+    def explode(self, net, x0, **kwargs):
+        out = real(self, net, x0, **kwargs)
+        return out._replace(loss=out.loss + (out.loss - out.loss.detach()).abs().sqrt())    # value 0, slope infinite
+    monkeypatch.setattr(Objective, "loss", explode)
+    with pytest.raises(UserError, match=r"gradient of out.2.bias \(forward is finite\), t from"):
+        go(tmp_path, images=400)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+def tree(path):
+    return sorted((str(p), p.stat().st_size) for p in Path(path).rglob("*"))
+
+
+@pytest.mark.parametrize("args, message", [
+    pytest.param(["--objectives", "fm"], "unknown flag --objectives.  Closest: objective", id="unknown flag"),
+    pytest.param(["fm"], "every option is written --name value", id="positional"),
+    pytest.param(["--lr"], "--lr needs a value", id="no value"),
+    pytest.param(["--lr", "fast"], "--lr takes float, got 'fast'", id="wrong type"),
+    pytest.param(["--objective", "ffm"], "'ffm' is not one of fm, ddpm, v, x0", id="unknown objective"),
+    pytest.param(["--model", "toy-281"], "'toy-281' is not a preset.  Closest: toy-281m", id="unknown preset"),
+    pytest.param(["--batch", "10", "--accum", "4"], "not divisible by 1 ranks × 4 accumulation (= 4).  Try --batch 8", id="batch"),
+    pytest.param(["--data", "nowhere"], "no data at nowhere", id="missing folder"),
+    pytest.param(["--data", "EMPTY"], "has no images", id="empty folder"),
+    pytest.param(["--data", "BROKEN"], "none of the 2 images", id="all unreadable"),
+    pytest.param(["--stage", "fine", "--exclude-tags", "character:novae"], "matches 0 of 48 images.  Closest: character:nova", id="tag"),
+    pytest.param(["--stage", "stage2"], "has none.  Make it with: python train.py --data toyfaces:48 --objective fm --model nano --stage fine",
+                 id="stage2 without fine"),
+    pytest.param(["--init", "none.safetensors"], "no checkpoint at none.safetensors", id="init missing"),
+    pytest.param(["--init", "PICKLE"], "is a Python pickle", id="init pickle"),
+    pytest.param(["--init", "CUT"], "truncated", id="init truncated"),
+    pytest.param(["--init", "OTHER"], "is of another architecture", id="init of another architecture"),
+    pytest.param(["--resolution", "44"], "not divisible by the autoencoder's factor 8", id="resolution"),
+    pytest.param(["--resolution", "40"], "cannot halve 1 times.  Use a multiple of 16", id="resolution for the U-Net"),
+    pytest.param(["--vae", "flux9"], "no autoencoder 'flux9'", id="vae"),
+    pytest.param(["--log", "mlflow"], "mlflow is not one of tensorboard, wandb", id="log"),
+    pytest.param(["--ema", "0.5"], "wanted above 0 and below 0.28", id="ema"),
+    pytest.param(["--device", "cuda:99"], "is not usable here", id="device"),
+])
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user, args, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / "broken" / name).write_bytes(b"not an image")
+    torch.save({}, tmp_path / "pickle.safetensors")
+    other = UNetConfig(in_channels=192, out_channels=192, model_channels=32, channel_mult=(1,), attention=(0,))
+    save_unet(tmp_path / "other.safetensors", UNet(other), {"vae": pixel(8).meta()})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:5000])
+    names = {"EMPTY": "empty", "BROKEN": "broken", "PICKLE": "pickle.safetensors", "CUT": "cut.safetensors", "OTHER": "other.safetensors"}
+    before = tree(tmp_path)
+    vae = ["--vae", "pixel:8"] if "OTHER" in args else []
+    code, _, err = user(train.main, *flags(out=tmp_path / "runs"), *vae, *[str(tmp_path / names[a]) if a in names else a for a in args])
+    errors = [line for line in err if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and message in errors[0], err
+    assert tree(tmp_path) == before
+
+
+def test_another_config_in_the_same_folder_says_what_differs(tmp_path, user):
+    run = go(tmp_path)
+    before = tree(run)
+    code, _, err = user(train.main, *flags(out=tmp_path, lr=5e-4, seed=3))
+    assert code == 2 and "lr 0.002 -> 0.0005; seed 0 -> 3" in err[-1] and tree(run) == before
+    assert "--no-resume" in user(train.main, *flags(out=tmp_path), "--no-resume")[2][-1]
+    code, out, _ = user(train.main, *flags(out=tmp_path, accum=2, log_every=16))    # what may change does not count
+    assert code == 0 and "finished" in out and tree(run) == before
+
+
+def test_changed_data_under_a_run_is_refused(tmp_path, user):
+    (tmp_path / "d").mkdir()
+    for i in range(8):
+        Image.new("RGB", (32, 32), (i * 30, 0, 0)).save(tmp_path / "d" / f"{i}.png")
+    args = flags(out=tmp_path / "runs", data=tmp_path / "d", holdout=0)
+    assert user(train.main, *args)[0] == 0
+    next((tmp_path / "runs").glob("*/samples/final.png")).unlink()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "d" / "3.png")
+    code, _, err = user(train.main, *args)
+    assert code == 2 and "changed since" in err[-1]
+
+
+def test_output_that_cannot_be_written(tmp_path, user):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = user(train.main, *flags(out=tmp_path / "file"))
+    assert code == 2 and "cannot write to" in err[-1] and (tmp_path / "file").read_text() == "mine"
+    if os.getuid():
+        (tmp_path / "locked").mkdir(mode=0o555)
+        assert "cannot write to" in user(train.main, *flags(out=tmp_path / "locked"))[2][-1]
+
+
+def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path, user, monkeypatch):
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10 ** 6}))
+    code, _, err = user(train.main, *flags(out=tmp_path / "runs"))
+    assert code == 2 and "0.00 GB are free" in err[-1] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--ckpt", "nowhere"], "no checkpoint at nowhere"), ([], "--ckpt is required"), (["--ckpt", "RUN", "--labels", "cat"], "without classes"),
+    (["--ckpt", "RUN", "--cfg", "2"], "needs --labels"), (["--ckpt", "RUN", "--steps", "0"], "wanted at least 1"),
+    (["--ckpt", "RUN", "--method", "heum"], "Closest: heun"), (["--ckpt", "FILE"], "is a Python pickle"),
+])
+def test_bad_input_to_the_sampler(tmp_path, user, args, message):
+    run = go(tmp_path, images=8)
+    torch.save({}, tmp_path / "file.pt")
+    code, _, err = user(samplers.main, *[{"RUN": run, "FILE": tmp_path / "file.pt"}.get(a, a) for a in args], "--out", tmp_path / "s")
+    assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "s").exists()
+
+
+def test_missing_optional_packages_name_the_pip_command(tmp_path, user, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for name in ("wandb", "tensorboard"):
+        code, _, err = user(train.main, *flags(out=tmp_path, log=name, name=name))
+        assert code == 2 and f"pip install {name}" in err[-1]
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+def test_stage2_starts_from_its_fine_run_in_its_latents_and_takes_its_tags(tmp_path, user):
+    fine = go(tmp_path, stage="fine", exclude_tags=("character:nova", "character:kiri"))
+    code, out, _ = user(train.main, *flags(out=tmp_path, stage="stage2", images=16))
+    run = tmp_path / "toyfaces-48-fm-stage2"
+    assert code == 0 and json.loads((run / "config.json").read_text())["exclude_tags"] == ["character:nova", "character:kiri"]
+    start = rows(run, "start")[0]
+    _, meta = load_unet(checkpoints(fine)[-1] / "ema-0.050.safetensors")
+    assert start["init"] == {"path": str(fine), "fingerprint": meta["fingerprint"]}
+    assert all(torch.equal(a, b) for a, b in zip(*(load_vae(r / "vae.safetensors").state_dict().values() for r in (run, fine))))
+    assert start["used"] + rows(fine, "start")[0]["used"] + start["held_out"] + rows(fine, "start")[0]["held_out"] == 48
+    assert rows(run)[0]["loss"] != rows(fine)[0]["loss"]
+    # another objective has no fine run; a second fine run makes the choice the user's
+    assert "has none" in user(train.main, *flags(out=tmp_path, stage="stage2", objective="ddpm"))[2][-1]
+    go(tmp_path, stage="fine", name="other")
+    assert "could start from any of" in user(train.main, *flags(out=tmp_path, stage="stage2", name="third"))[2][-1]
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(tmp_path, user):
+    code, out, _ = user(train.main, "--stage", "fine", "--lr=3e-4", "--images", "2_000", "--ema", "", "--no-resume", "--out", tmp_path / "x", "--dry-run")
+    cfg = json.loads(out)
+    assert code == 0 and not (tmp_path / "x").exists()
+    assert (cfg["name"], cfg["lr"], cfg["images"], cfg["ema"], cfg["resume"]) == ("toyfaces-fm-fine", 3e-4, 2000, [], False)
+    assert cfg["exclude_tags"] == ["character:nova", "character:ember"]
+
+
+@pytest.mark.parametrize("main", [train.main, samplers.main])
+def test_help_fits_a_screen(user, main):
+    code, out, _ = user(main, "--help")
+    assert code == 0 and len(out.splitlines()) <= 60 and max(map(len, out.splitlines())) <= 160
+    assert "# " not in out and all(line.strip() for line in out.splitlines()[2:])
+
+
+def test_readme_commands_parse(user, tmp_path):
+    import re
+    import shlex
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    commands = re.findall(r"^(?:torchrun[^\n]*?|python) (train|samplers)\.py([^\n#`]*)", text, re.M)
+    assert len(commands) > 3
+    for script, args in commands:
+        args = shlex.split(args)
+        if script == "train":
+            if "stage2" in args:
+                args += ["--exclude-tags", "x", "--init", "y"]
+            code, out, err = user(train.main, *args, "--dry-run")
+            assert code == 0, (args, err)
+        else:
+            args[args.index("--ckpt") + 1] = str(tmp_path / "f.safetensors")
+            (tmp_path / "f.safetensors").touch()
+            assert user(samplers.main, *args, "--dry-run")[0] == 0, args
