@@ -4,6 +4,7 @@ log.jsonl is the source; tensorboard and wandb are views of it.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import IO, Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -99,6 +100,16 @@ def check_config(cfg: Any, run: Path, free: set[str]) -> None:
                if k not in free and old.get(k) != new.get(k)]
     if differs:
         raise UserError(f"{run} was made with another config: {'; '.join(differs)}.  Repeat its flags to resume, or give this run its own --name.")
+
+
+def lock(run: Path) -> IO[str]:
+    """Hold a run's folder for this process; the kernel lets go when it ends, however it ends."""
+    handle = open(run / ".lock", "a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {run}.  Wait for it, or give this run its own --name.") from None
+    return handle
 
 
 def check_disk(cfg: Any, run: Path, params: int) -> None:

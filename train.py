@@ -30,7 +30,7 @@ from data import Dataset, Stream, open_dataset, to_float
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 read_config, versions)
+                 lock, read_config, versions)
 from samplers import save_grid
 from vae import LinearVAE, fit_pca, load_vae, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
@@ -143,6 +143,8 @@ def resolve(cfg: Config) -> Config:
         unit = world * cfg.accum
         raise UserError(f"--batch {cfg.batch} is not divisible by {world} ranks × {cfg.accum} accumulation (= {unit}).  "
                         f"Try --batch {max(cfg.batch // unit, 1) * unit}.")
+    if not -1 <= cfg.workers <= 128:
+        raise UserError(f"--workers {cfg.workers}: wanted -1 (choose) to 128 processes a rank.")
     for width in cfg.ema:
         if not 0 < width < 0.28:
             raise UserError(f"--ema {width}: a width is a share of the run, wanted above 0 and below 0.28.")
@@ -175,6 +177,7 @@ class Trainer:
     classes: list[str]
     labels: Any                              # (n,) or None
     init: dict[str, Any]                     # where the weights started
+    held: Any                                # rank 0's lock on the folder
     seen: int = 0
     skipped: int = 0                         # non-finite steps, in all
     bad: int = 0                             # … in a row
@@ -215,10 +218,14 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
     init = {"path": start or None, "fingerprint": init_meta["fingerprint"] if start else None}
+    if cfg.stage == "stage2" and start and init_meta["images"] < init_meta["config"]["images"] and ranks.rank == 0:
+        print(f"warning: {start} stopped at {init_meta['images']:,} of its {init_meta['config']['images']:,} images.", flush=True)
     if start:
         load_strict(net, init_net.state_dict(), f"--init {start}")
+    held = None
     if ranks.rank == 0:
         make_dir(run)
+        held = lock(run)
         save_vae(run / "vae.safetensors", vae)
         write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     net = net.to(ranks.device)
@@ -228,7 +235,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     overrides = {k: v for k, v in (("table", cfg.table), ("density", cfg.density)) if v}
     objective = make_objective(cfg.objective, shift=cfg.shift, loss_type=cfg.loss, weight=cfg.weight, **overrides)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init)
+    trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held)
     if checkpoints(run):
         load_state(trainer)
     return trainer
@@ -376,7 +383,11 @@ def train(cfg: Config, ranks: Ranks) -> None:
         norm = step(tr, loader)
         bar.update(cfg.batch)
         if due(tr.seen, cfg.log_every, cfg.batch):
-            bar.set_postfix(loss=f"{log.report(tr, norm, lr, clock)['loss']:.4f}")
+            row = log.report(tr, norm, lr, clock)
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
+            if bar.disable and ranks.rank == 0:                                 # no terminal: a line a report instead of a bar
+                print(f"{tr.seen:>11,} images  loss {row['loss']:.4f}  {row['images_per_s']:.1f} images/s  "
+                      f"{(cfg.images - tr.seen) / row['images_per_s']:.0f} s left", flush=True)
         with clock.paused():
             looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
             if looks and len(tr.ds.heldout):

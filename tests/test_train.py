@@ -74,7 +74,7 @@ def test_power_ema_has_edm2s_exponents_and_their_closed_form():
 
 def test_a_run_leaves_everything_needed_to_repeat_and_to_sample_it(tmp_path, user, capsys):
     run = go(tmp_path, preview_every=16, eval_every=16, holdout=0.2, classes=("glasses", "double bun"))
-    assert {p.name for p in run.iterdir()} == {"config.json", "log.jsonl", "vae.safetensors", "samples", "ckpt"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "log.jsonl", "vae.safetensors", "samples", "ckpt", ".lock"}
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "samples" / "final.png")
     start = rows(run, "start")[0]
     assert start["config"]["batch"] == 8 and start["params"] > 1e5 and len(start["data_hash"]) == 64
@@ -245,6 +245,17 @@ def test_another_config_in_the_same_folder_says_what_differs(tmp_path, user):
     assert "--no-resume" in user(train.main, *flags(out=tmp_path), "--no-resume")[2][-1]
     code, out, _ = user(train.main, *flags(out=tmp_path, accum=2, log_every=16))    # what may change does not count
     assert code == 0 and "finished" in out and tree(run) == before
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path, user):
+    run = go(tmp_path, images=16)
+    (run / "samples" / "final.png").unlink()
+    held = run_module.lock(run)
+    before = tree(run)
+    code, _, err = user(train.main, *flags(out=tmp_path, images=16))
+    assert code == 2 and "another process is training" in err[-1] and tree(run) == before
+    held.close()
+    assert user(train.main, *flags(out=tmp_path, images=16))[0] == 0
 
 
 def test_changed_data_under_a_run_is_refused(tmp_path, user):
