@@ -33,6 +33,9 @@ def cli(main: Callable[[], None]) -> None:
         where = "" if rank == "0" else f" [rank {rank}]"
         print(f"error{where}: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def closest(word: str, options: typing.Iterable[str], n: int = 3) -> str:
@@ -92,10 +95,10 @@ def convert(key: str, text: str, kind: Any) -> Any:
             raise UserError(f"--{key} takes true or false, got {text!r}.")
         return text.lower() == "true"
     try:
-        if kind is int and re.fullmatch(r"\d+(_\d+)*|\d+e\d+", text):          # 20_000_000 and 2e7 both read well
-            return int(float(text)) if "e" in text else int(text)
+        if kind is int and re.fullmatch(r"\d+e\d+", text):                       # 2e7 reads well; int() takes 20_000_000
+            return int(float(text))
         return kind(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"--{key} takes {kind.__name__}, got {text!r}.") from None
 
 

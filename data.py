@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any, Iterator, Literal, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -88,6 +89,8 @@ def open_dataset(spec: str, *, stage: Literal["standard", "fine", "stage2"] = "s
     A share `holdout` of the images, chosen by a hash of their names (so that it is the same images in every stage), is
     kept from training as `.heldout`. `.report` says what was found, left out and why, and counts the tags.
     """
+    if resolution < 1:
+        raise UserError(f"resolution {resolution}: wanted at least 1 pixel.")
     if stage not in ("standard", "fine", "stage2"):
         raise UserError(f"stage {stage!r} is not one of standard, fine, stage2.")
     if stage != "standard" and not exclude_tags:
@@ -188,6 +191,9 @@ def open_folder(root: Path, resolution: int) -> Source:
 def decode(path: Path, resolution: int) -> np.ndarray:
     """An image file to (resolution, resolution, 3) uint8: RGB over white, shorter side resized (Lanczos), centre crop."""
     with Image.open(path) as file:
+        file = ImageOps.exif_transpose(file)
+        if file.mode.startswith("I"):                                           # 16-bit grey: convert() would clip it at 255
+            file = Image.fromarray((np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         image = file.convert("RGBA") if "A" in file.getbands() or "transparency" in file.info else file.convert("RGB")
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -219,22 +225,35 @@ def read_tags(root: Path, names: list[str]) -> dict[str, tuple[str, ...]]:
     """Tags by image name: from tags.jsonl or metadata.jsonl lines {"file_name": …, "tags" | "text": …} in any folder,
     and from sidecar files (a.png -> a.txt), which win."""
     tags: dict[str, tuple[str, ...]] = {}
-    for table in sorted(p for p in root.rglob("*.jsonl") if p.name in ("tags.jsonl", "metadata.jsonl")):
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for table in sorted(p for p in root.rglob("*.jsonl") if p.name in ("tags.jsonl", "metadata.jsonl") and p.is_file()):
+        for number, line in enumerate(read_text(table).splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                key = str((table.parent / row["file_name"]).relative_to(root))
-                tags[key] = split_tags(row["tags"] if "tags" in row else row["text"])
+                key, value = str((table.parent / row["file_name"]).relative_to(root)), row["tags"] if "tags" in row else row["text"]
+                if not isinstance(value, (str, list)) or not all(isinstance(tag, str) for tag in value):
+                    raise ValueError("tags are text or a list of texts")
+                tags[key] = split_tags(value)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{table}:{number}: wanted {{\"file_name\": …, \"tags\": …}}, got {line[:60]!r} "
                                 f"({type(error).__name__}: {error}).") from None
+    absent = sorted(tags.keys() - set(names))
+    if absent:
+        print(f"warning: tags for {len(absent):,} files that are not there, first {absent[0]}", file=sys.stderr, flush=True)
     for name in names:
         sidecar = (root / name).with_suffix(".txt")
         if sidecar.is_file():
-            tags[name] = split_tags(sidecar.read_text(encoding="utf-8"))
+            tags[name] = split_tags(read_text(sidecar))
     return tags
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).  Save it as UTF-8.") from None
 
 
 # ---- the stream of samples ------------------------------------------------------------------------------------------

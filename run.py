@@ -5,6 +5,7 @@ log.jsonl is the source; tensorboard and wandb are views of it.
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -43,15 +44,30 @@ class Ranks:
         return x
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """make() on rank 0, its (JSON-like) result on every rank."""
-        box = [make() if self.rank == 0 else None]
+        """make() on rank 0, its (JSON-like) result on every rank; a UserError there is one everywhere."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
         if self.world > 1:
             dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
         return box[0]
 
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+    def leave(self) -> None:
+        """End the process group in step: a rank that exits while another still talks to it can abort in gloo's threads."""
+        if dist.is_initialized():
+            gc.collect()                                                        # DistributedDataParallel is a cycle that holds the group
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def join_ranks(cfg: Any) -> Ranks:
@@ -68,7 +84,12 @@ def join_ranks(cfg: Any) -> Ranks:
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 def read_config(run: Path) -> dict[str, Any]:
-    return json.loads((run / "config.json").read_text())
+    """A run's config.json as a dict."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        return {**config}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'} is not the config of a run ({error}).  Restore it, or move the folder away.") from None
 
 
 def fine_run(cfg: Any) -> Path:
@@ -76,9 +97,9 @@ def fine_run(cfg: Any) -> Path:
     found = []
     for run in sorted(p.parent for p in Path(cfg.out).glob("*/config.json")):
         other = read_config(run)
-        same = all(other[k] == getattr(cfg, k) for k in ("data", "objective", "model", "resolution"))
-        tags = not cfg.exclude_tags or sorted(other["exclude_tags"]) == sorted(cfg.exclude_tags)
-        if same and tags and other["stage"] == "fine" and checkpoints(run):
+        same = all(other.get(k) == getattr(cfg, k) for k in ("data", "objective", "model", "resolution"))
+        tags = not cfg.exclude_tags or sorted(other.get("exclude_tags", ())) == sorted(cfg.exclude_tags)
+        if same and tags and other.get("stage") == "fine" and checkpoints(run):
             found.append(run)
     if not found:
         tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
@@ -92,6 +113,8 @@ def fine_run(cfg: Any) -> Path:
 def check_config(cfg: Any, run: Path, free: set[str]) -> None:
     """An existing run continues only under the config it was made with, but for the fields in `free`."""
     if not (run / "config.json").exists():
+        if checkpoints(run):
+            raise UserError(f"{run} has checkpoints but no config.json.  Restore it, or start under another --name.")
         return
     if not cfg.resume:
         raise UserError(f"{run} exists and --no-resume was given.  Start the new run under another --name.")
@@ -99,7 +122,8 @@ def check_config(cfg: Any, run: Path, free: set[str]) -> None:
     differs = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys())
                if k not in free and old.get(k) != new.get(k)]
     if differs:
-        raise UserError(f"{run} was made with another config: {'; '.join(differs)}.  Repeat its flags to resume, or give this run its own --name.")
+        raise UserError(f"{run} was made with another config: {'; '.join(differs)}.  Repeat its flags to resume, or give this run its own --name "
+                        f"(and --init {run} to go on from its weights).")
 
 
 def lock(run: Path) -> IO[str]:
@@ -155,7 +179,7 @@ class Log:
         path = run / "log.jsonl"
         if path.exists():
             # Lines past the checkpoint describe steps that are about to be repeated, exactly.
-            write_text(path, "".join(line + "\n" for line in complete_lines(path) if json.loads(line)["images"] <= seen))
+            write_text(path, "".join(line + "\n" for line in complete_lines(path) if read_line(path, line)["images"] <= seen))
         append(run, {"command": " ".join(sys.argv), **header})
         for name in mirrors:
             self.mirrors.append(open_mirror(name, run, header, seen))
@@ -170,8 +194,9 @@ class Log:
         """The training line: loss since the last one, over all ranks, also by t (None = no sample fell in the bin)."""
         sums, counts = tr.ranks.sum(tr.meter.clone()).tolist()
         tr.meter.zero_()
-        row = {"event": "train", "images": tr.seen, "loss": sum(sums) / max(sum(counts), 1),
-               "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)], "grad_norm": float(norm), "lr": lr,
+        norm = float(norm) if torch.isfinite(norm) else None                    # JSON has no NaN
+        row = {"event": "train", "images": tr.seen, "loss": sum(sums) / sum(counts) if sum(counts) else None,
+               "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)], "grad_norm": norm, "lr": lr,
                "images_per_s": clock.rate(tr.seen), "skipped": tr.skipped}
         self.write(row)
         return row
@@ -181,6 +206,13 @@ def complete_lines(path: Path) -> Iterator[str]:
     """The lines of a log, without a last one that a kill cut short."""
     for line in path.read_text().split("\n")[:-1]:
         yield line
+
+
+def read_line(path: Path, line: str) -> dict[str, Any]:
+    try:
+        return {"images": 0, **json.loads(line)}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} has a line that is not a log entry: {line[:60]!r}.  Mend or move it.") from None
 
 
 def open_mirror(name: str, run: Path, header: dict[str, Any], seen: int) -> Callable[[dict[str, float], int], None]:
@@ -235,6 +267,8 @@ class StopSignal:
 
     def asked(self, ranks: Any) -> bool:
         """Ranks agree: a signal to one stops all at the same step."""
+        if ranks.world == 1:
+            return self.received
         return bool(ranks.sum(torch.tensor(int(self.received), device=ranks.device)))
 
 

@@ -7,9 +7,10 @@ of any kind provide it (objectives.py), so one Heun serves flow matching, DDPM a
 
 import json
 import math
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ckpt import find_checkpoint, load_unet, make_dir
+from ckpt import find_checkpoint, fsync, load_unet, make_dir
 from config import UserError, autocast, cli, closest, parse, pick_device
 from objectives import Net, Objective, T, shift_time, table_time
 from vae import vae_from_meta
@@ -150,7 +151,9 @@ def dopri5(predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=
             k.append(u(new, (t - c * h).clamp(min=end)))                        # the last stage is the solution
         error = per_row(h, x) * sum(w * ki for w, ki in zip(DOPRI_E, k) if w)
         ratio = rms(error, atol + rtol * torch.maximum(x.abs(), new.abs())).nan_to_num(nan=math.inf)
-        accept = (ratio <= 1) | (h < 1e-9)                                      # too small to shrink: take it
+        accept = (ratio <= 1) | ((h < 1e-9) & torch.isfinite(ratio))            # too small to shrink: take it
+        if bool((h < 1e-12).any()):                                             # not finite however small the step
+            break
         moved = accept.view(-1, *[1] * (x.ndim - 1))
         x, k1, t = torch.where(moved, new, x), torch.where(moved, k[-1], k1), torch.where(accept, t - h, t)
         factor = (0.9 * ratio.clamp(min=1e-10) ** -0.2).clamp(max=10.0)
@@ -265,6 +268,7 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write through a temporary file, so that no half picture is ever seen."""
     temporary = path.with_name(path.name + ".tmp")
     image.save(temporary, format="PNG")
+    fsync(temporary)
     temporary.replace(path)
 
 
@@ -306,8 +310,17 @@ def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor |
     return torch.tensor([ids[i % len(ids)] for i in range(n)])
 
 
+def settings(cfg: Config) -> str:
+    """What makes an image of a seed, as far as it is not the default: two different images never share a default folder."""
+    chosen = [f.name for f in fields(Config) if f.name not in ("ckpt", "n", "seed", "out", "batch", "device") and getattr(cfg, f.name) != f.default]
+    text = "".join(f"-{name}={getattr(cfg, name)}" for name in chosen)
+    return re.sub(r"[^\w=.,-]+", "_", text)
+
+
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
+    if not 0 <= cfg.seed < 2 ** 63 - cfg.n:
+        raise UserError(f"--seed {cfg.seed}: wanted 0 to 2^63 - 1 - n.")
     for name, least in (("n", 1), ("steps", 1), ("batch", 1), ("max_nfe", 8)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted at least {least}.")
@@ -321,8 +334,7 @@ def main() -> None:
     labels = pick_labels(cfg.labels, meta["classes"], cfg.n)
     if cfg.cfg != 1.0 and labels is None:
         raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction.")
-    settings = cfg.method + ("" if cfg.method == "dopri5" else str(cfg.steps)) + (f"-cfg{cfg.cfg:g}" if cfg.cfg != 1 else "")
-    out = Path(cfg.out or f"samples/{meta['run']}-{meta['images']}-{path.stem}-{settings}")
+    out = Path(cfg.out or f"samples/{meta['run']}-{meta['images']}-{path.stem}-{meta['fingerprint'][:6]}{settings(cfg)}")
     make_dir(out)
     options = {"ddim": {"eta": cfg.eta}, "dopri5": {"rtol": cfg.rtol, "atol": cfg.atol, "max_nfe": cfg.max_nfe}}
     predict, images, nfe, start = guided(objective, net, cfg.cfg), [], 0, time.perf_counter()

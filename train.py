@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Iterator, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 import toyfaces
-from ckpt import checkpoints, find_checkpoint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
+from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
 from config import UserError, autocast, cli, closest, parse
 from data import Dataset, Stream, open_dataset, to_float
 from model import PRESETS, UNet, num_params
@@ -32,7 +31,7 @@ from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, read_config, versions)
 from samplers import save_grid
-from vae import LinearVAE, fit_pca, load_vae, psnr, save_vae, vae_from_meta
+from vae import LinearVAE, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
 
@@ -58,7 +57,7 @@ class Config:
     loss: Literal["mse", "l1", "huber"] = "mse"   # per element
     weight: Literal["uniform", "min_snr"] = "uniform"   # per sample
     # optimisation; progress is counted in images
-    images: int = 40_000                 # images shown in all
+    images: int = 40_000                 # images shown in all, rounded up to whole batches
     batch: int = 16                      # global; split over ranks and --accum
     accum: int = 1                       # micro-batches a step
     lr: float = 2e-3                     # peak
@@ -88,6 +87,10 @@ class Config:
 # Fields that may change when a run is resumed: they do not change what is computed.
 FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "keep", "keep_every",
         "workers", "device"}
+BOUNDS = {"images": (1, 1e12), "batch": (1, 1e6), "accum": (1, 1e6), "lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3),
+          "clip": (0, 1e9), "shift": (1e-3, 1e3), "label_drop": (0, 1), "holdout": (0, 0.9), "resolution": (1, 8192), "seed": (0, 2 ** 63 - 1),
+          "keep": (1, 1e6), "keep_every": (0, 1e12), "log_every": (0, 1e12), "eval_every": (0, 1e12), "preview_every": (0, 1e12),
+          "save_every": (0, 1e12), "workers": (-1, 128)}
 TIME_BINS = 10                           # of the loss by t
 MAX_BAD = 10                             # non-finite steps in a row before giving up
 
@@ -115,7 +118,7 @@ class EMA:
 
     def __init__(self, net: torch.nn.Module, widths: tuple[float, ...]):
         self.exponents, self.weights = {}, {}
-        for width in widths:
+        for width in sorted(widths):                                            # the narrowest first: it is what one samples
             # sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)), solved for gamma
             roots = torch.linalg.eigvals(torch.tensor([[-7.0, width ** -2 - 16, width ** -2 - 12], [1, 0, 0], [0, 1, 0]],
                                                       dtype=torch.float64))
@@ -136,18 +139,19 @@ def resolve(cfg: Config) -> Config:
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model!r} is not a preset.{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "accum", "images", "keep"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: wanted at least 1.")
+    for name, (low, high) in BOUNDS.items():
+        if not low <= getattr(cfg, name) <= high:                               # NaN fails too
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {low:g} to {high:g}.")
     if cfg.batch % (world * cfg.accum):
         unit = world * cfg.accum
         raise UserError(f"--batch {cfg.batch} is not divisible by {world} ranks × {cfg.accum} accumulation (= {unit}).  "
                         f"Try --batch {max(cfg.batch // unit, 1) * unit}.")
-    if not -1 <= cfg.workers <= 128:
-        raise UserError(f"--workers {cfg.workers}: wanted -1 (choose) to 128 processes a rank.")
-    for width in cfg.ema:
-        if not 0 < width < 0.28:
-            raise UserError(f"--ema {width}: a width is a share of the run, wanted above 0 and below 0.28.")
+    if any(not 0.01 <= width <= 0.25 for width in cfg.ema) or len({f"{w:.3f}" for w in cfg.ema}) < len(cfg.ema):
+        raise UserError(f"--ema {','.join(map(str, cfg.ema))}: wanted different widths from 0.01 to 0.25, shares of the run.")
+    if cfg.table and cfg.objective == "fm":
+        raise UserError(f"--table {cfg.table} is a noise schedule of ddpm, v and x0; fm has none.")
+    if cfg.name and (Path(cfg.name).name != cfg.name or cfg.name.startswith(".")):
+        raise UserError(f"--name {cfg.name!r}: wanted the name of a folder under --out, without slashes.")
     unknown = set(cfg.log) - {"tensorboard", "wandb"}
     if unknown:
         raise UserError(f"--log {', '.join(sorted(unknown))} is not one of tensorboard, wandb.")
@@ -192,8 +196,9 @@ class Trainer:
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
         cond = {"y": batch["y"]} if "y" in batch else {}
         t = batch["t"] if "t" in batch else self.objective.time(batch["q"])
+        x0 = self.vae.encode(to_float(batch["image"]))                          # outside autocast: only the net runs in bf16
         with autocast(self.ranks.device, self.cfg.dtype):
-            return self.objective.loss(net, self.vae.encode(to_float(batch["image"])), eps=batch["eps"], t=t, **cond)
+            return self.objective.loss(net, x0, eps=batch["eps"], t=t, **cond)
 
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
@@ -226,8 +231,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
+        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")   # first: the rest is only taken up under it
         save_vae(run / "vae.safetensors", vae)
-        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     net = net.to(ranks.device)
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
@@ -245,13 +250,16 @@ def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | No
     """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
     if (run / "vae.safetensors").exists():
         return load_vae(run / "vae.safetensors")
+    named = None if cfg.vae == "pca" else load_vae(cfg.vae)
     if init_meta is not None:                                                   # its weights speak only its latents
         vae = vae_from_meta(init_meta["vae"])
-        if vae.name != cfg.vae and Path(cfg.vae).suffix == "":
-            raise UserError(f"--init was trained on {vae.name} latents, this run asks for --vae {cfg.vae}.")
+        if vae.name != "pca" if named is None else fingerprint(vae.state_dict()) != fingerprint(named.state_dict()):
+            raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
+                            "out, or name the same autoencoder.")
         return vae
-    if cfg.vae != "pca":
-        return load_vae(cfg.vae)
+    if named is not None:
+        return named
+    pixel(8).latent_shape(cfg.resolution)
     images = to_float(ds.images(range(min(len(ds), 2048))))
     vae = fit_pca(images)
     print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
@@ -270,7 +278,7 @@ def save(tr: Trainer) -> None:
                 "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
                 "data_hash": tr.ds.source.hash, **versions()}
         save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter},
-                        {"skipped": tr.skipped, "bad": tr.bad, "data_hash": tr.ds.source.hash}, tr.cfg.keep, tr.cfg.keep_every)
+                        {"skipped": tr.skipped, "data_hash": tr.ds.source.hash}, tr.cfg.keep, tr.cfg.keep_every)
     tr.ranks.barrier()
 
 
@@ -294,7 +302,7 @@ def load_state(tr: Trainer) -> None:
         if value.ndim == 4:
             value = value.contiguous(memory_format=torch.channels_last)
         tr.optimizer.state[params[name]][key] = value.to(tr.ranks.device)
-    tr.seen, tr.skipped, tr.bad, tr.init = meta["images"], meta["skipped"], meta["bad"], model_meta["init"]
+    tr.seen, tr.skipped, tr.init = meta["images"], meta["skipped"], model_meta["init"]
 
 
 # ---- a step ---------------------------------------------------------------------------------------------------------
@@ -351,7 +359,7 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
     # The sums cannot be cleaned of a NaN, so this stretch of the loss log restarts here.
     tr.meter = torch.zeros_like(tr.meter) if not torch.isfinite(tr.meter).all() else tr.meter
     if tr.bad >= MAX_BAD:
-        path = tr.run / f"bad-batch-rank{tr.ranks.rank}.pt"
+        path = tr.run / f"bad-batch-{tr.seen:012d}-rank{tr.ranks.rank}.pt"
         torch.save(batches, path)
         save(tr)
         raise UserError(f"{MAX_BAD} non-finite steps in a row, the last: {where}.  The batch is in {path}; the weights, as they were before, "
@@ -362,6 +370,7 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
 
 def train(cfg: Config, ranks: Ranks) -> None:
     """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples."""
+    stop = StopSignal()                                                         # also while the data is being read
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
     check_config(cfg, run, FREE)
@@ -372,7 +381,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
         return
     tr = setup(cfg, ranks)
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
-    stop, clock = StopSignal(), Speed(tr.seen)
+    clock = Speed(tr.seen)
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
         else min(8, (os.cpu_count() or 1) // ranks.world)
     stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
@@ -384,9 +393,10 @@ def train(cfg: Config, ranks: Ranks) -> None:
         bar.update(cfg.batch)
         if due(tr.seen, cfg.log_every, cfg.batch):
             row = log.report(tr, norm, lr, clock)
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
+            loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+            bar.set_postfix(loss=loss)
             if bar.disable and ranks.rank == 0:                                 # no terminal: a line a report instead of a bar
-                print(f"{tr.seen:>11,} images  loss {row['loss']:.4f}  {row['images_per_s']:.1f} images/s  "
+                print(f"{tr.seen:>11,} images  loss {loss}  {row['images_per_s']:.1f} images/s  "
                       f"{(cfg.images - tr.seen) / row['images_per_s']:.0f} s left", flush=True)
         with clock.paused():
             looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
@@ -431,11 +441,8 @@ def main() -> None:
         print(json.dumps(asdict(cfg), indent=1))
         return
     ranks = join_ranks(cfg)
-    try:
-        train(cfg, ranks)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(cfg, ranks)
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 
 import base64
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,6 @@ def fit_pca(images: Tensor, channels: int = 32, factor: int = 8) -> LinearVAE:
     Latents have unit variance over all channels; between channels the spread is halved (in log), not removed: the mean
     colour of a patch weighs more in a loss than its faintest texture, without drowning it.
     """
-    pixel(factor).latent_shape(images.shape[-1])
     patches = F.pixel_unshuffle(images.double(), factor).movedim(1, -1).reshape(-1, 3 * factor * factor)
     mean = patches.mean(0)
     centred = patches - mean
@@ -104,10 +104,10 @@ def load_vae(name_or_path: Path | str) -> LinearVAE:
     name = str(name_or_path)
     if name == "pixel":
         return pixel()
-    if name.startswith("pixel:") and name[6:].isdigit() and int(name[6:]) > 0:
+    if re.fullmatch(r"pixel:[1-9]\d?", name):
         return pixel(int(name[6:]))
     if not Path(name).is_file():
-        raise UserError(f"no autoencoder {name!r}: wanted pixel, pixel:N, or a file such as runs/<name>/vae.safetensors.")
+        raise UserError(f"no autoencoder {name!r}: wanted pixel, pixel:N (N below 100), or a file such as runs/<name>/vae.safetensors.")
     tensors, meta = read_tensors(name)
     if meta.get("kind") != "vae":
         raise UserError(f"{name} holds no autoencoder (it looks like a {meta.get('kind', 'U-Net')} file).")

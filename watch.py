@@ -32,6 +32,7 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
     held, name, net = tr.ds.heldout, *ema_net(tr)
     n, bins = min(len(held), HELD_OUT), 8
     sums = torch.zeros(bins, dtype=torch.float64)
+    labels = torch.from_numpy(data.classes_of(held, tr.classes)[1]) if tr.classes else None
     tr.net.eval()
     jobs = [(i, b) for i in range(n) for b in range(bins)][tr.ranks.rank::tr.ranks.world]
     for lo in range(0, len(jobs), 64):
@@ -39,8 +40,8 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
         noise = [data.rng(tr.cfg.seed, "held out", i * bins + b).standard_normal(tr.latent_shape, dtype="float32") for i, b in chunk]
         batch = {"image": held.images([i for i, _ in chunk]), "eps": torch.stack([torch.from_numpy(e) for e in noise]),
                  "t": torch.tensor([(b + 0.5) / bins for _, b in chunk])}
-        if tr.classes:
-            batch["y"] = torch.from_numpy(data.classes_of(held, tr.classes)[1])[[i for i, _ in chunk]]
+        if labels is not None:
+            batch["y"] = labels[[i for i, _ in chunk]]
         loss = tr.forward(net, batch)
         sums.index_add_(0, torch.tensor([b for _, b in chunk]), loss.per_sample.double().cpu())
     tr.net.train()

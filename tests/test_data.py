@@ -68,6 +68,21 @@ def test_folders_that_cannot_be_used(tmp_path, make, message):
         open_dataset(str(make(tmp_path)))
 
 
+def test_tags_for_absent_files_are_said_and_a_byte_order_mark_is_not_a_tag(folder, capsys):
+    (folder / "a" / "tags.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "gone.png", "tags": "x"}\n')
+    (folder / "a" / "1.txt").write_bytes(b"\xef\xbb\xbffirst, second")
+    ds = open_dataset(str(folder), resolution=32, holdout=0)
+    assert "tags for 1 files that are not there, first a/gone.png" in capsys.readouterr().err
+    assert dict(zip(ds.source.names, ds.source.tags))["a/1.jpg"] == ("first", "second")
+
+
+@pytest.mark.parametrize("tags", ['{"a": 1}', "[1, 2]", "3", "null"])
+def test_tags_of_the_wrong_type_are_named(folder, tags):
+    (folder / "a" / "tags.jsonl").write_text(f'{{"file_name": "0.png", "tags": {tags}}}\n')
+    with pytest.raises(UserError, match="tags.jsonl:1: wanted"):
+        open_dataset(str(folder), resolution=32)
+
+
 def test_a_bad_line_in_a_tag_file_is_named(folder):
     (folder / "a" / "tags.jsonl").write_text('{"file_name": "0.png", "tags": ["x"]}\n{"name": 1}\n')
     with pytest.raises(UserError, match=r"tags.jsonl:2: .*KeyError"):
@@ -91,6 +106,14 @@ def test_decode_keeps_the_middle_and_puts_alpha_on_white(tmp_path):
     assert decode(tmp_path / "wide.png", 50).min() == 200
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert decode(tmp_path / "clear.png", 4).min() == 255
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    assert set(decode(tmp_path / "deep.png", 8).ravel()) == {30_000 >> 8}
+    exif = Image.Exif()
+    exif[274] = 6                                                               # "rotate me by 90 degrees"
+    half = np.zeros((20, 40, 3), np.uint8)
+    half[:, :20] = 255
+    Image.fromarray(half).save(tmp_path / "phone.jpg", exif=exif, quality=100)
+    assert decode(tmp_path / "phone.jpg", 20)[:3].min() > 200 > 50 > decode(tmp_path / "phone.jpg", 20)[-3:].max()
     Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
     assert decode(tmp_path / "grey.png", 8).shape == (8, 8, 3)
 

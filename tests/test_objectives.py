@@ -144,6 +144,15 @@ def test_min_snr_weighs_the_same_x0_error_alike_for_every_target():
     assert torch.allclose(min_snr(t, "x0"), snr.clamp(max=5.0))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_weighted_when_asked(name):
+    x0, eps = pair(16)
+    t = table_time("linear", torch.arange(20, 980, 60)).float()
+    plain, weighted = (make_objective(name, weight=w).loss(lambda x, t: x * 0, x0, eps=eps, t=t) for w in ("uniform", "min_snr"))
+    weight = min_snr(t, PRESETS[name].target)
+    assert torch.allclose(weighted.per_sample, plain.per_sample * weight) and weight.std() > 0.05
+
+
 @pytest.mark.parametrize("target", ["eps", "v", "u", "x0"])
 def test_min_snr_is_finite_at_both_ends(target):
     w = min_snr(torch.tensor([0.0, 1e-8, 1 - 1e-7, 1.0]), target)

@@ -1,9 +1,9 @@
 """The training loop: one code path for any number of ranks, exact arithmetic of progress, and errors a user can act on."""
 
+import copy
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 import run as run_module
 import samplers
 import train
+import watch
 from ckpt import checkpoints, load_unet, save_unet
 from config import UserError
 from data import Stream
@@ -104,6 +105,14 @@ def test_the_sampler_gives_the_same_image_for_a_seed_at_any_batch_size(tmp_path,
         assert len(pixels) == 2 + (i >= 2) and all((p - pixels[0]).abs().max() <= 1 for p in pixels)   # rounding of batched convs
 
 
+def test_default_sample_folders_differ_where_images_differ():
+    base = samplers.Config(ckpt="x")
+    names = {samplers.settings(replace(base, **change)) for change in ({}, {"steps": 10}, {"labels": ("a b",)}, {"labels": ("a/c",)},
+             {"cfg": 2.0}, {"shift": 3.0}, {"method": "ddim"}, {"method": "ddim", "eta": 1.0})}
+    assert len(names) == 8 and all("/" not in n for n in names)
+    assert samplers.settings(replace(base, n=99, batch=3, out="y", seed=4)) == ""
+
+
 def test_held_out_loss_is_fixed(tmp_path):
     cfg = resolve(Config(**{**FAST, "out": str(tmp_path), "holdout": 0.3}))
     tr = train.setup(cfg, ALONE)
@@ -130,6 +139,65 @@ def test_fm_and_ddpm_arms_see_the_same_samples_and_noise_in_the_same_order(tmp_p
         go(tmp_path, objective=objective, seed=seed, name=f"{objective}{seed}")
     assert len(seen["fm", 0]) == 5 and seen["fm", 0] == seen["ddpm", 0]
     assert seen["fm", 0] != seen["fm", 1]
+
+
+def test_a_step_is_adamw_on_the_clipped_mean_gradient_and_the_emas_follow(tmp_path):
+    """Three steps by hand, with torch.optim.AdamW's textbook form, against step() with accumulation."""
+    cfg = resolve(Config(**{**FAST, "out": str(tmp_path), "accum": 2, "clip": 0.05, "lr": 1e-3, "weight_decay": 0.1, "warmup": 0.5}))
+    tr = train.setup(cfg, ALONE)
+    loader = train.data.batches(Stream(tr.ds, None, tr.latent_shape, 0), train.positions(cfg, ALONE, 0))
+    twin = copy.deepcopy(tr.net)
+    m, v, emas = ({n: torch.zeros_like(p) for n, p in twin.named_parameters()} for _ in range(3))
+    for i in range(1, 4):
+        batch = next(train.data.batches(Stream(tr.ds, None, tr.latent_shape, 0), iter([list(range(8 * i - 8, 8 * i))])))
+        lr = learning_rate(tr.seen, cfg)
+        train.step(tr, loader)
+        tr.forward(twin, batch).loss.backward()
+        norm = torch.stack([p.grad.square().sum() for p in twin.parameters()]).sum().sqrt()
+        assert norm > cfg.clip
+        exponent = tr.ema.exponents["0.100"]
+        with torch.no_grad():
+            for n, p in twin.named_parameters():
+                g = p.grad * cfg.clip / norm
+                m[n], v[n] = 0.9 * m[n] + 0.1 * g, 0.999 * v[n] + 0.001 * g * g
+                p.mul_(1 - lr * 0.1).sub_(lr * (m[n] / (1 - 0.9 ** i)) / ((v[n] / (1 - 0.999 ** i)).sqrt() + 1e-8))
+                beta = (1 - 1 / i) ** exponent
+                emas[n] = beta * emas[n] + (1 - beta) * p
+                p.grad = None
+    for n, p in twin.named_parameters():
+        assert torch.allclose(dict(tr.net.named_parameters())[n], p, atol=2e-5), n
+        assert torch.allclose(tr.ema.weights["0.100"][n], emas[n], atol=2e-5), n
+    assert (twin.out[2].weight - train.setup(replace(cfg, name="b"), ALONE).net.out[2].weight).abs().max() > 1e-3
+
+
+def test_every_setting_reaches_what_it_sets(tmp_path, monkeypatch):
+    streams = []
+    real = train.data.batches
+    monkeypatch.setattr(train.data, "batches", lambda stream, *a, **k: streams.append(stream) or real(stream, *a, **k))
+    nets = []
+    monkeypatch.setattr(watch, "draw_samples", lambda tr, net, seeds, steps: nets.append(net) or torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setattr(train, "draw_samples", watch.draw_samples)
+    settings = dict(objective="v", table="scaled_linear", density="gaussian", shift=2.0, loss="l1", weight="min_snr")
+    run = go(tmp_path, images=16, flip=True, label_drop=0.3, classes=("glasses",), seed=5, preview_every=16, ema=(0.1, 0.05), **settings)
+    stream, = streams
+    assert (stream.flip, stream.label_drop, stream.seed) == (True, 0.3, 5) and set(stream.labels) == {-1, 0}
+    objective = load_unet(checkpoints(run)[-1] / "model.safetensors")[1]["objective"]
+    assert objective == {**objective, "name": "v", "target": "v", "table": "scaled_linear", "density": "gaussian", "shift": 2.0,
+                         "loss_type": "l1", "weight": "min_snr"}
+    assert isinstance(nets[0], UNet) and not isinstance(nets[1], UNet) and not isinstance(nets[2], UNet)   # raw, EMA, EMA
+    weights = dict(zip(nets[1].__code__.co_freevars, (c.cell_contents for c in nets[1].__closure__)))["weights"]
+    narrow = load_unet(checkpoints(run)[-1] / "ema-0.050.safetensors")[0].state_dict()
+    assert all(torch.equal(weights[k], narrow[k]) for k in narrow)              # previews show what samplers.py takes
+
+
+def test_only_the_network_runs_in_bf16(tmp_path, monkeypatch):
+    real, latents = Objective.loss, {}
+    monkeypatch.setattr(Objective, "loss", lambda self, net, x0, **k: latents.setdefault(current, []).append(x0) or real(self, net, x0, **k))
+    for current in ("fp32", "bf16"):
+        go(tmp_path, images=16, dtype=current, name=current)
+    assert all(torch.equal(a, b) for a, b in zip(latents["fp32"], latents["bf16"]))
+    a, b = (rows(tmp_path / n)[1]["loss"] for n in ("fp32", "bf16"))
+    assert a != b and b == pytest.approx(a, rel=1e-2)
 
 
 def test_the_network_learns(tmp_path):
@@ -173,8 +241,9 @@ def test_ten_non_finite_steps_in_a_row_stop_with_the_batch_saved(tmp_path, monke
     with pytest.raises(UserError, match="10 non-finite steps in a row, the last: layer middle_block.0.in_layers.2, t = "):
         go(tmp_path, images=400)
     run = tmp_path / "toyfaces-48-fm-standard"
-    batches = torch.load(run / "bad-batch-rank0.pt", weights_only=True)
+    batches = torch.load(run / "bad-batch-000000000080-rank0.pt", weights_only=True)
     assert batches[0]["position"].tolist() == list(range(72, 80)) and checkpoints(run)
+    assert rows(run)[-1]["loss"] is None and rows(run)[-1]["grad_norm"] is None
 
 
 def test_a_non_finite_gradient_names_its_parameter(tmp_path, monkeypatch):
@@ -215,8 +284,21 @@ def tree(path):
     pytest.param(["--resolution", "44"], "not divisible by the autoencoder's factor 8", id="resolution"),
     pytest.param(["--resolution", "40"], "cannot halve 1 times.  Use a multiple of 16", id="resolution for the U-Net"),
     pytest.param(["--vae", "flux9"], "no autoencoder 'flux9'", id="vae"),
+    pytest.param(["--vae", "pixel:999"], "N below 100", id="vae factor"),
+    pytest.param(["--init", "OTHER", "--vae", "pca"], "trained on other latents", id="init with another autoencoder"),
+    pytest.param(["--objective", "fm", "--table", "cosine"], "fm has none", id="table for fm"),
+    pytest.param(["--lr", "nan"], "--lr nan: wanted 0 to 1000", id="nan"),
+    pytest.param(["--lr", "-1"], "wanted 0 to", id="negative"),
+    pytest.param(["--images", "0"], "--images 0: wanted 1 to", id="no images"),
+    pytest.param(["--images", "1e999"], "--images takes int", id="infinite"),
+    pytest.param(["--shift", "0"], "--shift 0.0: wanted 0.001", id="shift"),
+    pytest.param(["--workers", "100000"], "--workers 100000: wanted -1 to 128", id="workers"),
+    pytest.param(["--name", "../escape"], "without slashes", id="name"),
+    pytest.param(["--classes", "cat tail"], "--classes: 'cat tail' matches 0", id="classes"),
+    pytest.param(["--ema", "0.05,0.0501"], "wanted different widths", id="ema twice"),
+    pytest.param(["--data", "LATIN"], "is not UTF-8", id="sidecar encoding"),
     pytest.param(["--log", "mlflow"], "mlflow is not one of tensorboard, wandb", id="log"),
-    pytest.param(["--ema", "0.5"], "wanted above 0 and below 0.28", id="ema"),
+    pytest.param(["--ema", "0.5"], "from 0.01 to 0.25", id="ema"),
     pytest.param(["--device", "cuda:99"], "is not usable here", id="device"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user, args, message):
@@ -228,7 +310,10 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user
     other = UNetConfig(in_channels=192, out_channels=192, model_channels=32, channel_mult=(1,), attention=(0,))
     save_unet(tmp_path / "other.safetensors", UNet(other), {"vae": pixel(8).meta()})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:5000])
-    names = {"EMPTY": "empty", "BROKEN": "broken", "PICKLE": "pickle.safetensors", "CUT": "cut.safetensors", "OTHER": "other.safetensors"}
+    names = {"EMPTY": "empty", "LATIN": "latin", "BROKEN": "broken", "PICKLE": "pickle.safetensors", "CUT": "cut.safetensors", "OTHER": "other.safetensors"}
+    (tmp_path / "latin").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "latin" / "a.png")
+    (tmp_path / "latin" / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
     before = tree(tmp_path)
     vae = ["--vae", "pixel:8"] if "OTHER" in args else []
     code, _, err = user(train.main, *flags(out=tmp_path / "runs"), *vae, *[str(tmp_path / names[a]) if a in names else a for a in args])
@@ -239,9 +324,14 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user
 
 def test_another_config_in_the_same_folder_says_what_differs(tmp_path, user):
     run = go(tmp_path)
-    before = tree(run)
+    before, old = tree(run), (run / "config.json").read_text()
     code, _, err = user(train.main, *flags(out=tmp_path, lr=5e-4, seed=3))
     assert code == 2 and "lr 0.002 -> 0.0005; seed 0 -> 3" in err[-1] and tree(run) == before
+    (run / "config.json").write_text("{")
+    assert "is not the config of a run" in user(train.main, *flags(out=tmp_path))[2][-1]
+    (run / "config.json").unlink()
+    assert "has checkpoints but no config.json" in user(train.main, *flags(out=tmp_path))[2][-1]
+    (run / "config.json").write_text(old)
     assert "--no-resume" in user(train.main, *flags(out=tmp_path), "--no-resume")[2][-1]
     code, out, _ = user(train.main, *flags(out=tmp_path, accum=2, log_every=16))    # what may change does not count
     assert code == 0 and "finished" in out and tree(run) == before
@@ -288,12 +378,15 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path, user, 
 @pytest.mark.parametrize("args, message", [
     (["--ckpt", "nowhere"], "no checkpoint at nowhere"), ([], "--ckpt is required"), (["--ckpt", "RUN", "--labels", "cat"], "without classes"),
     (["--ckpt", "RUN", "--cfg", "2"], "needs --labels"), (["--ckpt", "RUN", "--steps", "0"], "wanted at least 1"),
+    (["--ckpt", "RUN", "--seed", "99999999999999999999"], "wanted 0 to"),
+    (["--ckpt", "STATE"], "holds no U-Net (it looks like a training state file)"), (["--ckpt", "VAE"], "looks like a vae file"),
     (["--ckpt", "RUN", "--method", "heum"], "Closest: heun"), (["--ckpt", "FILE"], "is a Python pickle"),
 ])
 def test_bad_input_to_the_sampler(tmp_path, user, args, message):
     run = go(tmp_path, images=8)
     torch.save({}, tmp_path / "file.pt")
-    code, _, err = user(samplers.main, *[{"RUN": run, "FILE": tmp_path / "file.pt"}.get(a, a) for a in args], "--out", tmp_path / "s")
+    code, _, err = user(samplers.main, *[{"RUN": run, "FILE": tmp_path / "file.pt", "VAE": run / "vae.safetensors",
+                                             "STATE": checkpoints(run)[-1] / "state.safetensors"}.get(a, a) for a in args], "--out", tmp_path / "s")
     assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "s").exists()
 
 
