@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def write(name: str, result: dict[str, Any]) -> Path:
     """The result with machine, commit, versions and command beside it."""
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "machine": machine(), **versions(), **result}, indent=1) + "\n")
+    command = re.sub(r" --out \S+", "", " ".join(["python", *sys.argv]))            # where it wrote is nobody's business
+    path.write_text(json.dumps({"command": command, "machine": machine(), **versions(), **result}, indent=1) + "\n")
     print(path)
     return path
