@@ -105,13 +105,15 @@ def convert(key: str, text: str, kind: Any) -> Any:
 def usage(cls: type, doc: str | None) -> str:
     """The --help screen: the script's first docstring paragraph, then a line a flag with default and comment."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    lines = [(doc or "").strip().split("\n\n")[0], ""]
+    hints, lines = typing.get_type_hints(cls), [(doc or "").strip().split("\n\n")[0], ""]
     for field in dataclasses.fields(cls):
         value = field.default
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
         shown = "required" if value is dataclasses.MISSING else value
-        lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {comments.get(field.name, '')}")
+        text, kind = comments.get(field.name, ""), hints[field.name]
+        choices = " | ".join(c for c in typing.get_args(kind) if c) if typing.get_origin(kind) is typing.Literal else ""
+        lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {f'{choices}: ' * bool(choices) * ('|' not in text)}{text}")
     lines.append(f"  --{'dry-run':<15} {'':<10} print the resolved config and stop")
     return "\n".join(lines)
 

@@ -119,6 +119,9 @@ def describe(spec: str, stage: str, wanted: set[str], ds: Dataset, left_out: int
         lines.append(f"  unreadable: {', '.join(source.unreadable[:10])}{f' … and {more} more' if more > 0 else ''}")
     for tag in sorted(wanted):
         lines.append(f"  {stage} tag {tag!r}: {everything[tag]:,} found, {used[tag]:,} used")
+    untagged = sum(not source.tags[j] for j in ds.index)
+    if untagged:
+        lines.append(f"  without tags: {untagged:,} of the used")
     shown = [f"{tag} {n:,}" for tag, n in used.most_common(24)]
     lines.append(f"  tags used: {', '.join(shown) or 'none'}{f' … and {len(used) - 24} more' if len(used) > 24 else ''}")
     return "\n".join(lines)

@@ -218,16 +218,10 @@ def read_line(path: Path, line: str) -> dict[str, Any]:
 def open_mirror(name: str, run: Path, header: dict[str, Any], seen: int) -> Callable[[dict[str, float], int], None]:
     """A function (values, images) -> None for tensorboard or wandb."""
     if name == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--log tensorboard needs a package that is not installed.  pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
         return lambda values, images: [writer.add_scalar(k, v, images) for k, v in values.items()] and writer.flush()
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--log wandb needs a package that is not installed.  pip install wandb") from None
+    import wandb
     wandb.init(project="twinpath", name=run.name, dir=str(run), config=header["config"], id=run.name, resume="allow")
     return lambda values, images: wandb.log(values, step=images)
 

@@ -313,8 +313,8 @@ def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor |
 def settings(cfg: Config) -> str:
     """What makes an image of a seed, as far as it is not the default: two different images never share a default folder."""
     chosen = [f.name for f in fields(Config) if f.name not in ("ckpt", "n", "seed", "out", "batch", "device") and getattr(cfg, f.name) != f.default]
-    text = "".join(f"-{name}={getattr(cfg, name)}" for name in chosen)
-    return re.sub(r"[^\w=.,-]+", "_", text)
+    values = {name: "+".join(v) if isinstance(v := getattr(cfg, name), tuple) else v for name in chosen}
+    return re.sub(r"[^\w=.+-]+", "_", "".join(f"-{name}={value}" for name, value in values.items()))
 
 
 def main() -> None:

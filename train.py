@@ -10,6 +10,7 @@
 A run is a folder: config.json, log.jsonl, vae.safetensors, samples/, ckpt/.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -155,6 +156,9 @@ def resolve(cfg: Config) -> Config:
     unknown = set(cfg.log) - {"tensorboard", "wandb"}
     if unknown:
         raise UserError(f"--log {', '.join(sorted(unknown))} is not one of tensorboard, wandb.")
+    absent = [name for name in cfg.log if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(f"--log {absent[0]} needs a package that is not installed.  pip install {absent[0]}")
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
     name, tags = cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", cfg.exclude_tags
     if not tags and cfg.stage == "stage2" and not cfg.init:
@@ -380,6 +384,8 @@ def train(cfg: Config, ranks: Ranks) -> None:
             print(final)
         return
     tr = setup(cfg, ranks)
+    if ranks.rank == 0 and (tr.seen or tr.init["path"]):
+        print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
     clock = Speed(tr.seen)
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
@@ -391,7 +397,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
         lr = learning_rate(tr.seen, cfg)
         norm = step(tr, loader)
         bar.update(cfg.batch)
-        if due(tr.seen, cfg.log_every, cfg.batch):
+        if due(tr.seen, cfg.log_every, cfg.batch) or (cfg.log_every and tr.seen >= cfg.images):
             row = log.report(tr, norm, lr, clock)
             loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
             bar.set_postfix(loss=loss)
@@ -418,7 +424,8 @@ def finish(tr: Trainer, log: Log, final: Path) -> None:
         if tr.ranks.rank == 0:
             print(f"stopped and saved at {tr.seen:,} of {tr.cfg.images:,} images.  The same command continues.")
         return
-    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), 25)
+    # The noise of a stochastic sampler corrects what a young network gets wrong; an ODE keeps it as grain.
+    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), method="ddim", eta=1.0, steps=50)
     if tr.ranks.rank == 0:
         make_dir(final.parent)
         save_grid(images, final, columns=8)

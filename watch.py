@@ -49,8 +49,8 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
     return {"event": "held-out", "images": tr.seen, "of": name, "n": n, "loss": sum(by_t) / bins, "loss_by_t": by_t}
 
 
-def draw_samples(tr: Any, net: Any, seeds: list[int], steps: int) -> Tensor:
-    """uint8 images of fixed seeds, Heun; every rank draws its share. Labels cycle through the classes."""
+def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
+    """uint8 images of fixed seeds; every rank draws its share. Labels cycle through the classes; `how` goes to sample()."""
     mine = seeds[tr.ranks.rank::tr.ranks.world]
     tr.net.eval()
     images = torch.zeros(len(seeds), 3, tr.cfg.resolution, tr.cfg.resolution, dtype=torch.int32, device=tr.ranks.device)
@@ -58,8 +58,8 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], steps: int) -> Tensor:
         x = draw(generators(mine), torch.empty(1, *tr.latent_shape, device=tr.ranks.device))
         y = torch.tensor([s % len(tr.classes) for s in mine], device=tr.ranks.device) if tr.classes else None
         with autocast(tr.ranks.device, tr.cfg.dtype):
-            s = sample(guided(tr.objective, net), tr.objective.prior(x), steps=steps, t_start=tr.objective.t_max,
-                       cond=None if y is None else {"y": y})
+            s = sample(guided(tr.objective, net), tr.objective.prior(x), seeds=mine, t_start=tr.objective.t_max,
+                       cond=None if y is None else {"y": y}, **how)
         images[tr.ranks.rank::tr.ranks.world] = to_uint8(tr.vae.decode(s.x)).int()
     tr.net.train()
     return tr.ranks.sum(images).to(torch.uint8)                                 # the others' rows are zero
@@ -67,9 +67,9 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], steps: int) -> Tensor:
 
 def preview(tr: Any) -> Path:
     """A row of raw samples over a row of EMA samples, the same eight seeds at every call."""
-    seeds, rows = list(range(8)), [draw_samples(tr, tr.net, list(range(8)), 10)]
+    seeds, rows = list(range(8)), [draw_samples(tr, tr.net, list(range(8)), method="heun", steps=10)]
     if tr.ema.weights:
-        rows.append(draw_samples(tr, ema_net(tr)[1], seeds, 10))
+        rows.append(draw_samples(tr, ema_net(tr)[1], seeds, method="heun", steps=10))
     path = tr.run / "samples" / f"{tr.seen:012d}.png"
     if tr.ranks.rank == 0:
         make_dir(path.parent)

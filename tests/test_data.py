@@ -40,6 +40,7 @@ def test_folder_reads_all_tag_files_and_names_what_it_cannot_read(folder):
     assert by_name["a/b/5.webp"] == ("albedo (overlord)", "solo")
     assert by_name["a/2.webp"] == ()
     assert "12 found = 10 used + 0 held out + 0 left out by stage=standard + 2 unreadable" in ds.report
+    assert "without tags: 6 of the used" in ds.report
     assert "a/broken.png" in ds.report and "a/cut.png" in ds.report
 
 
