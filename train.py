@@ -27,6 +27,7 @@ import toyfaces
 from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
 from config import UserError, autocast, cli, closest, parse
 from data import Dataset, Stream, open_dataset, to_float
+from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
@@ -61,6 +62,7 @@ class Config:
     images: int = 40_000                 # images shown in all, rounded up to whole batches
     batch: int = 16                      # global; split over ranks and --accum
     accum: int = 1                       # micro-batches a step
+    optim: Literal["adamw", "adamw8bit"] = "adamw"   # adamw8bit keeps its moments in 2 bytes a parameter
     lr: float = 2e-3                     # peak
     decay: Literal["constant", "cosine"] = "cosine"   # after the warm-up
     warmup: float = 0.05                 # share of --images
@@ -243,7 +245,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     overrides = {k: v for k, v in (("table", cfg.table), ("density", cfg.density)) if v}
     objective = make_objective(cfg.objective, shift=cfg.shift, loss_type=cfg.loss, weight=cfg.weight, **overrides)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = AdamW8bit(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay) if cfg.optim == "adamw8bit" else \
+        torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held)
     if checkpoints(run):
         load_state(trainer)

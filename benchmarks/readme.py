@@ -22,8 +22,11 @@ MAP = {
     "vae.py": "the linear autoencoder and pixels",
     "ckpt.py": "checkpoints: atomic, strict, self-describing",
     "config.py": "dataclass → command line; one-line errors; device and precision",
-    "kernels/attention.py": "where all attention goes through",
-    "kernels/groupnorm.py": "where all GroupNorm + FiLM + SiLU goes through",
+    "kernels/attention.py": "attention, forward and backward",
+    "kernels/groupnorm.py": "GroupNorm + FiLM + SiLU, forward and backward, channels_last",
+    "kernels/adamw8bit.py": "AdamW with 8-bit moments in bitsandbytes' format: one launch on a GPU, the same codes on a CPU",
+    "kernels/dispatch.py": "which path an op takes, said once: KERNELS=auto, triton or torch",
+    "kernels/bench.py": "kernels against their peers and against the floor, where you are",
 }
 
 

@@ -1,12 +1,20 @@
 """Scaled dot-product attention: softmax(q kᵀ · scale) v, per head, without a mask.
 
-The one place the model goes through for attention. `attention_ref` is the definition of correct;
-`attention` is what runs.
+    S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)      one pass over k, v: only o and lse are kept
+Backward, with D = rowsum(do ∘ o):
+    dv = Pᵀ do    dP = do vᵀ    dS = P ∘ (dP - D)    dq = scale · dS k    dk = scale · dSᵀ q
+Two kernels (dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256 queries, one program a head that
+reads everything once. No atomics: bitwise deterministic.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.dispatch import tl, triton, use_triton
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (32, 64, 128)                    # others run on torch's SDPA
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -16,6 +24,219 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
     return weights @ v                                                          # (B, heads, N, D)
 
 
+# ---- kernels --------------------------------------------------------------------------------------------------------
+# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and D contiguous; D is a power of two.
+
+@triton.jit
+def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, heads, N, M, scale2,
+                   D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    n, m, d = block * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, D)
+    rows = (n < N)[:, None]
+    qt = tl.load(q + b * qb + h * qh + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
+    top, total, acc = tl.full([BN], -float("inf"), tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN, D], tl.float32)
+    k, v = k + b * kb + h * kh, v + b * vb + h * vh
+    for start in range(0, M, BM):
+        j = start + m
+        cols = (j < M)[:, None]
+        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
+        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        s = tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2
+        s = tl.where((j < M)[None, :], s, -float("inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        p, fade = tl.exp2(s - new[:, None]), tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
+        top = new
+    tl.store(o + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=rows)
+    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
+
+
+@triton.jit
+def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
+                       heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """dk and dv of BM keys: q and do pass by. Strides g… are do's, o… are dk's and dv's."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    j, d = block * BM + tl.arange(0, BM), tl.arange(0, D)
+    cols = (j < M)[:, None]
+    kt = tl.load(k + b * kb + h * kh + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
+    vt = tl.load(v + b * vb + h * vh + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+    dkt, dvt = tl.zeros([BM, D], tl.float32), tl.zeros([BM, D], tl.float32)
+    q, do = q + b * qb + h * qh, do + b * gb + h * gh
+    for start in range(0, N, BN):
+        n = start + tl.arange(0, BN)
+        rows = (n < N)[:, None]
+        qt = tl.load(q + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
+        gt = tl.load(do + n.to(tl.int64)[:, None] * gn + d[None, :], mask=rows, other=0)
+        ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))     # exp2(s - inf) = 0 for rows beyond N
+        dl = tl.load(delta + bh.to(tl.int64) * N + n, mask=n < N, other=0)
+        pt = tl.exp2(tl.dot(kt, tl.trans(qt), input_precision="ieee") * scale2 - ls[None, :])        # (BM, BN)
+        dvt += tl.dot(pt.to(gt.dtype), gt, input_precision="ieee")
+        dpt = tl.dot(vt, tl.trans(gt), input_precision="ieee")
+        dst = pt * (dpt - dl[None, :])
+        dkt += tl.dot(dst.to(qt.dtype), qt, input_precision="ieee")
+    at = b * ob + h * oh + j.to(tl.int64)[:, None] * on + d[None, :]
+    tl.store(dk + at, (dkt * scale).to(dk.dtype.element_ty), mask=cols)
+    tl.store(dv + at, dvt.to(dv.dtype.element_ty), mask=cols)
+
+
+@triton.jit
+def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
+                      heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """dq of BN queries: k and v pass by."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    n, d = block * BN + tl.arange(0, BN), tl.arange(0, D)
+    rows = (n < N)[:, None]
+    qt = tl.load(q + b * qb + h * qh + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
+    gt = tl.load(do + b * gb + h * gh + n.to(tl.int64)[:, None] * gn + d[None, :], mask=rows, other=0)
+    ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
+    dl = tl.load(delta + bh.to(tl.int64) * N + n, mask=n < N, other=0)
+    dqt = tl.zeros([BN, D], tl.float32)
+    k, v = k + b * kb + h * kh, v + b * vb + h * vh
+    for start in range(0, M, BM):
+        j = start + tl.arange(0, BM)
+        cols = (j < M)[:, None]
+        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
+        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
+        p = tl.where((j < M)[None, :], p, 0.0)
+        ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
+        dqt += tl.dot(ds.to(kt.dtype), kt, input_precision="ieee")
+    tl.store(dq + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
+
+
+@triton.jit
+def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on, eb, eh, en,
+                          heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """One head whole, N <= BN: queries stay, keys pass by once. Strides o… are o's and dq's, e… are dk's and dv's."""
+    bh = tl.program_id(0)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    n, d = tl.arange(0, BN), tl.arange(0, D)
+    rows = (n < N)[:, None]
+    qt = tl.load(q + b * qb + h * qh + n[:, None] * qn + d[None, :], mask=rows, other=0)
+    gt = tl.load(do + b * gb + h * gh + n[:, None] * gn + d[None, :], mask=rows, other=0)
+    ot = tl.load(o + b * ob + h * oh + n[:, None] * on + d[None, :], mask=rows, other=0)
+    dl = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
+    ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
+    dqt = tl.zeros([BN, D], tl.float32)
+    k, v = k + b * kb + h * kh, v + b * vb + h * vh
+    for start in range(0, M, BM):
+        j = start + tl.arange(0, BM)
+        cols = (j < M)[:, None]
+        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
+        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
+        p = tl.where((j < M)[None, :], p, 0.0)
+        at = b * eb + h * eh + j.to(tl.int64)[:, None] * en + d[None, :]
+        tl.store(dv + at, tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision="ieee").to(dv.dtype.element_ty), mask=cols)
+        ds = (p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])).to(qt.dtype)
+        tl.store(dk + at, (tl.dot(tl.trans(ds), qt, input_precision="ieee") * scale).to(dk.dtype.element_ty), mask=cols)
+        dqt += tl.dot(ds, kt, input_precision="ieee")
+    tl.store(dq + b * ob + h * oh + n[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+# (BN, BM, warps, stages) by kernel and head dim; chosen by ahead-of-time compilation (no spills), not yet on a GPU.
+CONFIG = {"forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)},
+          "backward_kv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 1)},
+          "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},     # wgmma wants 64 rows of accumulator
+          # one program does a head's whole backward pass for up to BN queries
+          "small": {32: (256, 64, 8, 1), 64: (256, 32, 8, 1), 128: (128, 32, 8, 1)}}
+
+
+def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The table's row; fp32 takes a small tile, or it would spill. (It is for checking: SDPA serves fp32 in auto.)"""
+    BN, BM, warps, stages = CONFIG[kind][D]
+    return (BN, BM, warps, stages) if dtype.itemsize == 2 else (max(BN // 8, 16), max(BM // 4, 16), warps, 1)
+
+
+def roomy(device: torch.device) -> bool:
+    """Can a program hold a whole head? Data-centre GPUs can (164 KB of shared memory and up), consumer ones cannot (100 KB)."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
+
+
+def rows(t: Tensor) -> Tensor:
+    """t with contiguous D; anything else (a stride-0 expanded gradient, a transposed head) is copied."""
+    return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
+
+
+def like(t: Tensor) -> Tensor:
+    """Empty (B, heads, N, D) in (B, N, heads, D) memory, so that the projection after it sees a view."""
+    B, heads, N, D = t.shape
+    return torch.empty(B, N, heads, D, dtype=t.dtype, device=t.device).transpose(1, 2)
+
+
+@torch.library.custom_op("twinpath::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(o, lse): o (B, heads, N, D), lse (B, heads, N) fp32 in base 2."""
+    q, k, v = rows(q), rows(k), rows(v)
+    B, heads, N, D = q.shape
+    o, lse = like(q), torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
+    BN, BM, warps, stages = config("forward", D, q.dtype)
+    if o.numel():
+        forward_kernel[triton.cdiv(N, BN), B * heads](q, k, v, o, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+                                                      heads, N, k.shape[2], scale * LOG2E, D, BN, BM, num_warps=warps, num_stages=stages)
+    return o, lse
+
+
+@_forward.register_fake
+def _(q, k, v, scale):
+    return like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("twinpath::attention_backward", mutates_args=())
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    q, k, v, do = rows(q), rows(k), rows(v), rows(do)
+    B, heads, N, D = q.shape
+    M = k.shape[2]
+    dq, dk, dv = like(q), like(k), like(v)
+    strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    BN, BM, warps, stages = config("small", D, q.dtype)
+    if N <= BN and roomy(q.device):
+        backward_small_kernel[B * heads,](q, k, v, o, do, lse, dq, dk, dv, *strides, *o.stride()[:3], *dk.stride()[:3], heads, N, M, scale,
+                                          scale * LOG2E, D, min(BN, max(16, triton.next_power_of_2(N))), BM, num_warps=warps, num_stages=stages)
+        return dq, dk, dv
+    delta = (do.float() * o.float()).sum(-1)                                    # (B, heads, N)
+    common = (heads, N, M, scale, scale * LOG2E, D)
+    BN, BM, warps, stages = config("backward_kv", D, q.dtype)
+    backward_kv_kernel[triton.cdiv(M, BM), B * heads](q, k, v, do, lse, delta, dk, dv, *strides, *dk.stride()[:3], *common, BN, BM,
+                                                      num_warps=warps, num_stages=stages)
+    BN, BM, warps, stages = config("backward_q", D, q.dtype)
+    backward_q_kernel[triton.cdiv(N, BN), B * heads](q, k, v, do, lse, delta, dq, *strides, *dq.stride()[:3], *common, BN, BM,
+                                                     num_warps=warps, num_stages=stages)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(do, q, k, v, o, lse, scale):
+    return like(q), like(k), like(v)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.scale = inputs[3]
+
+
+def _gradients(ctx, do, _):
+    q, k, v, o, lse = ctx.saved_tensors
+    return *_backward(do, q, k, v, o, lse, ctx.scale), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), any strides; returns (B, heads, N, D)."""
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted (B, heads, N, D) and twice (B, heads, M, D).")
+    if use_triton("attention", q, k, v, unsupported="" if q.shape[3] in HEAD_DIMS else f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}",
+                  slower="fp32 has no tensor cores here" if q.dtype == torch.float32 else ""):
+        return _forward(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -1,15 +1,21 @@
 """GroupNorm, then FiLM, then SiLU: the sandwich around every convolution of an ADM U-Net.
 
-    n = (x - mean_g) / sqrt(var_g + eps) · weight + bias          per sample and group of C/G channels
-    y = silu((1 + scale) · n + shift)                             scale, shift (B, C) from the time embedding
-
-The one place the model goes through for it. `group_norm_silu_ref` is the definition of correct;
-`group_norm_silu` is what runs.
+    n = (x - mean_g) rstd_g · w + b            statistics per sample and group of C/G channels
+    z = (1 + scale) n + shift,  y = z σ(z)     scale, shift (B, C) from the time embedding
+Backward, with dz = dy σ(z)(1 + z(1 - σ(z))), x̂ = (x - mean) rstd, γ = w (1 + scale), m = HW·C/G,
+P = Σ_hw dz and Q = Σ_hw dz x̂ per (sample, channel), S1 = Σ_group γP, S2 = Σ_group γQ:
+    dshift = P    dscale = w Q + b P    dw = Σ_n (1 + scale) Q    db = Σ_n (1 + scale) P
+    dx = rstd (γ dz - (S1 + x̂ S2) / m)
+Only x, mean and rstd are kept; z is computed again. Every sum has one fixed order: no atomics, bitwise deterministic.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.dispatch import tl, triton, use_triton
 
 
 def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None = None,
@@ -29,16 +35,326 @@ def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, sc
     return n * torch.sigmoid(n) if silu else n
 
 
+# ---- kernels --------------------------------------------------------------------------------------------------------
+# x is seen as (B, HW, C) by strides (sb, sp, sc), so that NHWC and NCHW memory are the same code. The image is cut into
+# K chunks of rows and slabs of COLS channels; a slab need not align with groups, so that NHWC loads are 128 bits wide
+# for any C/G. COLS and the strides of NHWC are multiples of 16 wherever C is.
+
+@triton.jit
+def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 (B, K, C) fp32: per channel and chunk
+                   HW, C, K, sb, sp, sc, NHWC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    slab, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = slab * COLS + tl.arange(0, COLS)
+    inside = c < C
+    column = x + b * sb + (c if NHWC else c.to(tl.int64) * sc)
+    first = tl.load(column + (k * CHUNK).to(tl.int64) * sp, mask=inside, other=0).to(tl.float32)
+    s1, s2 = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+    for r in range(0, CHUNK, ROWS):
+        p = k * CHUNK + r + tl.arange(0, ROWS)
+        mask = (p < HW)[:, None] & inside[None, :]
+        v = tl.load(column[None, :] + p.to(tl.int64)[:, None] * sp, mask=mask, other=0).to(tl.float32)
+        d = tl.where(mask, v - first[None, :], 0.0)    # shifted by the first row: squares stay small under a large mean
+        s1 += tl.sum(d, 0)
+        s2 += tl.sum(d * d, 0)
+    n = tl.minimum(CHUNK, HW - k * CHUNK).to(tl.float32)
+    at = (b * K + k) * C + c
+    tl.store(mean + at, first + s1 / n, mask=inside)
+    tl.store(m2 + at, s2 - s1 * (s1 / n), mask=inside)
+
+
+@triton.jit
+def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mean, m2 (B, K, C); weight, bias (C,); scale, shift (B, C)
+                                a, d, group_mean, group_rstd,              # out: a, d (B, C); group_* (B, G), all fp32
+                                HW, C, G, K, eps, FILM: tl.constexpr, CHUNK: tl.constexpr, CG: tl.constexpr, CGP: tl.constexpr):
+    """One program a (sample, group): Chan's combination of its channels' chunks, then y = silu(a (x - mean) + d)."""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j = tl.arange(0, CGP)
+    inside, c = j < CG, g * CG + j
+    n, avg, sq = 0.0, tl.zeros([CGP], tl.float32), tl.zeros([CGP], tl.float32)
+    for k in range(0, K):
+        nk = tl.minimum(CHUNK, HW - k * CHUNK).to(tl.float32)
+        at = (b * K + k) * C + c
+        delta = tl.load(mean + at, mask=inside, other=0) - avg
+        avg += delta * (nk / (n + nk))
+        sq += tl.load(m2 + at, mask=inside, other=0) + delta * delta * (n * nk / (n + nk))
+        n += nk
+    total = tl.sum(tl.where(inside, avg, 0.0), 0) / CG
+    away = tl.where(inside, avg - total, 0.0)
+    var = (tl.sum(sq, 0) + n * tl.sum(away * away, 0)) / (n * CG)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
+    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
+    if FILM:
+        s = 1.0 + tl.load(scale + b * C + c, mask=inside, other=0).to(tl.float32)
+        w, o = w * s, o * s + tl.load(shift + b * C + c, mask=inside, other=0).to(tl.float32)
+    tl.store(a + b * C + c, rstd * w, mask=inside)
+    tl.store(d + b * C + c, o, mask=inside)
+    tl.store(group_mean + b * G + g, total)
+    tl.store(group_rstd + b * G + g, rstd)
+
+
+@triton.jit
+def apply_kernel(x, a, d, group_mean, y,               # x, y (B, HW, C); a, d (B, C), group_mean (B, G) fp32
+                 HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+                 ROWS: tl.constexpr, COLS: tl.constexpr):
+    slab, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c, p = slab * COLS + tl.arange(0, COLS), r * ROWS + tl.arange(0, ROWS)
+    inside = c < C
+    mask = (p < HW)[:, None] & inside[None, :]
+    at = b * sb + p.to(tl.int64)[:, None] * sp + (c if NHWC else c.to(tl.int64) * sc)[None, :]
+    v = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
+    dc = tl.load(d + b * C + c, mask=inside, other=0)[None, :]
+    mc = tl.load(group_mean + b * G + c // CG, mask=inside, other=0)[None, :]
+    z = ac * (v - mc) + dc
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sums_kernel(x, dy, a, d, group_mean, group_rstd, ps, qs,   # x, dy (B, HW, C); ps, qs (B, K, C) fp32: chunks of P and Q
+                HW, C, G, K, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr):
+    slab, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = slab * COLS + tl.arange(0, COLS)
+    inside = c < C
+    ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
+    dc = tl.load(d + b * C + c, mask=inside, other=0)[None, :]
+    mc = tl.load(group_mean + b * G + c // CG, mask=inside, other=0)[None, :]
+    rc = tl.load(group_rstd + b * G + c // CG, mask=inside, other=0)[None, :]
+    column = b * sb + (c if NHWC else c.to(tl.int64) * sc)
+    P, Q = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+    for r in range(0, CHUNK, ROWS):
+        p = k * CHUNK + r + tl.arange(0, ROWS)
+        mask = (p < HW)[:, None] & inside[None, :]
+        at = column[None, :] + p.to(tl.int64)[:, None] * sp
+        v = tl.load(x + at, mask=mask, other=0).to(tl.float32) - mc
+        dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
+        if SILU:
+            z = ac * v + dc
+            s = tl.sigmoid(z)
+            dz = dz * s * (1.0 + z * (1.0 - s))
+        P += tl.sum(tl.where(mask, dz, 0.0), 0)
+        Q += tl.sum(tl.where(mask, dz * v * rc, 0.0), 0)
+    tl.store(ps + (b * K + k) * C + c, P, mask=inside)
+    tl.store(qs + (b * K + k) * C + c, Q, mask=inside)
+
+
+@triton.jit
+def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C); a, P, Q (B, C); c0, c1 (B, G)
+                                 HW, C, G, K, CG: tl.constexpr, CGP: tl.constexpr):
+    """One program a (sample, group): P and Q, and dx = a dz - c0 - x̂ c1. (a = rstd γ, so c0 = Σ a P / m.)"""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j = tl.arange(0, CGP)
+    inside, c = j < CG, g * CG + j
+    p, q = tl.zeros([CGP], tl.float32), tl.zeros([CGP], tl.float32)
+    for k in range(0, K):
+        p += tl.load(ps + (b * K + k) * C + c, mask=inside, other=0)
+        q += tl.load(qs + (b * K + k) * C + c, mask=inside, other=0)
+    ac = tl.load(a + b * C + c, mask=inside, other=0)
+    m = HW.to(tl.float32) * CG
+    tl.store(P + b * C + c, p, mask=inside)
+    tl.store(Q + b * C + c, q, mask=inside)
+    tl.store(c0 + b * G + g, tl.sum(ac * p, 0) / m)
+    tl.store(c1 + b * G + g, tl.sum(ac * q, 0) / m)
+
+
+@triton.jit
+def dx_kernel(x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
+              HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+              ROWS: tl.constexpr, COLS: tl.constexpr):
+    slab, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c, p = slab * COLS + tl.arange(0, COLS), r * ROWS + tl.arange(0, ROWS)
+    inside, bg = c < C, b * G + c // CG
+    mask = (p < HW)[:, None] & inside[None, :]
+    at = b * sb + p.to(tl.int64)[:, None] * sp + (c if NHWC else c.to(tl.int64) * sc)[None, :]
+    ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
+    dc = tl.load(d + b * C + c, mask=inside, other=0)[None, :]
+    mc = tl.load(group_mean + bg, mask=inside, other=0)[None, :]
+    rc = tl.load(group_rstd + bg, mask=inside, other=0)[None, :]
+    c0c = tl.load(c0 + bg, mask=inside, other=0)[None, :]
+    c1c = tl.load(c1 + bg, mask=inside, other=0)[None, :]
+    v = tl.load(x + at, mask=mask, other=0).to(tl.float32) - mc
+    dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
+    if SILU:
+        z = ac * v + dc
+        s = tl.sigmoid(z)
+        dz = dz * s * (1.0 + z * (1.0 - s))
+    tl.store(dx + at, (ac * dz - c0c - v * rc * c1c).to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, group_rstd, HW, C, G, eps, sb, sp, sc,
+                         CG: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr):
+    """The whole forward pass of one (sample, group) that fits in registers: one launch instead of three."""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j, p = tl.arange(0, CGP), tl.arange(0, HWP)
+    inside, c = j < CG, g * CG + j
+    mask = (p < HW)[:, None] & inside[None, :]
+    at = b * sb + p[:, None] * sp + c[None, :] * sc
+    v = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    m = HW.to(tl.float32) * CG
+    first = tl.load(x + b * sb + (g * CG) * sc).to(tl.float32)
+    mean = first + tl.sum(tl.sum(tl.where(mask, v - first, 0.0), 0), 0) / m     # shifted: a large mean costs no digits
+    v = tl.where(mask, v - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 0), 0) / m + eps)
+    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
+    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
+    if FILM:
+        s = 1.0 + tl.load(scale + b * C + c, mask=inside, other=0).to(tl.float32)
+        w, o = w * s, o * s + tl.load(shift + b * C + c, mask=inside, other=0).to(tl.float32)
+    z = (rstd * w)[None, :] * v + o[None, :]
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
+    tl.store(a + b * C + c, rstd * w, mask=inside)
+    tl.store(d + b * C + c, o, mask=inside)
+    tl.store(group_mean + b * G + g, mean)
+    tl.store(group_rstd + b * G + g, rstd)
+
+
+@triton.jit
+def small_backward_kernel(x, dy, a, d, group_mean, group_rstd, dx, P, Q, HW, C, G, sb, sp, sc,
+                          CG: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr):
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j, p = tl.arange(0, CGP), tl.arange(0, HWP)
+    inside, c = j < CG, g * CG + j
+    mask = (p < HW)[:, None] & inside[None, :]
+    at = b * sb + p[:, None] * sp + c[None, :] * sc
+    mean, rstd = tl.load(group_mean + b * G + g), tl.load(group_rstd + b * G + g)
+    ac = tl.load(a + b * C + c, mask=inside, other=0)
+    dc = tl.load(d + b * C + c, mask=inside, other=0)
+    v = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(tl.float32) - mean, 0.0)
+    dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
+    if SILU:
+        z = ac[None, :] * v + dc[None, :]
+        s = tl.sigmoid(z)
+        dz = dz * s * (1.0 + z * (1.0 - s))
+    dz = tl.where(mask, dz, 0.0)
+    ps, qs = tl.sum(dz, 0), tl.sum(dz * v * rstd, 0)
+    m = HW.to(tl.float32) * CG
+    c0, c1 = tl.sum(ac * ps, 0) / m, tl.sum(ac * qs, 0) / m
+    tl.store(dx + at, (ac[None, :] * dz - c0 - v * rstd * c1).to(dx.dtype.element_ty), mask=mask)
+    tl.store(P + b * C + c, ps, mask=inside)
+    tl.store(Q + b * C + c, qs, mask=inside)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4   # one configuration so far; chosen by ahead-of-time compilation, not on a GPU
+SMALL = 4096                                 # elements of a padded (sample, group) tile up to which one program does it whole
+
+
+def dense(x: Tensor, nhwc: bool | None = None) -> tuple[Tensor, bool]:
+    """x itself if it is dense NHWC or NCHW memory (as asked, or either), else an NHWC (as asked) copy."""
+    for layout, form in ((True, torch.channels_last), (False, torch.contiguous_format)):
+        if nhwc in (None, layout) and x.is_contiguous(memory_format=form):
+            return x, layout
+    layout = True if nhwc is None else nhwc
+    return x.contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format), layout
+
+
+def geometry(x: Tensor, nhwc: bool) -> tuple[int, ...]:
+    """B, HW, C and the strides (sb, sp, sc) of x seen as (B, HW, C)."""
+    B, C, H, W = x.shape
+    return (B, H * W, C, H * W * C, C, 1) if nhwc else (B, H * W, C, H * W * C, 1, H * W)
+
+
+@torch.library.custom_op("twinpath::group_norm_silu", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, silu: bool,
+             eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, a, d, mean, rstd): y like x; a, d (B, C) and mean, rstd (B, G) in fp32, kept for the backward pass."""
+    x, nhwc = dense(x)
+    B, HW, C, sb, sp, sc = geometry(x, nhwc)
+    K, CG = triton.cdiv(HW, CHUNK), C // groups
+    CGP = triton.next_power_of_2(CG)
+    y, new = torch.empty_like(x), partial(torch.empty, dtype=torch.float32, device=x.device)
+    a, d, g_mean, g_rstd = new(B, C), new(B, C), new(B, groups), new(B, groups)
+    s, t = (scale.contiguous(), shift.contiguous()) if scale is not None else (weight, bias)
+    HWP = triton.next_power_of_2(HW)
+    if x.numel() and HWP * CGP <= SMALL:
+        small_forward_kernel[B, groups](x, weight, bias, s, t, y, a, d, g_mean, g_rstd, HW, C, groups, eps, sb, sp, sc, CG,
+                                        scale is not None, silu, HWP, CGP, num_warps=WARPS)
+    elif x.numel():
+        slabs, mean, m2 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C)
+        moments_kernel[slabs, K, B](x, mean, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS)
+        forward_coefficients_kernel[B, groups](mean, m2, weight, bias, s, t, a, d, g_mean, g_rstd, HW, C, groups, K, eps,
+                                               scale is not None, CHUNK, CG, CGP, num_warps=1)
+        apply_kernel[slabs, triton.cdiv(HW, ROWS), B](x, a, d, g_mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS,
+                                                      num_warps=WARPS)
+    return y, a, d, g_mean, g_rstd
+
+
+@_forward.register_fake
+def _(x, weight, bias, scale, shift, groups, silu, eps):
+    B, C = x.shape[:2]
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    return torch.empty_like(dense(x)[0]), new(B, C), new(B, C), new(B, groups), new(B, groups)
+
+
+@torch.library.custom_op("twinpath::group_norm_silu_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, a: Tensor, d: Tensor, mean: Tensor, rstd: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, P, Q): dx like x; P = Σ dz and Q = Σ dz x̂ per (sample, channel), (B, C) fp32."""
+    x, nhwc = dense(x)
+    dy, _ = dense(dy, nhwc)                                         # an expanded gradient has stride 0: never trust strides
+    B, HW, C, sb, sp, sc = geometry(x, nhwc)
+    G, K = mean.shape[1], triton.cdiv(HW, CHUNK)
+    CG = C // G
+    dx, new = torch.empty_like(x), partial(torch.empty, dtype=torch.float32, device=x.device)
+    P, Q, HWP, CGP = new(B, C), new(B, C), triton.next_power_of_2(HW), triton.next_power_of_2(CG)
+    if x.numel() and HWP * CGP <= SMALL:
+        small_backward_kernel[B, G](x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc, CG, silu, HWP, CGP, num_warps=WARPS)
+    elif x.numel():
+        slabs, ps, qs, c0, c1 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C), new(B, G), new(B, G)
+        sums_kernel[slabs, K, B](x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc, CG, nhwc, silu, CHUNK, ROWS, COLS,
+                                 num_warps=WARPS)
+        backward_coefficients_kernel[B, G](ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1)
+        dx_kernel[slabs, triton.cdiv(HW, ROWS), B](x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc, CG, nhwc, silu,
+                                                   ROWS, COLS, num_warps=WARPS)
+    return dx, P.zero_() if not x.numel() else P, Q.zero_() if not x.numel() else Q
+
+
+@_backward.register_fake
+def _(dy, x, a, d, mean, rstd, silu):
+    return torch.empty_like(dense(x)[0]), torch.empty_like(a), torch.empty_like(a)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, scale, shift, groups, silu, eps = inputs
+    ctx.save_for_backward(x, weight, bias, scale, *output[1:])
+    ctx.silu, ctx.dtypes = silu, (shift.dtype if shift is not None else None)
+
+
+def _gradients(ctx, dy, *_):
+    x, weight, bias, scale, a, d, mean, rstd = ctx.saved_tensors
+    dx, P, Q = _backward(dy, x, a, d, mean, rstd, ctx.silu)
+    film = scale is not None
+    s = 1 + scale.float() if film else 1
+    dw, db = (s * Q).sum(0), (s * P).sum(0)
+    dscale = (weight.float() * Q + bias.float() * P).to(scale.dtype) if film else None
+    return dx, dw.to(weight.dtype), db.to(bias.dtype), dscale, P.to(ctx.dtypes) if film else None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None = None,
                     shift: Tensor | None = None, silu: bool = True, eps: float = 1e-5) -> Tensor:
     """GroupNorm + optional FiLM + optional SiLU for x (B, C, H, W); scale, shift (B, C). Keeps x's layout.
 
-    Statistics are at least fp32 whatever x is; the result has x's dtype (Ho et al.'s GroupNorm32).
+    Statistics are at least fp32 whatever x is; the result has x's dtype (Ho et al.'s GroupNorm32). With KERNELS=triton, or
+    auto on a GPU, the kernels above run; else torch's own group_norm.
     """
+    B, C = x.shape[:2]
+    if C % groups:
+        raise ValueError(f"{C} channels do not split into {groups} groups.")
+    if (scale is None) != (shift is None):
+        raise ValueError("FiLM takes scale and shift together, got one of them.")
+    if use_triton("group_norm_silu", x):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     n = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
     if scale is not None:
-        n = n * (1 + scale.to(wide)[..., None, None])
-    if shift is not None:
-        n = n + shift.to(wide)[..., None, None]
+        n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
     return (F.silu(n) if silu else n).to(x.dtype)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 # The nets here are too small to share, and one thread sums in one order. Before torch is imported, for children too.
 os.environ["OMP_NUM_THREADS"] = "1"
+if os.environ.get("TWINPATH_GPU") != "1":    # Triton decides between interpreter and compiler when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ sys.path.insert(0, str(ROOT))
 
 def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Fan-in weights everywhere, zero-initialised layers included: an untrained U-Net would output zeros."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
             fan_in = p[0].numel() if p.ndim > 1 else 1
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / fan_in ** 0.5 + (p.ndim == 1) * 0.5)
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64, device="cpu") / fan_in ** 0.5 + (p.ndim == 1) * 0.5)
     return net
 
 

@@ -111,6 +111,18 @@ def test_a_cold_optimizer_would_not_be_bitwise(whole, tmp_path):
     assert not torch.equal(a["model.safetensors:out.2.weight"], b["model.safetensors:out.2.weight"])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adamw8bit_resumes_bitwise_and_keeps_its_codes(tmp_path, ranks):
+    finish(tmp_path / "whole", "--optim", "adamw8bit", ranks=ranks)
+    process = start(tmp_path / "cut", "--optim", "adamw8bit", ranks=ranks)
+    wait_for(lambda: list((tmp_path / "cut").glob("*/ckpt/000000000080")), process)
+    kill_tree(process)
+    finish(tmp_path / "cut", "--optim", "adamw8bit", ranks=ranks)
+    whole = final(tmp_path / "whole")
+    same(whole, final(tmp_path / "cut"))
+    assert whole["state.safetensors:m/input_blocks.1.0.in_layers.2.weight"].dtype == torch.uint8
+
+
 def test_20_kills_at_random_moments_also_during_saves_change_nothing(tmp_path):
     """A checkpoint every step, so that most of the time is spent saving."""
     base = [w if w != "80" else "8" for w in BASE]

@@ -1,0 +1,153 @@
+"""Compile every shipped kernel configuration for GPUs that are not here, and read what came out:  python tests/aot.py
+
+For sm_80, sm_89, sm_90, sm_100 and gfx942: does it compile, does its shared memory fit, does it spill (sm_90), are its loads 128
+bits wide, does attention use wgmma on sm_90? Prints a table; exit code 1 if any answer is no. Pointers and the sizes and
+strides that are multiples of 16 in our U-Nets carry the hints that the JIT would give them.
+"""
+
+import inspect
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)                                        # the compiler itself, in a process of its own
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import triton.language as tl
+
+from kernels import adamw8bit, attention, groupnorm
+
+TARGETS = {"sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024), "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+           "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+           "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024), "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024)}
+OTHER_POINTERS = {"table": "*i64", "owner": "*i32", "scalars": "*fp32", "control": "*fp32", "levels": "*fp32", "buckets": "*u8"}
+FLOAT_POINTERS = {"mean", "m2", "a", "d", "group_mean", "group_rstd", "ps", "qs", "P", "Q", "c0", "c1", "lse", "delta"}
+WEIGHTS = {"weight", "bias"}                                                    # fp32 parameters
+SCALARS = {"eps": "fp32", "scale": "fp32", "scale2": "fp32"}
+NOT_16 = {"HW", "K", "G", "N", "M", "heads", "sc"}                              # sizes that need not be multiples of 16
+
+
+def source(kernel, constants: dict, dtype: str) -> ASTSource:
+    """The kernel with the signature and hints that a launch on dtype tensors would give it."""
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature, hints = {}, {}
+    pointers = pointer_names(kernel)
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in OTHER_POINTERS:
+            signature[name] = OTHER_POINTERS[name]
+            hints[(i,)] = [["tt.divisibility", 16]]
+        elif name in pointers:
+            signature[name] = "*fp32" if name in FLOAT_POINTERS | WEIGHTS else f"*{dtype}"
+            hints[(i,)] = [["tt.divisibility", 16]]
+        elif name in SCALARS:
+            signature[name] = SCALARS[name]
+        else:
+            signature[name] = "i32"
+            if name not in NOT_16:
+                hints[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, hints)
+
+
+def pointer_names(kernel) -> set[str]:
+    """Arguments that are loaded from or stored to: the ones before the first size."""
+    names = []
+    for name in inspect.signature(kernel.fn).parameters:
+        if name in ("HW", "qb"):
+            break
+        names.append(name)
+    return set(names)
+
+
+def cases() -> list[tuple]:
+    """(label, kernel, constants, options, dtype of the data) of everything that ships."""
+    g, out = groupnorm, []
+    tile = {"ROWS": g.ROWS, "COLS": g.COLS}
+    options = {"num_warps": g.WARPS}
+    for CG in (6, 8):
+        for nhwc in (True, False):
+            tag = f"C/G={CG} {'nhwc' if nhwc else 'nchw'}"
+            per = {"CG": CG, "NHWC": nhwc, "SILU": True}
+            out += [(f"gn apply {tag}", g.apply_kernel, {**per, **tile}, options, "bf16"),
+                    (f"gn sums {tag}", g.sums_kernel, {**per, **tile, "CHUNK": g.CHUNK}, options, "bf16"),
+                    (f"gn dx {tag}", g.dx_kernel, {**per, **tile}, options, "bf16")]
+            if CG == 6:
+                out.append((f"gn moments {tag}", g.moments_kernel, {"NHWC": nhwc, "CHUNK": g.CHUNK, **tile}, options, "bf16"))
+        CGP = triton.next_power_of_2(CG)
+        out += [(f"gn coefficients C/G={CG}", g.forward_coefficients_kernel, {"FILM": True, "CHUNK": g.CHUNK, "CG": CG, "CGP": CGP}, {"num_warps": 1}, "bf16"),
+                (f"gn coefficients bwd C/G={CG}", g.backward_coefficients_kernel, {"CG": CG, "CGP": CGP}, {"num_warps": 1}, "bf16")]
+    for CG, HWP in ((48, 64), (24, 64), (48, 16), (8, 256)):
+        per = {"CG": CG, "SILU": True, "HWP": HWP, "CGP": triton.next_power_of_2(CG)}
+        out += [(f"gn small C/G={CG} HW={HWP}", g.small_forward_kernel, {**per, "FILM": True}, options, "bf16"),
+                (f"gn small bwd C/G={CG} HW={HWP}", g.small_backward_kernel, per, options, "bf16")]
+    for quant, emas, gradient in itertools.product((True, False), (0, 2), (tl.float32, tl.bfloat16)):
+        out.append((f"adamw8bit {'8-bit' if quant else 'fp32'} {emas} EMAs g={gradient}", adamw8bit.update_kernel,
+                    {"P": tl.float32, "G": gradient, "QUANT": quant, "E": emas, "ROWS": adamw8bit.ROWS, "BLOCK": adamw8bit.BLOCK},
+                    {"num_warps": adamw8bit.WARPS}, "fp32"))
+    for kind, D, dtype in itertools.product(attention.CONFIG, attention.HEAD_DIMS, ("bf16", "fp32")):
+        BN, BM, warps, stages = attention.config(kind, D, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        name = {"forward": "forward_kernel", "small": "backward_small_kernel"}.get(kind, f"{kind}_kernel")
+        out.append((f"attention {kind} D={D}", getattr(attention, name), {"D": D, "BN": BN, "BM": BM},
+                    {"num_warps": warps, "num_stages": stages}, dtype))
+    return out
+
+
+def spills(ptx: str, arch: str) -> tuple[int, int]:
+    """(registers, bytes spilled) by the ptxas that Triton ships."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        text = subprocess.run([str(ptxas), "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", text)[1]), int(re.search(r"(\d+) bytes spill stores", text)[1])
+
+
+def examine(label: str, kernel, constants: dict, options: dict, dtype: str, target: str) -> tuple[str, list[str]]:
+    """A table row and what is wrong with it."""
+    gpu, limit = TARGETS[target]
+    try:
+        k = triton.compile(source(kernel, constants, dtype), target=gpu, options=options)
+    except Exception as error:                                                  # every kind of compiler error is the answer "no"
+        return f"{label:<34} {target:<7} does not compile", [f"{label} {target}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"]
+    shared, wrong, registers, spilled, wide, mma = k.metadata.shared, [], "", "", "", ""
+    if shared > limit:
+        wrong.append(f"shared memory {shared} > {limit}")
+    if target == "sm_90":
+        ptx = k.asm["ptx"]
+        registers, spilled = spills(ptx, "sm_90a")
+        wide = len(re.findall(r"ld\.global\S*\.v4|cp\.async\.cg|cp\.async\.bulk", ptx))
+        mma = ptx.count("wgmma.mma_async")
+        if spilled:
+            wrong.append(f"{spilled} bytes spilled")
+        if not wide and not any(w in label for w in ("coefficients", "nchw", "small")):
+            wrong.append("no 128-bit load")
+        if "attention" in label and dtype == "bf16" and not mma:
+            wrong.append("no wgmma")
+    row = f"{label:<34} {target:<7} {dtype}  regs {registers!s:>4}  spill {spilled!s:>4}  smem {shared:>6}  128-bit {wide!s:>3}  wgmma {mma!s:>3}"
+    return row + (f"   <- {', '.join(wrong)}" if wrong else ""), [f"{label} {target}: {w}" for w in wrong]
+
+
+def main() -> None:
+    bad = []
+    # a consumer GPU does not run the one-program backward pass: attention.roomy()
+    jobs = [(*case, target) for case in cases() for target in TARGETS if (target, case[0][:15]) != ("sm_89", "attention small")]
+    for job in jobs:
+        row, wrong = examine(*job)
+        print(row, flush=True)
+        bad += wrong
+    print(f"{len(jobs)} compilations, triton {triton.__version__}: " + ("all well" if not bad else f"{len(bad)} problems"))
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
