@@ -119,12 +119,16 @@ def usage(cls: type, doc: str | None) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" = this process's GPU if there is one, else the CPU; anything else as torch names it."""
+    """"auto" = this process's GPU if there is one, else the CPU; anything else as torch names it. A GPU becomes current."""
     if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                                       # Triton launches on the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from None
     return device

@@ -74,8 +74,6 @@ def join_ranks(cfg: Any) -> Ranks:
     """Join the process group torchrun describes in the environment, if it does."""
     device = pick_device(cfg.device)
     if "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Ranks(dist.get_rank(), dist.get_world_size(), device)
     return Ranks(0, 1, device)

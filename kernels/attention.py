@@ -156,7 +156,7 @@ def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 def roomy(device: torch.device) -> bool:
     """Can a program hold a whole head? Data-centre GPUs can (164 KB of shared memory and up), consumer ones cannot (100 KB)."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
+    return device.type != "cuda" or getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 * 1024
 
 
 def rows(t: Tensor) -> Tensor:
@@ -236,7 +236,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), any strides; returns (B, heads, N, D)."""
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted (B, heads, N, D) and twice (B, heads, M, D).")
-    if use_triton("attention", q, k, v, unsupported="" if q.shape[3] in HEAD_DIMS else f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}",
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: wanted one dtype.")
+    unsupported = (f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}" if q.shape[3] not in HEAD_DIMS else
+                   "there are no keys" if not k.shape[2] else "batch × heads is above 65535" if q.shape[0] * q.shape[1] > 65535 else "")
+    if use_triton("attention", q, k, v, unsupported=unsupported,
                   slower="fp32 has no tensor cores here" if q.dtype == torch.float32 else ""):
         return _forward(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)

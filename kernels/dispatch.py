@@ -36,6 +36,8 @@ def use_triton(op: str, *tensors: Tensor, unsupported: str = "", slower: str = "
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     problem = ("it was switched off" if mode == "torch" else "Triton is not installed" if not hasattr(triton, "compile") else
                f"tensors are on {tensors[0].device.type}" if not all(t.is_cuda for t in tensors) and not interpreted else
+               f"tensors are on {tensors[0].device}, not the current GPU" if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device() else
+               "the GPU is older than sm_80" if tensors[0].is_cuda and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0) else
                f"dtype is {tensors[0].dtype}" if any(t.dtype not in DTYPES for t in tensors) else
                "it would be interpreted" if interpreted and mode == "auto" else slower if mode == "auto" else "")
     if unsupported and not problem:

@@ -153,7 +153,7 @@ def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C
         p += tl.load(ps + (b * K + k) * C + c, mask=inside, other=0)
         q += tl.load(qs + (b * K + k) * C + c, mask=inside, other=0)
     ac = tl.load(a + b * C + c, mask=inside, other=0)
-    m = HW.to(tl.float32) * CG
+    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
     tl.store(P + b * C + c, p, mask=inside)
     tl.store(Q + b * C + c, q, mask=inside)
     tl.store(c0 + b * G + g, tl.sum(ac * p, 0) / m)
@@ -194,7 +194,7 @@ def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, gro
     mask = (p < HW)[:, None] & inside[None, :]
     at = b * sb + p[:, None] * sp + c[None, :] * sc
     v = tl.load(x + at, mask=mask, other=0).to(tl.float32)
-    m = HW.to(tl.float32) * CG
+    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
     first = tl.load(x + b * sb + (g * CG) * sc).to(tl.float32)
     mean = first + tl.sum(tl.sum(tl.where(mask, v - first, 0.0), 0), 0) / m     # shifted: a large mean costs no digits
     v = tl.where(mask, v - mean, 0.0)
@@ -233,7 +233,7 @@ def small_backward_kernel(x, dy, a, d, group_mean, group_rstd, dx, P, Q, HW, C, 
         dz = dz * s * (1.0 + z * (1.0 - s))
     dz = tl.where(mask, dz, 0.0)
     ps, qs = tl.sum(dz, 0), tl.sum(dz * v * rstd, 0)
-    m = HW.to(tl.float32) * CG
+    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
     c0, c1 = tl.sum(ac * ps, 0) / m, tl.sum(ac * qs, 0) / m
     tl.store(dx + at, (ac[None, :] * dz - c0 - v * rstd * c1).to(dx.dtype.element_ty), mask=mask)
     tl.store(P + b * C + c, ps, mask=inside)
@@ -266,6 +266,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shif
              eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, a, d, mean, rstd): y like x; a, d (B, C) and mean, rstd (B, G) in fp32, kept for the backward pass."""
     x, nhwc = dense(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
     B, HW, C, sb, sp, sc = geometry(x, nhwc)
     K, CG = triton.cdiv(HW, CHUNK), C // groups
     CGP = triton.next_power_of_2(CG)
@@ -349,6 +350,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale:
     B, C = x.shape[:2]
     if C % groups:
         raise ValueError(f"{C} channels do not split into {groups} groups.")
+    if weight.shape != (C,) or bias.shape != (C,):
+        raise ValueError(f"weight and bias are {tuple(weight.shape)} and {tuple(bias.shape)}: wanted ({C},).")
+    if (scale is None) == (shift is None) and scale is not None and not scale.shape == shift.shape == (B, C):
+        raise ValueError(f"scale and shift are {tuple(scale.shape)} and {tuple(shift.shape)}: wanted ({B}, {C}).")
     if (scale is None) != (shift is None):
         raise ValueError("FiLM takes scale and shift together, got one of them.")
     if use_triton("group_norm_silu", x):

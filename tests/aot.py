@@ -90,6 +90,10 @@ def cases() -> list[tuple]:
         per = {"CG": CG, "SILU": True, "HWP": HWP, "CGP": triton.next_power_of_2(CG)}
         out += [(f"gn small C/G={CG} HW={HWP}", g.small_forward_kernel, {**per, "FILM": True}, options, "bf16"),
                 (f"gn small bwd C/G={CG} HW={HWP}", g.small_backward_kernel, per, options, "bf16")]
+    one = {"HW": 1, "CG": 48, "SILU": True, "HWP": 1, "CGP": 64}                # an argument of 1 reaches the compiler as a constant
+    out += [("gn small one pixel", g.small_forward_kernel, {**one, "FILM": True}, options, "bf16"),
+            ("gn small bwd one pixel", g.small_backward_kernel, one, options, "bf16"),
+            ("gn coefficients bwd one pixel", g.backward_coefficients_kernel, {"HW": 1, "K": 1, "CG": 48, "CGP": 64}, {"num_warps": 1}, "bf16")]
     for quant, emas, gradient in itertools.product((True, False), (0, 2), (tl.float32, tl.bfloat16)):
         out.append((f"adamw8bit {'8-bit' if quant else 'fp32'} {emas} EMAs g={gradient}", adamw8bit.update_kernel,
                     {"P": tl.float32, "G": gradient, "QUANT": quant, "E": emas, "ROWS": adamw8bit.ROWS, "BLOCK": adamw8bit.BLOCK},

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent.parent
 def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
     monkeypatch.setenv("KERNELS", "triton")
     from model import PRESETS, UNet
-    net = UNet(PRESETS["nano"]).cuda()
+    from conftest import randomize
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net = randomize(UNet(PRESETS["nano"])).cuda()
     x, t = torch.randn(8, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last), torch.rand(8, device="cuda") * 1000
 
     def step():
@@ -29,6 +31,7 @@ def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
         loss.backward()
         return loss
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             net.zero_grad(set_to_none=True)
