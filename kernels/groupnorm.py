@@ -352,10 +352,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale:
         raise ValueError(f"{C} channels do not split into {groups} groups.")
     if weight.shape != (C,) or bias.shape != (C,):
         raise ValueError(f"weight and bias are {tuple(weight.shape)} and {tuple(bias.shape)}: wanted ({C},).")
-    if (scale is None) == (shift is None) and scale is not None and not scale.shape == shift.shape == (B, C):
-        raise ValueError(f"scale and shift are {tuple(scale.shape)} and {tuple(shift.shape)}: wanted ({B}, {C}).")
     if (scale is None) != (shift is None):
         raise ValueError("FiLM takes scale and shift together, got one of them.")
+    if scale is not None and not scale.shape == shift.shape == (B, C):
+        raise ValueError(f"scale and shift are {tuple(scale.shape)} and {tuple(shift.shape)}: wanted ({B}, {C}).")
     if use_triton("group_norm_silu", x):
         return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
