@@ -253,6 +253,8 @@ class AdamW8bit(torch.optim.Optimizer):
     On a GPU one launch updates all 8-bit tensors and one the small fp32 ones (per pair of parameter and gradient dtypes);
     lr, step counts and the clip factor are read from device memory and nothing waits for the GPU. Weights keep their memory
     format. Parameters and gradients may be fp32, fp16 or bf16. A group's lr may be a float or a 0-dim tensor.
+    Into a CUDA graph: first one step outside it on the very .grad tensors of the graph (their addresses are part of the
+    table that step uploads), with lr as a tensor on the GPU; a float would be frozen.
     state[p]: `step` (), `m` and `v` (n,) in memory order, `order`, and for uint8 moments `m_absmax`, `v_absmax` (ceil(n/256),).
     """
 

@@ -28,20 +28,25 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
 # Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and D contiguous; D is a power of two.
 
 @triton.jit
+def tile(base, i, stride, d, inside):                  # rows i (n,), columns d (D,) -> (n, D); zeros where not inside (n, 1)
+    return tl.load(base + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0)
+
+
+@triton.jit
 def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, heads, N, M, scale2,
                    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
     block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     n, m, d = block * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, D)
     rows = (n < N)[:, None]
-    qt = tl.load(q + b * qb + h * qh + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
+    qt = tile(q + b * qb + h * qh, n, qn, d, rows)
     top, total, acc = tl.full([BN], -float("inf"), tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN, D], tl.float32)
     k, v = k + b * kb + h * kh, v + b * vb + h * vh
     for start in range(0, M, BM):
         j = start + m
         cols = (j < M)[:, None]
-        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
-        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        kt = tile(k, j, kn, d, cols)
+        vt = tile(v, j, vn, d, cols)
         s = tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2
         s = tl.where((j < M)[None, :], s, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
@@ -61,15 +66,15 @@ def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, 
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     j, d = block * BM + tl.arange(0, BM), tl.arange(0, D)
     cols = (j < M)[:, None]
-    kt = tl.load(k + b * kb + h * kh + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
-    vt = tl.load(v + b * vb + h * vh + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+    kt = tile(k + b * kb + h * kh, j, kn, d, cols)
+    vt = tile(v + b * vb + h * vh, j, vn, d, cols)
     dkt, dvt = tl.zeros([BM, D], tl.float32), tl.zeros([BM, D], tl.float32)
     q, do = q + b * qb + h * qh, do + b * gb + h * gh
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         rows = (n < N)[:, None]
-        qt = tl.load(q + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
-        gt = tl.load(do + n.to(tl.int64)[:, None] * gn + d[None, :], mask=rows, other=0)
+        qt = tile(q, n, qn, d, rows)
+        gt = tile(do, n, gn, d, rows)
         ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))     # exp2(s - inf) = 0 for rows beyond N
         dl = tl.load(delta + bh.to(tl.int64) * N + n, mask=n < N, other=0)
         pt = tl.exp2(tl.dot(kt, tl.trans(qt), input_precision="ieee") * scale2 - ls[None, :])        # (BM, BN)
@@ -90,8 +95,8 @@ def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, v
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     n, d = block * BN + tl.arange(0, BN), tl.arange(0, D)
     rows = (n < N)[:, None]
-    qt = tl.load(q + b * qb + h * qh + n.to(tl.int64)[:, None] * qn + d[None, :], mask=rows, other=0)
-    gt = tl.load(do + b * gb + h * gh + n.to(tl.int64)[:, None] * gn + d[None, :], mask=rows, other=0)
+    qt = tile(q + b * qb + h * qh, n, qn, d, rows)
+    gt = tile(do + b * gb + h * gh, n, gn, d, rows)
     ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
     dl = tl.load(delta + bh.to(tl.int64) * N + n, mask=n < N, other=0)
     dqt = tl.zeros([BN, D], tl.float32)
@@ -99,8 +104,8 @@ def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, v
     for start in range(0, M, BM):
         j = start + tl.arange(0, BM)
         cols = (j < M)[:, None]
-        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
-        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        kt = tile(k, j, kn, d, cols)
+        vt = tile(v, j, vn, d, cols)
         p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
         p = tl.where((j < M)[None, :], p, 0.0)
         ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
@@ -116,9 +121,9 @@ def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, k
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     n, d = tl.arange(0, BN), tl.arange(0, D)
     rows = (n < N)[:, None]
-    qt = tl.load(q + b * qb + h * qh + n[:, None] * qn + d[None, :], mask=rows, other=0)
-    gt = tl.load(do + b * gb + h * gh + n[:, None] * gn + d[None, :], mask=rows, other=0)
-    ot = tl.load(o + b * ob + h * oh + n[:, None] * on + d[None, :], mask=rows, other=0)
+    qt = tile(q + b * qb + h * qh, n, qn, d, rows)
+    gt = tile(do + b * gb + h * gh, n, gn, d, rows)
+    ot = tile(o + b * ob + h * oh, n, on, d, rows)
     dl = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
     ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
     dqt = tl.zeros([BN, D], tl.float32)
@@ -126,8 +131,8 @@ def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, k
     for start in range(0, M, BM):
         j = start + tl.arange(0, BM)
         cols = (j < M)[:, None]
-        kt = tl.load(k + j.to(tl.int64)[:, None] * kn + d[None, :], mask=cols, other=0)
-        vt = tl.load(v + j.to(tl.int64)[:, None] * vn + d[None, :], mask=cols, other=0)
+        kt = tile(k, j, kn, d, cols)
+        vt = tile(v, j, vn, d, cols)
         p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
         p = tl.where((j < M)[None, :], p, 0.0)
         at = b * eb + h * eh + j.to(tl.int64)[:, None] * en + d[None, :]
@@ -151,7 +156,7 @@ CONFIG = {"forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4,
 def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """The table's row; fp32 takes a small tile, or it would spill. (It is for checking: SDPA serves fp32 in auto.)"""
     BN, BM, warps, stages = CONFIG[kind][D]
-    return (BN, BM, warps, stages) if dtype.itemsize == 2 else (max(BN // 8, 16), max(BM // 4, 16), warps, 1)
+    return (BN, BM, warps, stages) if dtype.itemsize == 2 else (max(BN // 8, 16), max(BM // 4, 16), 4 if D < 128 else 8, 1)
 
 
 def roomy(device: torch.device) -> bool:

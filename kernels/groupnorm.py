@@ -38,13 +38,38 @@ def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, sc
 # ---- kernels --------------------------------------------------------------------------------------------------------
 # x is seen as (B, HW, C) by strides (sb, sp, sc), so that NHWC and NCHW memory are the same code. The image is cut into
 # K chunks of rows and slabs of COLS channels; a slab need not align with groups, so that NHWC loads are 128 bits wide
-# for any C/G. COLS and the strides of NHWC are multiples of 16 wherever C is.
+# for any C/G. COLS and the strides of NHWC are multiples of 16 wherever C is. The grid is one line of programs, since its
+# second and third dimensions end at 65535.
+
+@triton.jit
+def place(C, K, COLS: tl.constexpr):
+    """This program's channels (COLS,), chunk and sample; neighbours take neighbouring slabs of the same pixels."""
+    slabs = tl.cdiv(C, COLS)
+    pid = tl.program_id(0)
+    return pid % slabs * COLS + tl.arange(0, COLS), pid // slabs % K, (pid // slabs // K).to(tl.int64)
+
+
+@triton.jit
+def through_silu(dy, z):                               # dz = dy · silu'(z)
+    s = tl.sigmoid(z)
+    return dy * s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM: tl.constexpr):
+    """γ = w (1 + scale) and b (1 + scale) + shift of channels c; scale and shift have rows ss and ts apart."""
+    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
+    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
+    if FILM:
+        s = 1.0 + tl.load(scale + b * ss + c, mask=inside, other=0).to(tl.float32)
+        w, o = w * s, o * s + tl.load(shift + b * ts + c, mask=inside, other=0).to(tl.float32)
+    return w, o
+
 
 @triton.jit
 def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 (B, K, C) fp32: per channel and chunk
                    HW, C, K, sb, sp, sc, NHWC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    slab, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c = slab * COLS + tl.arange(0, COLS)
+    c, k, b = place(C, K, COLS)
     inside = c < C
     column = x + b * sb + (c if NHWC else c.to(tl.int64) * sc)
     first = tl.load(column + (k * CHUNK).to(tl.int64) * sp, mask=inside, other=0).to(tl.float32)
@@ -63,9 +88,9 @@ def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 
 
 
 @triton.jit
-def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mean, m2 (B, K, C); weight, bias (C,); scale, shift (B, C)
+def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mean, m2 (B, K, C); weight, bias (C,); scale, shift (B, C) by rows ss, ts apart
                                 a, d, group_mean, group_rstd,              # out: a, d (B, C); group_* (B, G), all fp32
-                                HW, C, G, K, eps, FILM: tl.constexpr, CHUNK: tl.constexpr, CG: tl.constexpr, CGP: tl.constexpr):
+                                HW, C, G, K, eps, ss, ts, FILM: tl.constexpr, CHUNK: tl.constexpr, CG: tl.constexpr, CGP: tl.constexpr):
     """One program a (sample, group): Chan's combination of its channels' chunks, then y = silu(a (x - mean) + d)."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, CGP)
@@ -82,11 +107,7 @@ def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mea
     away = tl.where(inside, avg - total, 0.0)
     var = (tl.sum(sq, 0) + n * tl.sum(away * away, 0)) / (n * CG)
     rstd = 1.0 / tl.sqrt(var + eps)
-    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
-    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
-    if FILM:
-        s = 1.0 + tl.load(scale + b * C + c, mask=inside, other=0).to(tl.float32)
-        w, o = w * s, o * s + tl.load(shift + b * C + c, mask=inside, other=0).to(tl.float32)
+    w, o = affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM)
     tl.store(a + b * C + c, rstd * w, mask=inside)
     tl.store(d + b * C + c, o, mask=inside)
     tl.store(group_mean + b * G + g, total)
@@ -97,8 +118,8 @@ def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mea
 def apply_kernel(x, a, d, group_mean, y,               # x, y (B, HW, C); a, d (B, C), group_mean (B, G) fp32
                  HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
                  ROWS: tl.constexpr, COLS: tl.constexpr):
-    slab, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c, p = slab * COLS + tl.arange(0, COLS), r * ROWS + tl.arange(0, ROWS)
+    c, r, b = place(C, tl.cdiv(HW, ROWS), COLS)
+    p = r * ROWS + tl.arange(0, ROWS)
     inside = c < C
     mask = (p < HW)[:, None] & inside[None, :]
     at = b * sb + p.to(tl.int64)[:, None] * sp + (c if NHWC else c.to(tl.int64) * sc)[None, :]
@@ -116,8 +137,7 @@ def apply_kernel(x, a, d, group_mean, y,               # x, y (B, HW, C); a, d (
 def sums_kernel(x, dy, a, d, group_mean, group_rstd, ps, qs,   # x, dy (B, HW, C); ps, qs (B, K, C) fp32: chunks of P and Q
                 HW, C, G, K, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr,
                 ROWS: tl.constexpr, COLS: tl.constexpr):
-    slab, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c = slab * COLS + tl.arange(0, COLS)
+    c, k, b = place(C, K, COLS)
     inside = c < C
     ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
     dc = tl.load(d + b * C + c, mask=inside, other=0)[None, :]
@@ -132,9 +152,7 @@ def sums_kernel(x, dy, a, d, group_mean, group_rstd, ps, qs,   # x, dy (B, HW, C
         v = tl.load(x + at, mask=mask, other=0).to(tl.float32) - mc
         dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
         if SILU:
-            z = ac * v + dc
-            s = tl.sigmoid(z)
-            dz = dz * s * (1.0 + z * (1.0 - s))
+            dz = through_silu(dz, ac * v + dc)
         P += tl.sum(tl.where(mask, dz, 0.0), 0)
         Q += tl.sum(tl.where(mask, dz * v * rc, 0.0), 0)
     tl.store(ps + (b * K + k) * C + c, P, mask=inside)
@@ -164,8 +182,8 @@ def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C
 def dx_kernel(x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
               HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
               ROWS: tl.constexpr, COLS: tl.constexpr):
-    slab, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c, p = slab * COLS + tl.arange(0, COLS), r * ROWS + tl.arange(0, ROWS)
+    c, r, b = place(C, tl.cdiv(HW, ROWS), COLS)
+    p = r * ROWS + tl.arange(0, ROWS)
     inside, bg = c < C, b * G + c // CG
     mask = (p < HW)[:, None] & inside[None, :]
     at = b * sb + p.to(tl.int64)[:, None] * sp + (c if NHWC else c.to(tl.int64) * sc)[None, :]
@@ -178,14 +196,12 @@ def dx_kernel(x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
     v = tl.load(x + at, mask=mask, other=0).to(tl.float32) - mc
     dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
     if SILU:
-        z = ac * v + dc
-        s = tl.sigmoid(z)
-        dz = dz * s * (1.0 + z * (1.0 - s))
+        dz = through_silu(dz, ac * v + dc)
     tl.store(dx + at, (ac * dz - c0c - v * rc * c1c).to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, group_rstd, HW, C, G, eps, sb, sp, sc,
+def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, group_rstd, HW, C, G, eps, sb, sp, sc, ss, ts,
                          CG: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr):
     """The whole forward pass of one (sample, group) that fits in registers: one launch instead of three."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -199,11 +215,7 @@ def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, gro
     mean = first + tl.sum(tl.sum(tl.where(mask, v - first, 0.0), 0), 0) / m     # shifted: a large mean costs no digits
     v = tl.where(mask, v - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 0), 0) / m + eps)
-    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
-    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
-    if FILM:
-        s = 1.0 + tl.load(scale + b * C + c, mask=inside, other=0).to(tl.float32)
-        w, o = w * s, o * s + tl.load(shift + b * C + c, mask=inside, other=0).to(tl.float32)
+    w, o = affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM)
     z = (rstd * w)[None, :] * v + o[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
@@ -228,9 +240,7 @@ def small_backward_kernel(x, dy, a, d, group_mean, group_rstd, dx, P, Q, HW, C, 
     v = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(tl.float32) - mean, 0.0)
     dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
     if SILU:
-        z = ac[None, :] * v + dc[None, :]
-        s = tl.sigmoid(z)
-        dz = dz * s * (1.0 + z * (1.0 - s))
+        dz = through_silu(dz, ac[None, :] * v + dc[None, :])
     dz = tl.where(mask, dz, 0.0)
     ps, qs = tl.sum(dz, 0), tl.sum(dz * v * rstd, 0)
     m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
@@ -255,6 +265,11 @@ def dense(x: Tensor, nhwc: bool | None = None) -> tuple[Tensor, bool]:
     return x.contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format), layout
 
 
+def rows(t: Tensor) -> Tensor:
+    """t (B, C) with neighbouring channels next to each other: the halves of a chunked (B, 2C) are, and stay uncopied."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
 def geometry(x: Tensor, nhwc: bool) -> tuple[int, ...]:
     """B, HW, C and the strides (sb, sp, sc) of x seen as (B, HW, C)."""
     B, C, H, W = x.shape
@@ -272,17 +287,18 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shif
     CGP = triton.next_power_of_2(CG)
     y, new = torch.empty_like(x), partial(torch.empty, dtype=torch.float32, device=x.device)
     a, d, g_mean, g_rstd = new(B, C), new(B, C), new(B, groups), new(B, groups)
-    s, t = (scale.contiguous(), shift.contiguous()) if scale is not None else (weight, bias)
+    s, t = (rows(scale), rows(shift)) if scale is not None else (weight, bias)  # without FiLM they are not read
+    ss, ts = s.stride(0), t.stride(0)
     HWP = triton.next_power_of_2(HW)
     if x.numel() and HWP * CGP <= SMALL:
-        small_forward_kernel[B, groups](x, weight, bias, s, t, y, a, d, g_mean, g_rstd, HW, C, groups, eps, sb, sp, sc, CG,
+        small_forward_kernel[B, groups](x, weight, bias, s, t, y, a, d, g_mean, g_rstd, HW, C, groups, eps, sb, sp, sc, ss, ts, CG,
                                         scale is not None, silu, HWP, CGP, num_warps=WARPS)
     elif x.numel():
         slabs, mean, m2 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C)
-        moments_kernel[slabs, K, B](x, mean, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS)
-        forward_coefficients_kernel[B, groups](mean, m2, weight, bias, s, t, a, d, g_mean, g_rstd, HW, C, groups, K, eps,
+        moments_kernel[slabs * K * B,](x, mean, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS)
+        forward_coefficients_kernel[B, groups](mean, m2, weight, bias, s, t, a, d, g_mean, g_rstd, HW, C, groups, K, eps, ss, ts,
                                                scale is not None, CHUNK, CG, CGP, num_warps=1)
-        apply_kernel[slabs, triton.cdiv(HW, ROWS), B](x, a, d, g_mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS,
+        apply_kernel[slabs * triton.cdiv(HW, ROWS) * B,](x, a, d, g_mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS,
                                                       num_warps=WARPS)
     return y, a, d, g_mean, g_rstd
 
@@ -308,10 +324,10 @@ def _backward(dy: Tensor, x: Tensor, a: Tensor, d: Tensor, mean: Tensor, rstd: T
         small_backward_kernel[B, G](x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc, CG, silu, HWP, CGP, num_warps=WARPS)
     elif x.numel():
         slabs, ps, qs, c0, c1 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C), new(B, G), new(B, G)
-        sums_kernel[slabs, K, B](x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc, CG, nhwc, silu, CHUNK, ROWS, COLS,
+        sums_kernel[slabs * K * B,](x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc, CG, nhwc, silu, CHUNK, ROWS, COLS,
                                  num_warps=WARPS)
         backward_coefficients_kernel[B, G](ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1)
-        dx_kernel[slabs, triton.cdiv(HW, ROWS), B](x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc, CG, nhwc, silu,
+        dx_kernel[slabs * triton.cdiv(HW, ROWS) * B,](x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc, CG, nhwc, silu,
                                                    ROWS, COLS, num_warps=WARPS)
     return dx, P.zero_() if not x.numel() else P, Q.zero_() if not x.numel() else Q
 

@@ -19,6 +19,7 @@ else:
 import triton
 import triton.language as tl
 
+from kernels import groupnorm as gn
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu, group_norm_silu_ref
 
@@ -138,6 +139,21 @@ def test_group_norm_takes_sliced_transposed_and_expanded_inputs():
         assert (grad - want).abs().max() < 1e-5
 
 
+def test_film_reads_the_halves_of_one_projection_without_copies(monkeypatch):
+    x, w, b = torch.randn(3, 64, 4, 4).contiguous(memory_format=torch.channels_last), torch.randn(64), torch.randn(64)
+    e = torch.randn(3, 128, requires_grad=True)
+    exact = group_norm_silu_ref(x.double(), w.double(), b.double(), 32, *e.double().chunk(2, dim=1))
+    copied, real = [], torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, *args, **kw: copied.append(t.shape) or real(t, *args, **kw))
+    y = group_norm_silu(x, w, b, 32, *e.chunk(2, dim=1))
+    assert (3, 64) not in copied and (y - exact).abs().max() < 1e-5
+    want, = torch.autograd.grad(exact.square().sum(), e)
+    assert torch.allclose(torch.autograd.grad(y.square().sum(), e)[0], want, atol=1e-4)
+    one = torch.randn(1, 64).expand(3, -1)                                      # a row for all samples: stride 0
+    y, exact = group_norm_silu(x, w, b, 32, one, one), group_norm_silu_ref(x.double(), w.double(), b.double(), 32, one.double(), one.double())
+    assert (y - exact).abs().max() < 1e-5
+
+
 def test_group_norm_takes_strided_weights():
     x, w, b = torch.randn(1, 32, 3, 3), torch.randn(64)[::2], torch.randn(1).expand(32)
     exact = group_norm_silu_ref(x.double(), w.double(), b.double(), 32)
@@ -164,17 +180,61 @@ def test_group_norm_of_constant_groups_and_of_nothing():
     assert empty.grad.shape == empty.shape and torch.equal(leaf.grad, torch.zeros(32))
 
 
-@triton.jit
-def offset_kernel(out, sb, sp):
-    b, p = tl.program_id(0).to(tl.int64), tl.arange(0, 2)
-    tl.store(out + b * 2 + p, b * sb + p.to(tl.int64) * sp)
+def far(shape, strides):
+    """Zeros that span more than 2^31 elements, each stride still below it: untouched pages take no memory."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    assert span > 2 ** 31 > max(strides)
+    try:
+        return torch.empty(span, dtype=torch.float16).as_strided(shape, strides).zero_()
+    except RuntimeError:
+        pytest.skip(f"this machine does not reserve {2 * span / 1e9:.0f} GB of untouched memory")
 
 
-def test_offsets_are_64_bit():
-    """The two products that every kernel forms, as every kernel forms them, next to what 32 bits would give."""
-    out, far = torch.zeros(4, dtype=torch.int64), 2 ** 31 - 1
-    offset_kernel[(2,)](out, far, far)
-    assert out.tolist() == [0, far, far, 2 * far]
+@pytest.mark.skipif(GPU, reason="tests/gpu has a whole tensor beyond 2^31 elements")
+@pytest.mark.parametrize("HW, strides", [
+    pytest.param(9, (2 ** 30 + 4096, 32, 1), id="samples-one-launch"), pytest.param(4100, (2 ** 30 + 4096, 32, 1), id="samples-three-launches"),
+    pytest.param(4100, (0, 2 ** 20, 1), id="pixels"), pytest.param(4100, (0, 1, 2 ** 27), id="channels-nchw")])
+def test_group_norm_kernels_reach_beyond_31_bits(HW, strides):
+    """The kernels as the op launches them, but for strides that spread a small map over more than 2^31 elements."""
+    B, C, G = 3 if strides[0] else 1, 32, 4
+    g, CG, new, nhwc = torch.Generator().manual_seed(0), C // G, torch.zeros, strides[2] == 1
+    x, dy, y, dx = (far((B, HW, C), strides) for _ in range(4))
+    x.copy_(torch.randn(x.shape, generator=g)), dy.copy_(torch.randn(dy.shape, generator=g))
+    w, b, a, d, P, Q = torch.randn(C, generator=g), torch.randn(C, generator=g), new(B, C), new(B, C), new(B, C), new(B, C)
+    mean, rstd = new(B, G), new(B, G)
+    if HW == 9:
+        gn.small_forward_kernel[B, G](x, w, b, w, b, y, a, d, mean, rstd, HW, C, G, 1e-5, *strides, 1, 1, CG, False, True, 16, 8)
+        gn.small_backward_kernel[B, G](x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, *strides, CG, True, 16, 8)
+    else:
+        K, size = triton.cdiv(HW, 2048), (2048, 64)                                          # few, fat programs
+        chunk, m2, ps, qs, c0, c1 = new(B, K, C), new(B, K, C), new(B, K, C), new(B, K, C), new(B, G), new(B, G)
+        gn.moments_kernel[K * B,](x, chunk, m2, HW, C, K, *strides, nhwc, 2048, *size)
+        gn.forward_coefficients_kernel[B, G](chunk, m2, w, b, w, b, a, d, mean, rstd, HW, C, G, K, 1e-5, 1, 1, False, 2048, CG, 8)
+        gn.apply_kernel[K * B,](x, a, d, mean, y, HW, C, G, *strides, CG, nhwc, True, *size)
+        gn.sums_kernel[K * B,](x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, *strides, CG, nhwc, True, 2048, *size)
+        gn.backward_coefficients_kernel[B, G](ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, 8)
+        gn.dx_kernel[K * B,](x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, *strides, CG, nhwc, True, *size)
+    leaf = x.double().transpose(1, 2)[..., None].requires_grad_()
+    exact = group_norm_silu_ref(leaf, w.double(), b.double(), G)
+    grad, = torch.autograd.grad(exact, leaf, dy.double().transpose(1, 2)[..., None])
+    assert error(y, exact.detach()[..., 0].transpose(1, 2)) < 1e-3 and error(dx, grad[..., 0].transpose(1, 2)) < 1e-3
+
+
+@pytest.mark.skipif(GPU, reason="tests/gpu has a whole tensor beyond 2^31 elements")
+@pytest.mark.parametrize("N", [20, 140], ids=["one-program", "two-kernels"])
+@pytest.mark.parametrize("spread", ["samples", "heads", "tokens"])
+def test_attention_kernels_reach_beyond_31_bits(N, spread):
+    """q, k, v and do are small tensors spread over more than 2^31 elements."""
+    shape, g = (3, 3, N, 128), torch.Generator().manual_seed(0)
+    strides = {"samples": (2 ** 30 + 4096, 2 ** 20, 128, 1), "heads": (2 ** 20, 2 ** 30 + 4096, 128, 1),
+               "tokens": (384, 128, -(-2 ** 31 // (N - 1)) + 4096, 1)}[spread]
+    leaves = [far(shape, strides).copy_(torch.randn(shape, generator=g)).requires_grad_() for _ in range(3)]
+    do = far(shape, strides).copy_(torch.randn(shape, generator=g))
+    o = attention(*leaves)
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = attention_ref(*exact_leaves)
+    pairs = zip((o, *torch.autograd.grad(o, leaves, do)), (exact, *torch.autograd.grad(exact, exact_leaves, do.double())))
+    assert all(error(ours.detach(), truth.detach()) < 2e-3 for ours, truth in pairs)
 
 
 def test_group_norm_passes_opcheck():
@@ -299,14 +359,14 @@ def test_the_unet_gives_the_same_with_either_path(monkeypatch):
     assert torch.allclose(ours, net(x, t), atol=2e-4 * float(ours.detach().abs().max()))
 
 
-@pytest.mark.parametrize("path, backend", [("triton", "aot_eager"), ("torch", "inductor")])
-def test_the_unet_compiles_whole_and_equals_eager(monkeypatch, path, backend):
+@pytest.mark.parametrize("path, backend, preset", [("triton", "aot_eager", "nano"), ("torch", "inductor", "tiny")])
+def test_the_unet_compiles_whole_and_equals_eager(monkeypatch, path, backend, preset):
     """fullgraph: no break in forward or backward, with the kernels as opaque ops and without them."""
     from conftest import randomize
     from model import PRESETS, UNet
     monkeypatch.setenv("KERNELS", path)
     torch._dynamo.reset()
-    net = randomize(UNet(PRESETS["nano"]))
+    net = randomize(UNet(PRESETS[preset]))
     x, t = torch.randn(2, 32, 4, 4), torch.tensor([3.0, 700.0])
     compiled = torch.compile(net, fullgraph=True, backend=backend)
     results = []
