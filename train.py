@@ -126,13 +126,16 @@ class EMA:
             roots = torch.linalg.eigvals(torch.tensor([[-7.0, width ** -2 - 16, width ** -2 - 12], [1, 0, 0], [0, 1, 0]],
                                                       dtype=torch.float64))
             self.exponents[f"{width:.3f}"] = float(roots.real.max()) + 1
-            self.weights[f"{width:.3f}"] = {k: v.detach().clone() for k, v in net.state_dict().items()}
+            self.weights[f"{width:.3f}"] = {k: v.detach().clone() for k, v in net.named_parameters()}
+
+    def pairs(self, seen: int, batch: int) -> list[tuple[list[Tensor], float]]:
+        """(an average's tensors in the order of the parameters, the weight beta of what it holds) for the step to `seen`."""
+        return [(list(weights.values()), (1 - batch / seen) ** self.exponents[key]) for key, weights in self.weights.items()]
 
     @torch.no_grad()
     def update(self, net: torch.nn.Module, seen: int, batch: int) -> None:
-        for key, weights in self.weights.items():
-            beta = (1 - batch / seen) ** self.exponents[key]
-            torch._foreach_lerp_(list(weights.values()), [v.detach() for v in net.state_dict().values()], 1 - beta)
+        for weights, beta in self.pairs(seen, batch):
+            torch._foreach_lerp_(weights, [p.detach() for p in net.parameters()], 1 - beta)
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
@@ -343,10 +346,13 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in tr.net.parameters() if p.grad is not None])
     tr.seen += cfg.batch
     if torch.isfinite(norm):
-        if cfg.clip:
-            torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), cfg.clip, norm)
-        tr.optimizer.step()
-        tr.ema.update(tr.net, tr.seen, cfg.batch)
+        if isinstance(tr.optimizer, AdamW8bit):                                 # clips and averages in the same pass
+            tr.optimizer.step(clip=cfg.clip or None, norm=norm, ema=tr.ema.pairs(tr.seen, cfg.batch))
+        else:
+            if cfg.clip:
+                torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), cfg.clip, norm)
+            tr.optimizer.step()
+            tr.ema.update(tr.net, tr.seen, cfg.batch)
         tr.bad = 0
     else:
         report_bad_step(tr, batches)
