@@ -1,4 +1,4 @@
-"""From one frozen dataclass to a command line, from a user's mistake to one line on stderr, and where to run.
+"""From one frozen dataclass to a command line, from a user's mistake to one line on stderr, where to run, and what runs.
 
     @dataclass(frozen=True)
     class Config:
@@ -10,11 +10,17 @@
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import os
+import platform
 import re
+import subprocess
 import sys
 import typing
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Callable, ContextManager
 
 import torch
@@ -138,3 +144,25 @@ def autocast(device: torch.device, dtype: str) -> ContextManager:
     """The network's precision: "bf16" by autocast, "fp32", or "auto" = bf16 on GPUs that have it in hardware."""
     bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+@lru_cache
+def versions(*packages: str) -> dict[str, Any]:
+    """Python, torch and the commit of this code, with a hash of uncommitted changes ("" = clean, None = no git). Results of
+    measurements are not code. Packages that are not installed are None."""
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout
+
+    def installed(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".", ":!benchmarks/results")
+    return {"commit": commit and commit.strip(), "dirty": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else diff and "",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         **{package: installed(package) for package in ("numpy", "triton", *packages)}}}

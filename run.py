@@ -6,21 +6,16 @@ log.jsonl is the source; tensorboard and wandb are views of it.
 import contextlib
 import fcntl
 import gc
-import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -146,20 +141,6 @@ def check_disk(cfg: Any, run: Path, params: int) -> None:
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------
-
-@lru_cache
-def versions() -> dict[str, Any]:
-    """Python, torch and the commit of this code, with a hash of uncommitted changes ("" = clean, None = no git)."""
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
-    return {"commit": commit and commit.strip(), "dirty": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else diff and "",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-
 
 def append(run: Path, row: dict[str, Any]) -> None:
     """One JSON line at the end of a run's log."""

@@ -25,13 +25,13 @@ from tqdm import tqdm
 import data
 import toyfaces
 from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
-from config import UserError, autocast, cli, closest, parse
+from config import UserError, autocast, cli, closest, parse, versions
 from data import Dataset, Stream, open_dataset, to_float
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 lock, read_config, versions)
+                 lock, read_config)
 from samplers import save_grid
 from vae import LinearVAE, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview

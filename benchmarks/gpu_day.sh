@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]     (default: all)
+# Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]   (default: tests bench step train)
 #
-#   tests   the numeric kernel tests on compiled kernels, CUDA graphs, a short run
-#   bench   python -m kernels.bench: kernels against their peers, then a whole training step
+#   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run
+#           needs pytest numpy safetensors pillow tqdm
+#   bench   python -m kernels.bench: kernels against their peers; also by section: groupnorm, attention, optimizer
+#           needs nothing; bitsandbytes and torchao take part where installed
+#   step    python -m kernels.bench --parts step: whole training steps of toy-281m
+#           needs nothing; diffusers (with what it needs), and bitsandbytes or torchao, take part where installed
 #   train   toy-281m-attn on 256 px toy faces (32×32×32 latents), bf16, for as long as the part lasts; again = further
+#           needs numpy safetensors pillow tqdm
 #
-# Each part can be repeated: training resumes, results are overwritten. PYTHON names the interpreter (default python3); it
-# needs torch >= 2.11, triton >= 3.6 and the packages of requirements.txt. OUT receives runs, logs and results.
+# All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes; bench replaces its own sections, saves
+# after every row, and compiles faster the second time. PYTHON names the interpreter (default python3). OUT receives runs, logs
+# and results; OUT/kernels-<device>.json is also copied to benchmarks/results.
 # Without a GPU, DRY=1 goes through the same commands in miniature, to show that they run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,11 +31,16 @@ part() {  # part NAME SECONDS COMMAND …: run with a limit, keep the output, re
     [ "$status" = 0 ] || failed="$failed $name"
 }
 
-run_tests() { part tests 590 env TWINPATH_GPU="$([ -z "$DRY" ] && echo 1 || echo 0)" "$PYTHON" -m pytest -q -rs tests/gpu tests/test_kernels.py tests/test_adamw8bit.py; }
+run_tests() {
+    local tests=(tests/gpu tests/test_kernels.py tests/test_adamw8bit.py)
+    [ -z "$DRY" ] || tests=(tests/gpu tests/test_kernels.py -k "gpu or 31_bits or opcheck")
+    part tests 590 env TWINPATH_GPU="$([ -z "$DRY" ] && echo 1 || echo 0)" "$PYTHON" -m pytest -q -rs "${tests[@]}"
+}
 
-run_bench() {
-    part bench 590 "$PYTHON" -m kernels.bench ${DRY:+--quick}
-    cp benchmarks/results/kernels-*.json "$OUT"/ 2>/dev/null
+run_kernels() {  # run_kernels NAME SECTIONS
+    local file; file=$OUT/kernels-$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")').json
+    part "$1" 590 "$PYTHON" -m kernels.bench --parts "$2" --out "$file" ${DRY:+--quick}
+    [ -n "$DRY" ] || cp "$file" benchmarks/results/
 }
 
 run_train() {
@@ -41,10 +52,13 @@ run_train() {
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
-for name in ${@:-tests bench train}; do
+[ $# -gt 0 ] || set -- tests bench step train
+for name in "$@"; do
     case $name in
-        tests | bench | train) "run_$name" ;;
-        *) echo "gpu_day.sh: no part '$name'; wanted tests, bench, train" >&2; exit 2 ;;
+        tests | train) "run_$name" ;;
+        bench) run_kernels bench groupnorm,attention,optimizer ;;
+        groupnorm | attention | optimizer | step) run_kernels "$name" "$name" ;;
+        *) echo "gpu_day.sh: no part '$name'; wanted tests, bench (or groupnorm, attention, optimizer), step, train" >&2; exit 2 ;;
     esac
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -70,8 +70,34 @@ def block_stages() -> str:
     return "\n".join(lines)
 
 
+def block_kernels() -> str:
+    """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
+    if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
+        return ""
+    parts, lines, number = results("kernels-cuda"), [], lambda value, form: "–" if value is None else format(value, form)
+    for part in ("groupnorm", "attention", "optimizer"):
+        rows = [(row["shape"], way, row[way], row.get("errors", {})) for row in parts.get(part, {}).get("rows", [])
+                for way in ("forward", "backward", "step") if way in row]
+        if not rows:
+            continue
+        lines += [f"| {part} | | ours, µs | of the floor | against the best peer | error, ours / peer |", "|---|---|---:|---:|---:|---:|"]
+        for shape, way, r, errors in rows:
+            of, seconds, faster = "gradients" if way == "backward" else "output", r["times"]["ours"].get("seconds"), r["times faster"]
+            error = [errors.get(side, {}).get(of, {}).get("frobenius") for side in ("ours", r["best peer"])]
+            lines.append(f"| {shape} | {way} | {number(seconds and seconds * 1e6, '.1f')} | {number(r['share of floor'], '.0%')} | "
+                         f"{number(faster, '.2f')}× {r['best peer'] or ''} | {' / '.join(number(e, '.1e') for e in error)} |")
+        lines += ["", origin(parts[part]), ""]
+    steps = [row for row in parts.get("step", {}).get("rows", []) if "seconds" in row]
+    if steps:
+        lines += ["| training step, bf16 | | images/s | MFU | peak GB | optimizer |", "|---|---|---:|---:|---:|---|"]
+        lines += [f"| {r['shape'].removeprefix('step ')} | {r['side']} | {r['images/s']:.0f} | {r['MFU']:.0%} | {r['peak bytes'] / 1e9:.1f} | "
+                  f"{r['optimizer']} |" for r in steps]
+        lines += ["", origin(parts["step"]), ""]
+    return "\n".join(lines + ["Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold caches; errors are relative, to fp64."])
+
+
 def main() -> None:
-    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages}
+    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels}
     old = new = path.read_text()
     for name, make in blocks.items():
         new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)

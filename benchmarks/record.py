@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from run import versions
+from config import versions
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -21,11 +23,23 @@ def machine() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
+def context(*packages: str) -> dict[str, Any]:
+    """What every result says of itself: command, machine, commit, versions (of `packages` too)."""
+    command = re.sub(r" --out[ =]\S+", "", " ".join(["python", *sys.orig_argv[1:]]))           # where it wrote is nobody's business
+    return {"command": command, "machine": machine(), **versions(*packages)}
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Atomically: a run that is killed leaves what it had saved last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
 def write(name: str, result: dict[str, Any]) -> Path:
-    """The result with machine, commit, versions and command beside it."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    command = re.sub(r" --out \S+", "", " ".join(["python", *sys.argv]))            # where it wrote is nobody's business
-    path.write_text(json.dumps({"command": command, "machine": machine(), **versions(), **result}, indent=1) + "\n")
+    """The result with its context beside it."""
+    path = RESULTS / f"{name}.json"
+    save(path, {**context(), **result})
     print(path)
     return path

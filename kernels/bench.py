@@ -1,239 +1,339 @@
-"""Measure the kernels where you are:  python -m kernels.bench [--quick] [--out FILE]
+"""Measure the kernels where you are:  python -m kernels.bench [--quick] [--parts groupnorm,attention,optimizer,step] [--out FILE]
 
 Per kernel and shape of the U-Nets we ship: the floor (bytes over the copy bandwidth, or FLOPs over the matmul rate, both
-measured in the same run), eager torch, torch.compile, the best peer, ours, the share of the floor, the factor over the
-peer, and errors against fp64. Then a whole training step against diffusers' UNet2DModel. Writes JSON to benchmarks/.
-On a CPU it measures the torch paths of the small shapes and says what it left out.
+measured in the same run), ours and its peers (eager torch, torch.compile, each SDPA backend, other optimizers), and the
+errors of all against fp64. Then whole training steps. How time is taken: benchmarks/race.py. A peer that fails is left out
+with the reason. FILE is saved after every row; sections that were not asked for stay in it.
+On a CPU it measures the torch paths of small shapes in fp32, and a step of `nano`.
 """
 
 import importlib
-import statistics
+import json
+import os
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any, Callable
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import cli, parse
+from benchmarks import record
+from benchmarks.race import CUDA, DEVICE, STREAM, finish, left_out, race, release, spread
+from config import UserError, autocast, cli, closest, parse
+from kernels import adamw8bit as adamw8bit_file
 from kernels import attention as attention_file
 from kernels import groupnorm as groupnorm_file
 from kernels.adamw8bit import AdamW8bit
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu, group_norm_silu_ref
+from model import PRESETS, UNet
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-GROUPNORM = [(64, 192, 32), (64, 384, 16), (64, 576, 8), (64, 768, 4), (64, 256, 32), (64, 1024, 4), (64, 1536, 4)]   # (B, C, side)
-ATTENTION = [(64, 6, 256, 256), (64, 9, 64, 64), (64, 16, 16, 16), (64, 3, 1024, 1024), (16, 5, 4096, 4096), (64, 3, 1024, 77), (64, 5, 4096, 77)]
+GROUPNORM = [(64, 192, 32), (64, 384, 16), (64, 576, 8), (64, 768, 4), (64, 1536, 4), (64, 384, 32),               # ADM, 192 channels; (B, C, side)
+             (64, 256, 32), (64, 512, 32), (64, 256, 16), (64, 512, 16), (64, 768, 16), (64, 512, 8), (64, 1024, 8), (64, 1024, 4), (64, 2048, 4)]
+ATTENTION = [(64, 6, 256, 256, 64), (64, 3, 1024, 1024, 64), (64, 9, 64, 64, 64), (64, 16, 16, 16, 64),             # (B, heads, N, M, D)
+             (64, 4, 256, 256, 64), (64, 8, 64, 64, 64), (16, 5, 4096, 4096, 64),
+             (64, 3, 1024, 77, 64), (64, 5, 4096, 77, 64), (64, 8, 256, 256, 32), (64, 4, 256, 256, 128)]
+STEPS = [("toy-281m", 64), ("toy-281m-attn", 64), ("toy-281m", 256)] if CUDA else [("nano", 2)]                     # (preset, batch)
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
         "math": SDPBackend.MATH}
+EIGHT_BIT = ("bitsandbytes", "torchao")                  # packages with optim.AdamW8bit
 
 
 @dataclass(frozen=True)
 class Config:
     quick: bool = False                # fewer shapes and repeats
-    out: str = ""                      # a name for benchmarks/results/NAME.json; default kernels-<device>
-    step: bool = True                  # also a whole training step of toy-281m (GPU only)
+    parts: tuple[str, ...] = ("groupnorm", "attention", "optimizer", "step")   # what to measure
+    out: str = ""                      # JSON file to write; default benchmarks/results/kernels-<device>.json
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of run() on this device, after warming up, with L2 flushed between runs on a GPU."""
-    for _ in range(3):
-        run()
-    if not CUDA:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    flush, times = torch.empty(256 * 2 ** 20, dtype=torch.uint8, device=DEVICE), []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 def floors(repeats: int) -> dict[str, float]:
     """Bytes a second of a copy and FLOP/s of a square matmul, here and now."""
     size, n = (2 ** 28, 8192) if CUDA else (2 ** 24, 1024)
-    a, b = torch.empty(size, dtype=torch.uint8, device=DEVICE), torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    x = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
-    return {"copy bytes/s": 2 * size / seconds(lambda: b.copy_(a), repeats), "matmul FLOP/s": 2 * n ** 3 / seconds(lambda: x @ x, repeats)}
+    a, x = torch.ones(size, dtype=torch.uint8, device=DEVICE), torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    b, y = torch.empty_like(a), torch.empty_like(x)
+    times = race({"copy": lambda: lambda: b.copy_(a), "matmul": lambda: lambda: torch.mm(x, x, out=y)}, repeats)
+    return {"copy bytes/s": 2 * size / times["copy"]["seconds"], "matmul FLOP/s": 2 * n ** 3 / times["matmul"]["seconds"]}
 
 
-def both_ways(fn: Callable, inputs: list[Tensor], grad: Tensor, repeats: int) -> tuple[float, float]:
-    """(forward, backward) seconds of fn(*inputs) with gradients for all inputs."""
+def both_ways(fns: dict[str, Callable], inputs: list[Tensor], grad: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
+    """A race forward and one backward, with gradients for all inputs."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    y = fn(*leaves)
-    return (seconds(lambda: fn(*leaves), repeats),
-            seconds(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), repeats))
+
+    def backward(fn: Callable) -> Callable[[], Any]:
+        y = fn(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    finish()                                                                    # inputs come from another stream
+    # a compiled backward pass that gave its inputs' memory away could not be run again
+    with torch.cuda.stream(STREAM), torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                         # SDPA's backends explain at length what they do not take
+        forward = race({n: lambda fn=fn: lambda: fn(*leaves) for n, fn in fns.items()}, repeats)
+        again = race({n: lambda fn=fn: backward(fn) for n, fn in fns.items() if "seconds" in forward[n]}, repeats)
+    return {"forward": forward, "backward": {n: again.get(n, forward[n]) for n in fns}}
 
 
-def errors(fn: Callable, ref: Callable, inputs: list[Tensor], grad: Tensor) -> dict[str, float]:
-    """Largest absolute error of output and gradients against ref in fp64, over the largest value."""
-    def run(f, convert):
-        leaves = [convert(t.detach()).requires_grad_() for t in inputs]
-        y = f(*leaves)
-        return [y.detach().double(), *(g.double() for g in torch.autograd.grad(y, leaves, convert(grad)))]
-    pairs = list(zip(run(fn, lambda t: t), run(ref, Tensor.double)))
-    return {"output": float((pairs[0][0] - pairs[0][1]).abs().max() / pairs[0][1].abs().max()),
-            "gradients": max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs[1:])}
+def ran(fns: dict[str, Callable], ways: dict[str, dict[str, Any]]) -> dict[str, Callable]:
+    return {name: fn for name, fn in fns.items() if all("seconds" in way[name] for way in ways.values())}
 
 
-def versus(row: dict[str, Any], names: dict[str, tuple[float, float]], floor: tuple[float, float], ours: str) -> dict[str, Any]:
-    """Add times, shares of the floor and the factor over the best other to a row, and print it."""
-    for i, way in enumerate(("forward", "backward")):
-        times = {name: t[i] for name, t in names.items()}
-        best = min((t, name) for name, t in times.items() if name != ours)
-        row[way] = {"seconds": times, "floor": floor[i], "share of floor": floor[i] / times[ours], "best other": best[1],
-                    "times faster": best[0] / times[ours]}
-    print(f"{row['shape']:<24} " + "   ".join(
-        f"{way} {row[way]['seconds'][ours] * 1e6:8.1f} us ({row[way]['share of floor']:4.0%} of floor, {row[way]['times faster']:.2f}x {row[way]['best other']})"
-        for way in ("forward", "backward")) + f"   error {row['errors']['output']:.1e} {row['errors']['gradients']:.1e}", flush=True)
+def errors(fns: dict[str, Callable], ref: Callable, inputs: list[Tensor], grad: Tensor, few: slice = slice(None)) -> dict[str, dict[str, Any]]:
+    """Per side and for the output and the worst gradient: relative Frobenius error, and largest error over largest value, against
+    ref in fp64, on the samples `few` (where they do not depend on one another)."""
+    def run(fn: Callable, convert: Callable, part: slice) -> list[Tensor]:
+        leaves = [convert(t.detach()[part]).requires_grad_() for t in inputs]
+        y = fn(*leaves)
+        return [t.detach() for t in (y, *torch.autograd.grad(y, leaves, convert(grad[part])))]
+    try:
+        exact, result = run(ref, Tensor.double, few), {}
+    except Exception as error:                                                  # fp64 wants memory; times are worth having without it
+        return {"fp64": left_out("errors against fp64", error)}
+    for name, fn in fns.items():
+        try:
+            pairs = [(a[few].double(), b) for a, b in zip(run(fn, lambda t: t, slice(None)), exact)]
+            rows = [(float((a - b).norm() / b.norm().clamp(min=1e-30)), float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))) for a, b in pairs]
+            result[name] = {"output": dict(zip(("frobenius", "max"), rows[0])), "gradients": dict(zip(("frobenius", "max"), map(max, zip(*rows[1:]))))}
+        except Exception as error:
+            result[name] = left_out(f"error of {name}", error)
+    return result
+
+
+def compare(row: dict[str, Any], ways: dict[str, dict[str, Any]], floor: dict[str, float]) -> dict[str, Any]:
+    """Add times, shares of the floor and the factor over the best peer to a row, and print it."""
+    said = []
+    for way, times in ways.items():
+        timed = {name: t["seconds"] for name, t in times.items() if "seconds" in t}
+        ours, best = timed.pop("ours", None), min(timed, key=timed.get, default=None)
+        row[way] = {"times": times, "floor": floor[way], "best peer": best, "share of floor": ours and floor[way] / ours,
+                    "times faster": ours and best and timed[best] / ours}
+        said.append(f"{way} {ours * 1e6:9.1f} us ({floor[way] / ours:4.0%} of floor" + (f", {timed[best] / ours:.2f}x {best})" if best else ")")
+                    if ours else f"{way} left out")
+        if "errors" in row:
+            pair = [row["errors"].get(name, {}).get("output" if way == "forward" else "gradients", {}).get("frobenius") for name in ("ours", best)]
+            said[-1] += " error " + " / ".join("?" if e is None else f"{e:.1e}" for e in pair)
+    print(f"{row['shape']:<28} " + "   ".join(said), flush=True)
     return row
 
 
-def bench_groupnorm(rates: dict[str, float], cfg: Config, repeats: int) -> list[dict[str, Any]]:
-    rows = []
+def bench_groupnorm(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+    def eager(x, w, b, s, t):
+        """What autocast does: fp32 inside."""
+        n = F.group_norm(x.float(), 32, w, b)
+        return F.silu(n * (1 + s.float()[..., None, None]) + t.float()[..., None, None]).to(x.dtype)
+
     for B, C, side in GROUPNORM[:2] if cfg.quick else GROUPNORM:
+        release()                                                               # a compiled function's limit of recompilations
         B = B if CUDA else 2
         x = torch.randn(B, C, side, side, device=DEVICE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         w, b = torch.rand(C, device=DEVICE), torch.rand(C, device=DEVICE)
-        film = [torch.randn(B, C, device=DEVICE, dtype=DTYPE) for _ in range(2)]
-        inputs, grad = [x, w, b, *film], torch.randn_like(x)
-
-        def eager(x, w, b, s, t):
-            n = F.group_norm(x.float(), 32, w, b)
-            return F.silu(n * (1 + s.float()[..., None, None]) + t.float()[..., None, None]).to(x.dtype)
-
-        def ours(x, w, b, s, t):
-            return group_norm_silu(x, w, b, 32, s, t)
-
-        names = {"eager": both_ways(eager, inputs, grad, repeats), "ours": both_ways(ours, inputs, grad, repeats)}
-        if CUDA:
-            torch._dynamo.reset()
-            names["compile"] = both_ways(torch.compile(eager), inputs, grad, repeats)
-        bytes_ = x.numel() * x.element_size()
-        row = {"shape": f"gn {B}x{C}x{side}x{side}", "errors": errors(ours, lambda x, w, b, s, t: group_norm_silu_ref(x, w, b, 32, s, t), inputs, grad)}
-        rows.append(versus(row, names, (2 * bytes_ / rates["copy bytes/s"], 3 * bytes_ / rates["copy bytes/s"]), "ours"))
-    return rows
+        inputs, grad = [x, w, b, *(torch.randn(B, C, device=DEVICE, dtype=DTYPE) for _ in range(2))], torch.randn_like(x)
+        fns = {"ours": lambda x, w, b, s, t: group_norm_silu(x, w, b, 32, s, t), "eager": eager,
+               **({"compile": torch.compile(eager, dynamic=False)} if CUDA else {})}
+        ways = both_ways(fns, inputs, grad, repeats)
+        row = {"shape": f"groupnorm {B}x{C}x{side}x{side}",
+               "errors": errors(ran(fns, ways), lambda x, w, b, s, t: group_norm_silu_ref(x, w, b, 32, s, t), inputs, grad)}
+        move = x.nbytes / rates["copy bytes/s"]
+        yield compare(row, ways, {"forward": 2 * move, "backward": 3 * move})
 
 
-def bench_attention(rates: dict[str, float], cfg: Config, repeats: int) -> list[dict[str, Any]]:
-    rows = []
-    for B, heads, N, M in ATTENTION[:2] if cfg.quick or not CUDA else ATTENTION:
-        B, D = B if CUDA else 1, 64
+def bench_attention(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+    def forced(backend: SDPBackend) -> Callable:
+        def sdpa(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+        return sdpa
+
+    few = [case for case in ATTENTION if case[2] <= 256]
+    for B, heads, N, M, D in few[:2] if cfg.quick else ATTENTION if CUDA else few:
+        B = B if CUDA else 1
         q, grad = (torch.randn(B, heads, N, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
         k, v = (torch.randn(B, heads, M, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
-        names = {"ours": both_ways(attention, [q, k, v], grad, repeats)}
-        for name, backend in SDPA.items():
-            try:
-                with sdpa_kernel(backend):
-                    names[name] = both_ways(F.scaled_dot_product_attention, [q, k, v], grad, repeats)
-            except RuntimeError as error:                                       # this backend does not take this case
-                print(f"  SDPA {name} left out: {str(error).splitlines()[0][:80]}")
-        flops, moved = 4 * B * heads * N * M * D, B * heads * (2 * N + 2 * M) * D * q.element_size()
-        floor = (max(flops / rates["matmul FLOP/s"], moved / rates["copy bytes/s"]),
-                 max(2.5 * flops / rates["matmul FLOP/s"], 2 * moved / rates["copy bytes/s"]))
-        few = [t[:1] for t in (q, k, v)]                                        # fp64 of one sample is enough
-        row = {"shape": f"attention {B}x{heads}x{N}x{M}", "errors": errors(attention, attention_ref, few, grad[:1])}
-        rows.append(versus(row, names, floor, "ours"))
-    return rows
+        fns = {"ours": attention, **{name: forced(backend) for name, backend in SDPA.items() if CUDA or name in ("flash", "math")}}
+        ways = both_ways(fns, [q, k, v], grad, repeats)
+        row = {"shape": f"attention {B}x{heads}x{N}x{M} d{D}", "errors": errors(ran(fns, ways), attention_ref, [q, k, v], grad, slice(1))}
+        flops, move = 4 * B * heads * N * M * D / rates["matmul FLOP/s"], 2 * B * heads * (N + M) * D * q.element_size() / rates["copy bytes/s"]
+        yield compare(row, ways, {"forward": max(flops, move), "backward": max(2.5 * flops, 2 * move)})
 
 
-def bench_optimizer(rates: dict[str, float], cfg: Config, repeats: int) -> list[dict[str, Any]]:
-    """One step of AdamW with clipping over the parameters of toy-281m-attn (tiny on a CPU), against torch's fused and other 8-bit ones."""
-    from model import PRESETS, UNet
+def bench_optimizer(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+    """One step over the parameters of toy-281m-attn (tiny on a CPU), with and without clipping, against torch's fused AdamW and 8-bit ones."""
     name = "toy-281m-attn" if CUDA else "tiny"
-    peers: dict[str, Callable] = {"torch fused": lambda p: torch.optim.AdamW(p, fused=True)}
-    for package, cls in (("bitsandbytes.optim", "AdamW8bit"), ("torchao.optim", "AdamW8bit")):
-        try:
-            peers[package.split(".")[0]] = getattr(importlib.import_module(package), cls)
-        except ImportError:
-            print(f"  {package.split('.')[0]} left out: not installed")
-    times = {}
-    for label, make in {"ours": AdamW8bit, **(peers if CUDA else {"torch fused": peers["torch fused"]})}.items():
-        params = list(UNet(PRESETS[name]).to(DEVICE).parameters())
-        optimizer = make(params)
+    with torch.device("meta"):
+        template = [p.detach() for p in UNet(PRESETS[name]).parameters()]
+    n = sum(p.numel() for p in template)
+
+    def stepper(make: Callable, clip: bool) -> Callable[[], Any]:
+        params = [(torch.randn_like(p, device=DEVICE) * 0.02).requires_grad_() for p in template]                    # channels_last as in the net
         for p in params:
             p.grad = torch.randn_like(p) * 1e-3
+        optimizer = make(params)
+        if isinstance(optimizer, AdamW8bit):
+            return lambda: optimizer.step(clip=1.0 if clip else None)
+        return lambda: (clip and torch.nn.utils.clip_grad_norm_(params, 1.0), optimizer.step())
+    makers = {"ours": AdamW8bit, "torch fused": lambda p: torch.optim.AdamW(p, fused=True, capturable=CUDA)}
+    if CUDA:
+        makers |= {package: lambda p, package=package: importlib.import_module(f"{package}.optim").AdamW8bit(p) for package in EIGHT_BIT}
+    for clip in (True, False):
+        ways = {"step": race({k: lambda make=make, clip=clip: stepper(make, clip) for k, make in makers.items()}, repeats, EIGHT_BIT)}
+        # bytes a parameter: p and g in fp32, p back, 2 bytes of state there and back; for the norm, g once more
+        yield compare({"shape": f"adamw8bit {name}" + (" clip" if clip else ""), "parameters": n}, ways,
+                      {"step": (16.06 + 4 * clip) * n / rates["copy bytes/s"]})
 
-        def step():
-            if label == "ours":
-                optimizer.step(clip=1.0)
-            else:
-                torch.nn.utils.clip_grad_norm_(params, 1.0)
-                optimizer.step()
-        times[label] = seconds(step, repeats)
-    n = sum(p.numel() for p in params)
-    floor = 16.06 * n / rates["copy bytes/s"]                                   # p and g in fp32, p back, 2 bytes of state there and back
-    print(f"adamw8bit {name:<14} {times['ours'] * 1e3:8.2f} ms ({floor / times['ours']:4.0%} of floor)   "
-          + "   ".join(f"{k} {v * 1e3:.2f} ms" for k, v in times.items() if k != "ours"), flush=True)
-    return [{"shape": f"adamw {name}", "parameters": n, "seconds": times, "floor": floor}]
+
+# ---- a whole training step ------------------------------------------------------------------------------------------
+
+def forward_flops(preset: str, side: int) -> int:
+    """Of one image, counted without computing."""
+    os.environ["KERNELS"] = "torch"
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(PRESETS[preset])(torch.empty(1, PRESETS[preset].in_channels, side, side), torch.empty(1))
+    return counter.get_total_flops()
 
 
-def bench_step(cfg: Config, repeats: int) -> list[dict[str, Any]]:
-    """A training step of toy-281m-attn (forward, backward, clip, AdamW) in bf16, ours against diffusers' UNet2DModel + compile."""
-    from benchmarks.peer_unet import peer_unet
-    from model import PRESETS, UNet
-    rows = []
-    for batch in (64,) if cfg.quick else (64, 256):
-        net = UNet(PRESETS["toy-281m-attn"])
-        sides = {"ours": (net.to(DEVICE), lambda n, x, t: n(x, t)), "ours compiled": (None, None), "diffusers compiled": (None, None)}
-        sides["ours compiled"] = (torch.compile(net), sides["ours"][1])
-        sides["diffusers compiled"] = (torch.compile(peer_unet(net).to(DEVICE, memory_format=torch.channels_last)), lambda n, x, t: n(x, t).sample)
-        row: dict[str, Any] = {"shape": f"step toy-281m-attn batch {batch}"}
-        for name, (model, call) in sides.items():
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            x, t = torch.randn(batch, 32, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last), torch.rand(batch, device=DEVICE) * 1000
+def fused(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, fused=True)
+
+
+def best_eight_bit() -> tuple[str, Callable]:
+    """The first other 8-bit AdamW that takes a step here, or torch's fused one."""
+    for package in EIGHT_BIT:
+        try:
+            make = importlib.import_module(f"{package}.optim").AdamW8bit
+            p = torch.zeros(8192, device=DEVICE, requires_grad=True)
+            p.grad = torch.ones_like(p)
+            make([p], lr=1e-4).step()
+            return f"{package} AdamW8bit", make
+        except Exception as error:
+            left_out(f"{package} AdamW8bit", error)
+    return "torch fused AdamW, as no 8-bit one works here", fused
+
+
+def make_side(kind: str, preset: str) -> tuple[torch.nn.Module, str, torch.optim.Optimizer]:
+    """(model, name of its optimizer, optimizer): ours, or diffusers' net of the same function with the best it can get."""
+    cfg = PRESETS[preset]
+    net = UNet(replace(cfg, num_head_channels=cfg.head_channels(cfg.channels[-1])))          # head sizes, not counts: diffusers wants them
+    for p in net.parameters():
+        if p.ndim > 1 and not p.any():
+            torch.nn.init.normal_(p, std=0.02)                                  # zeros would multiply faster than a trained net's weights
+    if kind == "diffusers":
+        from benchmarks.peer_unet import peer_unet
+        model, (name, make) = peer_unet(net).to(DEVICE, memory_format=torch.channels_last), best_eight_bit()
+    else:
+        model = net.to(DEVICE)
+        name, make = ("AdamW8bit, clipping folded in", AdamW8bit) if kind == "ours 8-bit" else ("torch fused AdamW", fused)
+    return model, name, make(model.parameters(), lr=1e-4)
+
+
+def measure_step(kind: str, kernels: str, compiled: bool, preset: str, batch: int, side: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a step (forward, backward, clip, AdamW) in bf16, in blocks of four so that the CPU may run ahead; peak memory."""
+    os.environ["KERNELS"] = kernels
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    model, name, optimizer = make_side(kind, preset)
+    fast = torch.compile(model, dynamic=False, **({} if CUDA else {"backend": "aot_eager"})) if compiled else model
+    x = torch.randn(batch, PRESETS[preset].in_channels, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    t, goal = torch.rand(batch, device=DEVICE) * 1000, torch.randn_like(x)
+
+    def step() -> None:
+        with autocast(DEVICE, "auto"):
+            y = fast(x, t)
+            loss = ((y.sample if kind == "diffusers" else y).float() - goal).square().mean()
+        loss.backward()
+        if kind == "ours 8-bit":
+            optimizer.step(clip=1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    block, times = 4 if CUDA else 1, []
+    for i in range(3 + max(repeats // 8, 4)):                                   # three blocks of warming up: compilation, cuDNN, the allocator
+        if i == 3 and CUDA:
             torch.cuda.reset_peak_memory_stats()
+        finish()
+        start = time.perf_counter()
+        for _ in range(block):
+            step()
+        finish()
+        times.append((time.perf_counter() - start) / block)
+    result = spread(times[3:])
+    return {"optimizer": name, "images/s": batch / result["seconds"], **result, "blocks": len(times) - 3,
+            "peak bytes": torch.cuda.max_memory_allocated() - before if CUDA else None}
 
-            def step():
-                with torch.autocast("cuda", dtype=torch.bfloat16):
-                    loss = call(model, x, t).float().square().mean()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            time_ = seconds(step, max(repeats // 5, 5))
-            row[name] = {"images/s": batch / time_, "seconds": time_, "peak bytes": torch.cuda.max_memory_allocated()}
-            print(f"{row['shape']}  {name:<20} {batch / time_:8.1f} images/s  {row[name]['peak bytes'] / 1e9:.1f} GB", flush=True)
-        rows.append(row)
-    return rows
+
+def bench_step(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+    """Ours with and without kernels, compilation and 8-bit moments, against diffusers' UNet2DModel; one net alive at a time."""
+    side = 32 if CUDA else 8
+    sides = {"ours compiled, adamw8bit": ("ours 8-bit", "auto", True), "diffusers compiled": ("diffusers", "auto", True),
+             "ours compiled": ("ours", "auto", True), "ours eager": ("ours", "auto", False), "ours eager, KERNELS=torch": ("ours", "torch", False)}
+    for preset, batch in STEPS[:1] if cfg.quick else STEPS:
+        flops = forward_flops(preset, side)
+        for name, (kind, kernels, compiled) in sides.items():
+            row = {"shape": f"step {preset} batch {batch}", "side": name, "forward FLOPs/image": flops}
+            try:
+                row |= measure_step(kind, kernels, compiled, preset, batch, side, repeats)
+                row["MFU"] = 3 * flops * row["images/s"] / rates["matmul FLOP/s"]
+                print(f"{row['shape']:<28} {name:<26} {row['images/s']:8.1f} images/s   MFU {row['MFU']:.1%}   "
+                      + (f"{row['peak bytes'] / 1e9:.1f} GB   " if CUDA else "") + row["optimizer"], flush=True)
+            except Exception as error:
+                row |= left_out(name, error)
+            release()
+            yield row
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+PARTS = {"groupnorm": bench_groupnorm, "attention": bench_attention, "optimizer": bench_optimizer, "step": bench_step}
+
+
+def failed(row: dict[str, Any]) -> bool:
+    """Were we left out? (Peers may be.)"""
+    sides = [row] if "side" in row else [way["times"]["ours"] for way in row.values() if isinstance(way, dict) and "times" in way]
+    return any("left out" in side for side in sides) and row.get("side", "ours").startswith("ours")
 
 
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
+    for part in cfg.parts:
+        if part not in PARTS:
+            raise UserError(f"--parts {part!r} is not one of {', '.join(PARTS)}.{closest(part, PARTS)}")
     if dry_run:
         print(cfg)
         return
-    sys.path.insert(0, ".")
-    from benchmarks import record
+    path = Path(cfg.out) if cfg.out else record.RESULTS / f"kernels-{DEVICE.type}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
     torch.manual_seed(0)
-    repeats = 20 if cfg.quick or not CUDA else 100
-    rates = floors(repeats)
+    repeats = 100 if CUDA and not cfg.quick else 20
+    rates, bad = floors(repeats), []
     print(f"copy {rates['copy bytes/s'] / 1e9:.0f} GB/s, matmul {rates['matmul FLOP/s'] / 1e12:.2f} TFLOP/s ({DTYPE}, {DEVICE.type})")
-    result = {"rates": rates, "dtype": str(DTYPE), "groupnorm": bench_groupnorm(rates, cfg, repeats), "attention": bench_attention(rates, cfg, repeats),
-              "optimizer": bench_optimizer(rates, cfg, repeats),
-              "configurations": {"attention": {k: {str(d): c for d, c in v.items()} for k, v in attention_file.CONFIG.items()},
-                                 "groupnorm": [groupnorm_file.CHUNK, groupnorm_file.ROWS, groupnorm_file.COLS, groupnorm_file.WARPS]}}
-    if CUDA and cfg.step:
-        result["step"] = bench_step(cfg, repeats)
-    else:
-        print("left out: Triton paths, torch.compile, SDPA's GPU backends, large shapes and the whole step: they need a GPU." if not CUDA
-              else "left out: the whole step (--no-step).")
-    record.write(cfg.out or f"kernels-{DEVICE.type}", result)
+    tables = {f"{module.__name__}.{k}": repr(v) for module in (attention_file, groupnorm_file, adamw8bit_file) for k, v in vars(module).items()
+              if k.isupper() and isinstance(v, (int, tuple, dict))}
+    for part in cfg.parts:
+        # the kernels as they are, also where auto would leave a case to torch; a whole step as its users run it
+        os.environ["KERNELS"] = "triton" if CUDA and part != "step" else "auto"
+        section = {**record.context("diffusers", *EIGHT_BIT), "quick": cfg.quick, "dtype": str(DTYPE), "rates": rates,
+                   "configurations": tables, "rows": []}
+        try:
+            for row in PARTS[part](rates, cfg, repeats):
+                section["rows"].append(row)
+                record.save(path, {**content, part: section})
+                bad += [row["shape"]] if failed(row) else []
+        except Exception as error:                                              # the other parts go on; this one keeps its rows
+            section |= left_out(part, error)
+            bad.append(part)
+        content[part] = section
+        record.save(path, content)
+    if not CUDA:
+        print("left out on a CPU: Triton, torch.compile's inductor, SDPA's GPU backends, other 8-bit optimizers, large shapes, toy-281m.")
+    print(path)
+    if bad:
+        sys.exit(f"ours was left out: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     TWINPATH_GPU=1 python -m pytest tests/gpu tests/test_kernels.py tests/test_adamw8bit.py
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get("TWINPATH_GPU") != "1",
                                 reason="needs a CUDA GPU and TWINPATH_GPU=1 (which compiles kernels instead of interpreting them)")
@@ -46,6 +49,133 @@ def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
     net.zero_grad(set_to_none=True)
     assert torch.equal(step(), loss)
     assert all(torch.equal(p.grad, captured[n]) for n, p in net.named_parameters() if p.grad is not None)   # deterministic kernels
+
+
+def nano(monkeypatch):
+    """nano on the GPU with our kernels, deterministic; and inputs for it."""
+    monkeypatch.setenv("KERNELS", "triton")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    from conftest import randomize
+    from model import PRESETS, UNet
+    return randomize(UNet(PRESETS["nano"])).cuda(), torch.randn(8, 32, 8, 8, device="cuda"), torch.rand(8, device="cuda") * 1000
+
+
+def gradients(model, net, x, t):
+    """(output, gradient of every parameter) of one bf16 step of model, which is net or wraps it."""
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = model(x, t)
+    (y.float() - 1).square().mean().backward()
+    return y.detach(), {n: p.grad.detach().clone() for n, p in net.named_parameters()}
+
+
+def distance(a, b):
+    """Relative, Frobenius."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_the_unet_compiles_whole_and_equals_eager_in_bf16(monkeypatch):
+    net, x, t = nano(monkeypatch)
+    torch._dynamo.reset()
+    y, grads = gradients(net, net, x, t)
+    fast, fast_grads = gradients(torch.compile(net, fullgraph=True), net, x, t)
+    assert distance(fast, y) < 2e-2
+    assert distance(*(torch.cat([g.flatten() for g in gs.values()]) for gs in (fast_grads, grads))) < 3e-2
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_nccl_available(), reason="needs NCCL")
+def test_ddp_gives_the_same_gradients(monkeypatch, tmp_path):
+    net, x, t = nano(monkeypatch)
+    twin = copy.deepcopy(net)
+    y, grads = gradients(net, net, x, t)
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(twin, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+        ddp_y, ddp_grads = gradients(wrapped, twin, x, t)
+        assert torch.equal(y, ddp_y) and all(torch.equal(grads[n], ddp_grads[n]) for n in grads)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_adamw8bit_can_be_captured_in_a_cuda_graph(monkeypatch):
+    """Replays read gradients, learning rate and step counts from where they were captured: bitwise what eager steps do."""
+    monkeypatch.setenv("KERNELS", "triton")
+    from kernels.adamw8bit import AdamW8bit
+    g, shapes = torch.Generator("cpu").manual_seed(0), [(64, 32, 3, 3), (96, 128), (257, 19), (64,)]       # the last keeps fp32 state
+    randn = lambda shape: torch.randn(shape, generator=g, device="cpu").cuda()
+    starts, feed = [randn(s) for s in shapes], [[randn(s) for s in shapes] for _ in range(8)]
+    starts[0] = starts[0].contiguous(memory_format=torch.channels_last)
+
+    def make():
+        params = [p.clone().requires_grad_() for p in starts]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        return params, AdamW8bit(params, lr=torch.tensor(1e-2, device="cuda"))
+
+    def steps(params, optimizer, grads, step):
+        for new in grads:
+            optimizer.zero_grad(set_to_none=False)
+            for p, value in zip(params, new):
+                p.grad.copy_(value)
+            step()
+            optimizer.param_groups[0]["lr"].mul_(0.9)                           # in place: the graph holds its address
+
+    sides = [make(), make()]
+    for params, optimizer in sides:                                             # warm up: state, tables, compilation
+        steps(params, optimizer, feed[:3], lambda optimizer=optimizer: optimizer.step(clip=1.0))
+    torch.cuda.synchronize()
+    (params, optimizer), (captured, twin) = sides
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twin.step(clip=1.0)
+    steps(params, optimizer, feed[3:], lambda: optimizer.step(clip=1.0))
+    steps(captured, twin, feed[3:], graph.replay)
+    torch.cuda.synchronize()
+    for p, q, start in zip(params, captured, starts):
+        assert torch.equal(p, q) and not torch.equal(p, start)
+        assert optimizer.state[p].keys() == twin.state[q].keys()
+        assert all(torch.equal(value, twin.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+def test_group_norm_reaches_beyond_2_to_31_elements(monkeypatch):
+    monkeypatch.setenv("KERNELS", "triton")
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    from kernels.groupnorm import group_norm_silu
+    x = torch.randn(33, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)           # the last sample starts at 2**31
+    w, b = torch.rand(64, device="cuda") + 0.5, torch.randn(64, device="cuda")
+    assert x.numel() > 2 ** 31 and x.is_contiguous(memory_format=torch.channels_last)
+
+    def run(x):
+        leaf = x.detach().requires_grad_()
+        y = group_norm_silu(leaf, w, b, 32)
+        return y.detach()[-1].clone(), torch.autograd.grad(y, leaf, x)[0][-1].clone()                       # x itself as the gradient
+    last, alone = run(x), run(x[-1:].clone(memory_format=torch.channels_last))
+    for whole, single in zip(last, alone):
+        assert torch.isfinite(single).all() and distance(whole, single) < 1e-3
+
+
+@pytest.mark.parametrize("side, heads", [(4, 16), (8, 9), (16, 6), (32, 3)])
+def test_attention_on_packed_views_is_as_exact_as_sdpa(monkeypatch, side, heads):
+    """q, k, v as views of a 1×1 convolution's channels_last output, as the U-Net has them."""
+    monkeypatch.setenv("KERNELS", "triton")
+    from kernels.attention import attention, attention_ref
+    B, C = 4, heads * 64
+    conv = torch.nn.Conv2d(C, 3 * C, 1).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(B, C, side, side, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    packed = conv(x).detach()                                                   # (B, 3C, H, W)
+    do = torch.randn(B, heads, side * side, 64, device="cuda", dtype=torch.bfloat16)
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+
+    def run(fn, convert):
+        leaf = convert(packed).requires_grad_()
+        q, k, v = leaf.permute(0, 2, 3, 1).view(B, side * side, 3, heads, 64).permute(2, 0, 3, 1, 4)       # view: nothing is copied
+        o = fn(q, k, v)
+        return o.detach(), torch.autograd.grad(o, leaf, convert(do))[0]
+    exact, ours, sdpa = run(attention_ref, torch.Tensor.double), run(attention, torch.clone), run(F.scaled_dot_product_attention, torch.clone)
+    for o, s, e in zip(ours, sdpa, exact):
+        assert distance(o, e) <= max(1.5 * distance(s, e), 4e-3)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
