@@ -79,8 +79,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}.")
     with open(path, "rb") as file:
-        magic = file.read(8)
-    if magic[:2] == b"PK" or magic[:1] == b"\x80":
+        magic = file.read(9)
+    if magic[8:9] != b"{" and (magic[:2] == b"PK" or magic[:1] == b"\x80"):   # the length of a header may begin with the same byte
         raise UserError(f"{path} is a Python pickle, whatever its name says; wanted safetensors.  Convert it with torch.load("
                         "…, weights_only=True) and safetensors.torch.save_file.")
     try:

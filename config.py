@@ -152,7 +152,7 @@ def versions(*packages: str) -> dict[str, Any]:
     measurements are not code. Packages that are not installed are None."""
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -302,8 +303,15 @@ class Stream:
 def batches(stream: Stream, groups: Iterator[list[int]], workers: int = 0, pin: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collated samples for each list of positions: image uint8, eps, q (time quantile, float64), y, position."""
     loader = DataLoader(stream, batch_sampler=groups, num_workers=workers, pin_memory=pin,
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
     return iter(loader)
+
+
+def outlive_signals(worker: int) -> None:
+    """A signal to stop reaches the whole process group (Ctrl-C, timeout, Slurm); the trainer, which needs its workers to finish
+    the step, ends them itself. Should it die, they notice."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_float(images: Tensor) -> Tensor:

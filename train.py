@@ -27,6 +27,7 @@ import toyfaces
 from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
 from config import UserError, autocast, cli, closest, parse, versions
 from data import Dataset, Stream, open_dataset, to_float
+from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
@@ -142,6 +143,7 @@ class EMA:
 
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on other fields, and refuse what cannot run, before anything is read or written."""
+    dispatch.chosen()
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model!r} is not a preset.{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -311,7 +313,7 @@ def load_state(tr: Trainer) -> None:
         key, name = key.split("/", 1)
         if value.ndim == 4:
             value = value.contiguous(memory_format=torch.channels_last)
-        tr.optimizer.state[params[name]][key] = value.to(tr.ranks.device)
+        tr.optimizer.state[params[name]][key] = value if key == "order" else value.to(tr.ranks.device)   # order is about memory
     tr.seen, tr.skipped, tr.init = meta["images"], meta["skipped"], model_meta["init"]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]   (default: tests bench step train)
 #
-#   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run
+#   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run; also one by one: gpu, kernels, adamw
 #           needs pytest numpy safetensors pillow tqdm
 #   bench   python -m kernels.bench: kernels against their peers; also by section: groupnorm, attention, optimizer
 #           needs nothing; bitsandbytes and torchao take part where installed
@@ -10,31 +10,40 @@
 #   train   toy-281m-attn on 256 px toy faces (32×32×32 latents), bf16, for as long as the part lasts; again = further
 #           needs numpy safetensors pillow tqdm
 #
-# All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes; bench replaces its own sections, saves
-# after every row, and compiles faster the second time. PYTHON names the interpreter (default python3). OUT receives runs, logs
-# and results; OUT/kernels-<device>.json is also copied to benchmarks/results.
-# Without a GPU, DRY=1 goes through the same commands in miniature, to show that they run.
+# All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench finishes a section that was
+# cut off, row by row. Where minutes are few, take them in this order: kernels groupnorm attention optimizer step train.
+# PYTHON names the interpreter (default python3). OUT receives runs, logs and results; OUT/kernels-<device>.json is also
+# copied to benchmarks/results. Without a GPU, DRY=1 goes through the same commands in miniature, to show that they run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
+PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step train "
+[ $# -gt 0 ] || set -- tests bench step train
+for name in "$@"; do
+    [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
+    [[ $PARTS == *" $name "* ]] || { echo "gpu_day.sh: no part '$name'; wanted some of:$PARTS" >&2; exit 2; }
+done
+if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_day.sh: $PYTHON sees no GPU.  DRY=1 goes through the same commands in miniature." >&2
+    exit 2
+fi
 mkdir -p "$OUT"
 failed=""
 
 part() {  # part NAME SECONDS COMMAND …: run with a limit, keep the output, remember a failure
     local name=$1 limit=$2; shift 2
     echo "== $name: $*"
-    timeout --signal=TERM --kill-after=60 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    # SIGINT, so that pytest still tells its failures; to this process alone, not to its workers; with its own exit status
+    timeout --foreground --preserve-status --signal=INT --kill-after=60 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
     local status=${PIPESTATUS[0]}
     echo "== $name ended with $status"
     [ "$status" = 0 ] || failed="$failed $name"
 }
 
-run_tests() {
-    local tests=(tests/gpu tests/test_kernels.py tests/test_adamw8bit.py)
-    [ -z "$DRY" ] || tests=(tests/gpu tests/test_kernels.py -k "gpu or 31_bits or opcheck")
-    part tests 590 env TWINPATH_GPU="$([ -z "$DRY" ] && echo 1 || echo 0)" "$PYTHON" -m pytest -q -rs "${tests[@]}"
+run_tests() {  # run_tests NAME FILE
+    part "$1" 590 env TWINPATH_GPU="$([ -z "$DRY" ] && echo 1 || echo 0)" "$PYTHON" -m pytest -v -rs --tb=short "$2" ${DRY:+-k "gpu or opcheck or maps"}
 }
 
 run_kernels() {  # run_kernels NAME SECTIONS
@@ -47,18 +56,20 @@ run_train() {
     local size=(--model toy-281m-attn --data toyfaces:20000 --resolution 256 --batch 256 --lr 2e-4 --images 2_000_000 --ema 0.05
                 --log-every 25_600 --eval-every 128_000 --preview-every 128_000 --save-every 512_000 --keep 1)
     [ -z "$DRY" ] || size=(--model nano --data toyfaces:64 --resolution 64 --batch 8 --images 64 --log-every 32 --eval-every 0 --preview-every 0)
-    # SIGTERM at the limit: train.py finishes its step, saves and exits 0
+    # at the limit train.py finishes its step, saves and exits 0
     part train 540 "$PYTHON" train.py "${size[@]}" --out "$OUT" --name train
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
-[ $# -gt 0 ] || set -- tests bench step train
 for name in "$@"; do
     case $name in
-        tests | train) "run_$name" ;;
+        train) run_train ;;
+        tests) run_tests gpu tests/gpu; run_tests kernels tests/test_kernels.py; run_tests adamw tests/test_adamw8bit.py ;;
+        gpu) run_tests gpu tests/gpu ;;
+        kernels) run_tests kernels tests/test_kernels.py ;;
+        adamw) run_tests adamw tests/test_adamw8bit.py ;;
         bench) run_kernels bench groupnorm,attention,optimizer ;;
         groupnorm | attention | optimizer | step) run_kernels "$name" "$name" ;;
-        *) echo "gpu_day.sh: no part '$name'; wanted tests, bench (or groupnorm, attention, optimizer), step, train" >&2; exit 2 ;;
     esac
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

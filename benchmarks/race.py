@@ -38,22 +38,30 @@ def left_out(name: str, error: Exception) -> dict[str, str]:
     """Say and record why a side does not take part, and free what it held."""
     print(f"  {name} left out: {brief(error)}", flush=True)
     error.__traceback__ = None                           # its frames hold the side's tensors
-    release()
+    free()
     return {"left out": brief(error)}
 
 
-def release() -> None:
-    """Give back what is no longer used: dead modules, what was compiled for them, and the allocator's cache."""
-    torch._dynamo.reset()
+def free() -> None:
+    """Give back the memory of what is no longer used."""
     gc.collect()
     if CUDA:
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:                    # a capture that broke can leave the allocator believing in it
+            print(f"  memory is not given back: {brief(error)}", flush=True)
+
+
+def release() -> None:
+    """Between races: also forget what was compiled."""
+    torch._dynamo.reset()
+    free()
 
 
 @lru_cache
 def big() -> Tensor:
     """More than any L2 cache holds."""
-    return torch.empty(256 * 2 ** 20, dtype=torch.uint8, device=DEVICE)
+    return torch.zeros(256 * 2 ** 20, dtype=torch.uint8, device=DEVICE)
 
 
 def capture(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -107,7 +115,7 @@ class Run:
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if not warm:
-            big().zero_()
+            big().max()                                  # read, not written: dirty lines would be written back in the timed part
         torch.cuda._sleep(self.sleep)
         start.record()
         self.call()

@@ -76,7 +76,7 @@ def block_kernels() -> str:
         return ""
     parts, lines, number = results("kernels-cuda"), [], lambda value, form: "–" if value is None else format(value, form)
     for part in ("groupnorm", "attention", "optimizer"):
-        rows = [(row["shape"], way, row[way], row.get("errors", {})) for row in parts.get(part, {}).get("rows", [])
+        rows = [(row["shape"], way, row[way], row.get("errors", {})) for row in parts.get(part, {}).get("rows", []) if parts[part]["complete"]
                 for way in ("forward", "backward", "step") if way in row]
         if not rows:
             continue
@@ -87,13 +87,13 @@ def block_kernels() -> str:
             lines.append(f"| {shape} | {way} | {number(seconds and seconds * 1e6, '.1f')} | {number(r['share of floor'], '.0%')} | "
                          f"{number(faster, '.2f')}× {r['best peer'] or ''} | {' / '.join(number(e, '.1e') for e in error)} |")
         lines += ["", origin(parts[part]), ""]
-    steps = [row for row in parts.get("step", {}).get("rows", []) if "seconds" in row]
+    steps = [row for row in parts.get("step", {}).get("rows", []) if "seconds" in row and parts["step"]["complete"]]
     if steps:
         lines += ["| training step, bf16 | | images/s | MFU | peak GB | optimizer |", "|---|---|---:|---:|---:|---|"]
         lines += [f"| {r['shape'].removeprefix('step ')} | {r['side']} | {r['images/s']:.0f} | {r['MFU']:.0%} | {r['peak bytes'] / 1e9:.1f} | "
                   f"{r['optimizer']} |" for r in steps]
         lines += ["", origin(parts["step"]), ""]
-    return "\n".join(lines + ["Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold caches; errors are relative, to fp64."])
+    return "\n".join(lines + ["Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold caches; errors are relative, to fp64; MFU is the share of that matmul's rate."])
 
 
 def main() -> None:

@@ -231,6 +231,8 @@ def new_state(p: Tensor) -> dict[str, Tensor]:
 def check_state(state: dict[str, Tensor], p: Tensor) -> None:
     """Refuse loaded state that was written for another shape, dtype or memory order than p's."""
     form = lambda t: t if t is None else (tuple(t.shape), t.dtype)
+    if "exp_avg" in state:
+        raise ValueError("optimizer state is torch.optim.AdamW's (exp_avg …): wanted AdamW8bit's.  The two do not continue each other.")
     for name, wanted in new_state(p.detach().to("meta")).items():
         if form(state.get(name)) != form(wanted):
             raise ValueError(f"optimizer state {name!r} of a parameter {tuple(p.shape)} is {form(state.get(name))}: wanted {form(wanted)}.")
@@ -337,6 +339,9 @@ class AdamW8bit(torch.optim.Optimizer):
             self._checked[key] = state["m"]
             g = grad if same_layout(grad, p) else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
             jobs.append(Job(p, g, state, group, emas))
+        devices = list(dict.fromkeys(str(job.p.device) for job in jobs))
+        if len(devices) > 1:                                                    # the kernel would take their addresses for its own GPU's
+            raise ValueError(f"parameters are on {' and '.join(devices)}: wanted one device an optimizer.")
         return jobs, idle
 
     def _cached(self, name: Any, key: Any, values: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
     S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)      one pass over k, v: only o and lse are kept
 Backward, with D = rowsum(do ∘ o):
     dv = Pᵀ do    dP = do vᵀ    dS = P ∘ (dP - D)    dq = scale · dS k    dk = scale · dSᵀ q
-Two kernels (dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256 queries, one program a head that
+Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256 queries, one program a head that
 reads everything once. No atomics: bitwise deterministic.
 """
 
@@ -56,6 +56,17 @@ def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, 
         top = new
     tl.store(o + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=rows)
     tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
+
+
+@triton.jit
+def delta_kernel(o, do, delta, ob, oh, on, gb, gh, gn, heads, N, D: tl.constexpr, BN: tl.constexpr):
+    """delta (B, heads, N) = rowsum(do ∘ o) of BN queries."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    n, d = block * BN + tl.arange(0, BN), tl.arange(0, D)
+    rows = (n < N)[:, None]
+    product = tile(o + b * ob + h * oh, n, on, d, rows).to(tl.float32) * tile(do + b * gb + h * gh, n, gn, d, rows).to(tl.float32)
+    tl.store(delta + bh.to(tl.int64) * N + n, tl.sum(product, 1), mask=n < N)
 
 
 @triton.jit
@@ -140,7 +151,7 @@ def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, k
         ds = (p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])).to(qt.dtype)
         tl.store(dk + at, (tl.dot(tl.trans(ds), qt, input_precision="ieee") * scale).to(dk.dtype.element_ty), mask=cols)
         dqt += tl.dot(ds, kt, input_precision="ieee")
-    tl.store(dq + b * ob + h * oh + n[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
+    tl.store(dq + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
@@ -151,6 +162,8 @@ CONFIG = {"forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4,
           "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},     # wgmma wants 64 rows of accumulator
           # one program does a head's whole backward pass for up to BN queries
           "small": {32: (256, 64, 8, 1), 64: (256, 32, 8, 1), 128: (128, 32, 8, 1)}}
+
+DELTA_ROWS = 64
 
 
 def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -208,7 +221,8 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
         backward_small_kernel[B * heads,](q, k, v, o, do, lse, dq, dk, dv, *strides, *o.stride()[:3], *dk.stride()[:3], heads, N, M, scale,
                                           scale * LOG2E, D, min(BN, max(16, triton.next_power_of_2(N))), BM, num_warps=warps, num_stages=stages)
         return dq, dk, dv
-    delta = (do.float() * o.float()).sum(-1)                                    # (B, heads, N)
+    delta = torch.empty_like(lse)                                               # (B, heads, N)
+    delta_kernel[triton.cdiv(N, DELTA_ROWS), B * heads](o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, N, D, DELTA_ROWS, num_warps=4)
     common = (heads, N, M, scale, scale * LOG2E, D)
     BN, BM, warps, stages = config("backward_kv", D, q.dtype)
     backward_kv_kernel[triton.cdiv(M, BM), B * heads](q, k, v, do, lse, delta, dk, dv, *strides, *dk.stride()[:3], *common, BN, BM,
@@ -226,10 +240,13 @@ def _(do, q, k, v, o, lse, scale):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
+    ctx.set_materialize_grads(False)                                            # else zeros for lse: a launch
     ctx.scale = inputs[3]
 
 
 def _gradients(ctx, do, _):
+    if do is None:
+        return (None,) * 4
     q, k, v, o, lse = ctx.saved_tensors
     return *_backward(do, q, k, v, o, lse, ctx.scale), None
 
@@ -238,11 +255,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), any strides; returns (B, heads, N, D)."""
+    """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), any strides; returns (B, heads, N, D), zeros without keys."""
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted (B, heads, N, D) and twice (B, heads, M, D).")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: wanted one dtype.")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: wanted one dtype, floating point.")
     unsupported = (f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}" if q.shape[3] not in HEAD_DIMS else
                    "there are no keys" if not k.shape[2] else "batch × heads is above 65535" if q.shape[0] * q.shape[1] > 65535 else "")
     if use_triton("attention", q, k, v, unsupported=unsupported,

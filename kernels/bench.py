@@ -3,7 +3,8 @@
 Per kernel and shape of the U-Nets we ship: the floor (bytes over the copy bandwidth, or FLOPs over the matmul rate, both
 measured in the same run), ours and its peers (eager torch, torch.compile, each SDPA backend, other optimizers), and the
 errors of all against fp64. Then whole training steps. How time is taken: benchmarks/race.py. A peer that fails is left out
-with the reason. FILE is saved after every row; sections that were not asked for stay in it.
+with the reason. FILE is saved after every row; the same command again finishes a section that was cut off; sections that
+were not asked for stay in it. KERNELS is set here, part by part.
 On a CPU it measures the torch paths of small shapes in fp32, and a step of `nano`.
 """
 
@@ -15,7 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 import torch
 import torch._functorch.config
@@ -123,28 +124,30 @@ def compare(row: dict[str, Any], ways: dict[str, dict[str, Any]], floor: dict[st
     return row
 
 
-def bench_groupnorm(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+def bench_groupnorm(rates: dict[str, float], cfg: Config, repeats: int, done: Collection[str]) -> Iterator[dict[str, Any]]:
     def eager(x, w, b, s, t):
         """What autocast does: fp32 inside."""
         n = F.group_norm(x.float(), 32, w, b)
         return F.silu(n * (1 + s.float()[..., None, None]) + t.float()[..., None, None]).to(x.dtype)
 
     for B, C, side in GROUPNORM[:2] if cfg.quick else GROUPNORM:
-        release()                                                               # a compiled function's limit of recompilations
         B = B if CUDA else 2
+        row = {"shape": f"groupnorm {B}x{C}x{side}x{side}"}
+        if key(row) in done:
+            continue
+        release()                                                               # a compiled function's limit of recompilations
         x = torch.randn(B, C, side, side, device=DEVICE, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         w, b = torch.rand(C, device=DEVICE), torch.rand(C, device=DEVICE)
         inputs, grad = [x, w, b, *(torch.randn(B, C, device=DEVICE, dtype=DTYPE) for _ in range(2))], torch.randn_like(x)
         fns = {"ours": lambda x, w, b, s, t: group_norm_silu(x, w, b, 32, s, t), "eager": eager,
                **({"compile": torch.compile(eager, dynamic=False)} if CUDA else {})}
         ways = both_ways(fns, inputs, grad, repeats)
-        row = {"shape": f"groupnorm {B}x{C}x{side}x{side}",
-               "errors": errors(ran(fns, ways), lambda x, w, b, s, t: group_norm_silu_ref(x, w, b, 32, s, t), inputs, grad)}
+        row["errors"] = errors(ran(fns, ways), lambda x, w, b, s, t: group_norm_silu_ref(x, w, b, 32, s, t), inputs, grad)
         move = x.nbytes / rates["copy bytes/s"]
         yield compare(row, ways, {"forward": 2 * move, "backward": 3 * move})
 
 
-def bench_attention(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+def bench_attention(rates: dict[str, float], cfg: Config, repeats: int, done: Collection[str]) -> Iterator[dict[str, Any]]:
     def forced(backend: SDPBackend) -> Callable:
         def sdpa(q, k, v):
             with sdpa_kernel(backend):
@@ -154,16 +157,19 @@ def bench_attention(rates: dict[str, float], cfg: Config, repeats: int) -> Itera
     few = [case for case in ATTENTION if case[2] <= 256]
     for B, heads, N, M, D in few[:2] if cfg.quick else ATTENTION if CUDA else few:
         B = B if CUDA else 1
+        row = {"shape": f"attention {B}x{heads}x{N}x{M} d{D}"}
+        if key(row) in done:
+            continue
         q, grad = (torch.randn(B, heads, N, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
         k, v = (torch.randn(B, heads, M, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
         fns = {"ours": attention, **{name: forced(backend) for name, backend in SDPA.items() if CUDA or name in ("flash", "math")}}
         ways = both_ways(fns, [q, k, v], grad, repeats)
-        row = {"shape": f"attention {B}x{heads}x{N}x{M} d{D}", "errors": errors(ran(fns, ways), attention_ref, [q, k, v], grad, slice(1))}
+        row["errors"] = errors(ran(fns, ways), attention_ref, [q, k, v], grad, slice(1))
         flops, move = 4 * B * heads * N * M * D / rates["matmul FLOP/s"], 2 * B * heads * (N + M) * D * q.element_size() / rates["copy bytes/s"]
         yield compare(row, ways, {"forward": max(flops, move), "backward": max(2.5 * flops, 2 * move)})
 
 
-def bench_optimizer(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
+def bench_optimizer(rates: dict[str, float], cfg: Config, repeats: int, done: Collection[str]) -> Iterator[dict[str, Any]]:
     """One step over the parameters of toy-281m-attn (tiny on a CPU), with and without clipping, against torch's fused AdamW and 8-bit ones."""
     name = "toy-281m-attn" if CUDA else "tiny"
     with torch.device("meta"):
@@ -182,61 +188,50 @@ def bench_optimizer(rates: dict[str, float], cfg: Config, repeats: int) -> Itera
     if CUDA:
         makers |= {package: lambda p, package=package: importlib.import_module(f"{package}.optim").AdamW8bit(p) for package in EIGHT_BIT}
     for clip in (True, False):
+        row = {"shape": f"adamw8bit {name}" + (" clip" if clip else ""), "parameters": n}
+        if key(row) in done:
+            continue
         ways = {"step": race({k: lambda make=make, clip=clip: stepper(make, clip) for k, make in makers.items()}, repeats, EIGHT_BIT)}
         # bytes a parameter: p and g in fp32, p back, 2 bytes of state there and back; for the norm, g once more
-        yield compare({"shape": f"adamw8bit {name}" + (" clip" if clip else ""), "parameters": n}, ways,
-                      {"step": (16.06 + 4 * clip) * n / rates["copy bytes/s"]})
+        yield compare(row, ways, {"step": (16.06 + 4 * clip) * n / rates["copy bytes/s"]})
 
 
 # ---- a whole training step ------------------------------------------------------------------------------------------
 
 def forward_flops(preset: str, side: int) -> int:
     """Of one image, counted without computing."""
-    os.environ["KERNELS"] = "torch"
+    before, os.environ["KERNELS"] = os.environ["KERNELS"], "torch"
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         UNet(PRESETS[preset])(torch.empty(1, PRESETS[preset].in_channels, side, side), torch.empty(1))
+    os.environ["KERNELS"] = before
     return counter.get_total_flops()
 
 
-def fused(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=lr, fused=True)
+def make_optimizer(kind: str, params: list[Tensor]) -> torch.optim.Optimizer:
+    if kind == "torch fused":
+        return torch.optim.AdamW(params, lr=1e-4, fused=True)
+    return AdamW8bit(params, lr=1e-4) if kind == "adamw8bit" else importlib.import_module(f"{kind}.optim").AdamW8bit(params, lr=1e-4)
 
 
-def best_eight_bit() -> tuple[str, Callable]:
-    """The first other 8-bit AdamW that takes a step here, or torch's fused one."""
-    for package in EIGHT_BIT:
-        try:
-            make = importlib.import_module(f"{package}.optim").AdamW8bit
-            p = torch.zeros(8192, device=DEVICE, requires_grad=True)
-            p.grad = torch.ones_like(p)
-            make([p], lr=1e-4).step()
-            return f"{package} AdamW8bit", make
-        except Exception as error:
-            left_out(f"{package} AdamW8bit", error)
-    return "torch fused AdamW, as no 8-bit one works here", fused
-
-
-def make_side(kind: str, preset: str) -> tuple[torch.nn.Module, str, torch.optim.Optimizer]:
-    """(model, name of its optimizer, optimizer): ours, or diffusers' net of the same function with the best it can get."""
+def make_net(diffusers: bool, preset: str) -> torch.nn.Module:
+    """Ours, or diffusers' net of the same function."""
     cfg = PRESETS[preset]
     net = UNet(replace(cfg, num_head_channels=cfg.head_channels(cfg.channels[-1])))          # head sizes, not counts: diffusers wants them
     for p in net.parameters():
         if p.ndim > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.02)                                  # zeros would multiply faster than a trained net's weights
-    if kind == "diffusers":
+    if diffusers:
         from benchmarks.peer_unet import peer_unet
-        model, (name, make) = peer_unet(net).to(DEVICE, memory_format=torch.channels_last), best_eight_bit()
-    else:
-        model = net.to(DEVICE)
-        name, make = ("AdamW8bit, clipping folded in", AdamW8bit) if kind == "ours 8-bit" else ("torch fused AdamW", fused)
-    return model, name, make(model.parameters(), lr=1e-4)
+        return peer_unet(net).to(DEVICE, memory_format=torch.channels_last)
+    return net.to(DEVICE)
 
 
-def measure_step(kind: str, kernels: str, compiled: bool, preset: str, batch: int, side: int, repeats: int) -> dict[str, Any]:
+def measure_step(diffusers: bool, optim: str, kernels: str, compiled: bool, preset: str, batch: int, side: int, repeats: int) -> dict[str, Any]:
     """Seconds of a step (forward, backward, clip, AdamW) in bf16, in blocks of four so that the CPU may run ahead; peak memory."""
     os.environ["KERNELS"] = kernels
     before = torch.cuda.memory_allocated() if CUDA else 0
-    model, name, optimizer = make_side(kind, preset)
+    model = make_net(diffusers, preset)
+    optimizer = make_optimizer(optim, list(model.parameters()))
     fast = torch.compile(model, dynamic=False, **({} if CUDA else {"backend": "aot_eager"})) if compiled else model
     x = torch.randn(batch, PRESETS[preset].in_channels, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
     t, goal = torch.rand(batch, device=DEVICE) * 1000, torch.randn_like(x)
@@ -244,9 +239,9 @@ def measure_step(kind: str, kernels: str, compiled: bool, preset: str, batch: in
     def step() -> None:
         with autocast(DEVICE, "auto"):
             y = fast(x, t)
-            loss = ((y.sample if kind == "diffusers" else y).float() - goal).square().mean()
+            loss = ((y.sample if diffusers else y).float() - goal).square().mean()
         loss.backward()
-        if kind == "ours 8-bit":
+        if optim == "adamw8bit":
             optimizer.step(clip=1.0)
         else:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -263,24 +258,29 @@ def measure_step(kind: str, kernels: str, compiled: bool, preset: str, batch: in
         finish()
         times.append((time.perf_counter() - start) / block)
     result = spread(times[3:])
-    return {"optimizer": name, "images/s": batch / result["seconds"], **result, "blocks": len(times) - 3,
+    return {"optimizer": optim, "images/s": batch / result["seconds"], **result, "blocks": len(times) - 3,
             "peak bytes": torch.cuda.max_memory_allocated() - before if CUDA else None}
 
 
-def bench_step(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[dict[str, Any]]:
-    """Ours with and without kernels, compilation and 8-bit moments, against diffusers' UNet2DModel; one net alive at a time."""
+def bench_step(rates: dict[str, float], cfg: Config, repeats: int, done: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Ours with and without kernels, compilation and 8-bit moments, against diffusers' UNet2DModel compiled, with every
+    optimizer that is installed; one net alive at a time. What is to be compared first comes first."""
     side = 32 if CUDA else 8
-    sides = {"ours compiled, adamw8bit": ("ours 8-bit", "auto", True), "diffusers compiled": ("diffusers", "auto", True),
-             "ours compiled": ("ours", "auto", True), "ours eager": ("ours", "auto", False), "ours eager, KERNELS=torch": ("ours", "torch", False)}
+    sides = {"ours compiled, adamw8bit": (False, "adamw8bit", "auto", True)}
+    sides |= {f"diffusers compiled, {optim}": (True, optim, "auto", True) for optim in ("torch fused", *EIGHT_BIT)}
+    sides |= {"ours compiled, torch fused": (False, "torch fused", "auto", True), "ours eager, torch fused": (False, "torch fused", "auto", False),
+              "ours eager, torch fused, KERNELS=torch": (False, "torch fused", "torch", False)}
     for preset, batch in STEPS[:1] if cfg.quick else STEPS:
         flops = forward_flops(preset, side)
-        for name, (kind, kernels, compiled) in sides.items():
+        for name, how in sides.items():
             row = {"shape": f"step {preset} batch {batch}", "side": name, "forward FLOPs/image": flops}
+            if key(row) in done:
+                continue
             try:
-                row |= measure_step(kind, kernels, compiled, preset, batch, side, repeats)
+                row |= measure_step(*how, preset, batch, side, repeats)
                 row["MFU"] = 3 * flops * row["images/s"] / rates["matmul FLOP/s"]
-                print(f"{row['shape']:<28} {name:<26} {row['images/s']:8.1f} images/s   MFU {row['MFU']:.1%}   "
-                      + (f"{row['peak bytes'] / 1e9:.1f} GB   " if CUDA else "") + row["optimizer"], flush=True)
+                print(f"{row['shape']:<28} {name:<38} {row['images/s']:8.1f} images/s   MFU {row['MFU']:.1%}"
+                      + (f"   {row['peak bytes'] / 1e9:.1f} GB" if CUDA else ""), flush=True)
             except Exception as error:
                 row |= left_out(name, error)
             release()
@@ -292,6 +292,16 @@ def bench_step(rates: dict[str, float], cfg: Config, repeats: int) -> Iterator[d
 PARTS = {"groupnorm": bench_groupnorm, "attention": bench_attention, "optimizer": bench_optimizer, "step": bench_step}
 
 
+def key(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row.get('side', '')}"
+
+
+def unfinished(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a section that was cut off, if they were measured as they would be now: they need no second time."""
+    same = all(old.get(name) == new[name] for name in ("machine", "commit", "dirty", "versions", "quick", "dtype", "configurations"))
+    return old["rows"] if same and not old["complete"] else []
+
+
 def failed(row: dict[str, Any]) -> bool:
     """Were we left out? (Peers may be.)"""
     sides = [row] if "side" in row else [way["times"]["ours"] for way in row.values() if isinstance(way, dict) and "times" in way]
@@ -300,6 +310,8 @@ def failed(row: dict[str, Any]) -> bool:
 
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
+    if not cfg.parts:
+        raise UserError(f"--parts is empty: wanted some of {', '.join(PARTS)}.")
     for part in cfg.parts:
         if part not in PARTS:
             raise UserError(f"--parts {part!r} is not one of {', '.join(PARTS)}.{closest(part, PARTS)}")
@@ -307,7 +319,12 @@ def main() -> None:
         print(cfg)
         return
     path = Path(cfg.out) if cfg.out else record.RESULTS / f"kernels-{DEVICE.type}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path} is there and cannot be added to ({type(error).__name__}).  Name another file, or remove it.") from None
+    if not isinstance(content, dict) or not all(isinstance(part, dict) and "rows" in part for part in content.values()):
+        raise UserError(f"--out {path} is there and holds something else.  Name another file, or remove it.")
     torch.manual_seed(0)
     repeats = 100 if CUDA and not cfg.quick else 20
     rates, bad = floors(repeats), []
@@ -318,19 +335,20 @@ def main() -> None:
         # the kernels as they are, also where auto would leave a case to torch; a whole step as its users run it
         os.environ["KERNELS"] = "triton" if CUDA and part != "step" else "auto"
         section = {**record.context("diffusers", *EIGHT_BIT), "quick": cfg.quick, "dtype": str(DTYPE), "rates": rates,
-                   "configurations": tables, "rows": []}
+                   "configurations": tables, "complete": False, "rows": []}
+        section["rows"] = unfinished(content.get(part, section), section)
         try:
-            for row in PARTS[part](rates, cfg, repeats):
+            for row in PARTS[part](rates, cfg, repeats, [key(row) for row in section["rows"]]):
                 section["rows"].append(row)
                 record.save(path, {**content, part: section})
                 bad += [row["shape"]] if failed(row) else []
         except Exception as error:                                              # the other parts go on; this one keeps its rows
             section |= left_out(part, error)
             bad.append(part)
-        content[part] = section
+        content[part] = {**section, "complete": True}
         record.save(path, content)
     if not CUDA:
-        print("left out on a CPU: Triton, torch.compile's inductor, SDPA's GPU backends, other 8-bit optimizers, large shapes, toy-281m.")
+        print("left out on a CPU: Triton, torch.compile's inductor, SDPA's GPU backends, large shapes, toy-281m.")
     print(path)
     if bad:
         sys.exit(f"ours was left out: {', '.join(bad)}")

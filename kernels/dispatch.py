@@ -3,9 +3,12 @@
 import os
 import sys
 from functools import lru_cache
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor
+
+from config import UserError, closest
 
 try:
     import triton
@@ -17,6 +20,7 @@ except ImportError:                          # no Triton for this platform: the 
     class tl:
         constexpr = None
 
+MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,24 +31,35 @@ def say(op: str, path: str) -> None:
         print(f"kernels: {op} runs on {path}", file=sys.stderr, flush=True)
 
 
+def said(values: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(map(str, values)))
+
+
+def chosen() -> str:
+    """KERNELS, which scripts look at before they begin."""
+    mode = os.environ.get("KERNELS", "auto")
+    if mode not in MODES:
+        raise UserError(f"KERNELS={mode!r} is not one of {', '.join(MODES)}.{closest(mode, MODES)}")
+    return mode
+
+
 def use_triton(op: str, *tensors: Tensor, unsupported: str = "", slower: str = "") -> bool:
     """Does this call run its Triton kernels? KERNELS=triton makes every reason not to an error, but for a case that the
     kernels leave to torch by design (`unsupported`). `slower` names a case that auto leaves to torch."""
-    mode = os.environ.get("KERNELS", "auto")
-    if mode not in ("auto", "triton", "torch"):
-        raise ValueError(f"KERNELS={mode!r} is not one of auto, triton, torch.")
+    mode = chosen()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     problem = ("it was switched off" if mode == "torch" else "Triton is not installed" if not hasattr(triton, "compile") else
-               f"tensors are on {tensors[0].device.type}" if not all(t.is_cuda for t in tensors) and not interpreted else
+               f"tensors are on {said(t.device.type for t in tensors)}" if not interpreted and not all(t.is_cuda for t in tensors) else
+               f"tensors are on {said(t.device for t in tensors)}" if len({t.device for t in tensors}) > 1 else
                f"tensors are on {tensors[0].device}, not the current GPU" if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device() else
                "the GPU is older than sm_80" if tensors[0].is_cuda and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0) else
-               f"dtype is {tensors[0].dtype}" if any(t.dtype not in DTYPES for t in tensors) else
+               f"dtype is {said(t.dtype for t in tensors if t.dtype not in DTYPES)}" if any(t.dtype not in DTYPES for t in tensors) else
                "it would be interpreted" if interpreted and mode == "auto" else slower if mode == "auto" else "")
     if unsupported and not problem:
         problem, mode = unsupported, "auto"
     if problem and mode == "triton":
-        raise ValueError(f"KERNELS=triton, but {op} cannot run in Triton here: {problem}; wanted CUDA tensors (or TRITON_INTERPRET=1) of "
-                         "fp32, fp16 or bf16.  Use KERNELS=auto.")
+        raise UserError(f"KERNELS=triton, but {op} cannot run in Triton here: {problem}; wanted CUDA tensors of fp32, fp16 or bf16.  "
+                        "Use KERNELS=auto.")
     if not torch.compiler.is_compiling():                                       # a print would break the graph
         say(op, f"torch ({problem})" if problem else "triton")
     return not problem

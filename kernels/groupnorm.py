@@ -340,10 +340,13 @@ def _(dy, x, a, d, mean, rstd, silu):
 def _save(ctx, inputs, output):
     x, weight, bias, scale, shift, groups, silu, eps = inputs
     ctx.save_for_backward(x, weight, bias, scale, *output[1:])
+    ctx.set_materialize_grads(False)                                            # else zeros for a, d, mean, rstd: four launches
     ctx.silu, ctx.dtypes = silu, (shift.dtype if shift is not None else None)
 
 
 def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
     x, weight, bias, scale, a, d, mean, rstd = ctx.saved_tensors
     dx, P, Q = _backward(dy, x, a, d, mean, rstd, ctx.silu)
     film = scale is not None
@@ -363,8 +366,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale:
     Statistics are at least fp32 whatever x is; the result has x's dtype (Ho et al.'s GroupNorm32). With KERNELS=triton, or
     auto on a GPU, the kernels above run; else torch's own group_norm.
     """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}: wanted floating point (B, C, H, W).")
     B, C = x.shape[:2]
-    if C % groups:
+    if groups < 1 or C % groups:
         raise ValueError(f"{C} channels do not split into {groups} groups.")
     if weight.shape != (C,) or bias.shape != (C,):
         raise ValueError(f"weight and bias are {tuple(weight.shape)} and {tuple(bias.shape)}: wanted ({C},).")
@@ -372,10 +377,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale:
         raise ValueError("FiLM takes scale and shift together, got one of them.")
     if scale is not None and not scale.shape == shift.shape == (B, C):
         raise ValueError(f"scale and shift are {tuple(scale.shape)} and {tuple(shift.shape)}: wanted ({B}, {C}).")
-    if use_triton("group_norm_silu", x):
+    if use_triton("group_norm_silu", x, weight, bias, *(() if scale is None else (scale, shift))):
         return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    n = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    n = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)     # F.group_norm refuses a group of one value
     if scale is not None:
         n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
     return (F.silu(n) if silu else n).to(x.dtype)

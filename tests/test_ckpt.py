@@ -136,3 +136,10 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(net, tmp_path, monkeypatch)
     save_three(tmp_path, net, keep=1, images=(300,))
     assert sorted(os.listdir(tmp_path / "ckpt")) == ["000000000300"]
     assert read_tensors(checkpoints(tmp_path)[0] / "state.safetensors")[1]["images"] == 300
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_still_safetensors(tmp_path):
+    """The first byte of a safetensors file is the low byte of its header's length: one file in 256 begins with 0x80."""
+    for padding in range(0, 256, 8):
+        ckpt.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {"padding": "-" * padding})
+        assert read_tensors(tmp_path / "x.safetensors")[1]["padding"] == "-" * padding

@@ -79,7 +79,7 @@ def torch_gn(x, w, b, groups, scale, shift, silu):
     return (F.silu(n) if silu else n).to(x.dtype)
 
 
-def gn_case(shape, groups, dtype, film=True, silu=True, offset=0.0, form=torch.channels_last, seed=0, grads=True):
+def gn_case(shape, groups, dtype, film=True, silu=True, offset=0.0, form=torch.channels_last, seed=0):
     g = torch.Generator("cpu").manual_seed(seed)
     B, C = shape[:2]
     x = (randn(*shape, generator=g) + offset).to(dtype).contiguous(memory_format=form)
@@ -171,6 +171,27 @@ def test_group_norm_is_deterministic_and_a_nan_stays_in_its_group():
     assert y[bad].isnan().all() and torch.equal(y[~bad], first[~bad])
 
 
+def test_a_group_of_one_value_is_zero_on_either_path(monkeypatch):
+    x, w, b = torch.randn(1, 32, 1, 1), torch.ones(32), torch.full((32,), 0.5)
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("KERNELS", path)
+        assert torch.allclose(group_norm_silu(x, w, b, 32, silu=False), b.view(1, 32, 1, 1), atol=1e-4)
+
+
+def test_backward_makes_no_zeros_for_outputs_that_nobody_used():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+    called, x, q = [], torch.randn(1, 32, 2, 2, requires_grad=True), torch.randn(1, 1, 4, 32, requires_grad=True)
+    y, o = group_norm_silu(x, torch.ones(32, requires_grad=True), torch.ones(32), 32), attention(q, q, q)
+    with Record():
+        torch.autograd.grad(y, x, torch.ones_like(y)), torch.autograd.grad(o, q, torch.ones_like(o))
+    assert [name for name in called if "backward" in name] and not [name for name in called if "zeros" in name]
+
+
 def test_group_norm_of_constant_groups_and_of_nothing():
     x, w, b = torch.full((1, 32, 4, 4), 3.0), torch.ones(32), torch.full((32,), 0.5)
     assert torch.allclose(group_norm_silu(x, w, b, 32, silu=False), torch.full_like(x, 0.5))
@@ -223,11 +244,13 @@ def test_group_norm_kernels_reach_beyond_31_bits(HW, strides):
 @pytest.mark.skipif(GPU, reason="tests/gpu has a whole tensor beyond 2^31 elements")
 @pytest.mark.parametrize("N", [20, 140], ids=["one-program", "two-kernels"])
 @pytest.mark.parametrize("spread", ["samples", "heads", "tokens"])
-def test_attention_kernels_reach_beyond_31_bits(N, spread):
-    """q, k, v and do are small tensors spread over more than 2^31 elements."""
+def test_attention_kernels_reach_beyond_31_bits(monkeypatch, N, spread):
+    """q, k, v, do and every output are small tensors spread over more than 2^31 elements."""
+    from kernels import attention as file                                       # the module, not the function of that name
     shape, g = (3, 3, N, 128), torch.Generator().manual_seed(0)
     strides = {"samples": (2 ** 30 + 4096, 2 ** 20, 128, 1), "heads": (2 ** 20, 2 ** 30 + 4096, 128, 1),
                "tokens": (384, 128, -(-2 ** 31 // (N - 1)) + 4096, 1)}[spread]
+    monkeypatch.setattr(file, "like", lambda t: far(shape, strides))
     leaves = [far(shape, strides).copy_(torch.randn(shape, generator=g)).requires_grad_() for _ in range(3)]
     do = far(shape, strides).copy_(torch.randn(shape, generator=g))
     o = attention(*leaves)
@@ -340,6 +363,10 @@ def test_paths_are_chosen_said_once_and_never_silently_changed(monkeypatch, caps
     (lambda: group_norm_silu(torch.randn(1, 32, 2, 2), torch.ones(32), torch.ones(32), 32, torch.ones(1, 32)), "together"),
     (lambda: group_norm_silu(torch.randn(1, 32, 2, 2), torch.ones(16), torch.ones(32), 32), "weight and bias"),
     (lambda: group_norm_silu(torch.randn(2, 32, 2, 2), torch.ones(32), torch.ones(32), 32, torch.ones(1, 32), torch.ones(1, 32)), "scale and shift"),
+    (lambda: group_norm_silu(torch.randn(1, 32, 2), torch.ones(32), torch.ones(32), 32), "wanted floating point"),
+    (lambda: group_norm_silu(torch.ones(1, 32, 2, 2, dtype=torch.int32), torch.ones(32), torch.ones(32), 32), "wanted floating point"),
+    (lambda: group_norm_silu(torch.randn(1, 32, 2, 2), torch.ones(32).double(), torch.ones(32), 32), "dtype is torch.float64"),
+    (lambda: attention(*[torch.ones(1, 2, 4, 32, dtype=torch.int32)] * 3), "floating point"),
     (lambda: attention(torch.randn(1, 2, 4, 32), torch.randn(1, 2, 5, 32).half(), torch.randn(1, 2, 5, 32).half()), "one dtype"),
     (lambda: attention(torch.randn(1, 2, 4, 32), torch.randn(1, 2, 5, 32), torch.randn(1, 2, 6, 32)), "wanted"),
     (lambda: attention(torch.randn(1, 2, 4, 32), torch.randn(1, 3, 5, 32), torch.randn(1, 3, 5, 32)), "wanted"),

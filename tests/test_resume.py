@@ -168,6 +168,16 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path,
     assert "finished" in finish(tmp_path, ranks=ranks)                          # and once more: nothing to do, exit 0
 
 
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_trainer(tmp_path):
+    """Ctrl-C, timeout and Slurm signal the loader's worker processes too."""
+    command = [sys.executable, "train.py", *BASE, "--images", "100000", "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    wait_for(lambda: list(tmp_path.glob("*/log.jsonl")) and '"train"' in (run_of(tmp_path) / "log.jsonl").read_text(), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped and saved at" in text, text
+
+
 def test_two_ranks_and_accumulation_split_the_work_and_nothing_else(tmp_path):
     """Same loss curve to fp32 rounding over 20 steps, whatever the split."""
     base = [w if w != "24" else "8" for w in BASE] + ["--lr", "2e-4"]           # Adam amplifies rounding by lr where gradients are tiny

@@ -171,6 +171,15 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_and_the_emas_follow(tmp_pa
     assert (twin.out[2].weight - train.setup(replace(cfg, name="b"), ALONE).net.out[2].weight).abs().max() > 1e-3
 
 
+def test_kernels_that_cannot_run_are_one_line(user, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    small = ["--model", "nano", "--data", "toyfaces:8", "--resolution", "32", "--batch", "4", "--images", "4", "--out", tmp_path]
+    for value, message in (("bogus", "KERNELS='bogus' is not one of auto, triton, torch."), ("triton", "KERNELS=triton, but group_norm_silu cannot run")):
+        monkeypatch.setenv("KERNELS", value)
+        code, _, lines = user(train.main, *small)
+        assert code == 2 and message in lines[-1], lines
+
+
 def test_every_setting_reaches_what_it_sets(tmp_path, monkeypatch):
     streams = []
     real = train.data.batches

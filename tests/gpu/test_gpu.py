@@ -6,8 +6,10 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
-    monkeypatch.setenv("KERNELS", "triton")
-    from model import PRESETS, UNet
-    from conftest import randomize
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    net = randomize(UNet(PRESETS["nano"])).cuda()
-    x, t = torch.randn(8, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last), torch.rand(8, device="cuda") * 1000
+    net, x, t = nano(monkeypatch)
+    x = x.contiguous(memory_format=torch.channels_last)
 
     def step():
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -180,11 +178,17 @@ def test_attention_on_packed_views_is_as_exact_as_sdpa(monkeypatch, side, heads)
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
 def test_a_short_run_learns_and_resumes(tmp_path, optim):
-    args = [sys.executable, "train.py", "--data", "toyfaces:256", "--images", "6400", "--batch", "64", "--log-every", "640", "--optim", optim,
+    args = [sys.executable, "train.py", "--data", "toyfaces:256", "--images", "12800", "--batch", "64", "--log-every", "640", "--optim", optim,
             "--out", str(tmp_path)]
-    for _ in range(2):
-        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-3000:]
-    log = [json.loads(line) for line in next(tmp_path.glob("*/log.jsonl")).read_text().splitlines()]
-    losses = [row["loss"] for row in log if row["event"] == "train"]
-    assert losses[-1] < 0.8 * losses[0]
+    log = lambda: [json.loads(line) for path in tmp_path.glob("*/log.jsonl") for line in path.read_text().splitlines()]
+    first, deadline = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), time.time() + 120
+    while not any(row["event"] == "train" for row in log()):
+        assert first.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 0 and "stopped and saved at" in said, said[-3000:]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resuming" in done.stdout and "finished" in done.stdout, done.stderr[-3000:]
+    losses = [row["loss"] for row in log() if row["event"] == "train"]
+    assert len(losses) >= 20 and losses[-1] < 0.8 * losses[0]
