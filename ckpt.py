@@ -1,97 +1,39 @@
-"""Checkpoints: what is on disk, and the promise that it is whole, strict and self-describing.
+"""Checkpoints: look into any U-Net's file, turn it into another layout, compare two.
 
-    runs/<name>/ckpt/<images seen, 12 digits>/model.safetensors       the weights being trained
-                                              ema-0.050.safetensors   one per EMA width; samplers.py prefers the first
-                                              state.safetensors       optimizer state and counters, for resuming
+    python ckpt.py inspect FILE                                  # what it is, and what is missing for sampling
+    python ckpt.py convert SRC DST --layout diffusers --dtype fp16   # DST: a file.safetensors, or a new folder
+    python ckpt.py verify A B                                    # the same weights? exit code 0 = yes, 1 = no
 
-A weight file is a plain safetensors file under native (guided-diffusion) key names, with all else (config, objective,
-autoencoder, images seen, fingerprint …) as JSON under the metadata key "twinpath".
+A name may be a file, a run's folder, a diffusers folder, or hf:org/name[/file][@revision].
+A run keeps its checkpoints in runs/<name>/ckpt/<images seen, 12 digits>/: model.safetensors, the weights being trained;
+ema-0.050.safetensors, one per EMA width; state.safetensors, for resuming. Our weight files are safetensors under native
+(guided-diffusion) names, with all else (config, objective, autoencoder, fingerprint …) as JSON under the metadata key
+"twinpath". Foreign files load too: completely, or not at all.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Literal, Mapping, NamedTuple
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from config import UserError
-from model import UNet, UNetConfig
+import layouts
+from config import UserError, cli, closest, parse
+from files import (META, Container, Entry, make_dir, open_weights, origin, raw_bytes, read_meta, remove, resolve,
+                   rounded, stream_tensors, text_meta, weights_in, write_tensors, write_text)
+from kernels.dispatch import reference
+from model import UNet, UNetConfig, infer_config
 
-META = "twinpath"
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def make_dir(path: Path) -> None:
-    """Create a folder we can write to, or say why not."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder with --out.") from None
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Tensors + JSON metadata as one safetensors file, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(packed, temporary, metadata={"format": "pt", META: json.dumps(meta)})
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)                                         # safetensors writes 0600; be an ordinary file
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file of ours. Truncated, foreign and mislabelled files are named as what they are."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}.")
-    with open(path, "rb") as file:
-        magic = file.read(9)
-    if magic[8:9] != b"{" and (magic[:2] == b"PK" or magic[:1] == b"\x80"):   # the length of a header may begin with the same byte
-        raise UserError(f"{path} is a Python pickle, whatever its name says; wanted safetensors.  Convert it with torch.load("
-                        "…, weights_only=True) and safetensors.torch.save_file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, raw = {k: file.get_tensor(k) for k in file.keys()}, (file.metadata() or {}).get(META)
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({path.stat().st_size:,} bytes: {error}).  "
-                        "Delete it and use an older one.") from None
-    if raw is None:
-        raise UserError(f"{path} was not written by twinpath: it has {len(tensors)} tensors but no '{META}' metadata.")
-    return tensors, json.loads(raw)
+PROBE_LIMIT = 1e9                            # parameters: above, an fp32 copy of a half-precision network would not be cheap
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -104,97 +46,408 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over sorted (name, dtype, shape, bytes)."""
+    """sha256 over sorted (name, dtype, shape, bytes), one tensor at a time. Of native names, it is the same in every layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
+        t = tensors[name]
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(raw_bytes(t))
+        del t                                                                   # before the next one is read
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def probe(cfg: UNetConfig, tensors: Mapping[str, Tensor]) -> list[float]:
+    """Eight output values on a fixed input, in fp32 on the CPU: what names and shapes cannot show (heads, their order, eps).
+
+    The lowest level sees 2×2: a softmax over one position would hide the heads. For toy-281m it takes 0.2 s on one core,
+    a fifth of hashing it, and so it is part of every save and load.
+    """
+    with torch.device("meta"):
+        net = UNet(cfg).eval()
+    net.load_state_dict({k: v.detach().cpu().float() for k, v in tensors.items()}, assign=True)
+    side = 2 ** len(cfg.channel_mult)
+
+    def wave(*shape: int) -> Tensor:
+        return torch.sin(1.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64)).float().view(shape) * 1.4
+
+    y = wave(1, cfg.vector_dim) if cfg.vector_dim else torch.tensor([cfg.num_classes - 1]) if cfg.num_classes else None
+    context = wave(1, 3, cfg.context_dim) if cfg.context_dim else None
+    with reference(), torch.autocast("cpu", enabled=False):
+        out = net(wave(1, cfg.in_channels, side, side), torch.tensor([371.0]), y, context)
+    return out.flatten()[::max(out.numel() // 8, 1)][:8].tolist()
+
+
 def save_unet(path: Path | str, unet: nn.Module, meta: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> str:
-    """Write a U-Net (or `weights` in its place, such as an EMA) with its config and metadata; returns the fingerprint."""
+    """Write a U-Net (or `weights` in its place, such as an EMA) with its config and metadata; returns the fingerprint.
+
+    With base_fingerprint in meta, where training began: trained weights that equal it are refused.
+    """
     unet = unwrap(unet)
-    tensors = dict(unet.state_dict() if weights is None else weights)
+    tensors = {k: v.detach().cpu() for k, v in (unet.state_dict() if weights is None else weights).items()}
     wrapped = [k for k in tensors if WRAPPERS.match(k)]
     assert not wrapped and tensors.keys() == unet.state_dict().keys(), f"not this U-Net's own names: {wrapped[:3]}"
     mark = fingerprint(tensors)
+    if meta.get("images") and meta.get("base_fingerprint") == mark:
+        raise UserError(f"{path} is not written: after {meta['images']:,} images the weights are bit for bit those training started from "
+                        f"({mark[:12]}).  Is --lr 0, or are other weights being trained than saved?")
+    if sum(t.numel() for t in tensors.values()) <= PROBE_LIMIT:
+        meta = {**meta, "probe": probe(unet.cfg, tensors)}
     write_tensors(Path(path), tensors, {**meta, "unet": asdict(unet.cfg), "fingerprint": mark})
     return mark
 
 
-def load_unet(path: Path | str) -> tuple[UNet, dict[str, Any]]:
-    """A U-Net on the CPU and its metadata. Every tensor must be there, fit, and match the fingerprint."""
-    tensors, meta = read_tensors(path)
-    if "unet" not in meta:
-        raise UserError(f"{path} holds no U-Net (it looks like a {meta.get('kind', 'different')} file).")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()}
-    with torch.device("meta"):
-        net = UNet(UNetConfig(**fields))
-    load_strict(net, tensors, f"{path}", assign=True)
-    if fingerprint(tensors) != meta["fingerprint"]:
+def load_unet(path: Path | str, *, ema: bool | None = None, dtype: torch.dtype | None = None, **known: Any) -> tuple[UNet, dict[str, Any]]:
+    """A U-Net on the CPU and its metadata, from any file open_unet() takes; dtype=None keeps the file's.
+
+    Every tensor must be there, fit, and match the file's own fingerprint and probe, if it has them.
+    """
+    source = open_unet(path, ema=ema, **known)
+    tensors, meta = dict(source.weights), source.meta
+    mark = fingerprint(tensors)
+    if meta.setdefault("fingerprint", mark) != mark:
         raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    if "probe" in meta:
+        got, wanted = torch.tensor(probe(source.cfg, tensors)), torch.tensor(meta["probe"])
+        if not torch.allclose(got, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()) + 1e-7, equal_nan=True):
+            raise UserError(f"{path}: the network computes {got[:2].tolist()} … where the one that was saved computed {wanted[:2].tolist()} …; "
+                            "its config (heads? attention order?) is not that of these weights.")
+    with torch.device("meta"):
+        net = UNet(source.cfg)
+    load_strict(net, {k: v.to(dtype or v.dtype) for k, v in tensors.items()}, f"{path}", assign=True)
     return net.to(memory_format=torch.channels_last), meta
 
 
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], what: str, assign: bool = False) -> None:
     """load_state_dict where every difference is an error that lists both sides."""
-    own = net.state_dict()
-    missing, extra = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
-    wrong = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    if missing or extra or wrong:
-        parts = [f"{len(v)} {name}: {', '.join(v[:3])}{' …' if len(v) > 3 else ''}" for name, v in
-                 (("missing", missing), ("unexpected", extra), ("of another shape", wrong)) if v]
-        raise UserError(f"{what} is of another architecture ({len(tensors)} tensors, wanted {len(own)}): {'; '.join(parts)}.")
+    check_shapes({k: tuple(v.shape) for k, v in net.state_dict().items()}, {k: tuple(v.shape) for k, v in tensors.items()}, what)
     net.load_state_dict(tensors, assign=assign)
 
 
-# ---- a run's checkpoints --------------------------------------------------------------------------------------------
+def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str) -> None:
+    missing, extra = [k for k in own if k not in given], [k for k in given if k not in own]
+    wrong = [f"{k} {given[k]} for {own[k]}" for k in own if k in given and given[k] != own[k]]
+    if missing or extra or wrong:
+        parts = [f"{len(v)} {name}: {', '.join(v[:3])}{' …' if len(v) > 3 else ''}" for name, v in
+                 (("missing", missing), ("unexpected", extra), ("of another shape", wrong)) if v]
+        raise UserError(f"{what} is of another architecture ({len(given)} tensors, wanted {len(own)}): {'; '.join(parts)}.")
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a file of ours. Truncated, foreign and mislabelled files are named as what they are."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}.")
+    box = open_weights(path)
+    if "pickle" in box.kind:
+        raise UserError(f"{path} is a Python pickle, whatever its name says; wanted safetensors.")
+    if META not in box.meta:
+        raise UserError(f"{path} was not written by twinpath: it has {len(box)} tensors but no '{META}' metadata.")
+    return dict(box), read_meta(box)
+
+
+# ---- opening any U-Net ----------------------------------------------------------------------------------------------
+
+class Source(NamedTuple):
+    cfg: UNetConfig
+    weights: Container                       # under native names, in the shapes of UNet(cfg); read on access
+    meta: dict[str, Any]
+    layout: str                              # of the file
+    left_out: dict[str, int]                 # what else the file holds: {"vae": 248 tensors, …}
+
+
+def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Source:
+    """Any U-Net file under native names, without reading a tensor yet.
+
+    Ours; guided-diffusion's .pt; Stable Diffusion's single files (ema=True takes their model_ema. part); diffusers files
+    and folders; each bare or under wrapper prefixes, as safetensors, shards or pickles. known: what a foreign file cannot
+    say (num_heads | num_head_channels, attention_order, objective); what it can say must agree.
+    """
+    box, known = open_weights(find_checkpoint(path)), {k: v for k, v in known.items() if v is not None}
+    return _open_own(box, ema, known) if META in box.meta else _open_foreign(box, bool(ema), known)
+
+
+def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
+    meta, path = read_meta(box), box.path
+    if "unet" not in meta:
+        raise UserError(f"{path} holds no U-Net (it looks like a {meta.get('kind', 'different')} file).")
+    try:
+        cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its config is not one of this version's U-Nets ({error}).") from None
+    check_known(cfg, known, str(path))
+    wanted = known.get("objective")
+    if wanted and layouts.target_of(meta) not in (None, wanted):
+        raise UserError(f"{path} says its objective is {layouts.target_of(meta)}, got {wanted}.  Leave it out.")
+    if ema is not None and ema != (meta.get("ema") is not None):
+        holds, wanted = ("the raw weights", "an EMA") if ema else (f"an EMA of width {meta['ema']}", "the raw weights")
+        raise UserError(f"{path} holds {holds}, wanted {wanted}.  Take the file beside it.")
+    layout, place = meta.get("layout", "native"), origin(path)
+    meta |= {"objective": meta.get("objective") or wanted, **(place if "sha256" in place else {})}
+    return Source(cfg, native_view(box, cfg, layout), meta, layout, {})
+
+
+def _open_foreign(box: Container, ema: bool, known: dict[str, Any]) -> Source:
+    path, groups = box.path, layouts.parts(box)
+    if groups.get("other"):
+        raise UserError(f"{path}: {len(groups['other'])} of {len(box)} tensors belong to nothing known: {some(groups['other'])}.  "
+                        "Wanted a U-Net, bare or beside its EMA, autoencoder and text encoders.")
+    part = "ema" if ema else "unet"
+    if part not in groups:
+        found = some(f"{len(v)} {k} tensors" for k, v in groups.items()) or "nothing"
+        do = "  Take the raw weights: leave ema out." if "unet" in groups else "  Ask for its EMA." * ("ema" in groups)
+        raise UserError(f"{path} holds no {'EMA of a U-Net' if ema else 'U-Net'}, but {found} ({some(box)}).{do}")
+    inner = box.over({name: box.table[full] for full, name in groups[part].items()})
+    layout, objective = layouts.detect(inner), known.pop("objective", None)
+    if layout is None:
+        raise UserError(f"{path}: {len(inner)} tensors under names of no known layout: {some(inner)}.")
+    if layout == "diffusers":
+        cfg = diffusers_config_beside(path, known)
+    else:
+        try:
+            cfg = infer_config(inner.table, **known)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    meta = {"layout": layout, "family": layouts.family(cfg), "objective": objective, **origin(path), "ema": "the file's" if ema else None}
+    left_out = {k: len(v) for k, v in groups.items() if k != part}
+    return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
+
+
+def diffusers_config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
+    """The config of diffusers weights: their names and shapes alone do not tell the heads."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has diffusers' names and needs diffusers' config.json beside it ({type(error).__name__}).  Copy it there.") from None
+    cfg = layouts.from_diffusers_config(config, known.get("attention_order", "new"))
+    check_known(cfg, known, str(path.parent / "config.json"))
+    return cfg
+
+
+def check_known(cfg: UNetConfig, known: dict[str, Any], what: str) -> None:
+    """What the user says must be what the file says, if it says it. Heads may be told by number or by width."""
+    for key, value in known.items():
+        if key not in ("num_heads", "num_head_channels", "attention_order", "objective") and getattr(cfg, key, None) != value:
+            raise UserError(f"{what} says {key} = {getattr(cfg, key, 'nothing')!r}, got {value!r}.  Leave it out.")
+    heads = {k: known.get(k, 0) for k in ("num_heads", "num_head_channels")}
+    try:
+        wanted = replace(cfg, **heads if any(heads.values()) else {}, attention_order=known.get("attention_order", cfg.attention_order))
+        same = all(wanted.head_channels(C) == cfg.head_channels(C) for C in cfg.channels) and wanted.attention_order == cfg.attention_order
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(f"{what} says num_heads {cfg.num_heads}, num_head_channels {cfg.num_head_channels}, attention_order {cfg.attention_order}; "
+                        f"got {', '.join(f'{k} {v}' for k, v in known.items() if k != 'objective')}.  Leave them out.")
+
+
+def native_view(box: Container, cfg: UNetConfig, layout: str) -> Container:
+    """A file in some layout as a mapping of native names. All names and shapes are checked now, tensors are read on access."""
+    wanted, native = layouts.foreign_shapes(cfg, layout), layouts.native_shapes(cfg)
+    given = {k: e.shape for k, e in box.table.items()}
+    for _, name, rule in layouts.unet_map(cfg, layout):                         # (C, C) in files that save_unet wrote, (C, C, 1, 1) in SD1's
+        if rule == "squeeze" and given.get(name) == wanted[name][:2]:
+            given[name] = wanted[name]
+    check_shapes(wanted, given, str(box.path))
+    table: dict[str, Entry] = {}
+    for foreign, name in layouts.foreign_names(cfg, layout).items():
+        entry = table.setdefault(name, Entry(box.dtype(foreign), native[name], partial(layouts.to_native, cfg, layout, name, box)))
+        if entry.dtype != box.dtype(foreign):
+            raise UserError(f"{box.path}: parts of {name} have dtypes {entry.dtype} and {box.dtype(foreign)}, wanted one.")
+    return box.over({name: table[name] for name in native})
+
+
+def some(words: Any, n: int = 3) -> str:
+    words = list(words)
+    return ", ".join(map(str, words[:n])) + " …" * (len(words) > n)
+
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's complete checkpoints, oldest first. A folder gets its number only once it is whole."""
     return sorted(p for p in (run / "ckpt").glob("*") if re.fullmatch(r"\d{12}", p.name))
 
 
-def save_checkpoint(run: Path, images: int, unet: nn.Module, meta: dict[str, Any], emas: Mapping[str, Mapping[str, Tensor]],
-                    state: Mapping[str, Tensor], state_meta: dict[str, Any], keep: int, keep_every: int) -> Path:
-    """Write a checkpoint under a temporary name, rename it into place, then remove those that are no longer kept."""
-    final = run / "ckpt" / f"{images:012d}"
-    temporary = final.with_name(final.name + ".tmp")
-    sweep(run)
-    temporary.mkdir(parents=True)
-    save_unet(temporary / "model.safetensors", unet, {**meta, "images": images, "ema": None})
-    for width, weights in emas.items():
-        save_unet(temporary / f"ema-{width}.safetensors", unet, {**meta, "images": images, "ema": float(width)}, weights)
-    write_tensors(temporary / "state.safetensors", state, {**state_meta, "kind": "training state", "images": images})
-    os.replace(temporary, final)
-    fsync(final.parent)
-    done = checkpoints(run)
-    for old in done[:-keep]:
-        if not (keep_every and int(old.name) % keep_every == 0):
-            trash = old.with_name(old.name + ".old")
-            os.replace(old, trash)                                              # a kill in rmtree leaves no numbered half
-            shutil.rmtree(trash)
-    return final
-
-
-def sweep(run: Path) -> None:
-    """Remove what a kill in mid-save left behind: only names that save_checkpoint uses before and after."""
-    for leftover in (run / "ckpt").glob("*"):
-        if re.fullmatch(r"\d{12}\.(tmp|old)", leftover.name):
-            shutil.rmtree(leftover)
-
-
 def find_checkpoint(path: Path | str) -> Path:
-    """A weight file from what a user names: the file, a checkpoint folder, or a run's folder (newest; first EMA)."""
-    path = Path(path)
+    """A weight file from what a user names: a file, a name on the Hub, a run's folder (newest; first EMA), one of its
+    checkpoints, or a folder as diffusers writes it."""
+    path = resolve(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}.")
     folder = (checkpoints(path) or [path])[-1]
-    files = sorted(folder.glob("ema-*.safetensors")) + sorted(folder.glob("model.safetensors"))
+    files = sorted(folder.glob("ema-*.safetensors")) + [f for f in [weights_in(folder)] if f]
     if not files:
-        raise UserError(f"no checkpoint in {path}: wanted a .safetensors file, a run's folder, or one of its ckpt/ folders.")
+        raise UserError(f"no checkpoint in {path}: wanted a weight file, a run's folder, one of its ckpt/ folders, or a diffusers folder.")
     return files[0]
+
+
+# ---- converting -----------------------------------------------------------------------------------------------------
+
+def convert(src: Path | str, dst: Path | str, layout: str, dtype: str | None = None, *, ema: bool | None = None, **known: Any) -> str:
+    """Write a U-Net in another layout and read it back; returns the fingerprint. One tensor is in memory at a time.
+
+    "native": one file as LDM and guided-diffusion name things. "diffusers": one file if dst ends in .safetensors, else a
+    folder for from_pretrained. The dtype stays unless asked. Nothing is overwritten, and dst appears only once it is
+    proven to hold the source's weights, bit for bit.
+    """
+    dst, source = Path(dst), open_unet(src, ema=ema, **known)
+    cfg, weights, meta = source.cfg, source.weights, dict(source.meta)
+    shapes = layouts.foreign_shapes(cfg, layout)                                # refuses what the layout cannot say
+    folder = layout == "diffusers" and dst.suffix != ".safetensors"
+    if dst.exists():
+        raise UserError(f"{dst} exists{' and is the source' if dst.resolve() == weights.path.resolve() else ''}.  "
+                        "Give another name, or remove it first.")
+    if not folder and dst.suffix != ".safetensors":
+        raise UserError(f"{dst}: wanted a name that ends in .safetensors, for that is what will be written.")
+    mark = fingerprint(weights)
+    if meta.get("fingerprint", mark) != mark:
+        raise UserError(f"{src}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    if dtype:
+        weights = rounded(weights, dtype)
+        mark, changed = fingerprint(weights), mark
+        if mark != changed:                                                     # the probe's tolerance is for arithmetic, not for rounding
+            meta = {k: v for k, v in meta.items() if k != "probe"} | {"cast_from": changed}
+    meta |= {"unet": asdict(cfg), "layout": layout, "fingerprint": mark}
+    if "source" in meta and "sha256" not in meta:
+        meta["source"] = Path(meta["source"]).name                              # the folders of this machine are nobody's business
+    make_dir(dst.parent)
+    part = dst.with_name(dst.name + ".part")
+    remove(part)                                                                # of a conversion that was killed
+    try:
+        if folder:
+            part.mkdir()
+            write_text(part / "config.json", json.dumps(layouts.diffusers_config(cfg), indent=2) + "\n")
+        file = part / "diffusion_pytorch_model.safetensors" if folder else part
+        natives = layouts.foreign_names(cfg, layout)
+        stream_tensors(file, {name: (weights.dtype(natives[name]), shape) for name, shape in shapes.items()},
+                       {**text_meta(meta), **layouts.modelspec(cfg, layout, meta, dst.stem)},
+                       lambda name: dict(layouts.to_foreign(cfg, layout, natives[name], weights[natives[name]]))[name])
+        if (got := fingerprint(open_unet(part).weights)) != mark:
+            raise UserError(f"{part} was read back with other weights ({got[:12]}) than were written ({mark[:12]}).  Is the disk sound?")
+        os.replace(part, dst)
+    finally:
+        remove(part)
+    return mark
+
+
+# ---- looking and comparing ------------------------------------------------------------------------------------------
+
+def inspect(path: str, **known: Any) -> list[str]:
+    """What a file is, line by line, and what would have to be added to sample from it."""
+    missing = []
+    try:
+        source = open_unet(path, **known)
+    except UserError as error:                                                  # all but the heads may still be told
+        try:
+            source = open_unet(path, **{"num_heads": 1, "attention_order": "legacy", **{k: v for k, v in known.items() if v is not None}})
+        except UserError:
+            raise error from None
+        missing = ["heads and attention order (--num-heads or --num-head-channels, --attention-order)"]
+    cfg, box, meta = source.cfg, source.weights, source.meta
+    mark, dtypes = fingerprint(box), [str(entry.dtype).removeprefix("torch.") for entry in box.table.values()]
+    if meta.get("fingerprint", mark) != mark:
+        raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    objective = meta["objective"] if isinstance(meta.get("objective"), (str, type(None))) else \
+        " ".join(f"{k}={v}" for k, v in meta["objective"].items() if k in ("name", "target", "table"))
+    default, unknown = UNetConfig(), {"num_heads", "num_head_channels", "attention_order"} if missing else set()
+    shown = " ".join(f"{f.name}={','.join(f'{v:g}' for v in value) if isinstance(value, tuple) else value}" for f in fields(cfg)
+                     if f.name not in unknown and ((value := getattr(cfg, f.name)) != getattr(default, f.name) or f.name.endswith("channels")))
+    if objective is None:
+        missing.append("objective (--objective)")
+    if "vae" not in meta and cfg.in_channels != 3:
+        missing.append("autoencoder (--vae)")
+    if cfg.context_dim:
+        missing.append("text encoders (not yet)")
+    lines = {"file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})", "layout": source.layout, "family": layouts.family(cfg),
+             "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()), "config": shown,
+             "parameters": f"{sum(torch.Size(e.shape).numel() for e in box.table.values()):,} in {len(box)} tensors",
+             "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))), "objective": objective or "not said",
+             "ema": meta.get("ema"), "images": meta.get("images") and f"{meta['images']:,}", "source": meta.get("source"),
+             "sha256": meta.get("sha256"), "fingerprint": mark, "missing": "; ".join(missing) or "nothing, samplers.py can draw from it"}
+    return [f"{key:<12} {value}" for key, value in lines.items() if value]
+
+
+def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
+    """Whether two files hold the same network, and if not, how far apart each block is. What b cannot say, it takes from a."""
+    one = open_unet(a, **known)
+    heads = {k: getattr(one.cfg, k) for k in ("num_heads", "num_head_channels", "attention_order")}
+    with_heads = known if META in open_weights(find_checkpoint(b)).meta else {**known, **(heads if not one.cfg.context_dim else {})}
+    two = open_unet(b, **with_heads)
+    differs = [f"{f.name} {getattr(one.cfg, f.name)} / {getattr(two.cfg, f.name)}" for f in fields(UNetConfig)
+               if f.name not in ("dropout", "linear_projection") and getattr(one.cfg, f.name) != getattr(two.cfg, f.name)]
+    if {k: e.shape for k, e in one.weights.table.items()} != {k: e.shape for k, e in two.weights.table.items()}:
+        return False, [f"another architecture: {'; '.join(differs)}"]
+    sums: dict[str, list[float]] = {}
+    bitwise = True
+    for name in one.weights:
+        x, y = one.weights[name], two.weights[name]
+        bitwise = bitwise and x.dtype == y.dtype and bool((raw_bytes(x) == raw_bytes(y)).all())
+        block = ".".join(name.split(".")[:2 if name.startswith(("input_blocks", "output_blocks")) else 1])
+        sums.setdefault(block, [0.0, 0.0])
+        sums[block][0] += float((x.double() - y.double()).square().sum())
+        sums[block][1] += float(x.double().square().sum())
+    if bitwise and not differs:
+        return True, [f"the same weights, bit for bit ({len(one.weights)} tensors, {one.layout} / {two.layout})"]
+    lines = [f"another config: {'; '.join(differs)}"] if differs else []
+    dtypes = [" + ".join(sorted({str(e.dtype).removeprefix("torch.") for e in s.weights.table.values()})) for s in (one, two)]
+    lines += [f"another dtype: {' / '.join(dtypes)}"] if len(set(dtypes)) > 1 else []
+    rows = {block: (d / n) ** 0.5 if n else float(d > 0) for block, (d, n) in sums.items() if d != 0}
+    lines += [f"{len(rows)} of {len(sums)} blocks differ; relative L2:" if rows else "the values are equal"]
+    return False, lines + [f"  {block:<18} {value:.3e}" for block, value in rows.items()]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Options:
+    layout: Literal["", "native", "diffusers"] = ""   # convert: of the result
+    dtype: Literal["", "fp32", "fp16", "bf16"] = ""   # convert: of the result; as it is if not given
+    ema: bool = False                      # of a Stable Diffusion file: its EMA instead of its raw weights
+    num_heads: int = 0                     # where the file cannot say: attention heads …
+    num_head_channels: int = 0             # … or channels a head,
+    attention_order: Literal["", "legacy", "new"] = ""   # … and for ADM the order of the qkv rows
+    objective: Literal["", "fm", "eps", "v", "x0"] = ""   # convert: to be written where the file does not say
+
+
+COMMANDS = {"inspect": ("FILE",), "convert": ("SRC", "DST"), "verify": ("A", "B")}
+
+
+def positional(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Words and flags, in whatever order they come."""
+    words, flags, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        (flags if word.startswith("-") else words).append(word)
+        alone = "=" in word or word in ("--ema", "--no-ema", "--help", "-h", "--dry-run")
+        if word.startswith("-") and not alone and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return words, flags
+
+
+def main() -> None:
+    words, flags = positional(sys.argv[1:])
+    o, dry_run = parse(Options, __doc__.replace("\n\n", "\n", 1), flags)
+    command, names = (words[0], words[1:]) if words else ("", [])
+    if command not in COMMANDS:
+        raise UserError(f"command {command!r} is not one of {', '.join(COMMANDS)}.{closest(command, COMMANDS)}  See --help.")
+    if len(names) != len(COMMANDS[command]):
+        raise UserError(f"{command} takes {' '.join(COMMANDS[command])}, got {len(names)} names.  See --help.")
+    if command == "convert" and not o.layout:
+        raise UserError("convert needs --layout native or --layout diffusers.")
+    if command != "convert" and (o.layout or o.dtype or o.objective):
+        raise UserError(f"--layout, --dtype and --objective are convert's, not {command}'s.")
+    known = {k: v for k, v in asdict(o).items() if v and k not in ("layout", "dtype")}
+    if dry_run:
+        print(json.dumps({"command": command, "names": names, **asdict(o)}, indent=1))
+    elif command == "inspect":
+        print("\n".join(inspect(*names, **known)))
+    elif command == "convert":
+        mark = convert(*names, o.layout, o.dtype or None, **known)
+        print(f"{names[1]}: {o.layout}, read back bit for bit, fingerprint {mark}")
+    else:
+        same, lines = verify(*names, **known)
+        print("\n".join(lines))
+        sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    cli(main)

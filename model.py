@@ -1,20 +1,27 @@
-"""The U-Net of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs"), under guided-diffusion's key names.
+"""The U-Nets of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs") and of Stable Diffusion 1.x, 2.x and XL
+(Rombach et al. 2022; Podell et al. 2023), which is ADM's with cross-attention: one class, under the authors' key names.
 
     net = UNet(PRESETS["toy-281m"])
     out = net(x, t)                  # x (B, C, H, W), t (B,) in [0, 1000]  ->  (B, out, H, W)
+    out = UNet(PRESETS["sd15"])(x, t, context=tokens)                          # tokens (B, M, 768) from a text encoder
+    out, h = net(x, t, features=("middle_block",))                             # and what a block returned: h["middle_block"]
 
-A checkpoint of guided-diffusion with the same config loads as it is. Everything runs channels_last.
+A guided-diffusion or LDM state dict with the same config loads as it is, 1×1-convolution projections squeezed (layouts.py).
+Everything runs channels_last.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Mapping
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from config import UserError, closest
 from kernels.attention import attention
 from kernels.groupnorm import group_norm_silu
 
@@ -29,7 +36,9 @@ class UNetConfig:
     model_channels: int = 64                 # channels at multiplier 1
     channel_mult: tuple[float, ...] = (1, 2)
     num_res_blocks: int = 2                  # residual blocks a level on the way down; one more on the way up
-    attention: tuple[int, ...] = (0, 1)      # per level: 1 = self-attention after each residual block
+    attention: tuple[int, ...] = (0, 1)      # per level: 1 = self-attention after each residual block; with context_dim
+                                             # the depth of a transformer there: 2 = two transformer blocks
+    middle_attention: int = 1                # the same for the middle block
     num_heads: int = 1                       # used when num_head_channels is 0
     num_head_channels: int = 0               # channels a head; 0 = use num_heads
     attention_order: Literal["legacy", "new"] = "legacy"   # qkv rows: [head][q,k,v][d] | [q,k,v][head][d]; same shapes!
@@ -37,6 +46,9 @@ class UNetConfig:
     resblock_updown: bool = True             # resample inside residual blocks; False = a convolution (or pooling)
     conv_resample: bool = True               # resblock_updown=False only; False = average pool / nearest, no weights
     num_classes: int = 0                     # 0 = unconditional. The label -1 stands for "no class" (guidance)
+    vector_dim: int = 0                      # instead of classes: y is a vector (B, vector_dim), as in SDXL (pooled text, sizes)
+    context_dim: int = 0                     # 0 = ADM's self-attention; else transformers that attend to context (B, M, context_dim)
+    linear_projection: bool = True           # of this family's *files*: False = proj_in/out are (C, C, 1, 1) there (SD1.x)
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -45,8 +57,17 @@ class UNetConfig:
         for level, C in enumerate(self.channels):
             if C % GROUPS:
                 raise ValueError(f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups).")
-            if (self.attention[level] or level == len(self.channels) - 1) and C % self.head_channels(C):
-                raise ValueError(f"level {level}: {C} channels do not split into heads of {self.head_channels(C)}.")
+            if not self.attention[level] and level < len(self.channels) - 1:
+                continue
+            if self.num_head_channels and C % self.num_head_channels:
+                raise ValueError(f"level {level}: {C} channels do not split into heads of {self.num_head_channels}.")
+            if not self.num_head_channels and (self.num_heads < 1 or C % self.num_heads):
+                raise ValueError(f"level {level}: {C} channels do not split into {self.num_heads} heads.")
+        if min(self.attention) < 0 or self.middle_attention < 1 or not self.context_dim and max(*self.attention, self.middle_attention) > 1:
+            raise ValueError(f"attention is {self.attention}, middle_attention {self.middle_attention}: wanted 0 or 1 a level and 1 in the "
+                             "middle without context_dim; with it, depths of at least 0 and 1.")
+        if self.num_classes and self.vector_dim:
+            raise ValueError(f"num_classes {self.num_classes} and vector_dim {self.vector_dim}: y is either labels or a vector, set one.")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -54,7 +75,7 @@ class UNetConfig:
 
     def head_channels(self, C: int) -> int:
         """Channels a head (D) of an attention block over C channels."""
-        return self.num_head_channels or max(C // self.num_heads, 1)
+        return self.num_head_channels or C // self.num_heads
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -159,17 +180,90 @@ def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: 
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, scale, shift, silu, norm.eps)
 
 
-class Block(nn.Sequential):
-    """One entry of input_blocks / middle_block / output_blocks: layers in order, the embedding where it is wanted."""
+class Attention(nn.Module):
+    """Multi-head attention from x (B, N, C) to context (B, M, context_dim), or to x itself without one."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def __init__(self, cfg: UNetConfig, channels: int, context_dim: int):
+        super().__init__()
+        self.heads = channels // cfg.head_channels(channels)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (h.unflatten(2, (self.heads, -1)).transpose(1, 2)             # (B, heads, N or M, D), strided
+                   for h in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """value · gelu(gate), both halves from one projection (Shazeer 2020)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each on a LayerNorm of x, each residual. x (B, N, C)."""
+
+    def __init__(self, cfg: UNetConfig, C: int):
+        super().__init__()
+        self.attn1 = Attention(cfg, C, C)
+        self.ff = nn.Module()
+        self.ff.net = nn.Sequential(GEGLU(C, 4 * C), nn.Identity(), nn.Linear(4 * C, C))
+        self.attn2 = Attention(cfg, C, cfg.context_dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(C), nn.LayerNorm(C), nn.LayerNorm(C)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff.net(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """`depth` transformer blocks over the H·W positions, residual: Stable Diffusion's place for the text."""
+
+    def __init__(self, cfg: UNetConfig, channels: int, depth: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)                    # 1e-5 everywhere else, as in LDM
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(cfg, channels) for _ in range(depth))
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = norm_act(self.norm, x, silu=False).permute(0, 2, 3, 1)              # a view in channels_last
+        h = self.proj_in(h.reshape(B, H * W, C))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h).view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class Block(nn.Sequential):
+    """One entry of input_blocks / middle_block / output_blocks: layers in order, each given what it wants."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, *((emb,) if isinstance(layer, ResBlock) else (context,) if isinstance(layer, SpatialTransformer) else ()))
         return x
 
 
 class UNet(nn.Module):
-    """ADM's U-Net. Its state dict has guided-diffusion's names, so the building order below is the file format."""
+    """The U-Net. Its state dict has guided-diffusion's and LDM's names, so the building order below is the file format.
+
+    `net.checkpointing = True` keeps only each block's inputs for the backward pass and computes the block again there.
+    """
+
+    checkpointing = False
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
@@ -178,23 +272,25 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, E), nn.SiLU(), nn.Linear(E, E))
         if cfg.num_classes:
             self.label_emb = nn.Embedding(cfg.num_classes, E)
+        elif cfg.vector_dim:                                                    # twice Sequential: the names label_emb.0.0, .0.2
+            self.label_emb = nn.Sequential(nn.Sequential(nn.Linear(cfg.vector_dim, E), nn.SiLU(), nn.Linear(E, E)))
         C = cfg.channels[0]
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, C, 3, padding=1))])
         skips = [C]                                                             # channels of each input block's output
         for level, out in enumerate(cfg.channels):
             for _ in range(cfg.num_res_blocks):
-                self.input_blocks.append(Block(ResBlock(cfg, C, out), *self._attention(level, out)))
+                self.input_blocks.append(Block(ResBlock(cfg, C, out), *self._attention(cfg.attention[level], out)))
                 C = out
                 skips.append(C)
             if level < levels - 1:
                 self.input_blocks.append(Block(ResBlock(cfg, C, C, "down") if cfg.resblock_updown
                                                else Downsample(C, cfg.conv_resample)))
                 skips.append(C)
-        self.middle_block = Block(ResBlock(cfg, C, C), AttentionBlock(cfg, C), ResBlock(cfg, C, C))
+        self.middle_block = Block(ResBlock(cfg, C, C), *self._attention(cfg.middle_attention, C), ResBlock(cfg, C, C))
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(cfg.channels))):
             for i in range(cfg.num_res_blocks + 1):
-                block = Block(ResBlock(cfg, C + skips.pop(), out), *self._attention(level, out))
+                block = Block(ResBlock(cfg, C + skips.pop(), out), *self._attention(cfg.attention[level], out))
                 C = out
                 if level and i == cfg.num_res_blocks:
                     block.append(ResBlock(cfg, C, C, "up") if cfg.resblock_updown else Upsample(C, cfg.conv_resample))
@@ -203,31 +299,72 @@ class UNet(nn.Module):
                                  zero(nn.Conv2d(C, cfg.out_channels, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
-    def _attention(self, level: int, channels: int) -> list[nn.Module]:
-        return [AttentionBlock(self.cfg, channels)] if self.cfg.attention[level] else []
+    def _attention(self, depth: int, channels: int) -> list[nn.Module]:
+        if not depth:
+            return []
+        return [SpatialTransformer(self.cfg, channels, depth) if self.cfg.context_dim else AttentionBlock(self.cfg, channels)]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W); t (B,) float in [0, 1000]; y (B,) class labels, -1 = none. Returns (B, out, H, W)."""
-        factor = 2 ** (len(self.cfg.channel_mult) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"H×W = {x.shape[2]}×{x.shape[3]} must be divisible by {factor} ({len(self.cfg.channel_mult)} levels).")
-        if context is not None:
-            raise ValueError("this U-Net has no cross-attention: context must be None.")
-        if y is not None and not self.cfg.num_classes:
-            raise ValueError("this U-Net is unconditional: y must be None.")
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What `features` may name, in the order of the forward pass."""
+        return (*(f"input_blocks.{i}" for i in range(len(self.input_blocks))), "middle_block",
+                *(f"output_blocks.{i}" for i in range(len(self.output_blocks))))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
+                features: tuple[str, ...] | None = None) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """x (B, C, H, W); t (B,) float in [0, 1000] -> (B, out, H, W).
+
+        y: class labels (B,), -1 = none; or (B, vector_dim). context: (B, M, context_dim). With `features`, names from
+        block_names, also {name: what that block returned (B, C', H', W')}.
+        """
+        self._check(x, y, context, features)
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
-        if y is not None:
+        if self.cfg.vector_dim:
+            emb = emb + self.label_emb(y.to(x.dtype))
+        elif y is not None:
             # The null label adds nothing: a learned null row would only duplicate time_embed.2.bias.
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
         emb = F.silu(emb)                                                       # (B, E), shared by every ResBlock
-        h, skips = x.contiguous(memory_format=torch.channels_last), []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle_block(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out[2](norm_act(self.out[0], h))
+        context = None if context is None else context.to(x.dtype)
+        h, skips, seen = x.contiguous(memory_format=torch.channels_last), [], dict.fromkeys(features or ())
+        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
+        for i, (name, block) in enumerate(zip(self.block_names, blocks)):
+            skip = (skips.pop(),) if i > len(self.input_blocks) else ()
+            h = self._run(block, h, emb, context, *skip)
+            if i < len(self.input_blocks):
+                skips.append(h)
+            if name in seen:
+                seen[name] = h
+        out = self.out[2](norm_act(self.out[0], h))
+        return out if features is None else (out, seen)
+
+    def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _check(self, x: Tensor, y: Tensor | None, context: Tensor | None, features: tuple[str, ...] | None) -> None:
+        cfg, B, factor = self.cfg, x.shape[0], 2 ** (len(self.cfg.channel_mult) - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"H×W = {x.shape[2]}×{x.shape[3]} must be divisible by {factor} ({len(cfg.channel_mult)} levels).")
+        if not cfg.context_dim and context is not None:
+            raise ValueError("this U-Net has no cross-attention: context must be None.")
+        if cfg.context_dim and (context is None or context.ndim != 3 or (context.shape[0], context.shape[2]) != (B, cfg.context_dim)):
+            raise ValueError(f"context is {shape(context)}: wanted ({B}, tokens, {cfg.context_dim}), a text encoder's output.")
+        if y is not None and not cfg.num_classes and not cfg.vector_dim:
+            raise ValueError("this U-Net is unconditional: y must be None.")
+        if cfg.vector_dim and (y is None or y.shape != (B, cfg.vector_dim)):
+            raise ValueError(f"y is {shape(y)}: wanted a vector ({B}, {cfg.vector_dim}), such as pooled text and sizes.")
+        if cfg.num_classes and y is not None and (y.shape != (B,) or y.is_floating_point()):
+            raise ValueError(f"y is {y.dtype} {shape(y)}: wanted integer class labels ({B},), -1 = none.")
+        for name in features or ():
+            if name not in self.block_names:
+                raise ValueError(f"features: no block {name!r}.{closest(name, self.block_names)}  block_names lists all "
+                                 f"{len(self.block_names)}.")
+
+
+def shape(x: Tensor | None) -> str:
+    return "None" if x is None else str(tuple(x.shape))
 
 
 def num_params(cfg: UNetConfig) -> int:
@@ -236,8 +373,18 @@ def num_params(cfg: UNetConfig) -> int:
         return sum(p.numel() for p in UNet(cfg).parameters())
 
 
+def multiplier(channels: int, model_channels: int) -> float:
+    """The m of channel_mult with int(m · model_channels) == channels; an int where it is one."""
+    m = channels / model_channels
+    m = m if int(m * model_channels) == channels else math.nextafter(m, math.inf)
+    return int(m) if m == int(m) else m
+
+
 TOY = UNetConfig(model_channels=256, channel_mult=(1, 1, 2, 4), attention=(0, 0, 0, 1), use_scale_shift_norm=False)
 ADM = UNetConfig(3, 6, model_channels=256, num_head_channels=64, num_classes=1000)   # 6 = eps and its learned variance
+SD = UNetConfig(4, 4, model_channels=320, channel_mult=(1, 2, 4, 4), attention=(1, 1, 1, 0), use_scale_shift_norm=False,
+                resblock_updown=False)
+XL = replace(SD, num_head_channels=64, vector_dim=2816, context_dim=2048)
 PRESETS: dict[str, UNetConfig] = {
     "tiny": UNetConfig(model_channels=128, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1), num_head_channels=64),
     "nano": UNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1)),   # for tests of the loop
@@ -252,4 +399,78 @@ PRESETS: dict[str, UNetConfig] = {
     "adm-256": replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1)),
     "adm-256-uncond": replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1), num_classes=0),
     "adm-512": replace(ADM, channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 0, 1, 1, 1)),
+    # Stable Diffusion. They take latents of 4 channels at 1/8; heads are 8 in number in 1.x, 64 channels wide since.
+    "sd15": replace(SD, num_heads=8, context_dim=768, linear_projection=False),
+    "sd21": replace(SD, num_head_channels=64, context_dim=1024),
+    "sdxl": replace(XL, channel_mult=(1, 2, 4), attention=(0, 2, 10), middle_attention=10),
+    "sdxl-refiner": replace(XL, model_channels=384, attention=(0, 4, 4, 0), middle_attention=4, vector_dim=2560, context_dim=1280),
 }
+
+# What the family fixes and no file says: (model_channels, context_dim) -> heads of SD 1.x, 2.x, XL and its refiner.
+FAMILY_HEADS = {(320, 768): {"num_heads": 8}, (320, 1024): {"num_head_channels": 64}, (320, 2048): {"num_head_channels": 64},
+                (384, 1280): {"num_head_channels": 64}}
+
+
+def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
+    """The config of a U-Net's native names and shapes. `known` gives what they cannot show, or must agree with them.
+
+    Heads (num_heads or num_head_channels) and, for ADM, attention_order leave no trace: a wrong guess loads strictly and
+    computes something else. They must be given, except for the heads of Stable Diffusion. dropout is 0 unless given.
+    """
+    names = [f.name for f in fields(UNetConfig)]
+    for key in known:
+        if key not in names:
+            raise UserError(f"infer_config: {key!r} is not a field of UNetConfig.{closest(key, names)}")
+    seen = _shapes_to_fields(state_dict)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    for key in given.keys() & seen.keys():
+        if given[key] != seen[key]:
+            raise UserError(f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}.  Leave it out.")
+    channels, context_dim = seen["model_channels"], seen["context_dim"]
+    if not given.keys() & {"num_heads", "num_head_channels"}:
+        given |= FAMILY_HEADS.get((channels, context_dim), {})
+    if not given.get("num_head_channels") and not given.get("num_heads"):
+        raise UserError(f"the number of attention heads leaves no trace in the tensors (model_channels {channels}, context_dim {context_dim}), "
+                        "and a wrong one computes something else without an error.  Add num_heads or num_head_channels from the "
+                        "model's card or training command.")
+    one_head = given.get("num_heads") == 1 and not given.get("num_head_channels")    # then both orders are the same
+    if not context_dim and "attention_order" not in given and not one_head:
+        raise UserError("the order of the qkv rows leaves no trace in the tensors.  Add attention_order: \"legacy\", guided-diffusion's "
+                        "default, or \"new\" (its use_new_attention_order=True).")
+    try:
+        return UNetConfig(**(seen | given))
+    except ValueError as error:
+        raise UserError(f"infer_config: {error}") from None
+
+
+def _shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of UNetConfig that names and shapes determine. Missing and extra tensors are left for a strict load to name."""
+    def size(name: str) -> tuple[int, ...]:
+        if name not in state_dict:
+            raise UserError(f"cannot tell the architecture: no tensor {name!r} among {len(state_dict)} ({', '.join(list(state_dict)[:3])} …); "
+                            "wanted a U-Net under guided-diffusion's or LDM's names.")
+        return tuple(state_dict[name].shape)
+
+    def numbers(pattern: str) -> set[int]:
+        return {int(m[1]) for name in state_dict if (m := re.match(pattern, name))}
+
+    def depth(block: str) -> int:
+        return len(numbers(rf"{block}\.1\.transformer_blocks\.(\d+)\.")) or int(f"{block}.1.qkv.weight" in state_dict)
+
+    channels, total = size("time_embed.0.weight")[1], max(numbers(r"output_blocks\.(\d+)\."), default=0) + 1
+    convs, resnets = numbers(r"output_blocks\.(\d+)\.[12]\.conv\."), numbers(r"output_blocks\.(\d+)\.[12]\.in_layers\.")
+    pools = set(range(total)) - numbers(r"input_blocks\.(\d+)\.")               # average pooling leaves gaps in the numbers
+    levels = 1 + len(convs or resnets or pools)
+    if total % levels or total // levels < 2:
+        raise UserError(f"cannot tell the architecture: {total} output blocks do not split into {levels} levels.")
+    blocks = [f"input_blocks.{1 + level * (total // levels)}" for level in range(levels)]
+    rows = [size(f"{block}.0.out_layers.3.weight")[0] for block in blocks]
+    context_dim = 0 if "middle_block.1.qkv.weight" in state_dict else size("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    return dict(
+        in_channels=size("input_blocks.0.0.weight")[1], out_channels=size("out.2.weight")[0], model_channels=channels,
+        channel_mult=tuple(multiplier(C, channels) for C in rows), num_res_blocks=total // levels - 1,
+        attention=tuple(depth(block) for block in blocks), middle_attention=depth("middle_block"), context_dim=context_dim,
+        use_scale_shift_norm=size(f"{blocks[0]}.0.emb_layers.1.weight")[0] == 2 * rows[0], resblock_updown=bool(resnets) and not convs,
+        conv_resample=bool(convs or resnets or not pools), num_classes=size("label_emb.weight")[0] if "label_emb.weight" in state_dict else 0,
+        vector_dim=size("label_emb.0.0.weight")[1] if "label_emb.0.0.weight" in state_dict else 0,
+        linear_projection=not context_dim or len(size("middle_block.1.proj_in.weight")) == 2)

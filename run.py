@@ -8,20 +8,23 @@ import fcntl
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator
+from typing import IO, Any, Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 
-from ckpt import checkpoints, write_text
+from ckpt import checkpoints, save_unet
 from config import UserError, pick_device
+from files import fsync, write_tensors, write_text
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -138,6 +141,37 @@ def check_disk(cfg: Any, run: Path, params: int) -> None:
     if each * count > free:
         raise UserError(f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.  "
                         "Lower --keep, drop --ema widths, or give another --out.")
+
+
+# ---- its checkpoints ------------------------------------------------------------------------------------------------
+
+def save_checkpoint(run: Path, images: int, unet: nn.Module, meta: dict[str, Any], emas: Mapping[str, Mapping[str, Tensor]],
+                    state: Mapping[str, Tensor], state_meta: dict[str, Any], keep: int, keep_every: int) -> Path:
+    """Write a checkpoint under a temporary name, rename it into place, then remove those that are no longer kept."""
+    final = run / "ckpt" / f"{images:012d}"
+    temporary = final.with_name(final.name + ".tmp")
+    sweep(run)
+    temporary.mkdir(parents=True)
+    save_unet(temporary / "model.safetensors", unet, {**meta, "images": images, "ema": None})
+    for width, weights in emas.items():
+        save_unet(temporary / f"ema-{width}.safetensors", unet, {**meta, "images": images, "ema": float(width)}, weights)
+    write_tensors(temporary / "state.safetensors", state, {**state_meta, "kind": "training state", "images": images})
+    os.replace(temporary, final)
+    fsync(final.parent)
+    done = checkpoints(run)
+    for old in done[:-keep]:
+        if not (keep_every and int(old.name) % keep_every == 0):
+            trash = old.with_name(old.name + ".old")
+            os.replace(old, trash)                                              # a kill in rmtree leaves no numbered half
+            shutil.rmtree(trash)
+    return final
+
+
+def sweep(run: Path) -> None:
+    """Remove what a kill in mid-save left behind: only names that save_checkpoint uses before and after."""
+    for leftover in (run / "ckpt").glob("*"):
+        if re.fullmatch(r"\d{12}\.(tmp|old)", leftover.name):
+            shutil.rmtree(leftover)
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------

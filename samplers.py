@@ -19,10 +19,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ckpt import find_checkpoint, fsync, load_unet, make_dir
+from ckpt import find_checkpoint, load_unet
 from config import UserError, autocast, cli, closest, parse, pick_device
-from objectives import Net, Objective, T, shift_time, table_time
-from vae import vae_from_meta
+from files import fsync, make_dir
+from model import UNetConfig
+from objectives import Net, Objective, T, make_objective, shift_time, table_time
+from vae import LinearVAE, load_vae, vae_from_meta
 
 Predict = Callable[..., tuple[Tensor, Tensor, Tensor]]     # (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u)
 
@@ -274,7 +276,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str                          # checkpoint file, or a run's folder (its newest, first EMA)
+    ckpt: str                          # a U-Net's file, a run's folder (newest, first EMA), a diffusers folder, hf:org/name[/file]
     n: int = 16                        # images
     steps: int = 25                    # solver steps; dopri5 chooses its own
     method: Literal["euler", "heun", "ddim", "ddpm", "dopri5"] = "heun"   # solver
@@ -290,6 +292,14 @@ class Config:
     max_nfe: int = 1000                # dopri5: calls before it gives up with a warning
     device: str = "auto"               # auto | cpu | cuda | cuda:1
     dtype: Literal["auto", "fp32", "bf16"] = "auto"   # of the network; states and times stay fp32
+    # What files that other programs wrote cannot say. A file that says it must agree.
+    objective: Literal["", "fm", "eps", "v", "x0"] = ""   # what the network was trained to output
+    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # noise schedule of eps, v, x0; default linear
+    vae: str = ""                      # autoencoder: pixel | pixel:N | FILE; 3 channels are taken for pixels
+    resolution: int = 0                # pixels; default as trained
+    num_heads: int = 0                 # attention heads …
+    num_head_channels: int = 0         # … or channels a head
+    attention_order: Literal["", "legacy", "new"] = ""   # of the qkv rows
 
 
 def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor | None:
@@ -317,6 +327,40 @@ def settings(cfg: Config) -> str:
     return re.sub(r"[^\w=.+-]+", "_", "".join(f"-{name}={value}" for name, value in values.items()))
 
 
+def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> tuple[Objective, LinearVAE, tuple[int, int, int]]:
+    """How to sample from a network: objective, autoencoder, latent shape; from its file, and from flags where that is silent."""
+    if unet.context_dim or unet.vector_dim:
+        raise UserError(f"{what} holds a network that is told what to draw by text, and text encoders are not part of this code yet.  "
+                        "It can be inspected, converted and verified: python ckpt.py --help")
+    if isinstance(meta.get("objective"), dict):
+        objective = Objective(**meta["objective"])
+        if cfg.table not in ("", objective.table):
+            raise UserError(f"--table {cfg.table}, but {what} was trained with {objective.table or 'none'}.  Leave it out.")
+    elif not meta.get("objective"):
+        raise UserError(f"{what} does not say what its network was trained to output.  Add --objective fm, eps, v or x0 (guided-diffusion: eps).")
+    elif meta["objective"] == "fm" and cfg.table:
+        raise UserError(f"--table {cfg.table} is a noise schedule of eps, v and x0; fm has none.")
+    else:
+        name = "ddpm" if meta["objective"] == "eps" else meta["objective"]
+        objective = make_objective(name, **{} if name == "fm" else {"table": cfg.table or "linear"})
+    if "vae" in meta and cfg.vae:
+        raise UserError(f"--vae {cfg.vae}, but {what} carries its own autoencoder ({meta['vae']['name']}).  Leave it out.")
+    if "vae" not in meta and not cfg.vae and unet.in_channels != 3:
+        raise UserError(f"{what} works on latents of {unet.in_channels} channels and names no autoencoder.  Add --vae FILE (or pixel:N).")
+    vae = vae_from_meta(meta["vae"]) if "vae" in meta else load_vae(cfg.vae or "pixel")
+    if vae.channels != unet.in_channels or unet.out_channels not in (vae.channels, 2 * vae.channels):
+        raise UserError(f"--vae {vae.name} makes {vae.channels} channels, but {what} takes {unet.in_channels} and gives {unet.out_channels}.")
+    resolution, unit = cfg.resolution or meta.get("resolution", 0), vae.factor * 2 ** (len(unet.channel_mult) - 1)
+    if resolution < 1 or resolution % unit:
+        raise UserError(f"--resolution {resolution}: wanted a multiple of {unit}" + f", for {what} does not say its own" * (not resolution) + ".")
+    return objective, vae, vae.latent_shape(resolution)
+
+
+def mean_only(net: Net) -> Net:
+    """A network that also outputs a learned variance (guided-diffusion's learn_sigma), without it."""
+    return lambda x, t, **cond: net(x, t, **cond)[:, :x.shape[1]]
+
+
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
     if not 0 <= cfg.seed < 2 ** 63 - cfg.n:
@@ -329,19 +373,22 @@ def main() -> None:
     if dry_run:
         print(json.dumps({**asdict(cfg), "ckpt": str(path), "device": str(device)}, indent=1))
         return
-    net, meta = load_unet(path)
-    net, vae, objective = net.to(device).eval(), vae_from_meta(meta["vae"]).to(device), Objective(**meta["objective"])
-    labels = pick_labels(cfg.labels, meta["classes"], cfg.n)
+    known = {k: v for k in ("num_heads", "num_head_channels", "attention_order", "objective") if (v := getattr(cfg, k))}
+    net, meta = load_unet(path, dtype=torch.float32, **known)
+    objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
+    net, vae = net.to(device).eval(), vae.to(device)
+    labels = pick_labels(cfg.labels, meta.get("classes", [str(i) for i in range(net.cfg.num_classes)]), cfg.n)
     if cfg.cfg != 1.0 and labels is None:
         raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction.")
-    out = Path(cfg.out or f"samples/{meta['run']}-{meta['images']}-{path.stem}-{meta['fingerprint'][:6]}{settings(cfg)}")
+    name = [str(meta[k]) for k in ("run", "images") if k in meta] + [path.stem, meta["fingerprint"][:6]]
+    out = Path(cfg.out or f"samples/{'-'.join(name)}{settings(cfg)}")
     make_dir(out)
     options = {"ddim": {"eta": cfg.eta}, "dopri5": {"rtol": cfg.rtol, "atol": cfg.atol, "max_nfe": cfg.max_nfe}}
-    predict, images, nfe, start = guided(objective, net, cfg.cfg), [], 0, time.perf_counter()
+    predict, images, nfe, start = guided(objective, mean_only(net), cfg.cfg), [], 0, time.perf_counter()
     with tqdm(total=cfg.n, unit="img", disable=None) as bar:
         for lo in range(0, cfg.n, cfg.batch):
             seeds = list(range(cfg.seed + lo, cfg.seed + min(lo + cfg.batch, cfg.n)))
-            x = draw(generators(seeds), torch.empty(1, *meta["latent_shape"], device=device))
+            x = draw(generators(seeds), torch.empty(1, *latent_shape, device=device))
             done = [0.0]
 
             def advance(progress: float, _: Tensor) -> None:

@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 import data
 import toyfaces
-from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, make_dir, read_tensors, save_checkpoint, write_text
+from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, read_tensors
 from config import UserError, autocast, cli, closest, parse, versions
 from data import Dataset, Stream, open_dataset, to_float
+from files import make_dir, write_text
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 lock, read_config)
+                 lock, read_config, save_checkpoint)
 from samplers import save_grid
 from vae import LinearVAE, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
@@ -52,7 +53,7 @@ class Config:
     # model and objective
     model: str = "tiny"                  # tiny | toy-281m | toy-281m-attn | adm-64 …
     vae: str = "pca"                     # pca | pixel | pixel:N | FILE
-    init: str = ""                       # checkpoint to start from
+    init: str = ""                       # U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]
     objective: Literal["fm", "ddpm", "v", "x0"] = "fm"   # what the network learns to say
     table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # ddpm, v, x0: their noise schedule; "" = preset
     density: Literal["", "uniform", "logit_normal", "gaussian"] = ""   # of training times; "" = preset
@@ -146,6 +147,8 @@ def resolve(cfg: Config) -> Config:
     dispatch.chosen()
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model!r} is not a preset.{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.")
+    if PRESETS[cfg.model].context_dim:
+        raise UserError(f"--model {cfg.model} is told what to draw by text, and data sets here have none yet.  Choose another.")
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, (low, high) in BOUNDS.items():
         if not low <= getattr(cfg, name) <= high:                               # NaN fails too
@@ -221,7 +224,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     start = "" if checkpoints(run) else cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
-    init_net, init_meta = load_unet(find_checkpoint(start)) if start else (None, None)
+    heads = {k: getattr(PRESETS[cfg.model], k) for k in ("num_heads", "num_head_channels", "attention_order")}   # no tensor shows them
+    init_net, init_meta = load_unet(find_checkpoint(start), dtype=torch.float32, **heads) if start else (None, None)
     if ranks.rank == 0:
         print(ds.report, flush=True)
     vae = vae_from_meta(ranks.share(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
@@ -233,11 +237,11 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     check_disk(cfg, run, num_params(unet))
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
-    init = {"path": start or None, "fingerprint": init_meta["fingerprint"] if start else None}
-    if cfg.stage == "stage2" and start and init_meta["images"] < init_meta["config"]["images"] and ranks.rank == 0:
+    if cfg.stage == "stage2" and start and init_meta.get("images", 0) < init_meta.get("config", {}).get("images", 0) and ranks.rank == 0:
         print(f"warning: {start} stopped at {init_meta['images']:,} of its {init_meta['config']['images']:,} images.", flush=True)
     if start:
         load_strict(net, init_net.state_dict(), f"--init {start}")
+    init = {"path": start or None, "fingerprint": fingerprint(net.state_dict()) if start else None}
     held = None
     if ranks.rank == 0:
         make_dir(run)
@@ -263,7 +267,9 @@ def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | No
     if (run / "vae.safetensors").exists():
         return load_vae(run / "vae.safetensors")
     named = None if cfg.vae == "pca" else load_vae(cfg.vae)
-    if init_meta is not None:                                                   # its weights speak only its latents
+    if init_meta is not None and "vae" not in init_meta and named is None:
+        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae.")
+    if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
         vae = vae_from_meta(init_meta["vae"])
         if vae.name != "pca" if named is None else fingerprint(vae.state_dict()) != fingerprint(named.state_dict()):
             raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
@@ -286,7 +292,8 @@ def save(tr: Trainer) -> None:
     if tr.ranks.rank == 0:
         names = {id(p): n for n, p in tr.net.named_parameters()}
         state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}
-        meta = {"run": tr.cfg.name, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
+        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None   # no step taken, nothing to have changed
+        meta = {"run": tr.cfg.name, "base_fingerprint": base, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
                 "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
                 "data_hash": tr.ds.source.hash, **versions()}
         save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter},

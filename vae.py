@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt import read_tensors, write_tensors
+from ckpt import read_tensors
 from config import UserError
+from files import write_tensors
 
 
 class LinearVAE(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 import data
-from ckpt import make_dir
 from config import autocast
+from files import make_dir
 from samplers import draw, generators, guided, sample, save_grid, to_uint8
 
 HELD_OUT = 64                            # images of the held-out loss, at most

@@ -1,9 +1,10 @@
 """Which path an op takes: KERNELS=auto (Triton on a GPU, torch elsewhere) | triton | torch. Said once per op."""
 
+import contextlib
 import os
 import sys
 from functools import lru_cache
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ except ImportError:                          # no Triton for this platform: the 
 
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+on_the_side = False                          # see reference()
 
 
 @lru_cache
@@ -43,9 +45,22 @@ def chosen() -> str:
     return mode
 
 
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """The torch path, whatever KERNELS says and unsaid: for checks beside the work, such as a checkpoint's probe."""
+    global on_the_side
+    before, on_the_side = on_the_side, True
+    try:
+        yield
+    finally:
+        on_the_side = before
+
+
 def use_triton(op: str, *tensors: Tensor, unsupported: str = "", slower: str = "") -> bool:
     """Does this call run its Triton kernels? KERNELS=triton makes every reason not to an error, but for a case that the
     kernels leave to torch by design (`unsupported`). `slower` names a case that auto leaves to torch."""
+    if on_the_side:
+        return False
     mode = chosen()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     problem = ("it was switched off" if mode == "torch" else "Triton is not installed" if not hasattr(triton, "compile") else

@@ -1,20 +1,38 @@
-"""The U-Net against diffusers' with the same weights, guided-diffusion's published sizes, and its own promises."""
+"""The U-Net against diffusers' with the same weights, published sizes, and its own promises. (SD's parity: test_layouts.py.)"""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from config import UserError
 from conftest import randomize
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu, group_norm_silu_ref
-from model import PRESETS, UNet, UNetConfig, num_params, timestep_embedding
+from model import PRESETS, Block, UNet, UNetConfig, infer_config, multiplier, num_params, timestep_embedding
 
 SMALL = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=2,
                    attention=(0, 1, 1), num_head_channels=16)
 SIZES = {"toy-281m": (280_674_336, 354), "toy-281m-attn": (281_730_336, 384), "adm-256-uncond": (552_814_086, 566),
-         "adm-256": (553_838_086, 567), "adm-512": (558_997_638, 645), "adm-128": (421_529_606, 493), "adm-64": (295_904_454, 541)}
+         "adm-256": (553_838_086, 567), "adm-512": (558_997_638, 645), "adm-128": (421_529_606, 493), "adm-64": (295_904_454, 541),
+         "sd15": (859_520_964, 686), "sd21": (865_910_724, 686), "sdxl": (2_567_463_684, 1680), "sdxl-refiner": (2_259_526_660, 1220)}
+# 64 channels: with 32 a group of GroupNorm is one channel, and an embedding added before it is without effect.
+SD = UNetConfig(4, 4, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention=(2, 0), num_head_channels=16, vector_dim=12,
+                context_dim=24, use_scale_shift_norm=False, resblock_updown=False)
+
+
+def batch(cfg: UNetConfig, B: int = 2, size: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Fixed inputs of every kind that a config takes."""
+    g = torch.Generator().manual_seed(7)
+    inputs = {"x": torch.randn(B, cfg.in_channels, size, size, generator=g, dtype=dtype), "t": torch.tensor([1.0, 500.0, 999.0])[:B]}
+    if cfg.num_classes:
+        inputs["y"] = torch.arange(B) % cfg.num_classes
+    if cfg.vector_dim:
+        inputs["y"] = torch.randn(B, cfg.vector_dim, generator=g, dtype=dtype)
+    if cfg.context_dim:
+        inputs["context"] = torch.randn(B, 5, cfg.context_dim, generator=g, dtype=dtype)
+    return inputs
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -38,8 +56,7 @@ def test_computes_what_diffusers_computes_with_the_same_weights(cfg):
     peer = peer_unet(net).double()
     x, t = torch.randn(3, 4, 8, 16, dtype=torch.float64), torch.tensor([0.0, 312.5, 999.0], dtype=torch.float64)
     ours, theirs = net(x, t), peer(x, t).sample
-    # time embeddings are fp32 in both, hence not 1e-12
-    assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
+    assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
     assert theirs.std() > 0.1
 
 
@@ -51,12 +68,15 @@ def test_attention_order_changes_the_function_not_the_shapes():
     assert (legacy(x, t) - new(x, t)).abs().max() > 1e-3
 
 
-def test_starts_as_zero_and_every_parameter_gets_a_gradient_once_it_is_not():
-    net = UNet(replace(SMALL, num_classes=3))
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 2])
-    assert net(x, t, y).abs().max() == 0
-    randomize(net)(x, t, y).square().sum().backward()
+@pytest.mark.parametrize("cfg", [replace(SMALL, num_classes=3), SD], ids=["adm", "sd"])
+def test_starts_as_zero_and_every_parameter_gets_a_gradient_once_it_is_not(cfg):
+    net, inputs = UNet(cfg), batch(cfg)
+    assert net(**inputs).abs().max() == 0
+    for value in inputs.values():
+        value.requires_grad_(value.is_floating_point() and value.ndim > 1)
+    randomize(net)(**inputs).square().sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+    assert [k for k, v in inputs.items() if v.requires_grad and (v.grad is None or v.grad.abs().max() == 0)] == []
 
 
 def test_null_label_equals_no_label_and_labels_differ():
@@ -66,15 +86,170 @@ def test_null_label_equals_no_label_and_labels_differ():
     assert (net(x, t, torch.tensor([0, 0])) - net(x, t, torch.tensor([1, 1]))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("cfg", [SMALL, SD], ids=["adm", "sd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_channels_last_throughout(dtype):
-    net, seen = randomize(UNet(SMALL)).to(dtype), []
+def test_runs_channels_last_throughout(cfg, dtype):
+    net, seen = randomize(UNet(cfg)).to(dtype), []
     for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+        if isinstance(module, Block) or isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
             module.register_forward_hook(lambda m, args, out: seen.append(
                 args[0].is_contiguous(memory_format=torch.channels_last) and out.is_contiguous(memory_format=torch.channels_last)))
-    net(torch.randn(2, 4, 16, 16, dtype=dtype), torch.tensor([1.0, 2.0]))
+    net(**batch(cfg, size=16, dtype=dtype))
     assert len(seen) > 20 and all(seen)
+
+
+def test_autocast_takes_fp32_conditioning():
+    net, inputs = randomize(UNet(SD)), batch(SD)
+    exact = net(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = net(**inputs)
+    assert (low - exact).abs().max() < 0.1 * exact.abs().max()
+    half = net.to(torch.bfloat16)
+    assert (half(inputs["x"].bfloat16(), *list(inputs.values())[1:]) - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_context_and_vector_reach_the_output_per_sample():
+    net, inputs = randomize(UNet(SD)), batch(SD)
+    whole = net(**inputs).detach()
+    for key in ("y", "context"):
+        changed = inputs[key].clone()
+        changed[1] += 1
+        out = net(**(inputs | {key: changed}))
+        assert torch.equal(out[0], whole[0]) and (out[1] - whole[1]).abs().max() > 1e-3
+    shuffled = net(**(inputs | {"context": inputs["context"].flip(1)}))            # tokens are a set: their order comes from the encoder
+    assert torch.allclose(shuffled, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_swapping_any_two_neighbours_of_one_shape_is_noticed():
+    """Which of two same-shape tensors is which: all visible in the output but biases that are only ever added together, and
+    test_layouts.py's unique tags tell those apart."""
+    cfg = replace(SD, attention=(1, 1), linear_projection=False)
+    net, inputs = randomize(UNet(cfg)).double(), batch(cfg, size=4, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith(("to_q.weight", "to_k.weight")):
+                p *= 3                                                          # an attention that is far from uniform
+    params, before, by_shape = dict(net.named_parameters()), net(**inputs), {}
+    for name, p in params.items():
+        by_shape.setdefault(p.shape, []).append(name)
+    pairs, blind = [pair for names in by_shape.values() for pair in zip(names, names[1:])], set()
+    with torch.no_grad():
+        for a, b in pairs:
+            params[a].data, params[b].data = params[b].data, params[a].data
+            if (net(**inputs) - before).abs().max() < 1e-6 * before.abs().max():
+                blind.add((a, b))
+            params[a].data, params[b].data = params[b].data, params[a].data
+    blocks = [name[:-len(".in_layers.2.bias")] for name in params if name.endswith(".in_layers.2.bias")]
+    twins = {(f"{block}.in_layers.2.bias", f"{block}.emb_layers.1.bias") for block in blocks}
+    twins |= {(f"{block}.out_layers.3.bias", f"{block}.skip_connection.bias") for block in blocks if f"{block}.skip_connection.bias" in params}
+    assert len(pairs) > 150 and blind == twins
+
+
+# ---- features and recomputation -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cfg", [SMALL, SD], ids=["adm", "sd"])
+def test_features_are_what_the_blocks_return(cfg):
+    net, inputs, seen = randomize(UNet(cfg)), batch(cfg), {}
+    modules = dict(net.named_modules())
+    for name in net.block_names:
+        modules[name].register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, out))
+    plain = net(**inputs)
+    assert tuple(seen) == net.block_names                                       # in forward order
+    asked = (net.block_names[-1], "middle_block", "input_blocks.0")
+    out, h = net(**inputs, features=asked)
+    assert torch.equal(out, plain) and tuple(h) == asked and all(torch.equal(h[n], seen[n]) for n in asked)
+    assert net(**inputs, features=())[1] == {}
+    with pytest.raises(ValueError, match=r"no block 'midle_block'.  Closest: middle_block"):
+        net(**inputs, features=("midle_block",))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_survive_a_full_graph_compile(checkpointing):
+    cfg = replace(SD, channel_mult=(1,), attention=(1,))
+    net, inputs = randomize(UNet(cfg)), batch(cfg)
+    net.checkpointing = checkpointing
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    out, h = net(**inputs, features=("input_blocks.1", "middle_block"))
+    fast, g = compiled(**inputs, features=("input_blocks.1", "middle_block"))
+    assert torch.allclose(out, fast, atol=1e-5) and tuple(g) == tuple(h) and all(torch.allclose(g[n], h[n], atol=1e-5) for n in h)
+    g["middle_block"].sum().backward()
+    assert net.input_blocks[0][0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("cfg", [replace(SMALL, dropout=0.2), SD], ids=["adm-dropout", "sd"])
+def test_checkpointing_changes_no_bit_of_any_gradient(cfg, monkeypatch):
+    calls, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    net, inputs, grads = randomize(UNet(cfg)), batch(cfg), []
+    inputs["x"].requires_grad_()
+    for net.checkpointing in (False, True):
+        torch.manual_seed(3)                                                    # of dropout
+        inputs["x"].grad, _ = None, net.zero_grad()
+        out, h = net(**inputs, features=("middle_block",))
+        (out.square().sum() + h["middle_block"].sum()).backward()
+        grads.append([inputs["x"].grad, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert len(calls) == 3 * len(net.block_names)                               # once, and then twice: it did recompute
+
+
+# ---- infer_config ---------------------------------------------------------------------------------------------------
+
+UNSEEN = ("num_heads", "num_head_channels", "attention_order", "dropout")
+AVGPOOL = replace(SMALL, resblock_updown=False, conv_resample=False)
+
+
+@pytest.mark.parametrize("cfg", [*PRESETS.values(), AVGPOOL, replace(AVGPOOL, attention=(1, 0, 0), num_classes=7), replace(SMALL, resblock_updown=False),
+                                 replace(SMALL, attention=(0, 0, 0)), replace(SMALL, use_scale_shift_norm=False, channel_mult=(1.5, 3, 3), model_channels=64),
+                                 replace(SMALL, channel_mult=(1, 7 / 3, 3), model_channels=96), SD, replace(SD, linear_projection=False)])
+def test_config_is_read_off_names_and_shapes(cfg):
+    with torch.device("meta"):
+        state = dict(UNet(cfg).state_dict())
+    if not cfg.linear_projection:                                               # as LDM's files have them
+        state = {k: v[..., None, None] if k.endswith(("proj_in.weight", "proj_out.weight")) and v.ndim == 2 else v for k, v in state.items()}
+    assert infer_config(state, **{k: getattr(cfg, k) for k in UNSEEN}) == cfg
+    assert infer_config(state, **asdict(cfg)) == cfg                            # what is known and visible must agree
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl-refiner"])
+def test_stable_diffusion_needs_no_hints_but_takes_them(name):
+    with torch.device("meta"):
+        state = UNet(PRESETS[name]).state_dict()
+    assert infer_config(state, linear_projection=True) == replace(PRESETS[name], linear_projection=True)
+    assert infer_config(state, num_head_channels=32).num_head_channels == 32
+
+
+def test_multiplier_gives_back_every_width():
+    assert all(int(multiplier(C, m) * m) == C for m in (32, 96, 160, 192, 224, 320, 384) for C in range(32, 4096, 32))
+    assert isinstance(multiplier(640, 320), int)
+
+
+def shapes(cfg, **changes):
+    with torch.device("meta"):
+        return dict(UNet(cfg).state_dict()) | changes
+
+
+@pytest.mark.parametrize("state, known, message", [
+    (shapes(SMALL), {}, "Add num_heads or num_head_channels"),
+    (shapes(replace(SMALL, attention=(0, 0, 0))), {}, "Add num_heads or num_head_channels"),
+    (shapes(SMALL), {"attention_order": "new"}, "Add num_heads or num_head_channels"),
+    (shapes(SMALL), {"num_heads": 4}, "Add attention_order"),
+    (shapes(SD), {}, "context_dim 24"),
+    (shapes(SMALL), {"num_heads": 5, "attention_order": "new"}, "do not split into 5 heads"),
+    (shapes(SMALL), {"num_head_channels": 48, "attention_order": "new"}, "do not split into heads of 48"),
+    (shapes(SMALL), {"num_heads": 4, "attention_order": "new", "in_channels": 3}, "in_channels=3 was given, but the tensors say 4"),
+    (shapes(SMALL), {"num_head": 4}, "Closest: num_heads"),
+    ({f"model.diffusion_model.{k}": v for k, v in shapes(SD).items()}, {}, "no tensor 'time_embed.0.weight' among"),
+    ({k: v for k, v in shapes(SD).items() if k != "out.2.weight"}, {}, "no tensor 'out.2.weight'"),
+    ({k: v for k, v in shapes(SD).items() if not k.startswith("middle_block.1.")}, {}, "no tensor 'middle_block.1"),
+    ({}, {}, "no tensor 'time_embed.0.weight' among 0"),
+])
+def test_what_cannot_be_read_off_is_asked_for(state, known, message):
+    with pytest.raises(UserError, match=message):
+        infer_config(state, **known)
+
+
+def test_one_head_needs_no_order():
+    assert infer_config(shapes(SMALL), num_heads=1).attention_order == "legacy"
 
 
 def test_time_embedding_is_cos_then_sin_and_fp32_in_bf16():
@@ -114,6 +289,17 @@ def test_attention_matches_its_fp64_reference_on_strided_inputs():
     (lambda: UNetConfig(channel_mult=(1, 2, 3)), "give one each"),
     (lambda: UNet(SMALL)(torch.randn(1, 4, 6, 8), torch.tensor([1.0])), "divisible by 4"),
     (lambda: UNet(SMALL)(torch.randn(1, 4, 8, 8), torch.tensor([1.0]), torch.tensor([0])), "unconditional"),
+    (lambda: UNetConfig(num_heads=24), "do not split into 24 heads"),
+    (lambda: UNetConfig(attention=(0, 2)), "without context_dim"),
+    (lambda: replace(SD, middle_attention=0), "in the middle"),
+    (lambda: replace(SD, num_classes=2), "set one"),
+    (lambda: UNet(SMALL)(**batch(SMALL), context=torch.zeros(2, 5, 24)), "no cross-attention"),
+    (lambda: UNet(SD)(**(batch(SD) | {"context": None})), r"context is None: wanted \(2, tokens, 24\)"),
+    (lambda: UNet(SD)(**(batch(SD) | {"context": torch.zeros(2, 5, 768)})), r"context is \(2, 5, 768\): wanted \(2, tokens, 24\)"),
+    (lambda: UNet(SD)(**(batch(SD) | {"context": torch.zeros(1, 5, 24)})), r"context is \(1, 5, 24\)"),
+    (lambda: UNet(SD)(**(batch(SD) | {"y": None})), r"y is None: wanted a vector \(2, 12\)"),
+    (lambda: UNet(SD)(**(batch(SD) | {"y": torch.tensor([0, 1])})), r"y is \(2,\): wanted a vector \(2, 12\)"),
+    (lambda: UNet(replace(SMALL, num_classes=3))(**(batch(SMALL) | {"y": torch.zeros(2, 3)})), "wanted integer class labels"),
 ])
 def test_impossible_shapes_are_named(call, message):
     with pytest.raises(ValueError, match=message):

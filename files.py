@@ -1,0 +1,434 @@
+"""Tensors on disk: reading any weight file by what it holds, not by what it is called; writing safetensors, atomically.
+
+    box = open_weights("model.ckpt")             # safetensors | torch pickle, zip or legacy | shards with an index
+    box["out.2.weight"]                          # read now, alone; box.shape(name) and box.dtype(name) need no read
+    stream_tensors(path, {name: (dtype, shape)}, meta, get)     # one tensor in memory at a time
+    resolve("hf:org/name/file@revision")         # the only words that reach the network
+
+A pickle is opened by torch's weights_only reader, which builds tensors and plain containers and runs nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import UserError
+
+META = "twinpath"
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+          "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
+          "F64": torch.float64, "I64": torch.int64}                             # in the order of safetensors' own list
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADER_LIMIT = 100_000_000                   # bytes; safetensors' own
+INDEX = ".safetensors.index.json"
+# Where a folder or a repository keeps a U-Net, most specific first.
+USUAL = [f"{folder}{stem}{end}" for folder in ("", "unet/") for stem in ("diffusion_pytorch_model", "model")
+         for end in (".safetensors", INDEX, ".bin")]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def make_dir(path: Path) -> None:
+    """Create a folder we can write to, or say why not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder with --out.") from None
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta: Mapping[str, str],
+                   get: Callable[[str], Tensor]) -> None:
+    """A safetensors file of get(name) for each name, asked for one by one; atomic.
+
+    Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that of safetensors' own
+    writer, by type, widest first, then by name, so that every tensor is aligned.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(meta)} if meta else {}
+    labels, rank, offset = {v: k for k, v in DTYPES.items()}, list(DTYPES.values()), 0
+    names = sorted(header, key=lambda name: (-rank.index(header[name][0]), name))
+    for name in names:
+        dtype, shape = header[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        table[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in names:
+                tensor = get(name)
+                assert (tensor.dtype, tuple(tensor.shape)) == (header[name][0], tuple(header[name][1])), f"{name}: {tensor.dtype} {tensor.shape}"
+                file.write(raw_bytes(tensor))
+                del tensor                                                      # before the next one is made
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                                       # on an error; a disk may be full because of it
+    fsync(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Tensors + JSON metadata as one safetensors file, atomically."""
+    stream_tensors(path, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, text_meta(meta), tensors.__getitem__)
+
+
+def text_meta(meta: dict[str, Any]) -> dict[str, str]:
+    """Our JSON as safetensors metadata, with a checksum: it decides what the weights mean."""
+    text = json.dumps(meta)
+    return {"format": "pt", META: text, f"{META}_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_meta(box: "Container") -> dict[str, Any]:
+    """The inverse. Older files have no checksum."""
+    text = box.meta[META]
+    if box.meta.get(f"{META}_sha256", (mark := hashlib.sha256(text.encode()).hexdigest())) != mark:
+        raise UserError(f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged.")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{box.path}: the metadata is damaged ({error}).") from None
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+class Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]               # a tensor of its own memory
+
+
+class Container(Mapping[str, Tensor]):
+    """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without reading."""
+
+    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any]):
+        self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.table[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.table[name].shape
+
+    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (entry.dtype, entry.shape) for name, entry in self.table.items()}
+
+    def over(self, table: Mapping[str, Entry]) -> "Container":
+        """The same file seen through another table: other names, other shapes, fewer tensors."""
+        return Container(self.path, self.kind, table, self.meta)
+
+
+def open_weights(path: Path | str) -> Container:
+    """Open a weight file of any container, or an index of shards. What cannot be read whole is a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}." + ("  It is a folder." if path.is_dir() else ""))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
+    # Safetensors first: the length of its header may well begin with the byte that begins a pickle.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER_LIMIT:
+        return open_safetensors(path)
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
+        return open_pickle(path, zipped=head[:2] == b"PK")
+    if path.name.endswith(INDEX):
+        return open_shards(path)
+    size, what = path.stat().st_size, ""
+    if head.startswith(b"version https://git-lfs"):
+        what = "it is a Git LFS pointer; fetch the real file with git lfs pull"
+    elif head.lstrip()[:1] == b"<":
+        what = "it looks like a web page saved in the file's place"
+    elif size >= 9 and head[8:9] == b"{":
+        what = f"its header says it is {int.from_bytes(head[:8], 'little'):,} bytes long"
+    raise UserError(f"{path} is truncated or not a safetensors file, nor a torch pickle ({size:,} bytes{what and f': {what}'}).  "
+                    "Copy it again, or use an older one.")
+
+
+def open_safetensors(path: Path) -> Container:
+    """The header is checked by safetensors itself; tensors are then read with plain reads, for mapped pages count as memory."""
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        table = {}
+        for name, entry in header.items():
+            dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            table[name] = Entry(dtype, shape, partial(read_range, path, start, dtype, shape))
+    except KeyError as error:
+        raise UserError(f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}.") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one.") from None
+    return Container(path, "safetensors", table, meta)
+
+
+def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """One tensor from its place in a file. A large one gets pages of its own, for malloc keeps up to 64 MB of what it is given back."""
+    size = dtype.itemsize * math.prod(shape)
+    if size < 1 << 20:
+        data = torch.empty(size, dtype=torch.uint8)
+    else:
+        data = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view):                                                 # a read returns at most 2 GiB
+            n = file.readinto(view[done:])
+            if not n:
+                raise UserError(f"{path} became shorter while it was read.  Is something still writing it?")
+            done += n
+    return data.view(dtype).view(shape)
+
+
+def open_pickle(path: Path, zipped: bool) -> Container:
+    """torch.save's files. A zip's checksums are verified and its storages mapped, not loaded; the legacy format allows neither."""
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            if bad:
+                raise UserError(f"{path} is damaged: the checksum of {bad} in it is wrong.  Copy it again.")
+        mapped = zipped and path.suffix != ".safetensors"                       # by that name torch would try another reader
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):   # they are about formats, for torch's developers
+            loaded = torch.load(path if mapped else file, weights_only=True, map_location="cpu", mmap=mapped)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"(?:GLOBAL|global:?|class) [`']?([\w.]+)", str(error))
+        what = f": it wants to build or call {wants[1]}" if wants else ""
+        raise UserError(f"{path} is a Python pickle that torch refuses to read as weights alone{what}.  Nothing in it was run.  Ask for "
+                        "a safetensors file, or have its owner save only the state dict.") from None
+    except Exception as error:                                                  # damaged bytes can mean anything to an unpickler
+        raise UserError(f"{path} is a Python pickle that is truncated, damaged or not torch's ({path.stat().st_size:,} bytes: "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:120]}).  Copy it again.") from None
+    weights, rest = state_dict_in(loaded, path)
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{path}: {name} is not a plain dense tensor ({tensor.layout}).  Save it dequantised and dense.")
+    table = {k: Entry(v.dtype, tuple(v.shape), lambda v=v: v.detach().contiguous().clone()) for k, v in weights.items()}
+    return Container(path, "torch zip pickle" if zipped else "torch legacy pickle", table, rest)
+
+
+def state_dict_in(loaded: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The one mapping of names to tensors inside what a training script saved, and the plain values beside it."""
+    def tensors(value: Any) -> dict[str, Tensor]:
+        return {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
+
+    loaded = loaded if isinstance(loaded, Mapping) else {}
+    rest = {str(k): v for k, v in loaded.items() if isinstance(v, (str, int, float, bool))}
+    if isinstance(loaded.get("state_dict"), Mapping):
+        return tensors(loaded["state_dict"]), rest
+    if tensors(loaded):
+        return tensors(loaded), rest
+    inner = {k: tensors(v) for k, v in loaded.items() if tensors(v) and len(tensors(v)) == len(v)}
+    if len(inner) != 1:
+        found = f"it holds {', '.join(map(str, list(inner or loaded)[:5])) or 'none'}"
+        raise UserError(f"{path} is a Python pickle without a single set of weights ({found}).  Save the one you want alone.")
+    return next(iter(inner.values())), rest
+
+
+def open_shards(index: Path) -> Container:
+    """Several safetensors files as one. Each shard must hold exactly the keys that the index gives it."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+        if not all(Path(f).name == f for f in files):
+            raise ValueError("shards must lie beside the index")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of shards ({type(error).__name__}: {error}).  Copy it again.") from None
+    table, meta = {}, {}
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index} names the shard {file}, which is not there.  Wanted beside it: {', '.join(files)}.")
+        shard = open_weights(index.parent / file)
+        wanted = {name for name, where in weight_map.items() if where == file}
+        for name in sorted(wanted ^ set(shard)):
+            fault = "is in it, but not in the index" if name not in weight_map else \
+                "is not in it" if name in wanted else f"is in it, but the index says {weight_map[name]}"
+            raise UserError(f"{index.parent / file} does not fit {index.name}: {name} {fault}.  Copy all shards again, of one version.")
+        table.update(shard.table)
+        meta.update(shard.meta)
+    return Container(index, f"{len(files)} safetensors shards", table, meta)
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The U-Net's file in a folder of the usual shape."""
+    return next((folder / name for name in USUAL if (folder / name).is_file()), None)
+
+
+def rounded(box: Container, dtype: str) -> Container:
+    """The same tensors in fp32, fp16 or bf16, converted as they are read; values that do not fit are an error."""
+    if dtype not in PRECISIONS:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(PRECISIONS)}.")
+    to = PRECISIONS[dtype]
+
+    def convert(name: str, read: Callable[[], Tensor]) -> Tensor:
+        tensor = read()
+        out = tensor.to(to)
+        if out.numel() and not all(torch.isfinite(v) for v in torch.aminmax(out)):      # two numbers, not a mask as large as it is
+            raise UserError(f"{box.path}: {name} does not fit {dtype}: its values go from {float(tensor.min()):.3g} to {float(tensor.max()):.3g}, "
+                            f"{dtype} ends at {torch.finfo(to).max:.3g}.  Use bf16 or fp32.")
+        return out
+
+    return box.over({k: Entry(to, e.shape, partial(convert, k, e.read)) if e.dtype.is_floating_point and e.dtype != to else e
+                     for k, e in box.table.items()})
+
+
+# ---- the Hub --------------------------------------------------------------------------------------------------------
+
+HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
+
+
+def resolve(spec: Path | str) -> Path:
+    """A local path as it is; hf:org/name[/file][@revision] as the path of the file in huggingface_hub's cache."""
+    if not str(spec).startswith("hf:"):
+        return Path(spec)
+    match = HUB.fullmatch(str(spec))
+    if not match:
+        raise UserError(f"{spec!r} is not a name on the Hub.  Wanted hf:org/name, hf:org/name/file or hf:org/name/file@revision.")
+    repo, file, revision = match.groups()
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise UserError(f"{spec} needs a package that is not installed.  pip install huggingface_hub") from None
+
+    def get(name: str) -> Path:
+        return Path(hub.hf_hub_download(repo, name, revision=revision))
+
+    with explained(str(spec), repo):
+        names = hub_files(hub, repo, revision)
+        file = file or pick_file(str(spec), names)
+        path = get(file)
+        folder = file.rpartition("/")[0]
+        beside = f"{folder}/config.json".lstrip("/")
+        if beside in names:
+            get(beside)
+        if file.endswith(INDEX):
+            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                get(f"{folder}/{shard}".lstrip("/"))
+    return path
+
+
+def hub_files(hub: Any, repo: str, revision: str | None) -> list[str]:
+    """The files of a repository; offline, those of the usual ones that are in the cache."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    try:
+        return hub.HfApi().list_repo_files(repo, revision=revision)
+    except OfflineModeIsEnabled:
+        names = USUAL + ["config.json", "unet/config.json"]
+        return [n for n in names if isinstance(hub.try_to_load_from_cache(repo, n, revision=revision), str)]
+
+
+def pick_file(spec: str, names: list[str]) -> str:
+    """The repository's U-Net, if the names leave no doubt."""
+    usual = [n for n in USUAL if n in names]
+    if len(usual) > 1 and {Path(n).parent for n in usual} == {Path(usual[0]).parent}:
+        usual = usual[:1]                                                       # the same weights in several containers
+    others = usual or [n for n in names if n.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))]
+    if len(others) != 1:
+        listed = f"one of {', '.join(others[:8])}{' …' if len(others) > 8 else ''}" if others else "it has no weights under a usual name"
+        raise UserError(f"{spec}: which file?  Write hf:org/name/FILE ({listed}).")
+    return others[0]
+
+
+@contextlib.contextmanager
+def explained(spec: str, repo: str) -> Iterator[None]:
+    """Whatever fails on the way to the Hub, in one line with what to do."""
+    from huggingface_hub import errors
+    try:
+        yield
+    except UserError:
+        raise
+    except errors.GatedRepoError:
+        raise UserError(f"{spec} is gated: accept its terms at https://huggingface.co/{repo}, then run: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{spec}: the repository has no such revision.  Give a branch, a tag or a commit after @.") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{spec}: no such repository, or it is private.  Check https://huggingface.co/{repo}, or run: hf auth login") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise UserError(f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set).  "
+                        f"Fetch it first where there is a network: hf download {repo}") from None
+    except errors.EntryNotFoundError:
+        raise UserError(f"{spec}: the repository has no such file.  Its files: https://huggingface.co/{repo}/tree/main") from None
+    except Exception as error:                                                  # the HTTP library's own, which changes with hub versions
+        raise UserError(f"{spec}: {type(error).__name__}: {' '.join(str(error).split())[:160]}.  Check the network, or give a local file.") from None
+
+
+def origin(path: Path) -> dict[str, str]:
+    """Where weights came from, to be recorded: a path, or for the Hub's the commit too, and the sha256 of the file.
+
+    The cache names a large file by its sha256, so a damaged download is found here.
+    """
+    parts = path.parts
+    if "snapshots" not in parts or not parts[parts.index("snapshots") - 1].startswith("models--"):
+        return {"source": str(path)}
+    i = parts.index("snapshots")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    blob = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != digest:
+        raise UserError(f"{path} is damaged: its sha256 is {digest}, wanted {blob}.  Delete it, so that it is fetched again.")
+    repo = parts[i - 1].removeprefix("models--").replace("--", "/", 1)
+    return {"source": f"hf:{repo}/{'/'.join(parts[i + 2:])}@{parts[i + 1]}", "sha256": digest}
