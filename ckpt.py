@@ -373,18 +373,21 @@ def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
     with_heads = known if META in open_weights(find_checkpoint(b)).meta else {**known, **(heads if not one.cfg.context_dim else {})}
     two = open_unet(b, **with_heads)
     differs = [f"{f.name} {getattr(one.cfg, f.name)} / {getattr(two.cfg, f.name)}" for f in fields(UNetConfig)
-               if f.name not in ("dropout", "linear_projection") and getattr(one.cfg, f.name) != getattr(two.cfg, f.name)]
+               if f.name not in ("dropout", "linear_projection", "num_heads", "num_head_channels") and getattr(one.cfg, f.name) != getattr(two.cfg, f.name)]
+    widths = [[cfg.head_channels(C) for C in cfg.channels] for cfg in (one.cfg, two.cfg)]        # heads by number or by width are the same
+    differs += [f"channels a head {widths[0]} / {widths[1]}"] if widths[0] != widths[1] else []
     if {k: e.shape for k, e in one.weights.table.items()} != {k: e.shape for k, e in two.weights.table.items()}:
         return False, [f"another architecture: {'; '.join(differs)}"]
     sums: dict[str, list[float]] = {}
     bitwise = True
     for name in one.weights:
         x, y = one.weights[name], two.weights[name]
-        bitwise = bitwise and x.dtype == y.dtype and bool((raw_bytes(x) == raw_bytes(y)).all())
-        block = ".".join(name.split(".")[:2 if name.startswith(("input_blocks", "output_blocks")) else 1])
-        sums.setdefault(block, [0.0, 0.0])
-        sums[block][0] += float((x.double() - y.double()).square().sum())
-        sums[block][1] += float(x.double().square().sum())
+        same = x.dtype == y.dtype and torch.equal(*(torch.from_numpy(raw_bytes(t)) for t in (x, y)))      # NaN too
+        bitwise = bitwise and same
+        block = sums.setdefault(".".join(name.split(".")[:2 if name.startswith(("input_blocks", "output_blocks")) else 1]), [0.0, 0.0])
+        for u, v in zip(x.flatten().split(2 ** 20), y.flatten().split(2 ** 20)):             # fp64 of a whole tensor would be large
+            block[0] += 0.0 if same else float((u.double() - v.double()).square().sum())
+            block[1] += float(u.float().square().sum())
     if bitwise and not differs:
         return True, [f"the same weights, bit for bit ({len(one.weights)} tensors, {one.layout} / {two.layout})"]
     lines = [f"another config: {'; '.join(differs)}"] if differs else []

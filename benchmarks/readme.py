@@ -72,6 +72,15 @@ def block_stages() -> str:
     return "\n".join(lines)
 
 
+def block_convert() -> str:
+    """Only once it has been measured."""
+    if not (ROOT / "benchmarks" / "results" / "convert.json").exists():
+        return ""
+    r = results("convert")
+    return (f"Files are converted tensor by tensor: {r['preset']} in fp16 ({r['bytes'] / 1e9:.1f} GB) to diffusers' layout takes {r['convert']['seconds']:.0f} s, "
+            f"reading back included, and {r['convert']['extra / largest tensor']:.2f} times the memory of its largest tensor.\n\n" + origin(r))
+
+
 def block_kernels() -> str:
     """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
     if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
@@ -99,7 +108,7 @@ def block_kernels() -> str:
 
 
 def main() -> None:
-    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels}
+    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert}
     old = new = path.read_text()
     for name, make in blocks.items():
         new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)

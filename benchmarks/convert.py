@@ -1,0 +1,61 @@
+"""What does it take to convert a large checkpoint?   python benchmarks/convert.py [PRESET]
+
+A file of random fp16 weights of `sdxl` (5 GB; any preset of model.py) is converted to diffusers' layout and verified, each in a
+process of its own: seconds, and peak memory above what the process had after a tiny network, over the largest tensor. (Linux)
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import layouts
+from benchmarks import record
+from ckpt import convert, save_unet, verify
+from files import stream_tensors
+from model import PRESETS, UNet
+
+
+def memory(which: str) -> int:
+    """VmRSS, bytes now, or VmHWM, the most there was."""
+    return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def child(step: str, src: str, dst: str) -> None:
+    """Warm up on a tiny network; then the peak must grow by the large one alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_unet(Path(folder) / "tiny.safetensors", UNet(PRESETS["nano"]).half(), {})
+        convert(Path(folder) / "tiny.safetensors", Path(folder) / "out.safetensors", "diffusers")
+    Path("/proc/self/clear_refs").write_text("5")                               # the peak starts again
+    before, start = memory("VmRSS"), time.perf_counter()
+    if step == "convert":
+        convert(src, dst, "diffusers")
+    else:
+        assert verify(src, dst)[0]
+    print(json.dumps({"seconds": time.perf_counter() - start, "extra bytes": memory("VmHWM") - before}))
+
+
+def main(preset: str) -> None:
+    shapes = layouts.foreign_shapes(PRESETS[preset], "native")
+    largest = max(2 * torch.Size(shape).numel() for shape in shapes.values())
+    with tempfile.TemporaryDirectory() as folder:
+        src, dst, rows = Path(folder) / "native.safetensors", Path(folder) / "diffusers", {}
+        stream_tensors(src, {name: (torch.float16, shape) for name, shape in shapes.items()}, {}, lambda name: torch.randn(shapes[name]).half() * 0.02)
+        for step in ("convert", "verify"):
+            done = subprocess.run([sys.executable, __file__, step, src, dst], capture_output=True, text=True, check=True)
+            rows[step] = json.loads(done.stdout.splitlines()[-1])
+            rows[step]["extra / largest tensor"] = rows[step]["extra bytes"] / largest
+            print(f"{step} {preset}: {rows[step]['seconds']:.1f} s, {rows[step]['extra bytes'] / 1e6:.0f} MB extra = "
+                  f"{rows[step]['extra / largest tensor']:.2f} x its largest tensor", flush=True)
+        record.write("convert", {"preset": preset, "bytes": src.stat().st_size, "largest tensor": largest, **rows})
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1] if len(sys.argv) > 1 else "sdxl")
