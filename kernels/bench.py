@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator
 
@@ -215,8 +215,7 @@ def make_optimizer(kind: str, params: list[Tensor]) -> torch.optim.Optimizer:
 
 def make_net(diffusers: bool, preset: str) -> torch.nn.Module:
     """Ours, or diffusers' net of the same function."""
-    cfg = PRESETS[preset]
-    net = UNet(replace(cfg, num_head_channels=cfg.head_channels(cfg.channels[-1])))          # head sizes, not counts: diffusers wants them
+    net = UNet(PRESETS[preset])
     for p in net.parameters():
         if p.ndim > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.02)                                  # zeros would multiply faster than a trained net's weights
