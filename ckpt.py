@@ -2,7 +2,7 @@
 
     python ckpt.py inspect FILE                                  # what it is, and what is missing for sampling
     python ckpt.py convert SRC DST --layout diffusers --dtype fp16   # DST: a file.safetensors, or a new folder
-    python ckpt.py verify A B                                    # the same weights? exit code 0 = yes, 1 = no
+    python ckpt.py verify A B                                    # the same weights? exit code 0 = yes, 1 = no, 2 = cannot tell
 
 A name may be a file, a run's folder, a diffusers folder, or hf:org/name[/file][@revision].
 A run keeps its checkpoints in runs/<name>/ckpt/<images seen, 12 digits>/: model.safetensors, the weights being trained;
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,17 @@ from torch import Tensor
 
 import layouts
 from config import UserError, cli, closest, parse
-from files import (META, Container, Entry, make_dir, open_weights, origin, raw_bytes, read_meta, remove, resolve,
+from files import (META, WEIGHTS, Container, Entry, fsync, is_ours, make_dir, open_weights, origin, raw_bytes, read_meta, resolve,
                    rounded, stream_tensors, text_meta, weights_in, write_tensors, write_text)
 from kernels.dispatch import reference
 from model import UNet, UNetConfig, infer_config
+from objectives import Objective, make_objective
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-PROBE_LIMIT = 1e9                            # parameters: above, an fp32 copy of a half-precision network would not be cheap
+PROBE_LIMIT = 1e9                            # parameters: above, one more pass over the weights would be felt
+# What our metadata may hold, as far as this code reads it.
+KINDS = {"unet": dict, "layout": str, "fingerprint": str, "images": int, "source": str, "sha256": str, "run": str, "resolution": int,
+         "classes": list, "vae": dict, "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)), "probe": list}
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -60,12 +65,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def probe(cfg: UNetConfig, tensors: Mapping[str, Tensor]) -> list[float]:
     """Eight output values on a fixed input, in fp32 on the CPU: what names and shapes cannot show (heads, their order, eps).
 
-    The lowest level sees 2×2: a softmax over one position would hide the heads. For toy-281m it takes 0.2 s on one core,
-    a fifth of hashing it, and so it is part of every save and load.
+    The lowest level sees 2×2: a softmax over one position would hide the heads. A tensor is asked for when its layer runs and
+    forgotten after, so that one at a time is in memory.
     """
     with torch.device("meta"):
         net = UNet(cfg).eval()
-    net.load_state_dict({k: v.detach().cpu().float() for k, v in tensors.items()}, assign=True)
+    for path, module in net.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        read = {name: property(lambda self, name=f"{path}.{name}": tensors[name].detach().cpu().float()) for name in names}
+        if isinstance(module, nn.Conv2d):
+            read["forward"] = lean_convolution
+        for name in names:
+            del module._parameters[name]
+        module.__class__ = type(type(module).__name__, (type(module),), read)   # found before nn.Module looks for parameters
     side = 2 ** len(cfg.channel_mult)
 
     def wave(*shape: int) -> Tensor:
@@ -78,10 +90,21 @@ def probe(cfg: UNetConfig, tensors: Mapping[str, Tensor]) -> list[float]:
     return out.flatten()[::max(out.numel() // 8, 1)][:8].tolist()
 
 
+def lean_convolution(self: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution that copies the smaller of picture and weights: the CPU's own kernels copy weights into another order."""
+    weight, bias = self.weight, self.bias
+    if x.numel() > weight.numel():
+        return nn.functional.conv2d(x, weight, bias, self.stride, self.padding)
+    columns = nn.functional.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)[0]        # (in · k · k, H' · W')
+    side = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], self.padding, self.kernel_size, self.stride)]
+    return (weight.flatten(1) @ columns + bias[:, None]).view(1, -1, *side)
+
+
 def save_unet(path: Path | str, unet: nn.Module, meta: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> str:
     """Write a U-Net (or `weights` in its place, such as an EMA) with its config and metadata; returns the fingerprint.
 
-    With base_fingerprint in meta, where training began: trained weights that equal it are refused.
+    With base_fingerprint in meta, where training began: trained weights that equal it are refused. The file is read back
+    before it takes its place.
     """
     unet = unwrap(unet)
     tensors = {k: v.detach().cpu() for k, v in (unet.state_dict() if weights is None else weights).items()}
@@ -93,7 +116,26 @@ def save_unet(path: Path | str, unet: nn.Module, meta: dict[str, Any], weights: 
                         f"({mark[:12]}).  Is --lr 0, or are other weights being trained than saved?")
     if sum(t.numel() for t in tensors.values()) <= PROBE_LIMIT:
         meta = {**meta, "probe": probe(unet.cfg, tensors)}
-    write_tensors(Path(path), tensors, {**meta, "unet": asdict(unet.cfg), "fingerprint": mark})
+    write_tensors(Path(path), tensors, {**meta, "unet": asdict(unet.cfg), "fingerprint": mark}, partial(check_written, path, mark))
+    return mark
+
+
+def check_written(what: Path | str, mark: str, path: Path) -> None:
+    if (got := fingerprint(open_weights(path))) != mark:
+        raise UserError(f"{what} was read back with other weights ({got[:12]}) than were written ({mark[:12]}).  Is the disk sound?")
+
+
+def check_marks(source: "Source", tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of tensors, which must be the one the file names; and the network must compute what its probe says."""
+    path, meta, mark = source.weights.path, source.meta, fingerprint(tensors)
+    if meta.get("fingerprint", mark) != mark:
+        raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    if "probe" in meta:
+        got, wanted = (torch.tensor(v, dtype=torch.float64) for v in (probe(source.cfg, tensors), meta["probe"]))
+        scale = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else 0.0
+        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=0, atol=1e-3 * float(scale) + 1e-7, equal_nan=True):
+            raise UserError(f"{path}: the network computes {got[:2].tolist()} … where the one that was saved computed {wanted[:2].tolist()} …; "
+                            "its config (heads? attention order?) is not that of these weights.")
     return mark
 
 
@@ -104,14 +146,7 @@ def load_unet(path: Path | str, *, ema: bool | None = None, dtype: torch.dtype |
     """
     source = open_unet(path, ema=ema, **known)
     tensors, meta = dict(source.weights), source.meta
-    mark = fingerprint(tensors)
-    if meta.setdefault("fingerprint", mark) != mark:
-        raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
-    if "probe" in meta:
-        got, wanted = torch.tensor(probe(source.cfg, tensors)), torch.tensor(meta["probe"])
-        if not torch.allclose(got, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()) + 1e-7, equal_nan=True):
-            raise UserError(f"{path}: the network computes {got[:2].tolist()} … where the one that was saved computed {wanted[:2].tolist()} …; "
-                            "its config (heads? attention order?) is not that of these weights.")
+    meta["fingerprint"] = check_marks(source, tensors)
     with torch.device("meta"):
         net = UNet(source.cfg)
     load_strict(net, {k: v.to(dtype or v.dtype) for k, v in tensors.items()}, f"{path}", assign=True)
@@ -163,7 +198,7 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
     say (num_heads | num_head_channels, attention_order, objective); what it can say must agree.
     """
     box, known = open_weights(find_checkpoint(path)), {k: v for k, v in known.items() if v is not None}
-    return _open_own(box, ema, known) if META in box.meta else _open_foreign(box, bool(ema), known)
+    return _open_own(box, ema, known) if is_ours(box) else _open_foreign(box, ema, known)
 
 
 def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
@@ -171,9 +206,17 @@ def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source
     if "unet" not in meta:
         raise UserError(f"{path} holds no U-Net (it looks like a {meta.get('kind', 'different')} file).")
     try:
+        for key, kind in KINDS.items():
+            if key in meta and not isinstance(meta[key], kind):
+                raise TypeError(f"{key} is {str(meta[key])[:40]!r}")
         cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its config is not one of this version's U-Nets ({error}).") from None
+        if isinstance(meta.get("objective"), dict):
+            Objective(**meta["objective"])
+        elif layouts.target_of(meta) not in (None, "fm", "eps", "v", "x0"):
+            raise ValueError(f"objective is {meta['objective']!r}")
+        torch.tensor(meta.get("probe", []), dtype=torch.float64)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: its metadata is not of this version's U-Nets ({error}).") from None
     check_known(cfg, known, str(path))
     wanted = known.get("objective")
     if wanted and layouts.target_of(meta) not in (None, wanted):
@@ -182,20 +225,34 @@ def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source
         holds, wanted = ("the raw weights", "an EMA") if ema else (f"an EMA of width {meta['ema']}", "the raw weights")
         raise UserError(f"{path} holds {holds}, wanted {wanted}.  Take the file beside it.")
     layout, place = meta.get("layout", "native"), origin(path)
+    if layout == "diffusers" and path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").exists():
+        beside = diffusers_config_beside(path, {"attention_order": cfg.attention_order})   # diffusers itself would believe it
+        if found := differences(cfg, beside):
+            raise UserError(f"{path.parent / 'config.json'} is not the config of the weights beside it: {'; '.join(found)}.  Restore it.")
     meta |= {"objective": meta.get("objective") or wanted, **(place if "sha256" in place else {})}
     return Source(cfg, native_view(box, cfg, layout), meta, layout, {})
 
 
-def _open_foreign(box: Container, ema: bool, known: dict[str, Any]) -> Source:
-    path, groups = box.path, layouts.parts(box)
+def _open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
+    path, beside, is_ema = box.path, dict(box.beside), False
+    if box.emas and (ema or not len(box)):                                      # a pickle keeps its EMA under a name of its own
+        if len(box.emas) > 1:
+            raise UserError(f"{path} holds several EMAs: {some(box.emas)}.  Save the one you want alone.")
+        beside |= {"raw": len(box)} if len(box) else {}
+        box, is_ema = box.over(next(iter(box.emas.values()))), True
+    else:
+        beside |= {name: len(table) for name, table in box.emas.items()}
+    is_ema = is_ema or "ema." in layouts.strip_prefix(box)[0]
+    if is_ema and ema is False:
+        raise UserError(f"{path} holds an EMA ({some(box)}), wanted the raw weights.")
+    groups, part = layouts.parts(box), "ema" if ema and not is_ema else "unet"
     if groups.get("other"):
         raise UserError(f"{path}: {len(groups['other'])} of {len(box)} tensors belong to nothing known: {some(groups['other'])}.  "
                         "Wanted a U-Net, bare or beside its EMA, autoencoder and text encoders.")
-    part = "ema" if ema else "unet"
     if part not in groups:
         found = some(f"{len(v)} {k} tensors" for k, v in groups.items()) or "nothing"
         do = "  Take the raw weights: leave ema out." if "unet" in groups else "  Ask for its EMA." * ("ema" in groups)
-        raise UserError(f"{path} holds no {'EMA of a U-Net' if ema else 'U-Net'}, but {found} ({some(box)}).{do}")
+        raise UserError(f"{path} holds no {'EMA of a U-Net' if part == 'ema' else 'U-Net'}, but {found} ({some(box)}).{do}")
     inner = box.over({name: box.table[full] for full, name in groups[part].items()})
     layout, objective = layouts.detect(inner), known.pop("objective", None)
     if layout is None:
@@ -207,20 +264,34 @@ def _open_foreign(box: Container, ema: bool, known: dict[str, Any]) -> Source:
             cfg = infer_config(inner.table, **known)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    meta = {"layout": layout, "family": layouts.family(cfg), "objective": objective, **origin(path), "ema": "the file's" if ema else None}
-    left_out = {k: len(v) for k, v in groups.items() if k != part}
+    meta = {"layout": layout, "family": layouts.family(cfg), "objective": objective, **origin(path), "ema": "the file's" if ema or is_ema else None}
+    left_out = {k: len(v) for k, v in groups.items() if k != part} | beside
     return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
 
 
 def diffusers_config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
     """The config of diffusers weights: their names and shapes alone do not tell the heads."""
+    file, order = path.parent / "config.json", known.get("attention_order", "new")
     try:
-        config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} has diffusers' names and needs diffusers' config.json beside it ({type(error).__name__}).  Copy it there.") from None
-    cfg = layouts.from_diffusers_config(config, known.get("attention_order", "new"))
-    check_known(cfg, known, str(path.parent / "config.json"))
+    try:
+        cfg = layouts.from_diffusers_config(config, order)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:       # JSON of other types than wanted
+        raise UserError(f"{file} is not a config of diffusers ({type(error).__name__}: {error}).  Restore it.") from None
+    check_known(cfg, known, str(file))
     return cfg
+
+
+def differences(a: UNetConfig, b: UNetConfig) -> list[str]:
+    """In what two networks differ. How their heads are told, dropout, and how files write them are no differences."""
+    silent = ("dropout", "linear_projection", "num_heads", "num_head_channels", "attention_order")
+    found = [f"{f.name} {getattr(a, f.name)} / {getattr(b, f.name)}" for f in fields(a) if f.name not in silent and getattr(a, f.name) != getattr(b, f.name)]
+    widths = [[c.head_channels(C) for C, depth in zip(c.channels, (*c.attention[:-1], 1)) if depth] for c in (a, b)]
+    return found + ([f"channels a head {widths[0]} / {widths[1]}"] if widths[0] != widths[1] else [])
 
 
 def check_known(cfg: UNetConfig, known: dict[str, Any], what: str) -> None:
@@ -247,6 +318,10 @@ def native_view(box: Container, cfg: UNetConfig, layout: str) -> Container:
         if rule == "squeeze" and given.get(name) == wanted[name][:2]:
             given[name] = wanted[name]
     check_shapes(wanted, given, str(box.path))
+    odd = {k: e.dtype for k, e in box.table.items() if not e.dtype.is_floating_point}
+    if odd:
+        raise UserError(f"{box.path}: {len(odd)} weights are not floating-point numbers: {some(f'{k} ({v})' for k, v in odd.items())}.  "
+                        "Save them in fp32, fp16 or bf16.")
     table: dict[str, Entry] = {}
     for foreign, name in layouts.foreign_names(cfg, layout).items():
         entry = table.setdefault(name, Entry(box.dtype(foreign), native[name], partial(layouts.to_native, cfg, layout, name, box)))
@@ -270,49 +345,56 @@ def find_checkpoint(path: Path | str) -> Path:
     checkpoints, or a folder as diffusers writes it."""
     path = resolve(path)
     if path.is_file():
+        one = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})((?:\.\w+)?)(\.safetensors|\.bin)", path.name)
+        if one and int(one[2]) > 1:
+            raise UserError(f"{path} is one of {int(one[2])} shards.  Name their index: {path.with_name(one[1] + one[4])}.index{one[3]}.json")
         return path
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}.")
     folder = (checkpoints(path) or [path])[-1]
     files = sorted(folder.glob("ema-*.safetensors")) + [f for f in [weights_in(folder)] if f]
     if not files:
-        raise UserError(f"no checkpoint in {path}: wanted a weight file, a run's folder, one of its ckpt/ folders, or a diffusers folder.")
+        there = sorted(str(p.relative_to(path)) for p in [*folder.glob("*"), *folder.glob("unet/*")] if p.suffix in WEIGHTS)
+        raise UserError(f"no checkpoint in {path}: wanted a weight file, a run's folder, one of its ckpt/ folders, or a diffusers folder."
+                        + f"  It has {some(there, 8)}; name one." * bool(there))
     return files[0]
 
 
 # ---- converting -----------------------------------------------------------------------------------------------------
 
-def convert(src: Path | str, dst: Path | str, layout: str, dtype: str | None = None, *, ema: bool | None = None, **known: Any) -> str:
+def convert(src: Path | str, dst: Path | str, layout: str, dtype: str | None = None, *, ema: bool | None = None, table: str = "", **known: Any) -> str:
     """Write a U-Net in another layout and read it back; returns the fingerprint. One tensor is in memory at a time.
 
     "native": one file as LDM and guided-diffusion name things. "diffusers": one file if dst ends in .safetensors, else a
     folder for from_pretrained. The dtype stays unless asked. Nothing is overwritten, and dst appears only once it is
-    proven to hold the source's weights, bit for bit.
+    proven to hold the source's weights, bit for bit. With table, the noise schedule, the objective is written in full.
     """
     dst, source = Path(dst), open_unet(src, ema=ema, **known)
     cfg, weights, meta = source.cfg, source.weights, dict(source.meta)
     shapes = layouts.foreign_shapes(cfg, layout)                                # refuses what the layout cannot say
     folder = layout == "diffusers" and dst.suffix != ".safetensors"
-    if dst.exists():
+    if os.path.lexists(dst) or dst.name in ("", ".."):
         raise UserError(f"{dst} exists{' and is the source' if dst.resolve() == weights.path.resolve() else ''}.  "
                         "Give another name, or remove it first.")
     if not folder and dst.suffix != ".safetensors":
         raise UserError(f"{dst}: wanted a name that ends in .safetensors, for that is what will be written.")
-    mark = fingerprint(weights)
-    if meta.get("fingerprint", mark) != mark:
-        raise UserError(f"{src}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    if table:
+        meta["objective"] = with_table(meta, table, str(src))
+    mark = check_marks(source, weights)
     if dtype:
         weights = rounded(weights, dtype)
         mark, changed = fingerprint(weights), mark
         if mark != changed:                                                     # the probe's tolerance is for arithmetic, not for rounding
             meta = {k: v for k, v in meta.items() if k != "probe"} | {"cast_from": changed}
+    if "probe" not in meta and parameters(weights) <= PROBE_LIMIT:
+        meta["probe"] = probe(cfg, weights)
     meta |= {"unet": asdict(cfg), "layout": layout, "fingerprint": mark}
     if "source" in meta and "sha256" not in meta:
         meta["source"] = Path(meta["source"]).name                              # the folders of this machine are nobody's business
     make_dir(dst.parent)
-    part = dst.with_name(dst.name + ".part")
-    remove(part)                                                                # of a conversion that was killed
-    try:
+    # A name of our own: whatever else lies there is the user's. A kill leaves a hidden folder.
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name[:50]}.", dir=dst.parent) as scratch:
+        part = Path(scratch) / dst.name
         if folder:
             part.mkdir()
             write_text(part / "config.json", json.dumps(layouts.diffusers_config(cfg), indent=2) + "\n")
@@ -321,67 +403,108 @@ def convert(src: Path | str, dst: Path | str, layout: str, dtype: str | None = N
         stream_tensors(file, {name: (weights.dtype(natives[name]), shape) for name, shape in shapes.items()},
                        {**text_meta(meta), **layouts.modelspec(cfg, layout, meta, dst.stem)},
                        lambda name: dict(layouts.to_foreign(cfg, layout, natives[name], weights[natives[name]]))[name])
-        if (got := fingerprint(open_unet(part).weights)) != mark:
-            raise UserError(f"{part} was read back with other weights ({got[:12]}) than were written ({mark[:12]}).  Is the disk sound?")
+        again = open_unet(part)                                                 # config.json is compared there
+        if (got := fingerprint(again.weights)) != mark or again.cfg != cfg:
+            raise UserError(f"{dst} was read back with other weights ({got[:12]}) than were written ({mark[:12]}).  Is the disk sound?")
         os.replace(part, dst)
-    finally:
-        remove(part)
+        fsync(dst.parent)
     return mark
+
+
+def with_table(meta: dict[str, Any], table: str, what: str) -> dict[str, Any]:
+    """The objective in full, where a file or the user says only eps, v or x0."""
+    target, told = layouts.target_of(meta), meta.get("objective")
+    if target in (None, "fm"):
+        raise UserError(f"--table {table} is a noise schedule of eps, v and x0; {what} " +
+                        ("is fm, which has none." if target else "does not say its objective.  Add --objective."))
+    if isinstance(told, dict) and told.get("table") != table:
+        raise UserError(f"{what} says its table is {told.get('table')!r}, got {table!r}.  Leave it out.")
+    return told if isinstance(told, dict) else asdict(make_objective("ddpm" if target == "eps" else target, table=table))
+
+
+def parameters(box: Container) -> int:
+    return sum(torch.Size(e.shape).numel() for e in box.table.values())
 
 
 # ---- looking and comparing ------------------------------------------------------------------------------------------
 
-def inspect(path: str, **known: Any) -> list[str]:
+def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
     """What a file is, line by line, and what would have to be added to sample from it."""
-    missing = []
+    file, known, untold = find_checkpoint(path), {k: v for k, v in known.items() if v is not None}, []
     try:
-        source = open_unet(path, **known)
-    except UserError as error:                                                  # all but the heads may still be told
+        source = open_unet(file, **known)
+    except UserError as error:                                                  # all but what no tensor shows may still be told
+        heads_told = known.keys() & {"num_heads", "num_head_channels"}
+        guesses = {"attention_order": "legacy"} | ({} if heads_told else {"num_heads": 1})
         try:
-            source = open_unet(path, **{"num_heads": 1, "attention_order": "legacy", **{k: v for k, v in known.items() if v is not None}})
+            source = open_unet(file, **{**guesses, **known})
         except UserError:
             raise error from None
-        missing = ["heads and attention order (--num-heads or --num-head-channels, --attention-order)"]
+        untold = [("heads", "--num-heads or --num-head-channels")] * (not heads_told)
+        untold += [("attention order", "--attention-order")] * ("attention_order" not in known and not source.cfg.context_dim)
     cfg, box, meta = source.cfg, source.weights, source.meta
     mark, dtypes = fingerprint(box), [str(entry.dtype).removeprefix("torch.") for entry in box.table.values()]
     if meta.get("fingerprint", mark) != mark:
         raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
+    missing = [f"{' and '.join(what for what, _ in untold)} ({', '.join(flag for _, flag in untold)})"] if untold else []
+    if table:
+        meta["objective"] = with_table(meta, table, path)
     objective = meta["objective"] if isinstance(meta.get("objective"), (str, type(None))) else \
         " ".join(f"{k}={v}" for k, v in meta["objective"].items() if k in ("name", "target", "table"))
-    default, unknown = UNetConfig(), {"num_heads", "num_head_channels", "attention_order"} if missing else set()
-    shown = " ".join(f"{f.name}={','.join(f'{v:g}' for v in value) if isinstance(value, tuple) else value}" for f in fields(cfg)
-                     if f.name not in unknown and ((value := getattr(cfg, f.name)) != getattr(default, f.name) or f.name.endswith("channels")))
+    unknown = {"dropout", *(("num_heads", "num_head_channels") if any(what == "heads" for what, _ in untold) else ()),
+               *(("attention_order",) if cfg.context_dim or any(what == "attention order" for what, _ in untold) else ())}
+    shown = " ".join(f"{f.name}={','.join(f'{v:g}' for v in value) if isinstance(value := getattr(cfg, f.name), tuple) else value}"
+                     for f in fields(cfg) if f.name not in unknown)
     if objective is None:
         missing.append("objective (--objective)")
+    if objective in ("eps", "v", "x0", None):
+        missing.append("noise schedule (--table)" + " of eps, v or x0" * (objective is None))
     if "vae" not in meta and cfg.in_channels != 3:
         missing.append("autoencoder (--vae)")
     if cfg.context_dim:
-        missing.append("text encoders (not yet)")
+        missing.append("text encoders (not part of this code yet)")
+    if "resolution" not in meta:
+        missing.append("size of the images (--resolution)")
     lines = {"file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})", "layout": source.layout, "family": layouts.family(cfg),
              "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()), "config": shown,
-             "parameters": f"{sum(torch.Size(e.shape).numel() for e in box.table.values()):,} in {len(box)} tensors",
+             "parameters": f"{parameters(box):,} in {len(box)} tensors",
              "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))), "objective": objective or "not said",
+             "probe": "none: above 1e9 parameters" * (parameters(box) > PROBE_LIMIT and "probe" not in meta),
              "ema": meta.get("ema"), "images": meta.get("images") and f"{meta['images']:,}", "source": meta.get("source"),
              "sha256": meta.get("sha256"), "fingerprint": mark, "missing": "; ".join(missing) or "nothing, samplers.py can draw from it"}
     return [f"{key:<12} {value}" for key, value in lines.items() if value]
 
 
+def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
+    """Two networks to compare. What one file cannot say is taken from the other, whichever comes first."""
+    files, found, errors = [find_checkpoint(a), find_checkpoint(b)], [], []
+    for file in files:
+        try:
+            found.append(open_unet(file, **known))
+        except UserError as error:
+            found.append(None)
+            errors.append(error)
+    if len(errors) == 2:
+        raise errors[0]
+    if errors:
+        told = next(source for source in found if source)
+        heads = {"num_head_channels": told.cfg.num_head_channels} if told.cfg.num_head_channels else {"num_heads": told.cfg.num_heads}
+        if told.layout != "diffusers" or "unet" in told.meta:                   # qkv rows are in no order in files of diffusers
+            heads["attention_order"] = told.cfg.attention_order
+        found = [source or open_unet(file, **{**heads, **known}) for file, source in zip(files, found)]
+    return found
+
+
 def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
-    """Whether two files hold the same network, and if not, how far apart each block is. What b cannot say, it takes from a."""
-    one = open_unet(a, **known)
-    heads = {k: getattr(one.cfg, k) for k in ("num_heads", "num_head_channels", "attention_order")}
-    with_heads = known if META in open_weights(find_checkpoint(b)).meta else {**known, **(heads if not one.cfg.context_dim else {})}
-    two = open_unet(b, **with_heads)
-    differs = [f"{f.name} {getattr(one.cfg, f.name)} / {getattr(two.cfg, f.name)}" for f in fields(UNetConfig)
-               if f.name not in ("dropout", "linear_projection", "num_heads", "num_head_channels") and getattr(one.cfg, f.name) != getattr(two.cfg, f.name)]
-    widths = [[cfg.head_channels(C) for C in cfg.channels] for cfg in (one.cfg, two.cfg)]        # heads by number or by width are the same
-    differs += [f"channels a head {widths[0]} / {widths[1]}"] if widths[0] != widths[1] else []
+    """Whether two files hold the same network, and if not, how far apart each block is."""
+    one, two = open_both(a, b, known)
+    differs = differences(one.cfg, two.cfg)
     if {k: e.shape for k, e in one.weights.table.items()} != {k: e.shape for k, e in two.weights.table.items()}:
         return False, [f"another architecture: {'; '.join(differs)}"]
     sums: dict[str, list[float]] = {}
     bitwise = True
     for name in one.weights:
-        x, y = one.weights[name], two.weights[name]
+        x, y = (in_new_order(source.cfg, name, source.weights[name]) for source in (one, two))
         same = x.dtype == y.dtype and torch.equal(*(torch.from_numpy(raw_bytes(t)) for t in (x, y)))      # NaN too
         bitwise = bitwise and same
         block = sums.setdefault(".".join(name.split(".")[:2 if name.startswith(("input_blocks", "output_blocks")) else 1]), [0.0, 0.0])
@@ -398,6 +521,14 @@ def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
     return False, lines + [f"  {block:<18} {value:.3e}" for block, value in rows.items()]
 
 
+def in_new_order(cfg: UNetConfig, name: str, tensor: Tensor) -> Tensor:
+    """ADM's qkv in one order of its rows, whichever the file has: the same network may be written in both."""
+    if ".qkv." not in name or cfg.attention_order == "new":
+        return tensor
+    C = tensor.shape[0] // 3
+    return layouts.reorder_attention(tensor, C // cfg.head_channels(C), "new")
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -408,18 +539,23 @@ class Options:
     num_heads: int = 0                     # where the file cannot say: attention heads …
     num_head_channels: int = 0             # … or channels a head,
     attention_order: Literal["", "legacy", "new"] = ""   # … and for ADM the order of the qkv rows
-    objective: Literal["", "fm", "eps", "v", "x0"] = ""   # convert: to be written where the file does not say
+    objective: Literal["", "fm", "eps", "v", "x0"] = ""   # what it was trained to output; convert writes it
+    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # noise schedule of eps, v, x0; convert writes it
 
 
 COMMANDS = {"inspect": ("FILE",), "convert": ("SRC", "DST"), "verify": ("A", "B")}
 
 
 def positional(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Words and flags, in whatever order they come."""
+    """Words and flags, in whatever order they come; after -- all are words."""
     words, flags, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
+        if word == "--":
+            return words + rest, flags
         (flags if word.startswith("-") else words).append(word)
+        if word.startswith("--") and word.partition("=")[0] in (flag.partition("=")[0] for flag in flags[:-1]):
+            raise UserError(f"{word.partition('=')[0]} is given twice.")
         alone = "=" in word or word in ("--ema", "--no-ema", "--help", "-h", "--dry-run")
         if word.startswith("-") and not alone and rest and not rest[0].startswith("--"):
             flags.append(rest.pop(0))
@@ -436,8 +572,8 @@ def main() -> None:
         raise UserError(f"{command} takes {' '.join(COMMANDS[command])}, got {len(names)} names.  See --help.")
     if command == "convert" and not o.layout:
         raise UserError("convert needs --layout native or --layout diffusers.")
-    if command != "convert" and (o.layout or o.dtype or o.objective):
-        raise UserError(f"--layout, --dtype and --objective are convert's, not {command}'s.")
+    if command != "convert" and (o.layout or o.dtype) or command == "verify" and (o.objective or o.table):
+        raise UserError(f"--layout and --dtype are convert's, not {command}'s; verify takes no --objective and --table either.")
     known = {k: v for k, v in asdict(o).items() if v and k not in ("layout", "dtype")}
     if dry_run:
         print(json.dumps({"command": command, "names": names, **asdict(o)}, indent=1))
@@ -453,4 +589,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, crash=3)                                                          # 1 is verify's "no"

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 import typing
 from functools import lru_cache
 from importlib import metadata
@@ -30,18 +31,26 @@ class UserError(ValueError):
     """Something the user can mend. The message is one line: what, got, wanted, do."""
 
 
-def cli(main: Callable[[], None]) -> None:
-    """Run a script's main(): a UserError becomes one line on stderr and exit code 2."""
+def cli(main: Callable[[], None], crash: int = 1) -> None:
+    """Run a script's main(): what the user can mend becomes one line on stderr and exit code 2; a bug exits with `crash`."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError, MemoryError) as error:
+        message = str(error) or "out of memory"
+        if isinstance(error, OSError):
+            message = f"{error.filename}: " * bool(error.filename) + f"{error.strerror or error}."
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"error{where}: " + " ".join(str(error).split("\n")), file=sys.stderr, flush=True)
+        print(f"error{where}: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if crash == 1:                                                          # as Python itself
+            raise
+        traceback.print_exc()
+        sys.exit(crash)
 
 
 def closest(word: str, options: typing.Iterable[str], n: int = 3) -> str:
@@ -92,7 +101,7 @@ def convert(key: str, text: str, kind: Any) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if text not in inner:
-            raise UserError(f"--{key} {text!r} is not one of {', '.join(inner)}.{closest(text, inner)}")
+            raise UserError(f"--{key} {text!r} is not one of {', '.join(filter(None, inner))}.{closest(text, inner)}")
         return text
     if origin is tuple:
         return tuple(convert(key, part.strip(), inner[0]) for part in text.split(",") if part.strip())

@@ -16,7 +16,6 @@ import mmap
 import os
 import pickle
 import re
-import shutil
 import warnings
 import zipfile
 from functools import partial
@@ -35,10 +34,13 @@ DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": to
           "F64": torch.float64, "I64": torch.int64}                             # in the order of safetensors' own list
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADER_LIMIT = 100_000_000                   # bytes; safetensors' own
-INDEX = ".safetensors.index.json"
+INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json$")              # diffusers puts a variant before .json
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+EMA = re.compile(r"(?i)(^|[_.-])ema([_.-]|\d|$)")  # state_dict_ema, ema_0.9999
 # Where a folder or a repository keeps a U-Net, most specific first.
 USUAL = [f"{folder}{stem}{end}" for folder in ("", "unet/") for stem in ("diffusion_pytorch_model", "model")
-         for end in (".safetensors", INDEX, ".bin")]
+         for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
+                     ".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json")]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def make_dir(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder with --out.") from None
+        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder.") from None
 
 
 def fsync(path: Path) -> None:
@@ -62,9 +64,14 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_name(path: Path) -> Path:
+    """Beside path, hidden and of this process: no name that a user's own file has. Names end at 255 bytes."""
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     temporary.write_text(text)
     fsync(temporary)
     os.replace(temporary, path)
@@ -77,8 +84,8 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 
 def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta: Mapping[str, str],
-                   get: Callable[[str], Tensor]) -> None:
-    """A safetensors file of get(name) for each name, asked for one by one; atomic.
+                   get: Callable[[str], Tensor], check: Callable[[Path], None] = lambda path: None) -> None:
+    """A safetensors file of get(name) for each name, asked for one by one; atomic. check(file) may refuse what was written.
 
     Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that of safetensors' own
     writer, by type, widest first, then by name, so that every tensor is aligned.
@@ -93,7 +100,7 @@ def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int
         offset = end
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
@@ -103,15 +110,18 @@ def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int
                 file.write(raw_bytes(tensor))
                 del tensor                                                      # before the next one is made
         fsync(temporary)
+        check(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.  No file was replaced.") from None
     finally:
         temporary.unlink(missing_ok=True)                                       # on an error; a disk may be full because of it
     fsync(path.parent)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], check: Callable[[Path], None] = lambda path: None) -> None:
     """Tensors + JSON metadata as one safetensors file, atomically."""
-    stream_tensors(path, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, text_meta(meta), tensors.__getitem__)
+    stream_tensors(path, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, text_meta(meta), tensors.__getitem__, check)
 
 
 def text_meta(meta: dict[str, Any]) -> dict[str, str]:
@@ -120,22 +130,24 @@ def text_meta(meta: dict[str, Any]) -> dict[str, str]:
     return {"format": "pt", META: text, f"{META}_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def is_ours(box: "Container") -> bool:
+    """Either key is enough: with one of them damaged, the file must not pass for a foreign one, which nothing protects."""
+    return META in box.meta or f"{META}_sha256" in box.meta
+
+
 def read_meta(box: "Container") -> dict[str, Any]:
     """The inverse. Older files have no checksum."""
-    text = box.meta[META]
-    if box.meta.get(f"{META}_sha256", (mark := hashlib.sha256(text.encode()).hexdigest())) != mark:
+    text, mark = box.meta.get(META, ""), box.meta.get(f"{META}_sha256")
+    renamed = any(re.fullmatch(r"[0-9a-f]{64}", str(value)) for key, value in box.meta.items())  # a checksum under a damaged name
+    if hashlib.sha256(text.encode()).hexdigest() != mark and (renamed or mark):
         raise UserError(f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged.")
     try:
-        return json.loads(text)
-    except ValueError as error:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{box.path}: the metadata is damaged ({error}).") from None
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    if not isinstance(meta, dict):
+        raise UserError(f"{box.path}: the metadata is damaged (a JSON {type(meta).__name__}, wanted an object).")
+    return meta
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -149,8 +161,10 @@ class Entry(NamedTuple):
 class Container(Mapping[str, Tensor]):
     """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without reading."""
 
-    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any]):
+    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any],
+                 emas: Mapping[str, Mapping[str, Entry]] = {}, beside: Mapping[str, int] = {}):
         self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
+        self.emas, self.beside = dict(emas), dict(beside)                       # of a pickle: EMAs under their own names; tensors not taken
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[name].read()
@@ -172,7 +186,7 @@ class Container(Mapping[str, Tensor]):
 
     def over(self, table: Mapping[str, Entry]) -> "Container":
         """The same file seen through another table: other names, other shapes, fewer tensors."""
-        return Container(self.path, self.kind, table, self.meta)
+        return Container(self.path, self.kind, table, self.meta, self.emas, self.beside)
 
 
 def open_weights(path: Path | str) -> Container:
@@ -190,15 +204,19 @@ def open_weights(path: Path | str) -> Container:
         return open_safetensors(path)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
         return open_pickle(path, zipped=head[:2] == b"PK")
-    if path.name.endswith(INDEX):
+    if INDEX.search(path.name):
         return open_shards(path)
     size, what = path.stat().st_size, ""
+    if not size:
+        raise UserError(f"{path} is empty (0 bytes).  Copy it again, or use an older one.")
     if head.startswith(b"version https://git-lfs"):
         what = "it is a Git LFS pointer; fetch the real file with git lfs pull"
     elif head.lstrip()[:1] == b"<":
         what = "it looks like a web page saved in the file's place"
     elif size >= 9 and head[8:9] == b"{":
         what = f"its header says it is {int.from_bytes(head[:8], 'little'):,} bytes long"
+    else:
+        raise UserError(f"{path} is not a weight file (it begins with {head[:12]!r}).  Wanted safetensors, or what torch.save wrote.")
     raise UserError(f"{path} is truncated or not a safetensors file, nor a torch pickle ({size:,} bytes{what and f': {what}'}).  "
                     "Copy it again, or use an older one.")
 
@@ -219,7 +237,7 @@ def open_safetensors(path: Path) -> Container:
             table[name] = Entry(dtype, shape, partial(read_range, path, start, dtype, shape))
     except KeyError as error:
         raise UserError(f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}.") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one.") from None
     return Container(path, "safetensors", table, meta)
 
@@ -256,49 +274,83 @@ def open_pickle(path: Path, zipped: bool) -> Container:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        wants = re.search(r"(?:GLOBAL|global:?|class) [`']?([\w.]+)", str(error))
+        wants = re.search(r"(?:GLOBAL|global:?|class) [`']?(?!GLOBAL)([\w.]+)", str(error))
         what = f": it wants to build or call {wants[1]}" if wants else ""
+        if "lightning" in what:
+            what += " (an original Stable Diffusion .ckpt does; its page has the same weights as .safetensors)"
         raise UserError(f"{path} is a Python pickle that torch refuses to read as weights alone{what}.  Nothing in it was run.  Ask for "
                         "a safetensors file, or have its owner save only the state dict.") from None
     except Exception as error:                                                  # damaged bytes can mean anything to an unpickler
         raise UserError(f"{path} is a Python pickle that is truncated, damaged or not torch's ({path.stat().st_size:,} bytes: "
                         f"{type(error).__name__}: {' '.join(str(error).split())[:120]}).  Copy it again.") from None
-    weights, rest = state_dict_in(loaded, path)
-    for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f"{path}: {name} is not a plain dense tensor ({tensor.layout}).  Save it dequantised and dense.")
-    table = {k: Entry(v.dtype, tuple(v.shape), lambda v=v: v.detach().contiguous().clone()) for k, v in weights.items()}
-    return Container(path, "torch zip pickle" if zipped else "torch legacy pickle", table, rest)
+    raw, emas, beside = state_dicts(loaded, path)
+    kind = "torch zip pickle" if zipped else "torch legacy pickle"
+    # Its plain values are never metadata: nothing protects them, and any script may use any name.
+    return Container(path, kind, entries(raw, path), {}, {k: entries(v, path) for k, v in emas.items()}, beside)
 
 
-def state_dict_in(loaded: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The one mapping of names to tensors inside what a training script saved, and the plain values beside it."""
-    def tensors(value: Any) -> dict[str, Tensor]:
-        return {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
+def entries(weights: Mapping[Any, Any], path: Path) -> dict[str, Entry]:
+    """The tensors of one mapping in memory, each a plain one under a name."""
+    table = {}
+    for name, v in weights.items():
+        if not isinstance(v, Tensor):
+            continue
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a tensor has the key {name!r}, wanted a name.  Save only the network's state dict.")
+        if v.layout != torch.strided or v.is_quantized or v.is_meta or v.is_nested:
+            raise UserError(f"{path}: {name} is not a plain dense tensor ({v.layout}).  Save it dequantised and dense.")
+        table[name] = Entry(v.dtype, tuple(v.shape), lambda v=v: v.detach().contiguous().clone().resolve_neg())
+    return table
 
-    loaded = loaded if isinstance(loaded, Mapping) else {}
-    rest = {str(k): v for k, v in loaded.items() if isinstance(v, (str, int, float, bool))}
-    if isinstance(loaded.get("state_dict"), Mapping):
-        return tensors(loaded["state_dict"]), rest
-    if tensors(loaded):
-        return tensors(loaded), rest
-    inner = {k: tensors(v) for k, v in loaded.items() if tensors(v) and len(tensors(v)) == len(v)}
-    if len(inner) != 1:
-        found = f"it holds {', '.join(map(str, list(inner or loaded)[:5])) or 'none'}"
-        raise UserError(f"{path} is a Python pickle without a single set of weights ({found}).  Save the one you want alone.")
-    return next(iter(inner.values())), rest
+
+def state_dicts(loaded: Any, path: Path) -> tuple[Mapping, dict[str, Mapping], dict[str, int]]:
+    """(weights, {name: EMA}, {name: other tensors}) in what a training script saved. What is not taken is counted.
+
+    Every mapping with a tensor in it may be the weights: the whole, or one of its values. Two of them are an error.
+    """
+    top = loaded if isinstance(loaded, Mapping) else {}
+    found = {k: v for k, v in [("the top", top), *top.items()] if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())}
+    emas = {k: v for k, v in found.items() if EMA.search(str(k))}
+    raw = {k: v for k, v in found.items() if k not in emas}
+    if len(raw) > 1:                                                            # counters and states of generators are no weights
+        raw = {k: v for k, v in raw.items() if any(isinstance(t, Tensor) and t.is_floating_point() and t.ndim for t in v.values())} or raw
+    if len(raw) != 1 and not (emas and not raw):
+        what = f"it holds {', '.join(map(str, list(raw or top)[:5])) or 'none'}"
+        raise UserError(f"{path} is a Python pickle without a single set of weights ({what}).  Save the one you want alone.")
+    taken = [id(v) for v in [*raw.values(), *emas.values()]]
+    beside = {}
+    for key, value in top.items():
+        inner = [v for v in value.values() if not isinstance(v, Tensor)] if id(value) in taken else \
+            [] if isinstance(value, Tensor) and id(top) in taken else [value]
+        if n := tensors_in(inner):
+            beside[str(key)] = n
+    return next(iter(raw.values()), {}), {str(k): v for k, v in emas.items()}, beside
+
+
+def tensors_in(value: Any) -> int:
+    """How many tensors hang below a value. Containers may be very deep, or hold themselves."""
+    seen, stack, n = set(), [value], 0
+    while stack:
+        value = stack.pop()
+        n += isinstance(value, Tensor)
+        if isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            stack += value.values() if isinstance(value, Mapping) else value
+    return n
 
 
 def open_shards(index: Path) -> Container:
-    """Several safetensors files as one. Each shard must hold exactly the keys that the index gives it."""
+    """Several files as one. Each shard must hold exactly the keys that the index gives it."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
         if not all(Path(f).name == f for f in files):
             raise ValueError("shards must lie beside the index")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(INDEX.search(f) for f in files):
+            raise ValueError("a shard is a weight file, not an index")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of shards ({type(error).__name__}: {error}).  Copy it again.") from None
-    table, meta = {}, {}
+    table, meta, kind = {}, {}, ""
     for file in files:
         if not (index.parent / file).is_file():
             raise UserError(f"{index} names the shard {file}, which is not there.  Wanted beside it: {', '.join(files)}.")
@@ -310,7 +362,8 @@ def open_shards(index: Path) -> Container:
             raise UserError(f"{index.parent / file} does not fit {index.name}: {name} {fault}.  Copy all shards again, of one version.")
         table.update(shard.table)
         meta.update(shard.meta)
-    return Container(index, f"{len(files)} safetensors shards", table, meta)
+        kind = shard.kind
+    return Container(index, f"{len(files)} {kind} shards", table, meta)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -327,8 +380,10 @@ def rounded(box: Container, dtype: str) -> Container:
     def convert(name: str, read: Callable[[], Tensor]) -> Tensor:
         tensor = read()
         out = tensor.to(to)
-        if out.numel() and not all(torch.isfinite(v) for v in torch.aminmax(out)):      # two numbers, not a mask as large as it is
-            raise UserError(f"{box.path}: {name} does not fit {dtype}: its values go from {float(tensor.min()):.3g} to {float(tensor.max()):.3g}, "
+        # Two numbers first, not a mask as large as it is; what was NaN or infinite before may stay so.
+        if out.numel() and not all(torch.isfinite(v) for v in torch.aminmax(out)) and (tensor.isfinite() & ~out.isfinite()).any():
+            low, high = torch.aminmax(tensor[tensor.isfinite()])
+            raise UserError(f"{box.path}: {name} does not fit {dtype}: its values go from {float(low):.3g} to {float(high):.3g}, "
                             f"{dtype} ends at {torch.finfo(to).max:.3g}.  Use bf16 or fp32.")
         return out
 
@@ -351,6 +406,7 @@ def resolve(spec: Path | str) -> Path:
     repo, file, revision = match.groups()
     try:
         import huggingface_hub as hub
+        import huggingface_hub.errors
     except ImportError:
         raise UserError(f"{spec} needs a package that is not installed.  pip install huggingface_hub") from None
 
@@ -358,27 +414,32 @@ def resolve(spec: Path | str) -> Path:
         return Path(hub.hf_hub_download(repo, name, revision=revision))
 
     with explained(str(spec), repo):
-        names = hub_files(hub, repo, revision)
+        names = [] if file else hub_files(hub, repo, revision)                  # a file that is named needs no listing
         file = file or pick_file(str(spec), names)
         path = get(file)
         folder = file.rpartition("/")[0]
         beside = f"{folder}/config.json".lstrip("/")
-        if beside in names:
-            get(beside)
-        if file.endswith(INDEX):
+        if beside in names or not names and Path(file).name.startswith("diffusion_pytorch_model"):
+            with contextlib.suppress(hub.errors.EntryNotFoundError):            # if it is missed, that is said where it is read
+                get(beside)
+        if INDEX.search(file):
             for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
                 get(f"{folder}/{shard}".lstrip("/"))
     return path
 
 
 def hub_files(hub: Any, repo: str, revision: str | None) -> list[str]:
-    """The files of a repository; offline, those of the usual ones that are in the cache."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    """The files of a repository; where the Hub cannot be reached, those of the usual ones that are in the cache."""
     try:
         return hub.HfApi().list_repo_files(repo, revision=revision)
-    except OfflineModeIsEnabled:
-        names = USUAL + ["config.json", "unet/config.json"]
-        return [n for n in names if isinstance(hub.try_to_load_from_cache(repo, n, revision=revision), str)]
+    except hub.errors.HfHubHTTPError:                                           # it was reached, and said no
+        raise
+    except Exception as error:                                                  # offline by choice or not
+        names = [n for n in USUAL + ["config.json", "unet/config.json"]
+                 if isinstance(hub.try_to_load_from_cache(repo, n, revision=revision), str)]
+        if not names and not isinstance(error, hub.errors.OfflineModeIsEnabled):
+            raise
+        return names
 
 
 def pick_file(spec: str, names: list[str]) -> str:
@@ -386,7 +447,7 @@ def pick_file(spec: str, names: list[str]) -> str:
     usual = [n for n in USUAL if n in names]
     if len(usual) > 1 and {Path(n).parent for n in usual} == {Path(usual[0]).parent}:
         usual = usual[:1]                                                       # the same weights in several containers
-    others = usual or [n for n in names if n.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))]
+    others = usual or [n for n in names if n.endswith(WEIGHTS)]
     if len(others) != 1:
         listed = f"one of {', '.join(others[:8])}{' …' if len(others) > 8 else ''}" if others else "it has no weights under a usual name"
         raise UserError(f"{spec}: which file?  Write hf:org/name/FILE ({listed}).")
@@ -397,6 +458,9 @@ def pick_file(spec: str, names: list[str]) -> str:
 def explained(spec: str, repo: str) -> Iterator[None]:
     """Whatever fails on the way to the Hub, in one line with what to do."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()                                               # its retries are announced one by one
     try:
         yield
     except UserError:
@@ -414,6 +478,8 @@ def explained(spec: str, repo: str) -> Iterator[None]:
         raise UserError(f"{spec}: the repository has no such file.  Its files: https://huggingface.co/{repo}/tree/main") from None
     except Exception as error:                                                  # the HTTP library's own, which changes with hub versions
         raise UserError(f"{spec}: {type(error).__name__}: {' '.join(str(error).split())[:160]}.  Check the network, or give a local file.") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def origin(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ One native tensor at a time in either direction is enough, so converters stream.
 import re
 import time
 from functools import lru_cache
+from reprlib import repr as brief
 from typing import Any, Iterable, Literal, Mapping, NamedTuple
 
 import torch
@@ -242,36 +243,42 @@ def _up(down_block_type: str) -> str:
 
 def _one(values: list[Any]) -> Any:
     """An int for a list of equal ints, as diffusers' configs have it."""
-    return values[0] if len(set(values)) == 1 else values
+    return values[0] if values and all(value == values[0] for value in values) else values
 
 
 def from_diffusers_config(config: Mapping[str, Any], attention_order: Literal["legacy", "new"] = "new") -> UNetConfig:
     """A config.json of diffusers as ours, or a UserError that names what we do not compute. qkv rows are in no order there:
     for ADM choose the one the native tensors shall have."""
-    name = config.get("_class_name")
-    if name not in DEFAULTS:
-        raise UserError(f"config _class_name is {name!r}: wanted one of {', '.join(DEFAULTS)}.")
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or name not in DEFAULTS:
+        raise UserError(f"config _class_name is {brief(name)}: wanted one of {', '.join(DEFAULTS)}.")
     c = DEFAULTS[name] | {k: v for k, v in config.items() if not k.startswith("_") and k not in IGNORED}
     unknown = sorted(c.keys() - DEFAULTS[name].keys())
     if unknown:
-        raise UserError(f"config of {name} has {unknown[0]!r}, which is not known here.{closest(unknown[0], DEFAULTS[name])}")
+        raise UserError(f"config of {name} has {brief(unknown[0])}, which is not known here.{closest(unknown[0][:60], DEFAULTS[name])}")
     for key in {"layers_per_block", "cross_attention_dim"} & c.keys():
         c[key] = _one(c[key]) if isinstance(c[key], (list, tuple)) else c[key]
-        if not isinstance(c[key], int):
-            raise UserError(f"config of {name} has {key} = {c[key]!r}: wanted one number for all levels.")
+        if type(c[key]) is not int or c[key] < 1:
+            raise UserError(f"config of {name} has {key} = {brief(c[key])}: wanted one number for all levels.")
+    for key, kind, alone in (("block_out_channels", int, ()), ("down_block_types", str, ()), ("up_block_types", str, ()),
+                             ("attention_head_dim", int, (int,) if "Condition" in name else (int, type(None))),
+                             ("transformer_layers_per_block", int, (int,))):
+        value, many = c.get(key, 1), isinstance(c.get(key), (list, tuple))
+        if not (type(value) in alone or many and value and all(type(v) is kind and (kind is str or 0 < v <= 65536) for v in value)):
+            raise UserError(f"config of {name} has {key} = {brief(value)}: wanted {'names' if kind is str else 'numbers from 1 to 65536'}, one a level.")
     channels, cross, down = c["block_out_channels"], name == "UNet2DConditionModel", c["down_block_types"]
     levels, heads, depths = len(channels), c["attention_head_dim"], c.get("transformer_layers_per_block", 1)
     depths = (depths,) * levels if isinstance(depths, int) else depths
-    if len(down) != levels or len(depths) != levels or isinstance(heads, (list, tuple)) and len(heads) != levels:
-        raise UserError(f"config of {name}: block_out_channels has {levels} levels; down_block_types, transformer_layers_per_block or "
-                        "attention_head_dim another number.")
+    if not len(down) == len(c["up_block_types"]) == len(depths) == levels or isinstance(heads, (list, tuple)) and len(heads) != levels:
+        raise UserError(f"config of {name}: block_out_channels has {levels} levels; down_block_types, up_block_types, "
+                        "transformer_layers_per_block or attention_head_dim another number.")
     if not cross:                                                               # here it is what its name says; None = one head
         head = dict(num_heads=1) if heads is None else dict(num_head_channels=heads)
     elif isinstance(heads, int):
         head = dict(num_heads=heads)
     else:
         head = dict(num_heads=heads[-1]) if len(set(heads)) == 1 else dict(num_head_channels=channels[-1] // heads[-1])
-    resamples = {c.get("downsample_type", "conv") if "Attn" in d and not cross else "resnet" if "Resnet" in d else "conv" for d in down[:-1]}
+    resamples = [c.get("downsample_type", "conv") if "Attn" in d and not cross else "resnet" if "Resnet" in d else "conv" for d in down[:-1]]
     try:
         cfg = UNetConfig(
             c["in_channels"], c["out_channels"], model_channels=channels[0],
@@ -282,13 +289,13 @@ def from_diffusers_config(config: Mapping[str, Any], attention_order: Literal["l
             resblock_updown="resnet" in resamples, num_classes=c["num_class_embeds"] or 0, dropout=c["dropout"],
             vector_dim=(c["projection_class_embeddings_input_dim"] or 0) if c.get("addition_embed_type") else 0,
             context_dim=c["cross_attention_dim"] if cross else 0, linear_projection=not cross or c["use_linear_projection"])
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise UserError(f"config of {name}: {error}") from None
     # Whatever was read wrongly or not at all comes back different.
     theirs, ours = _canonical(c), _canonical(DEFAULTS[name] | {k: v for k, v in diffusers_config(cfg).items() if k in c})
     for key in theirs:
         if theirs[key] != ours[key]:
-            raise UserError(f"config of {name} has {key} = {c[key]!r}; this U-Net computes {ours[key]!r} only.")
+            raise UserError(f"config of {name} has {key} = {brief(c[key])}; this U-Net computes {ours[key]!r} only.")
     return cfg
 
 
@@ -315,17 +322,24 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-def guided_diffusion(*, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                     attention_resolutions: Iterable[int], image_size: int | None = None, dropout: float = 0.0,
-                     channel_mult: Iterable[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
+def guided_diffusion(image_size: int | None = None, in_channels: int | None = None, model_channels: int | None = None,
+                     out_channels: int | None = None, num_res_blocks: int | None = None, attention_resolutions: Iterable[int] | None = None,
+                     dropout: float = 0.0, channel_mult: Iterable[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
                      num_classes: int | None = None, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
                      num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
                      resblock_updown: bool = False, use_new_attention_order: bool = False) -> UNet:
-    """guided-diffusion's UNetModel(...), its arguments and defaults: `from layouts import guided_diffusion as UNetModel`.
+    """guided-diffusion's UNetModel(...), its arguments in its order, and defaults: `from layouts import guided_diffusion as UNetModel`.
 
     attention_resolutions are downsample factors (8 = at H/8), as its constructor takes them; one that no level has is
-    ignored, as there. image_size never mattered.
+    ignored, as there. image_size never mattered and may be left out; the others up to attention_resolutions may not.
     """
+    needed = dict(in_channels=in_channels, model_channels=model_channels, out_channels=out_channels, num_res_blocks=num_res_blocks,
+                  attention_resolutions=attention_resolutions)
+    if absent := [name for name, value in needed.items() if value is None]:
+        raise TypeError(f"guided_diffusion() is missing {', '.join(absent)}.")
+    for name, value in (("channel_mult", channel_mult), ("attention_resolutions", attention_resolutions)):
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            raise UserError(f"{name}={value!r}: wanted numbers such as (1, 2, 4); strings are for guided-diffusion's create_model, not its UNetModel.")
     if dims != 2 or use_fp16:
         raise UserError(f"dims={dims}, use_fp16={use_fp16}: wanted 2 and False.  For half precision call .half() on the U-Net, or autocast.")
     if num_heads_upsample not in (-1, num_heads) and num_head_channels == -1:
@@ -349,8 +363,8 @@ def family(cfg: UNetConfig) -> str:
 def target_of(meta: Mapping[str, Any]) -> str | None:
     """What the network was trained to output, if the file says: eps, v, x0 or fm, as in --objective."""
     objective = meta.get("objective")
-    target = objective["target"] if isinstance(objective, dict) else objective
-    return {"u": "fm", "ddpm": "eps"}.get(target, target)
+    target = objective.get("target") if isinstance(objective, dict) else objective
+    return {"u": "fm", "ddpm": "eps"}.get(target, target) if isinstance(target, str) else None
 
 
 def modelspec(cfg: UNetConfig, layout: str, meta: Mapping[str, Any], title: str) -> dict[str, str]:

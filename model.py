@@ -13,7 +13,8 @@ Everything runs channels_last.
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Mapping
+from reprlib import repr as brief                # a damaged file can hold a value of any length and depth
+from typing import Any, Literal, Mapping, get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,10 @@ from kernels.attention import attention
 from kernels.groupnorm import group_norm_silu
 
 GROUPS = 32                                  # of every GroupNorm in the family
+# From, to; 0 to 65536 where nothing is said. Far beyond any network: a damaged file must end in a message, not in hours of building.
+LIMITS = {"in_channels": (1, 65536), "out_channels": (1, 65536), "model_channels": (1, 65536), "channel_mult": (2 ** -16, 65536),
+          "num_res_blocks": (1, 64), "attention": (0, 64), "middle_attention": (1, 64), "num_classes": (0, 2 ** 24), "dropout": (0, 0.999)}
+MAX_LEVELS, MAX_BLOCKS = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,33 @@ class UNetConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if len(self.attention) != len(self.channel_mult):
-            raise ValueError(f"attention has {len(self.attention)} levels, channel_mult {len(self.channel_mult)}; give one each.")
-        for level, C in enumerate(self.channels):
-            if C % GROUPS:
-                raise ValueError(f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups).")
-            if not self.attention[level] and level < len(self.channels) - 1:
-                continue
-            if self.num_head_channels and C % self.num_head_channels:
-                raise ValueError(f"level {level}: {C} channels do not split into heads of {self.num_head_channels}.")
-            if not self.num_head_channels and (self.num_heads < 1 or C % self.num_heads):
-                raise ValueError(f"level {level}: {C} channels do not split into {self.num_heads} heads.")
-        if min(self.attention) < 0 or self.middle_attention < 1 or not self.context_dim and max(*self.attention, self.middle_attention) > 1:
-            raise ValueError(f"attention is {self.attention}, middle_attention {self.middle_attention}: wanted 0 or 1 a level and 1 in the "
-                             "middle without context_dim; with it, depths of at least 0 and 1.")
+        """Anything may come from a file. ValueError says what is wrong, before anything is built."""
+        for f in fields(self):
+            value, args, (low, high) = getattr(self, f.name), get_args(f.type), LIMITS.get(f.name, (0, 65536))
+            many, kinds = get_origin(f.type) is tuple, (int, float) if float in (f.type, *args) else (int,)
+            values = value if many and type(value) is tuple else (value,)
+            if f.type is bool or get_origin(f.type) is Literal:
+                ok, wanted = type(value) in (bool, str) and value in (args or (True, False)), " or ".join(map(repr, args or (True, False)))
+            else:
+                ok = many == (type(value) is tuple) and all(type(v) in kinds and low <= v <= high for v in values)   # NaN fails too
+                wanted = f"{'a tuple of ' * many}{'numbers' if float in kinds else 'whole numbers'} from {low:g} to {high:g}"
+            if not ok:
+                raise ValueError(f"{f.name} is {brief(value)}: wanted {wanted}.")
+        levels, D, n = len(self.channel_mult), self.num_head_channels, self.num_heads
+        if len(self.attention) != levels or not 1 <= levels <= MAX_LEVELS:
+            raise ValueError(f"attention has {len(self.attention)} levels, channel_mult {levels}; give one each, for 1 to {MAX_LEVELS} levels.")
+        if (blocks := sum((2 * self.num_res_blocks + 1) * (1 + depth) for depth in self.attention)) > MAX_BLOCKS:
+            raise ValueError(f"num_res_blocks {self.num_res_blocks} and attention {brief(self.attention)} make {blocks} blocks: wanted up to {MAX_BLOCKS}.")
+        if not self.context_dim and max(*self.attention, self.middle_attention) > 1:
+            raise ValueError(f"attention is {self.attention}, middle_attention {self.middle_attention}: wanted 0 or 1 without context_dim.")
         if self.num_classes and self.vector_dim:
             raise ValueError(f"num_classes {self.num_classes} and vector_dim {self.vector_dim}: y is either labels or a vector, set one.")
+        for level, C in enumerate(self.channels):
+            if C % GROUPS or not GROUPS <= C <= 65536:
+                raise ValueError(f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups) from {GROUPS} to 65536.")
+            attends = self.attention[level] or level == levels - 1              # the middle block's channels are the last level's
+            if attends and (C % D if D else n < 1 or C % n):
+                raise ValueError(f"level {level}: {C} channels do not split into {f'heads of {D}' if D else f'{n} heads'}.")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -75,7 +91,7 @@ class UNetConfig:
 
     def head_channels(self, C: int) -> int:
         """Channels a head (D) of an attention block over C channels."""
-        return self.num_head_channels or C // self.num_heads
+        return self.num_head_channels or max(C // self.num_heads, 1)            # a level without attention may be narrower than heads are many
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -357,6 +373,10 @@ class UNet(nn.Module):
             raise ValueError(f"y is {shape(y)}: wanted a vector ({B}, {cfg.vector_dim}), such as pooled text and sizes.")
         if cfg.num_classes and y is not None and (y.shape != (B,) or y.is_floating_point()):
             raise ValueError(f"y is {y.dtype} {shape(y)}: wanted integer class labels ({B},), -1 = none.")
+        if cfg.num_classes and y is not None and y.device.type == "cpu" and B and not torch.compiler.is_compiling():   # a GPU would have to wait
+            low, high = y.min().item(), y.max().item()
+            if low < -1 or high >= cfg.num_classes:
+                raise ValueError(f"y has labels {low} to {high}: wanted 0 to {cfg.num_classes - 1}, or -1 = none.")
         for name in features or ():
             if name not in self.block_names:
                 raise ValueError(f"features: no block {name!r}.{closest(name, self.block_names)}  block_names lists all "
@@ -406,9 +426,9 @@ PRESETS: dict[str, UNetConfig] = {
     "sdxl-refiner": replace(XL, model_channels=384, attention=(0, 4, 4, 0), middle_attention=4, vector_dim=2560, context_dim=1280),
 }
 
-# What the family fixes and no file says: (model_channels, context_dim) -> heads of SD 1.x, 2.x, XL and its refiner.
-FAMILY_HEADS = {(320, 768): {"num_heads": 8}, (320, 1024): {"num_head_channels": 64}, (320, 2048): {"num_head_channels": 64},
-                (384, 1280): {"num_head_channels": 64}}
+# What the family fixes and no file says: (model_channels, context_dim) -> whose heads they are, and which.
+FAMILY_HEADS = {(320, 768): ("Stable Diffusion 1.x", {"num_heads": 8}), (320, 1024): ("Stable Diffusion 2.x", {"num_head_channels": 64}),
+                (320, 2048): ("SDXL", {"num_head_channels": 64}), (384, 1280): ("SDXL's refiner", {"num_head_channels": 64})}
 
 
 def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
@@ -427,20 +447,29 @@ def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
         if given[key] != seen[key]:
             raise UserError(f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}.  Leave it out.")
     channels, context_dim = seen["model_channels"], seen["context_dim"]
-    if not given.keys() & {"num_heads", "num_head_channels"}:
-        given |= FAMILY_HEADS.get((channels, context_dim), {})
-    if not given.get("num_head_channels") and not given.get("num_heads"):
-        raise UserError(f"the number of attention heads leaves no trace in the tensors (model_channels {channels}, context_dim {context_dim}), "
-                        "and a wrong one computes something else without an error.  Add num_heads or num_head_channels from the "
-                        "model's card or training command.")
-    one_head = given.get("num_heads") == 1 and not given.get("num_head_channels")    # then both orders are the same
-    if not context_dim and "attention_order" not in given and not one_head:
-        raise UserError("the order of the qkv rows leaves no trace in the tensors.  Add attention_order: \"legacy\", guided-diffusion's "
-                        "default, or \"new\" (its use_new_attention_order=True).")
+    owner, fixed = FAMILY_HEADS.get((channels, context_dim), ("", {}))
+    asked = {k: given[k] for k in ("num_heads", "num_head_channels") if given.get(k)}
+    given |= {} if asked else fixed
+    missing = ["the number of attention heads"] * (not asked and not fixed)
+    do = ["--num-heads or --num-head-channels (num_heads, num_head_channels), from the model's card or training command"] * len(missing)
+    # One head has no order; and of transformers none is asked.
+    if not context_dim and "attention_order" not in given and asked != {"num_heads": 1}:
+        missing.append("the order of the qkv rows")
+        do.append("--attention-order (attention_order) legacy, guided-diffusion's default, or new (its use_new_attention_order=True)")
+    if missing:
+        raise UserError(f"{' and '.join(missing)} leave{'s' * (len(missing) == 1)} no trace in the tensors (model_channels {channels}, context_dim "
+                        f"{context_dim}), and a wrong one computes something else without an error.  Add {'; and '.join(do)}.")
     try:
-        return UNetConfig(**(seen | given))
+        own = UNetConfig(**(seen | given | {"num_heads": 1, "num_head_channels": 0} | fixed))
+        wrong = fixed and asked and any((asked.get("num_head_channels") or C / asked["num_heads"]) != own.head_channels(C) for C in own.channels)
+        cfg = own if wrong else UNetConfig(**(seen | given))
     except ValueError as error:
         raise UserError(f"infer_config: {error}") from None
+    if wrong:
+        flags = [" ".join(f"--{k.replace('_', '-')} {v}" for k, v in heads.items()) for heads in (asked, fixed)]
+        raise UserError(f"{flags[0]} was given, but the tensors are {owner}'s (model_channels {channels}, context_dim {context_dim}), which has "
+                        f"{flags[1]}.  Leave it out.")
+    return cfg
 
 
 def _shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:

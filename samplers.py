@@ -294,7 +294,7 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"   # of the network; states and times stay fp32
     # What files that other programs wrote cannot say. A file that says it must agree.
     objective: Literal["", "fm", "eps", "v", "x0"] = ""   # what the network was trained to output
-    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # noise schedule of eps, v, x0; default linear
+    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # noise schedule of eps, v, x0
     vae: str = ""                      # autoencoder: pixel | pixel:N | FILE; 3 channels are taken for pixels
     resolution: int = 0                # pixels; default as trained
     num_heads: int = 0                 # attention heads …
@@ -327,6 +327,12 @@ def settings(cfg: Config) -> str:
     return re.sub(r"[^\w=.+-]+", "_", "".join(f"-{name}={value}" for name, value in values.items()))
 
 
+def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
+    """Where samples of a file go if nobody says: what it is, its weights, the settings."""
+    stem = path.resolve().parent.name if path.name.startswith("diffusion_pytorch_model.") else path.stem   # they all have that name
+    return f"samples/{'-'.join([str(meta[k]) for k in ('run', 'images') if k in meta] + [stem, meta['fingerprint'][:6]])}{settings(cfg)}"
+
+
 def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> tuple[Objective, LinearVAE, tuple[int, int, int]]:
     """How to sample from a network: objective, autoencoder, latent shape; from its file, and from flags where that is silent."""
     if unet.context_dim or unet.vector_dim:
@@ -340,9 +346,12 @@ def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> 
         raise UserError(f"{what} does not say what its network was trained to output.  Add --objective fm, eps, v or x0 (guided-diffusion: eps).")
     elif meta["objective"] == "fm" and cfg.table:
         raise UserError(f"--table {cfg.table} is a noise schedule of eps, v and x0; fm has none.")
+    elif meta["objective"] != "fm" and not cfg.table:
+        raise UserError(f"{what} was trained to output {meta['objective']}, and {meta['objective']} needs its noise schedule.  Add --table linear, cosine "
+                        "or scaled_linear (guided-diffusion: cosine for its 64×64 model, linear for the others; Stable Diffusion: scaled_linear).")
     else:
         name = "ddpm" if meta["objective"] == "eps" else meta["objective"]
-        objective = make_objective(name, **{} if name == "fm" else {"table": cfg.table or "linear"})
+        objective = make_objective(name, **{} if name == "fm" else {"table": cfg.table})
     if "vae" in meta and cfg.vae:
         raise UserError(f"--vae {cfg.vae}, but {what} carries its own autoencoder ({meta['vae']['name']}).  Leave it out.")
     if "vae" not in meta and not cfg.vae and unet.in_channels != 3:
@@ -351,8 +360,10 @@ def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> 
     if vae.channels != unet.in_channels or unet.out_channels not in (vae.channels, 2 * vae.channels):
         raise UserError(f"--vae {vae.name} makes {vae.channels} channels, but {what} takes {unet.in_channels} and gives {unet.out_channels}.")
     resolution, unit = cfg.resolution or meta.get("resolution", 0), vae.factor * 2 ** (len(unet.channel_mult) - 1)
+    if not resolution:
+        raise UserError(f"{what} does not say its own resolution.  Add --resolution N, a multiple of {unit}.")
     if resolution < 1 or resolution % unit:
-        raise UserError(f"--resolution {resolution}: wanted a multiple of {unit}" + f", for {what} does not say its own" * (not resolution) + ".")
+        raise UserError(f"--resolution {resolution}: wanted a multiple of {unit}.")
     return objective, vae, vae.latent_shape(resolution)
 
 
@@ -380,8 +391,10 @@ def main() -> None:
     labels = pick_labels(cfg.labels, meta.get("classes", [str(i) for i in range(net.cfg.num_classes)]), cfg.n)
     if cfg.cfg != 1.0 and labels is None:
         raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction.")
-    name = [str(meta[k]) for k in ("run", "images") if k in meta] + [path.stem, meta["fingerprint"][:6]]
-    out = Path(cfg.out or f"samples/{'-'.join(name)}{settings(cfg)}")
+    if net.cfg.num_classes and "classes" not in meta and (labels is None or cfg.cfg != 1.0):
+        print(f"warning: {path} does not say that its network ever saw \"no class\" in training (guided-diffusion's did not), and "
+              f"{'--cfg' if labels is not None else 'drawing without --labels'} asks it for that.", file=sys.stderr)
+    out = Path(cfg.out or default_folder(cfg, path, meta))
     make_dir(out)
     options = {"ddim": {"eta": cfg.eta}, "dopri5": {"rtol": cfg.rtol, "atol": cfg.atol, "max_nfe": cfg.max_nfe}}
     predict, images, nfe, start = guided(objective, mean_only(net), cfg.cfg), [], 0, time.perf_counter()

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 import data
 import toyfaces
-from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, read_tensors
+from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from config import UserError, autocast, cli, closest, parse, versions
 from data import Dataset, Stream, open_dataset, to_float
-from files import make_dir, write_text
+from files import META, make_dir, open_weights, write_text
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
-from model import PRESETS, UNet, num_params
+from model import PRESETS, UNet, UNetConfig, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, read_config, save_checkpoint)
@@ -224,8 +224,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     start = "" if checkpoints(run) else cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
-    heads = {k: getattr(PRESETS[cfg.model], k) for k in ("num_heads", "num_head_channels", "attention_order")}   # no tensor shows them
-    init_net, init_meta = load_unet(find_checkpoint(start), dtype=torch.float32, **heads) if start else (None, None)
+    init_net, init_meta = start_from(cfg, start) if start else (None, None)
     if ranks.rank == 0:
         print(ds.report, flush=True)
     vae = vae_from_meta(ranks.share(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
@@ -262,13 +261,41 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     return trainer
 
 
+def start_from(cfg: Config, name: str) -> tuple[UNet, dict[str, Any]]:
+    """The network to start from. Where its file does not say its heads and their order, --model does, and must be what it was made with."""
+    path, preset, told = find_checkpoint(name), PRESETS[cfg.model], {"heads", "order"}
+    try:
+        source = open_unet(path)
+    except UserError:
+        if META in open_weights(path).meta:                                     # ours says its heads: something else is wrong
+            raise
+        source, told = open_unet(path, num_heads=1, attention_order="legacy"), set()   # what else is wrong is raised now
+    told -= set() if "unet" in source.meta else {"order"}                       # diffusers' files have none: theirs becomes --model's
+
+    def traits(unet: UNetConfig) -> dict[str, Any]:
+        unseen = {"in_channels", "out_channels", "num_classes", "dropout", "linear_projection", "num_heads", "num_head_channels", "attention_order"}
+        used = [C for C, depth in zip(unet.channels, (*unet.attention[:-1], 1)) if depth]
+        widths = [unet.head_channels(C) for C in used]
+        return {**{f.name: getattr(unet, f.name) for f in fields(unet) if f.name not in unseen}, **({"channels a head": widths} if "heads" in told else {}),
+                **({"attention_order": unet.attention_order} if "order" in told and widths != used else {})}   # one head has none
+    its, ours = traits(source.cfg), traits(preset)
+    if differs := [key for key in its if key in ours and its[key] != ours[key]]:
+        same = " or ".join(key for key, unet in PRESETS.items() if traits(unet) == its)
+        has, wanted = (", ".join(f"{key} {which[key]}" for key in differs) for which in (its, ours))
+        raise UserError(f"--init {name} is of another architecture: it has {has}; --model {cfg.model} is {wanted}.  Choose the preset it was made "
+                        f"with{f' (--model {same})' * bool(same)}.")
+    say = () if "order" in told else ("attention_order",) if "heads" in told else ("num_heads", "num_head_channels", "attention_order")
+    return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
+
+
 def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> LinearVAE:
     """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
     if (run / "vae.safetensors").exists():
         return load_vae(run / "vae.safetensors")
     named = None if cfg.vae == "pca" else load_vae(cfg.vae)
     if init_meta is not None and "vae" not in init_meta and named is None:
-        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae.")
+        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae FILE, "
+                        "pixel or pixel:N; pca is fitted anew to every data set, so it does not count.")
     if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
         vae = vae_from_meta(init_meta["vae"])
         if vae.name != "pca" if named is None else fingerprint(vae.state_dict()) != fingerprint(named.state_dict()):

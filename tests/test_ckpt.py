@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how, message", [
-    ("truncated", "truncated or not a safetensors"), ("truncated in the header", "truncated or not"), ("empty", "truncated or not"),
+    ("truncated", "truncated or not a safetensors"), ("truncated in the header", "truncated or not"), ("empty", "is empty"),
     ("pickle", "is a Python pickle"), ("torch.save", "1 of 1 tensors belong to nothing known: a"),
     ("foreign", "order of the qkv rows|number of attention heads"),
     ("metadata altered", "metadata does not match its own checksum"), ("another number of heads", "the network computes .* its config"),
@@ -238,6 +239,59 @@ def test_the_probe_sees_heads_and_order_and_touches_nothing(family, tmp_path, ca
     assert next(load_unet(tmp_path / "m", dtype=torch.float32)[0].parameters()).dtype == torch.float32
 
 
+def test_what_is_saved_is_read_back_before_anything_is_replaced(net, tmp_path, monkeypatch):
+    save_three(tmp_path, net, keep=1, images=(8,))
+    before, raw_bytes = (checkpoints(tmp_path)[0] / "model.safetensors").read_bytes(), files.raw_bytes
+    ema = {k: v.double() for k, v in net.state_dict().items()}
+
+    def flip(dtype):                                                            # a disk that loses a bit of tensors of that type
+        def write(tensor):
+            data = raw_bytes(tensor).copy()
+            data[:1] ^= tensor.dtype == dtype
+            return data
+        return write
+    for dtype in (torch.float32, torch.float64):                                # of all, or of the EMA alone
+        with monkeypatch.context() as m:
+            m.setattr(files, "raw_bytes", flip(dtype))
+            with pytest.raises(UserError, match="was read back with other weights"):
+                save_checkpoint(tmp_path, 16, net, {}, {"0.050": ema}, {}, {}, 1, 0)
+            with pytest.raises(UserError, match="was read back with other weights"):
+                save_unet(checkpoints(tmp_path)[0] / "model.safetensors", net, {}, ema if dtype == torch.float64 else None)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000000000008"]
+    assert (checkpoints(tmp_path)[0] / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_broke_in_training_still_loads(value, tmp_path):
+    net = randomize(UNet(TINY["adm"]))
+    with torch.no_grad():
+        net.out[2].bias[:2] = value
+    save_unet(tmp_path / "m", net, {})
+    assert fingerprint(load_unet(tmp_path / "m")[0].state_dict()) == fingerprint(net.state_dict())
+    convert(tmp_path / "m", tmp_path / "b.safetensors", "native", "bf16")
+    assert len(load_unet(tmp_path / "b.safetensors")[1]["probe"]) == 8
+
+
+ADM = TINY["adm"]
+
+
+@pytest.mark.parametrize("meta", [
+    {"unet": None}, {"unet": [1]}, {"unet": {"channel_mult": "ab"}}, {"unet": {"num_res_blocks": -5}}, {"unet": {"num_res_blocks": 10 ** 5}},
+    {"unet": {"num_heads": "x"}}, {"unet": {"channel_mult": [[1], [1]]}}, {"unet": {"attention_order": "sideways"}}, {"unet": {"new": 1}},
+    {"layout": "zzz"}, {"layout": ["native"]}, {"layout": None}, {"objective": 3}, {"objective": {"a": 1}}, {"objective": "banana"}, {"objective": ["eps"]},
+    {"objective": {"name": "x", "target": "y"}}, {"probe": "x"}, {"probe": [1.0]}, {"probe": []}, {"probe": None}, {"probe": ["a"]}, {"probe": [10 ** 400]},
+    {"fingerprint": None}, {"fingerprint": 3}, {"images": "x"}, {"vae": 3}, {"source": 3}, {"ema": [1]}, {"resolution": "x"}, {"classes": 3},
+], ids=str)
+def test_metadata_of_odd_types_is_one_line(meta, tmp_path):
+    tensors, unet = dict(randomize(UNet(ADM)).state_dict()), asdict(ADM)
+    meta = {**meta, "unet": {**unet, **meta["unet"]} if isinstance(meta.get("unet"), dict) else meta.get("unet", unet)}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m", metadata={META: json.dumps(meta)})
+    with pytest.raises(UserError):
+        load_unet(tmp_path / "m")
+    with pytest.raises(UserError):
+        convert(tmp_path / "m", tmp_path / "d", "diffusers")
+
+
 # ---- foreign files --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "unet.", "student.", "model.diffusion_model.",
@@ -255,7 +309,7 @@ def test_a_wrapper_prefix_is_taken_off(prefix, tmp_path):
 def test_what_a_file_cannot_say_is_asked_for_and_what_it_can_say_must_agree(tmp_path):
     net = randomize(UNet(TINY["adm"]))
     torch.save(net.state_dict(), tmp_path / "a.pt")
-    with pytest.raises(UserError, match="number of attention heads leaves no trace"):
+    with pytest.raises(UserError, match="number of attention heads"):
         load_unet(tmp_path / "a.pt")
     with pytest.raises(UserError, match="order of the qkv rows"):
         load_unet(tmp_path / "a.pt", num_head_channels=16)
@@ -287,11 +341,86 @@ def test_a_single_file_with_all_parts(pickled, tmp_path):
     assert same(raw, net) and raw.cfg == SD and meta["family"] == "latent diffusion" and meta["ema"] is None
     assert same(load_unet(tmp_path / "sd.ckpt", num_heads=2, ema=True)[0], ema)
     shown = "\n".join(inspect(tmp_path / "sd.ckpt", num_heads=2))
-    assert "2 vae tensors" in shown and "1 text tensors" in shown and f"{len(net.state_dict()) + 2} ema tensors" in shown or "schedule" in shown
+    assert "also in it   " in shown and all(f"{n} tensors" in shown for n in (f"{len(ldm(ema))} ema", "3 schedule", "2 vae", "1 text"))
     for drop, message in ((lambda k: "model_ema" in k, "holds no EMA of a U-Net"), (lambda k: "diffusion_model" in k, "holds no U-Net, but .*vae")):
         save_file({k: v for k, v in tensors.items() if not drop(k)}, tmp_path / "part")
         with pytest.raises(UserError, match=message):
             load_unet(tmp_path / "part", num_heads=2, ema="ema" in message.lower())
+
+
+def test_raw_weights_and_emas_of_foreign_pickles_are_not_mixed_up(tmp_path):
+    raw, ema = (randomize(UNet(ADM), seed).state_dict() for seed in (0, 1))
+    told = heads(ADM)
+    for n, box in enumerate(({"model": {**raw, "step": 3}, "model_ema": ema}, {"state_dict": raw, "state_dict_ema": ema, "opt": {0: [torch.ones(1)]}},
+                             {"net": raw, "ema": {f"module.{k}": v for k, v in ema.items()}, "epoch": 1})):
+        path = tmp_path / f"{n}.pt"
+        torch.save(box, path)
+        for choice, wanted in ((None, raw), (False, raw), (True, ema)):
+            net, meta = load_unet(path, ema=choice, **told)
+            assert same(net, wanted) and meta["ema"] == ("the file's" if choice else None)
+        also = "\n".join(inspect(path, **told))
+        assert f"{len(ema)} {list(box)[1]} tensors" in also and ("1 opt tensors" in also) == (n == 1)
+        assert f"{len(raw)} raw tensors" in "\n".join(inspect(path, ema=True, **told))
+    for box in ({f"ema.{k}": v for k, v in ema.items()}, {"model_ema": ema}):
+        torch.save(box, path)
+        assert load_unet(path, **told)[1]["ema"] == load_unet(path, ema=True, **told)[1]["ema"] == "the file's"
+        with pytest.raises(UserError, match="holds an EMA .*, wanted the raw weights"):
+            load_unet(path, ema=False, **told)
+    torch.save({"net": raw, "ema_1": ema, "ema_2": ema}, path)
+    with pytest.raises(UserError, match="holds several EMAs: ema_1, ema_2"):
+        load_unet(path, ema=True, **told)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint16])
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, tmp_path):
+    torch.save({k: v.abs().to(dtype) if k == "out.2.bias" else v for k, v in randomize(UNet(ADM)).state_dict().items()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="1 weights are not floating-point numbers: out.2.bias"):
+        convert(tmp_path / "x.pt", tmp_path / "y.safetensors", "native", **heads(ADM))
+
+
+BASE = layouts.diffusers_config(ADM)
+
+
+@pytest.mark.parametrize("config", [
+    [], "x", None, 3, {"block_out_channels": "ab"}, {"block_out_channels": None}, {"block_out_channels": []}, {"down_block_types": [1, 2]},
+    {"down_block_types": None}, {"attention_head_dim": "8"}, {"attention_head_dim": 0}, {"block_out_channels": [0, 0]}, {"layers_per_block": 10 ** 6},
+    {"in_channels": None}, {"_class_name": ["x"]}, {"act_fn": ["silu"]}, {"up_block_types": []}, {"dropout": "x"}, {"attention_head_dim": [None, 16]},
+], ids=str)
+def test_a_config_of_diffusers_with_odd_types_is_one_line(config, tmp_path):
+    convert_net(randomize(UNet(ADM)), tmp_path / "d", "diffusers")
+    (tmp_path / "d/config.json").write_text(json.dumps({**BASE, **config} if isinstance(config, dict) else config))
+    for strip in (False, True):                                                 # ours, and as diffusers would have written it
+        if strip:
+            weights = tmp_path / "d/diffusion_pytorch_model.safetensors"
+            save_file(load_file(weights), weights, metadata={"format": "pt"})
+        with pytest.raises(UserError, match="config.json"):
+            load_unet(tmp_path / "d")
+
+
+def test_an_edited_config_beside_our_weights_is_an_error(tmp_path):
+    convert_net(randomize(UNet(ADM)), tmp_path / "d", "diffusers")
+    file = tmp_path / "d/config.json"
+    for change, message in (({"attention_head_dim": 32}, r"channels a head \[16\] / \[32\]"), ({"num_class_embeds": 9}, "num_classes 5 / 9"),
+                            ({"norm_eps": 1e-6}, "norm_eps")):
+        file.write_text(json.dumps({**BASE, **change}))
+        with pytest.raises(UserError, match=message) as info:
+            load_unet(tmp_path / "d")
+        assert str(file) in str(info.value)
+    file.write_text(json.dumps({**BASE, "sample_size": 32}))                    # this changes nothing
+    load_unet(tmp_path / "d")
+
+
+def test_a_folder_names_what_it_has_and_a_shard_its_index(tmp_path):
+    torch.save({}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="It has a.ckpt; name one"):
+        find_checkpoint(tmp_path)
+    for name in ("m-00001-of-00002.safetensors", "m-00001-of-00002.fp16.safetensors", "m-00001-of-00001.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(UserError, match="is one of 2 shards.  Name their index: .*/m.safetensors.index.json"):
+        find_checkpoint(tmp_path / "m-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="index: .*/m.safetensors.index.fp16.json"):
+        find_checkpoint(tmp_path / "m-00001-of-00002.fp16.safetensors")
+    find_checkpoint(tmp_path / "m-00001-of-00001.safetensors")
 
 
 @pytest.mark.parametrize("how, message", [
@@ -437,6 +566,62 @@ def test_nothing_is_overwritten_and_a_bad_disk_is_noticed(net, tmp_path, monkeyp
         convert(src, tmp_path / "b.safetensors", "native")
 
 
+def test_converting_touches_no_other_file(net, tmp_path):
+    src = tmp_path / "a.safetensors.part"
+    save_unet(src, net, {})
+    (tmp_path / "b.safetensors.part").write_text("the user's")
+    (tmp_path / "d.part").mkdir()
+    (tmp_path / "d.part/keep").touch()
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    before = src.read_bytes()
+    for name, layout in (("a.safetensors", "native"), ("b.safetensors", "native"), ("d", "diffusers")):
+        convert(src, tmp_path / name, layout)
+    with pytest.raises(UserError, match="gone.safetensors exists"):
+        convert(src, tmp_path / "gone.safetensors", "native")
+    assert src.read_bytes() == before and (tmp_path / "b.safetensors.part").read_text() == "the user's" and (tmp_path / "d.part/keep").exists()
+    assert len(os.listdir(tmp_path)) == 7 and not list(tmp_path.glob(".*"))
+
+
+def test_converting_checks_the_probe_and_leaves_one(tmp_path, monkeypatch):
+    net = randomize(UNet(ADM))
+    save_unet(tmp_path / "a", net, {})
+    meta = files.read_meta(files.open_weights(tmp_path / "a"))
+    meta["unet"]["num_head_channels"] = 32
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "wrong", metadata=text_meta(meta))
+    with pytest.raises(UserError, match="its config .heads.* is not that of these weights"):
+        convert(tmp_path / "wrong", tmp_path / "w.safetensors", "native")
+    torch.save(net.state_dict(), tmp_path / "f.pt")
+    for src, dst, dtype, known in (("f.pt", "1.safetensors", None, heads(ADM)), ("a", "2.safetensors", "bf16", {})):
+        convert(tmp_path / src, tmp_path / dst, "native", dtype, **known)
+        again, meta = load_unet(tmp_path / dst)
+        assert meta["probe"] == pytest.approx(ckpt.probe(ADM, again.state_dict()), rel=1e-5)
+    monkeypatch.setattr(ckpt, "PROBE_LIMIT", 10)
+    convert(tmp_path / "f.pt", tmp_path / "3.safetensors", "native", **heads(ADM))
+    assert "probe" not in load_unet(tmp_path / "3.safetensors")[1]
+    assert "probe        none: above" in "\n".join(inspect(tmp_path / "3.safetensors"))
+
+
+def test_the_written_config_is_read_back(tmp_path, monkeypatch):
+    write = files.write_text
+    monkeypatch.setattr(ckpt, "write_text", lambda path, text: write(path, text.replace('"num_class_embeds": 5', '"num_class_embeds": 6')))
+    with pytest.raises(UserError, match="config.json is not the config of the weights beside it: num_classes 5 / 6"):
+        convert_net(randomize(UNet(ADM)), tmp_path / "d", "diffusers")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_noise_schedule_is_stored_with_the_objective(tmp_path, user):
+    torch.save(randomize(UNet(ADM)).state_dict(), tmp_path / "adm.pt")
+    says = ["--layout", "native", "--num-head-channels", 16, "--attention-order", "legacy"]
+    code, _, err = user(ckpt.main, "convert", tmp_path / "adm.pt", tmp_path / "a.safetensors", "--objective", "eps", "--table", "cosine", *says)
+    assert code == 0, err
+    assert load_unet(tmp_path / "a.safetensors")[1]["objective"] == asdict(make_objective("ddpm", table="cosine"))
+    for src, flags, message in (("adm.pt", [*says, "--table", "linear"], "does not say its objective.  Add --objective"),
+                                ("adm.pt", [*says, "--table", "linear", "--objective", "fm"], "is fm, which has none"),
+                                ("a.safetensors", ["--layout", "native", "--table", "linear"], "says its table is 'cosine', got 'linear'")):
+        code, _, err = user(ckpt.main, "convert", tmp_path / src, tmp_path / "b.safetensors", *flags)
+        assert code == 2 and message in err[0], err
+
+
 def test_stable_diffusion_exports_carry_modelspec(tmp_path):
     net = UNet(replace(SD, context_dim=768))
     save_unet(tmp_path / "a", net, {"objective": {"name": "v", "target": "v", "table": "scaled_linear"}})
@@ -487,7 +672,7 @@ def test_inspect_says_what_it_is_and_what_is_missing(tmp_path, user):
     assert lines["dtype"] == f"float32 × {len(net.state_dict())}" and lines["fingerprint"] == fingerprint(net.state_dict())
     assert "heads and attention order" in lines["missing"] and "--objective" in lines["missing"] and "vae" not in lines["missing"]
     assert "model_channels=32" in lines["config"] and "num_head" not in lines["config"]
-    save_unet(tmp_path / "own", net, {"objective": {"name": "fm", "target": "u", "table": ""}, "vae": {}, "images": 12345})
+    save_unet(tmp_path / "own", net, {"objective": {"name": "fm", "target": "u", "table": ""}, "vae": {}, "images": 12345, "resolution": 16})
     code, out, _ = user(ckpt.main, "inspect", tmp_path / "own")
     assert "missing      nothing" in out and "name=fm target=u" in out and "12,345" in out and "num_head_channels=16" in out
     spoil(tmp_path / "own", "one bit flipped")
@@ -517,7 +702,86 @@ def test_convert_and_verify_from_the_command_line(net, tmp_path, user):
     assert code == 1 and "another architecture: num_classes 3 / 4" in out
 
 
+@pytest.mark.parametrize("flags, asked, config", [
+    ([], ["heads and attention order (--num-heads or --num-head-channels, --attention-order)", "noise schedule (--table)", "objective"], []),
+    (["--num-head-channels", 16], ["attention order (--attention-order)"], ["num_head_channels=16"]),
+    (["--attention-order", "new"], ["heads (--num-heads or --num-head-channels)"], ["attention_order=new"]),
+    (["--num-heads", 2, "--attention-order", "new", "--objective", "eps"], ["noise schedule (--table);", "--resolution"], ["num_heads=2"]),
+    (["--num-heads", 2, "--attention-order", "new", "--objective", "v", "--table", "linear"], ["missing      size of the images"], ["use_scale_shift_norm=True"]),
+])
+def test_inspect_honours_partial_answers(tmp_path, user, flags, asked, config):
+    torch.save(UNet(ADM).state_dict(), tmp_path / "adm.pt")
+    code, out, err = user(ckpt.main, "inspect", tmp_path / "adm.pt", *flags)
+    assert code == 0 and all(words in out for words in asked + config), out + str(err)
+    assert ("attention order" in out) == ("--attention-order" not in flags) and ("heads (" in out or "heads and" in out) == ("--num-head" not in str(flags))
+
+
+def test_inspect_asks_transformers_for_no_order(tmp_path, user):
+    torch.save(UNet(SD).state_dict(), tmp_path / "sd.pt")
+    code, out, _ = user(ckpt.main, "inspect", tmp_path / "sd.pt")
+    assert code == 0 and "heads (--num-heads" in out and "order" not in out and "text encoders" in out
+
+
+def test_verify_does_not_depend_on_the_order_of_its_arguments(tmp_path):
+    def check(a, b, wanted):
+        for pair in ((a, b), (b, a)):
+            same, lines = ckpt.verify(*(tmp_path / name for name in pair))
+            assert same == wanted, lines
+    net = randomize(UNet(ADM))
+    save_unet(tmp_path / "own", net, {})
+    torch.save(net.state_dict(), tmp_path / "bare.pt")
+    convert(tmp_path / "own", tmp_path / "d", "diffusers")
+    weights = tmp_path / "d/diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    check("own", "bare.pt", True)
+    check("own", "d", True)
+    with pytest.raises(UserError, match="order of the qkv rows"):               # neither says it
+        ckpt.verify(tmp_path / "d", tmp_path / "bare.pt")
+    other = UNet(replace(ADM, attention_order="new"))
+    other.load_state_dict({k: layouts.reorder_attention(v, v.shape[0] // 48, "new") if ".qkv." in k else v for k, v in net.state_dict().items()})
+    save_unet(tmp_path / "new", other, {})
+    check("own", "new", True)
+    other.load_state_dict(net.state_dict())                                     # the same bits, another function
+    save_unet(tmp_path / "else", other, {})
+    check("own", "else", False)
+    for n, order in enumerate(("legacy", "new")):
+        one = UNet(replace(ADM, num_head_channels=0, num_heads=1, attention_order=order))
+        one.load_state_dict(net.state_dict())
+        save_unet(tmp_path / f"one{n}", one, {})
+    check("one0", "one1", True)                                                 # one head has no order
+    check("own", "one0", False)
+    sd = randomize(UNet(SD))
+    save_unet(tmp_path / "sd", sd, {})
+    torch.save(ldm(sd), tmp_path / "sd.ckpt")
+    check("sd", "sd.ckpt", True)
+
+
+def test_only_verify_says_no_with_exit_code_1(tmp_path, user, monkeypatch, capsys):
+    def main_of(error):
+        def fail(*_):
+            raise error
+        monkeypatch.setattr(files, "open_weights", fail)
+        monkeypatch.setattr(sys, "argv", ["ckpt.py", "verify", str(tmp_path / "a"), str(tmp_path / "a")])
+        (tmp_path / "a").touch()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "ckpt.py"), run_name="__main__")
+        return stop.value.code
+    assert main_of(RuntimeError("a bug")) == 3 and main_of(PermissionError(13, "Permission denied", "a")) == 2 == main_of(MemoryError())
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    code, _, err = user(ckpt.main, "inspect", "x" * 5000)
+    assert code == 2 and len(err) == 1 and "File name too long" in err[0]
+
+
+def test_names_after_two_dashes_may_begin_with_one(tmp_path, user, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_unet("-m", randomize(UNet(ADM)), {})
+    code, out, err = user(ckpt.main, "verify", "--", "-m", "-m")
+    assert code == 0 and "bit for bit" in out, err
+
+
 @pytest.mark.parametrize("args, message", [
+    (["inspect", "x", "--num-heads", 4, "--num-heads=8"], "--num-heads is given twice"),
+    (["convert", "a", "b", "--layout", "x"], "--layout 'x' is not one of native, diffusers."), (["inspect", "x", "--layout", "native"], "are convert's"),
     (["insepct", "x"], "'insepct' is not one of inspect, convert, verify.  Closest: inspect"), ([], "is not one of"),
     (["inspect"], "inspect takes FILE, got 0"), (["convert", "a"], "takes SRC DST"), (["convert", "a", "b"], "needs --layout"),
     (["verify", "a", "b", "--dtype", "fp16"], "are convert's, not verify's"), (["inspect", "none"], "no checkpoint at none"),
@@ -590,7 +854,7 @@ def test_training_starts_from_a_foreign_file_and_never_saves_it_as_its_own(tmp_p
     code, _, err = user(train.main, *flags, "--name", "c", "--vae", "pixel:8", "--lr", 0)
     assert code == 2 and "after 8 images the weights are bit for bit those training started from" in err[-1] and not checkpoints(tmp_path / "c")
     code, _, err = user(train.main, *flags, "--name", "d", "--vae", "pixel:8", "--model", "tiny")
-    assert code == 2 and "foreign.pt: infer_config: level 1: 32 channels do not split into heads of 64" in err[-1] and not (tmp_path / "d").exists()
+    assert code == 2 and "--model tiny is model_channels 128.  Choose the preset it was made with (--model nano)" in err[-1] and not (tmp_path / "d").exists()
     assert "is told what to draw by text" in user(train.main, *flags, "--model", "sd15")[2][-1]
     head = PRESETS["nano"]
     with pytest.raises(UserError, match="got num_heads 4"):                     # heads are compared although no tensor shows them

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import files
-from ckpt import fingerprint, load_unet, save_unet
+from ckpt import fingerprint, inspect, load_unet, save_unet
 from config import UserError
 from conftest import randomize
 from files import META, open_weights, origin, read_meta, resolve, stream_tensors, write_tensors
@@ -78,6 +78,26 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(AssertionError, match="a: torch.float64"):
         stream_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, {}, lambda name: torch.ones(2, dtype=torch.float64))
     assert (tmp_path / "x").read_bytes() == before and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_writer_never_touches_another_file_and_may_be_refused(tmp_path, monkeypatch):
+    for name in ("x.tmp", "x.json.tmp", "x.part"):
+        (tmp_path / name).write_text("the user's")
+    write_tensors(tmp_path / "x", {"a": torch.ones(2)}, {})
+    files.write_text(tmp_path / "x.json", "{}")
+    before, listed = (tmp_path / "x").read_bytes(), sorted(os.listdir(tmp_path))
+    assert listed == ["x", "x.json", "x.json.tmp", "x.part", "x.tmp"] and (tmp_path / "x.tmp").read_text() == "the user's"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match="cannot write .*/x: No space left on device"):
+        stream_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, {}, full)
+    with pytest.raises(UserError, match="cannot write .*/x"):
+        write_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {}, check=full)
+    assert (tmp_path / "x").read_bytes() == before and sorted(os.listdir(tmp_path)) == listed
+    write_tensors(tmp_path / ("ü" * 120), {"a": torch.ones(2)}, {})             # 240 bytes: the temporary name is no longer
+    with pytest.raises(UserError, match="Give a writable folder.$"):
+        files.make_dir(tmp_path / "x" / "y")
 
 
 # ---- sniffing -------------------------------------------------------------------------------------------------------
@@ -157,6 +177,17 @@ def test_a_pickle_payload_is_refused_and_not_run(tmp_path, zipped):
     assert witness.exists()                                                     # the payload was a real one
 
 
+def test_a_refused_class_is_named(tmp_path, monkeypatch):
+    """Stable Diffusion's first checkpoints hold a callback of pytorch_lightning."""
+    module = types.ModuleType("pytorch_lightning.callbacks")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": module.ModelCheckpoint}, tmp_path / "sd.ckpt")
+    with pytest.raises(UserError, match="call pytorch_lightning.callbacks.ModelCheckpoint .an original Stable Diffusion.*as .safetensors"):
+        open_weights(tmp_path / "sd.ckpt")
+
+
 def spoil(path, how):
     """Damage a safetensors file."""
     data = path.read_bytes()
@@ -167,19 +198,20 @@ def spoil(path, how):
         "an absurd length": struct.pack("<Q", 2 ** 63) + data[8:], "a length of 2^64-1": b"\xff" * 8 + data[8:],
         "a length too short": struct.pack("<Q", length - 8) + data[8:], "a length of 0": struct.pack("<Q", 0) + data[8:],
         "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-        "a web page": b"<!DOCTYPE html><html>not found</html>", "zeros": bytes(1000),
+        "a web page": b"<!DOCTYPE html><html>not found</html>", "zeros": bytes(1000), "a picture": b"\x89PNG\r\n" + bytes(99), "JSON": b'{"a": 1, "b": 2}',
         "overlapping tensors": data.replace(b"[0,", b"[8,", 1), "a wrong shape": data.replace(b'"shape":[3,5]', b'"shape":[4,5]', 1),
         "an unknown dtype": data.replace(b'"F64"', b'"Q64"', 1), "a dtype that is too new": data.replace(b'"I64"', b'"C64"', 1),
     }[how])
 
 
 @pytest.mark.parametrize("how, message", [
-    ("empty", r"truncated or not a safetensors file.*\(0 bytes\)"), ("one byte", "is a Python pickle that is truncated"),
+    ("empty", r"is empty \(0 bytes\)"), ("one byte", "is a Python pickle that is truncated"),
     ("truncated in the header", "truncated or not"), ("truncated", "truncated or not"), ("one byte short", "truncated or not"),
     ("one byte long", "truncated or not"), ("a length beyond the file", "truncated or not"),
     ("an absurd length", "its header says it is 9,223,372,036,854,775,808 bytes long"),
     ("a length of 2^64-1", "18,446,744,073,709,551,615"), ("a length too short", "truncated or not"), ("a length of 0", "truncated or not"),
-    ("a Git LFS pointer", "git lfs pull"), ("a web page", "looks like a web page"), ("zeros", "truncated or not"),
+    ("a Git LFS pointer", "git lfs pull"), ("a web page", "looks like a web page"), ("zeros", "is not a weight file .it begins with b'.x00"), ("a picture", "not a weight file .it begins with b'.x89PNG"),
+    ("JSON", "not a weight file .it begins with"),
     ("overlapping tensors", "truncated or not"), ("a wrong shape", "truncated or not"), ("an unknown dtype", "truncated or not"),
     ("a dtype that is too new", "tensors of type 'C64'"),
 ])
@@ -208,7 +240,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
 @pytest.mark.parametrize("how, message", [
     ("a missing shard", "names the shard b.safetensors, which is not there"), ("a key in the wrong shard", "x is in it, but the index says b"),
     ("a key in no shard", "y is not in it"), ("a stray key", "z is in it, but not in the index"), ("a path outside", "must lie beside"),
-    ("no map", "is not an index of shards"), ("not JSON", "is not an index of shards"),
+    ("no map", "is not an index of shards"), ("itself", "a shard is a weight file, not an index"), ("a deep one", "is not an index of shards"),
+    ("numbers", "is not an index of shards"), ("not JSON", "is not an index of shards"),
 ])
 def test_shards_that_do_not_fit_their_index(tmp_path, how, message):
     index = shard(tmp_path, {"x": torch.ones(1), "y": torch.zeros(1)}, {"x": "a.safetensors", "y": "b.safetensors"})
@@ -225,21 +258,99 @@ def test_shards_that_do_not_fit_their_index(tmp_path, how, message):
         save_file({"x": torch.ones(1), "z": torch.zeros(1)}, tmp_path / "a.safetensors")
     elif how == "a path outside":
         table["weight_map"]["x"] = "../a.safetensors"
+    elif how == "itself":
+        table["weight_map"]["x"] = index.name
+    elif how == "numbers":
+        table["weight_map"] = {"x": 3}
     elif how == "no map":
         del table["weight_map"]
-    index.write_text(json.dumps(table) if how != "not JSON" else "no")
+    index.write_text({"not JSON": "no", "a deep one": "[" * 100_000}.get(how, json.dumps(table)))
     with pytest.raises(UserError, match=message):
         open_weights(index)
 
 
 @pytest.mark.parametrize("value, message", [
     ({}, "without a single set of weights"), ([torch.ones(1)], "without a single set"), ({"a": 1}, "it holds a"),
-    ({"model": {"x": torch.ones(1)}, "ema": {"x": torch.ones(1)}}, "it holds model, ema"), ({"x": torch.ones(2, 2).to_sparse()}, "not a plain dense"),
+    ({"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1), "n": 3}}, "it holds student, teacher"),
+    ({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.ones(1)}}, "it holds state_dict, model"),
+    ({"x": torch.ones(1), "more": {"x": torch.ones(1)}}, "it holds the top, more"), ({3: torch.ones(1)}, "has the key 3, wanted a name"), ({"x": torch.ones(2, 2).to_sparse()}, "not a plain dense"),
 ])
 def test_pickles_without_one_clear_state_dict(tmp_path, value, message):
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(UserError, match=message):
         open_weights(tmp_path / "x.pt")
+
+
+T, OPT = torch.ones(2, 2), {"state": {0: {"m": torch.ones(2)}, 1: [torch.ones(1)]}}
+
+
+@pytest.mark.parametrize("value, names, emas, beside", [
+    ({"model": {"x": T, "step": 3}, "model_ema": {"y": T}}, "x", {"model_ema": "y"}, {}),
+    ({"state_dict": {"x": T}, "state_dict_ema": {"y": T}, "opt": OPT}, "x", {"state_dict_ema": "y"}, {"opt": 2}),
+    ({"x": T, "ema": {"y": T}, "more": [T]}, "x", {"ema": "y"}, {"more": 1}), ({"ema_0.99": {"y": T}}, "", {"ema_0.99": "y"}, {}),
+    ({"state_dict": {"x": T, "lost": {"a": [T, T]}}, "step": torch.tensor(3)}, "x", {}, {"state_dict": 2, "step": 1}),
+    ({"model": {"x": T}, "rng": {"cpu": torch.ones(4, dtype=torch.uint8)}, "opt": {0: OPT}}, "x", {}, {"rng": 1, "opt": 2}),
+    ({"model": {"x": T}, "schema": "v1"}, "x", {}, {}),
+])
+def test_everything_in_a_pickle_is_taken_or_counted(tmp_path, value, names, emas, beside):
+    torch.save(value, tmp_path / "x.pt")
+    box = open_weights(tmp_path / "x.pt")
+    assert "".join(box) == names and {k: "".join(v) for k, v in box.emas.items()} == emas and box.beside == beside
+
+
+def test_a_pickles_values_are_never_metadata(tmp_path):
+    save_unet(tmp_path / "own", net := randomize(UNet(CFG)), {})
+    for value in (open_weights(tmp_path / "own").meta[META], 7):
+        torch.save({META: value, "state_dict": net.state_dict()}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match="number of attention heads"):
+            load_unet(tmp_path / "x.pt")
+
+
+def test_containers_may_be_deep_or_hold_themselves():
+    loop, deep = [torch.ones(1)], {"x": torch.ones(1)}
+    loop.append(loop)
+    for _ in range(50_000):
+        deep = [deep]
+    assert files.tensors_in([loop, deep]) == 2
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "3", "null", "[" * 100_000])
+def test_metadata_that_is_no_object_is_damaged(tmp_path, text):
+    save_file({"a": torch.ones(1)}, tmp_path / "x", metadata={META: text})
+    with pytest.raises(UserError, match="the metadata is damaged"):
+        load_unet(tmp_path / "x")
+
+
+@pytest.mark.parametrize("key", [META, f"{META}_sha256"])
+def test_a_damaged_name_of_our_metadata_does_not_end_its_protection(tmp_path, key):
+    save_unet(tmp_path / "x", randomize(UNet(CFG)), {})
+    data = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(data.replace(f'"{key}"'.encode(), f'"T{key[1:]}"'.encode(), 1))
+    for heads in ({}, {"num_heads": 2, "attention_order": "legacy"}):
+        with pytest.raises(UserError, match="does not match its own checksum"):
+            load_unet(tmp_path / "x", **heads)
+
+
+def test_a_cast_keeps_what_was_never_finite_and_refuses_what_would_not_be(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.tensor([1.0, float("nan"), float("-inf")]), "b": torch.tensor([float("nan"), 7e4])}, {})
+    box = files.rounded(open_weights(tmp_path / "x"), "fp16")
+    assert torch.equal(box["a"].nan_to_num(9.0, neginf=5.0), torch.tensor([1.0, 9.0, 5.0], dtype=torch.float16))
+    with pytest.raises(UserError, match=r"b does not fit fp16: its values go from 7e\+04 to 7e\+04"):
+        box["b"]
+
+
+def test_folders_of_diffusers_variants_and_torch_shards_are_found(tmp_path):
+    T = {"x": torch.ones(2)}
+    for n, name in enumerate(("diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+                              "model.bin.index.json")):
+        path = tmp_path / str(n) / name
+        path.parent.mkdir(parents=True)
+        if name.endswith(".json"):
+            save_file(T, path.parent / "a") if "bin" not in name else torch.save(T, path.parent / "a")
+            path.write_text(json.dumps({"weight_map": {"x": "a"}}))
+        else:
+            save_file(T, path)
+        assert files.weights_in(tmp_path / str(n)) == path and equal(dict(open_weights(path)), T)
 
 
 @pytest.mark.parametrize("kind, n", [("ours", 1000), ("zip", 250), ("legacy", 100)])
@@ -267,7 +378,7 @@ def test_single_byte_corruptions_never_crash_and_never_load_damage(tmp_path, kin
         tensors = again.state_dict()
         if kind != "legacy":
             assert fingerprint(tensors) == mark, at
-        if kind == "ours" and "images" in meta:
+        if kind == "ours":                                                      # a damaged key does not make it a foreign file
             assert meta == whole, at
     assert refused > 0.8 * n or kind == "legacy"
 
@@ -385,6 +496,24 @@ def test_offline_the_cache_is_enough_and_a_miss_is_explained(hub):
     hub.error = errors.LocalEntryNotFoundError("miss")
     with pytest.raises(UserError, match="not in the local cache"):
         resolve("hf:org/name/v1.safetensors")
+
+
+def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
+    from huggingface_hub import errors, utils
+    hub.remote = {"unet/diffusion_pytorch_model.safetensors": b"w", "unet/config.json": b"{}", "m.safetensors": b"m"}
+    hub.listing_error = ConnectionError("no route")
+    assert resolve("hf:org/name/m.safetensors@" + "0" * 40).read_bytes() == b"m" and [n for _, n, _ in hub.asked] == ["m.safetensors"]
+    assert (resolve("hf:org/name/unet/diffusion_pytorch_model.safetensors").parent / "config.json").exists()
+    assert resolve("hf:org/name").name == "diffusion_pytorch_model.safetensors"  # both are in the cache by now
+    shutil.rmtree(hub.cache)
+    level = utils.logging.get_verbosity()
+    with pytest.raises(UserError, match="ConnectionError: no route.  Check the network"):
+        resolve("hf:org/name")
+    assert utils.logging.get_verbosity() == level
+    asked, hub.error = len(hub.asked), errors.LocalEntryNotFoundError("miss")
+    with pytest.raises(UserError):
+        inspect("hf:org/name/m.safetensors")
+    assert len(hub.asked) == asked + 1                                          # not once more with other guesses
 
 
 def test_local_names_never_reach_for_the_hub(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Other code bases' names, shapes and configs: against diffusers' own converter and networks, and there and back again."""
 
+import functools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 
 from conftest import randomize
 from config import UserError
-from layouts import (LAYOUTS, detect, diffusers_config, foreign_names, foreign_shapes, from_diffusers_config, guided_diffusion,
-                     native_shapes, parts, reorder_attention, strip_prefix, to_foreign, to_native, unet_map)
+from layouts import (DEFAULTS, LAYOUTS, detect, diffusers_config, foreign_names, foreign_shapes, from_diffusers_config, guided_diffusion,
+                     native_shapes, parts, reorder_attention, strip_prefix, target_of, to_foreign, to_native, unet_map)
 from model import PRESETS, UNet, UNetConfig, infer_config, num_params, timestep_embedding
 
 # 64 channels: with 32 a group of GroupNorm is one channel, and an embedding added before it is without effect.
@@ -166,6 +168,28 @@ def test_config_that_means_another_network_is_refused(base, change, message):
         from_diffusers_config(diffusers_config(TINY[base]) | change)
 
 
+NESTED = functools.reduce(lambda inner, _: [inner], range(900), 1)               # as deep as json reads
+ODD = (None, [], {}, "", "x", True, -1, 0, 1.5, 10 ** 9, 10 ** 400, float("nan"), [None] * 3, ["x"] * 3, [0] * 3, [-1] * 3, [[1], [1], [1]], [[], {}, 1],
+       [True] * 3, [1, 2], [32] * 5000, {"a": 1}, "x" * 10 ** 6, NESTED)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl", "adm"])
+def test_a_config_with_anything_anywhere_in_it_is_read_or_refused_at_once(base):
+    start, config = time.monotonic(), diffusers_config(TINY[base])
+    for key in ("_class_name", *DEFAULTS[config["_class_name"]]):
+        for value in ODD:
+            try:
+                native_shapes(from_diffusers_config({**config, key: value}))
+            except UserError as error:
+                assert len(str(error)) < 600 and "config" in str(error), error
+    for odd in (None, [], "x", 1, {}):
+        with pytest.raises(UserError, match="config _class_name is None"):
+            from_diffusers_config(odd)
+    with pytest.raises(UserError, match="num_res_blocks is 1000000000: wanted whole numbers from 1 to 64"):
+        from_diffusers_config({**config, "layers_per_block": 10 ** 9})
+    assert time.monotonic() - start < 20
+
+
 @pytest.mark.parametrize("cfg, message", [
     (PRESETS["adm-128"], r"head dims \[128, 192, 256\]"),
     (PRESETS["adm-512"], "channel_mult"),
@@ -253,9 +277,26 @@ def test_call_that_we_cannot_honour_is_refused(change, error):
         guided_diffusion(**(TOY_CALL | change))
 
 
+def test_positional_call_has_guided_diffusions_order():
+    with torch.device("meta"):
+        net = guided_diffusion(64, 3, 32, 6, 1, (2,), 0.1, (1, 2, 2), False, 2, 10, True, False, 4)
+    assert net.cfg == UNetConfig(3, 6, 32, (1, 2, 2), 1, (0, 1, 0), num_heads=4, use_scale_shift_norm=False, resblock_updown=False,
+                                 conv_resample=False, num_classes=10, dropout=0.1) and net.checkpointing
+    with pytest.raises(TypeError, match="missing out_channels, attention_resolutions"):
+        guided_diffusion(64, 3, 32, num_res_blocks=1)
+    for name in ("channel_mult", "attention_resolutions"):
+        with pytest.raises(UserError, match=f"{name}='1,2,3,4': wanted numbers"):
+            guided_diffusion(**(TOY_CALL | {name: "1,2,3,4"}))
+
+
 def test_use_checkpoint_means_checkpointing():
     with torch.device("meta"):
         assert guided_diffusion(**TOY_CALL, use_checkpoint=True, dims=2, use_fp16=False, image_size=32).checkpointing
+
+
+def test_an_odd_objective_is_none():
+    odd = [{}, {"objective": None}, {"objective": {}}, {"objective": {"target": []}}, {"objective": ["eps"]}, {"objective": 3}]
+    assert [target_of(meta) for meta in odd] == [None] * 6 and target_of({"objective": {"target": "u"}}) == "fm"
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

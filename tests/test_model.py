@@ -1,6 +1,9 @@
 """The U-Net against diffusers' with the same weights, published sizes, and its own promises. (SD's parity: test_layouts.py.)"""
 
-from dataclasses import asdict, replace
+import functools
+import math
+import time
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -215,7 +218,11 @@ def test_stable_diffusion_needs_no_hints_but_takes_them(name):
     with torch.device("meta"):
         state = UNet(PRESETS[name]).state_dict()
     assert infer_config(state, linear_projection=True) == replace(PRESETS[name], linear_projection=True)
-    assert infer_config(state, num_head_channels=32).num_head_channels == 32
+    same = {k: getattr(PRESETS[name], k) for k in ("num_heads", "num_head_channels")}
+    assert infer_config(state, **same) == infer_config(state)
+    for wrong in ({"num_heads": 4}, {"num_head_channels": 40}, {"num_heads": 1, "num_head_channels": 32}):
+        with pytest.raises(UserError, match=rf"--num-head.* was given, but the tensors are S.*, which has --num-head{'s 8' if name == 'sd15' else '-channels 64'}"):
+            infer_config(state, **wrong)
 
 
 def test_multiplier_gives_back_every_width():
@@ -229,11 +236,11 @@ def shapes(cfg, **changes):
 
 
 @pytest.mark.parametrize("state, known, message", [
-    (shapes(SMALL), {}, "Add num_heads or num_head_channels"),
-    (shapes(replace(SMALL, attention=(0, 0, 0))), {}, "Add num_heads or num_head_channels"),
-    (shapes(SMALL), {"attention_order": "new"}, "Add num_heads or num_head_channels"),
-    (shapes(SMALL), {"num_heads": 4}, "Add attention_order"),
-    (shapes(SD), {}, "context_dim 24"),
+    (shapes(SMALL), {}, "heads and the order of .*Add --num-heads or --num-head-channels .*; and --attention-order"),
+    (shapes(replace(SMALL, attention=(0, 0, 0))), {}, "Add --num-heads or --num-head-channels"),
+    (shapes(SMALL), {"attention_order": "new"}, "Add --num-heads or --num-head-channels [^;]*$"),
+    (shapes(SMALL), {"num_heads": 4}, "Add --attention-order"),
+    (shapes(SD), {}, "context_dim 24.*Add --num-heads or --num-head-channels [^;]*$"),    # transformers have no order
     (shapes(SMALL), {"num_heads": 5, "attention_order": "new"}, "do not split into 5 heads"),
     (shapes(SMALL), {"num_head_channels": 48, "attention_order": "new"}, "do not split into heads of 48"),
     (shapes(SMALL), {"num_heads": 4, "attention_order": "new", "in_channels": 3}, "in_channels=3 was given, but the tensors say 4"),
@@ -290,8 +297,15 @@ def test_attention_matches_its_fp64_reference_on_strided_inputs():
     (lambda: UNet(SMALL)(torch.randn(1, 4, 6, 8), torch.tensor([1.0])), "divisible by 4"),
     (lambda: UNet(SMALL)(torch.randn(1, 4, 8, 8), torch.tensor([1.0]), torch.tensor([0])), "unconditional"),
     (lambda: UNetConfig(num_heads=24), "do not split into 24 heads"),
+    (lambda: UNet(replace(SMALL, num_classes=3))(**(batch(SMALL) | {"y": torch.tensor([0, 3])})), "labels 0 to 3: wanted 0 to 2, or -1"),
+    (lambda: UNet(replace(SMALL, num_classes=3))(**(batch(SMALL) | {"y": torch.tensor([-2, 1])})), "labels -2 to 1"),
+    (lambda: UNetConfig(channel_mult=(2 ** -10, 1)), "level 0 has 0 channels"),
+    (lambda: UNetConfig(model_channels=32768, channel_mult=(1, 4)), "level 1 has 131072 channels"),
+    (lambda: UNetConfig(channel_mult=(1,) * 17, attention=(0,) * 17), "for 1 to 16 levels"),
+    (lambda: UNetConfig(channel_mult=(), attention=()), "for 1 to 16 levels"),
+    (lambda: replace(SD, num_res_blocks=64, attention=(64, 64)), "16770 blocks: wanted up to 1024"),
     (lambda: UNetConfig(attention=(0, 2)), "without context_dim"),
-    (lambda: replace(SD, middle_attention=0), "in the middle"),
+    (lambda: replace(SD, middle_attention=0), "middle_attention is 0: wanted whole numbers from 1 to 64"),
     (lambda: replace(SD, num_classes=2), "set one"),
     (lambda: UNet(SMALL)(**batch(SMALL), context=torch.zeros(2, 5, 24)), "no cross-attention"),
     (lambda: UNet(SD)(**(batch(SD) | {"context": None})), r"context is None: wanted \(2, tokens, 24\)"),
@@ -304,3 +318,24 @@ def test_attention_matches_its_fp64_reference_on_strided_inputs():
 def test_impossible_shapes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+ODD = (None, "x", "", [], [1, 2], {}, (), (1, "x"), (1, (2,)), ((),), True, -1, 1.5, 10 ** 9, 10 ** 400, math.inf, math.nan, 1j, b"x", (math.nan, 1), (0, 10 ** 9),
+       (True, 1), "a" * 10 ** 6, (1,) * 10 ** 6, torch.zeros(3), functools.reduce(lambda inner, _: [inner], range(500), 1))
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(UNetConfig)])
+@pytest.mark.parametrize("base", [SMALL, SD], ids=["adm", "sd"])
+def test_every_odd_field_of_a_config_is_named_at_once(base, name):
+    """Configs come from other people's files: an odd one is a ValueError in one short line, or builds, quickly."""
+    start, fine = time.monotonic(), []
+    for value in ODD:
+        try:
+            cfg = replace(base, **{name: value})
+            hash(cfg)
+            num_params(cfg)
+            fine.append(value)
+        except ValueError as error:
+            assert len(str(error)) < 400 and ("wanted" in str(error) or "not a multiple" in str(error) or "do not split" in str(error)
+                                              or "give one each" in str(error) or "set one" in str(error)), error
+    assert len(fine) <= 1 and time.monotonic() - start < 5                      # True is one of two; a depth or number of 1.5 is none

@@ -5,6 +5,11 @@ import math
 import pytest
 import torch
 
+import samplers
+from ckpt import save_unet
+from config import UserError
+from conftest import randomize
+from model import UNet, UNetConfig
 from objectives import T, alphas_bar, make_objective, norm, table_row
 from samplers import METHODS, draw, generators, guided, native_grid, pick_labels, sample, time_grid
 
@@ -274,3 +279,48 @@ def test_unknown_method_and_labels_are_named():
     with pytest.raises(ValueError, match="Closest: blonde hair"):
         pick_labels(("blond hair",), ["red hair", "blonde hair"], 3)
     assert pick_labels(("blonde hair", "0"), ["red hair", "blonde hair"], 3).tolist() == [1, 0, 1]
+
+
+# ---- files that cannot say everything -------------------------------------------------------------------------------
+
+PIXELS = UNetConfig(3, 3, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1), num_classes=5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(objective="eps"), "eps needs its noise schedule.  Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 "
+                            "model, linear for the others; Stable Diffusion: scaled_linear)"),
+    (dict(objective="v", resolution=8), "v needs its noise schedule"), (dict(objective="x0", resolution=8), "x0 needs its noise schedule"),
+    (dict(objective="eps", table="linear"), "F does not say its own resolution.  Add --resolution N, a multiple of 2."),
+    (dict(objective="fm"), "F does not say its own resolution.  Add --resolution N, a multiple of 2."),
+    (dict(objective="fm", resolution=9), "--resolution 9: wanted a multiple of 2."),
+    (dict(objective="fm", resolution=-2), "--resolution -2: wanted a multiple of 2."),
+])
+def test_what_a_foreign_file_does_not_say_is_asked_for(flags, message):
+    with pytest.raises(UserError) as error:
+        samplers.describe(samplers.Config("F", **flags), PIXELS, {"objective": flags["objective"]}, "F")
+    assert message in str(error.value)
+
+
+def test_fm_needs_no_table_and_a_given_one_is_taken():
+    assert samplers.describe(samplers.Config("F", resolution=8), PIXELS, {"objective": "fm"}, "F")[0] == make_objective("fm")
+    assert samplers.describe(samplers.Config("F", resolution=8, table="cosine"), PIXELS, {"objective": "eps"}, "F")[0] == make_objective("ddpm", table="cosine")
+
+
+@pytest.mark.parametrize("classes, flags, warns", [(None, [], True), (None, ["--labels", "3"], False), (None, ["--labels", "3", "--cfg", "2"], True),
+                                                   (list("abcde"), [], False), (list("abcde"), ["--labels", "c", "--cfg", "2"], False)])
+def test_drawing_without_a_class_is_warned_of_where_nobody_says_it_was_trained(tmp_path, user, classes, flags, warns):
+    (tmp_path / "theirs").mkdir()
+    path = tmp_path / "theirs/diffusion_pytorch_model.safetensors"
+    net = randomize(UNet(PIXELS))
+    save_unet(path, net, {"objective": "eps", **({"classes": classes} if classes else {})})
+    code, _, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 1, "--resolution", 8, "--table", "linear", "--out", tmp_path / "s", *flags)
+    warnings = [line for line in err if line.startswith("warning: ")]
+    assert code == 0 and len(warnings) == warns and all("\"no class\"" in line for line in warnings), err
+
+
+def test_sample_folders_of_diffusers_files_have_the_folders_name(tmp_path):
+    for path, name in (("a/unet.safetensors", "unet-abcdef"), ("a/diffusion_pytorch_model.safetensors", "a-abcdef"),
+                       ("b/diffusion_pytorch_model.safetensors.index.json", "b-abcdef")):
+        assert samplers.default_folder(samplers.Config("F"), tmp_path / path, {"fingerprint": "abcdef0123"}) == f"samples/{name}"
+    assert samplers.default_folder(samplers.Config("F", n=2, steps=3), tmp_path / "ema-0.050.safetensors",
+                                   {"run": "r", "images": 8, "fingerprint": "abcdef01"}) == "samples/r-8-ema-0.050-abcdef-steps=3"

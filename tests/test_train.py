@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import run as run_module
 import samplers
 import train
 import watch
-from ckpt import checkpoints, load_unet, save_unet
+from ckpt import checkpoints, convert, fingerprint, load_unet, save_unet
 from config import UserError
 from data import Stream
-from model import UNet, UNetConfig
+from model import PRESETS, UNet, UNetConfig
 from objectives import Objective
 from train import Config, EMA, Ranks, due, learning_rate, resolve
 from vae import load_vae, pixel
@@ -290,12 +292,13 @@ def tree(path):
     pytest.param(["--init", "none.safetensors"], "no checkpoint at none.safetensors", id="init missing"),
     pytest.param(["--init", "PICKLE"], "is a Python pickle", id="init pickle"),
     pytest.param(["--init", "CUT"], "truncated", id="init truncated"),
-    pytest.param(["--init", "OTHER"], "is of another architecture", id="init of another architecture"),
+    pytest.param(["--init", "OTHER"], "is of another architecture: it has channel_mult (1,), num_res_blocks 2, attention (0,); --model nano is "
+                 "channel_mult (1, 1), num_res_blocks 1, attention (0, 1).  Choose the preset it was made with.", id="init of another architecture"),
     pytest.param(["--resolution", "44"], "not divisible by the autoencoder's factor 8", id="resolution"),
     pytest.param(["--resolution", "40"], "cannot halve 1 times.  Use a multiple of 16", id="resolution for the U-Net"),
     pytest.param(["--vae", "flux9"], "no autoencoder 'flux9'", id="vae"),
     pytest.param(["--vae", "pixel:999"], "N below 100", id="vae factor"),
-    pytest.param(["--init", "OTHER", "--vae", "pca"], "trained on other latents", id="init with another autoencoder"),
+    pytest.param(["--init", "NANO", "--vae", "pca"], "trained on other latents", id="init with another autoencoder"),
     pytest.param(["--objective", "fm", "--table", "cosine"], "fm has none", id="table for fm"),
     pytest.param(["--lr", "nan"], "--lr nan: wanted 0 to 1000", id="nan"),
     pytest.param(["--lr", "-1"], "wanted 0 to", id="negative"),
@@ -320,7 +323,9 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user
     other = UNetConfig(in_channels=192, out_channels=192, model_channels=32, channel_mult=(1,), attention=(0,))
     save_unet(tmp_path / "other.safetensors", UNet(other), {"vae": pixel(8).meta()})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:5000])
-    names = {"EMPTY": "empty", "LATIN": "latin", "BROKEN": "broken", "PICKLE": "pickle.safetensors", "CUT": "cut.safetensors", "OTHER": "other.safetensors"}
+    nano = replace(PRESETS["nano"], in_channels=192, out_channels=192)
+    save_unet(tmp_path / "nano.safetensors", UNet(nano), {"vae": pixel(8).meta()})
+    names = {"NANO": "nano.safetensors", "EMPTY": "empty", "LATIN": "latin", "BROKEN": "broken", "PICKLE": "pickle.safetensors", "CUT": "cut.safetensors", "OTHER": "other.safetensors"}
     (tmp_path / "latin").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "latin" / "a.png")
     (tmp_path / "latin" / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -444,20 +449,55 @@ def test_help_fits_a_screen(user, main):
     assert "# " not in out and all(line.strip() for line in out.splitlines()[2:])
 
 
-def test_readme_commands_parse(user, tmp_path):
-    import re
-    import shlex
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    commands = re.findall(r"^(?:torchrun[^\n]*?|python) (train|samplers)\.py([^\n#`]*)", text, re.M)
-    assert len(commands) > 3
-    for script, args in commands:
-        args = shlex.split(args)
-        if script == "train":
-            if "stage2" in args:
-                args += ["--exclude-tags", "x", "--init", "y"]
-            code, out, err = user(train.main, *args, "--dry-run")
-            assert code == 0, (args, err)
-        else:
-            args[args.index("--ckpt") + 1] = str(tmp_path / "f.safetensors")
-            (tmp_path / "f.safetensors").touch()
-            assert user(samplers.main, *args, "--dry-run")[0] == 0, args
+# ---- starting from other weights ------------------------------------------------------------------------------------
+
+def init_error(tmp_path, user, path, *args):
+    code, _, err = user(train.main, *flags(out=tmp_path / "runs"), "--vae", "pixel:8", "--init", path, *args)
+    assert code == 2 and len(err) == 1 and not (tmp_path / "runs").exists(), err
+    return err[0]
+
+
+def test_init_from_another_preset_names_the_one_it_was_made_with(tmp_path, user):
+    tiny = replace(PRESETS["tiny"], in_channels=192, out_channels=192)
+    save_unet(tmp_path / "tiny.safetensors", UNet(tiny), {"vae": pixel(8).meta()})
+    torch.save(UNet(tiny).state_dict(), tmp_path / "tiny.pt")
+    convert(tmp_path / "tiny.safetensors", tmp_path / "folder", "diffusers")
+    for name in ("tiny.safetensors", "tiny.pt", "folder"):
+        message = init_error(tmp_path, user, tmp_path / name)
+        assert f"--init {tmp_path / name} is of another architecture: it has model_channels 128" in message
+        assert "--model nano is model_channels 32" in message and message.endswith("Choose the preset it was made with (--model tiny).")
+    net = UNet(replace(PRESETS["nano"], in_channels=192, out_channels=192))
+    torch.save({k: v for k, v in net.state_dict().items() if k != "out.0.bias"}, tmp_path / "less.pt")
+    save_unet(tmp_path / "whole.safetensors", net, {"vae": pixel(8).meta()})
+    with safe_open(tmp_path / "whole.safetensors", "pt") as file:
+        save_file({k: file.get_tensor(k) for k in file.keys() if k != "out.0.bias"}, tmp_path / "less.safetensors", file.metadata())
+    for name in ("less.pt", "less.safetensors"):                                # what is wrong is not hidden by the question of heads
+        assert "1 missing: out.0.bias" in init_error(tmp_path, user, tmp_path / name)
+    heads = replace(PRESETS["nano"], in_channels=192, out_channels=192, num_heads=2)
+    save_unet(tmp_path / "heads.safetensors", UNet(heads), {"vae": pixel(8).meta()})
+    assert "it has channels a head [16]; --model nano is channels a head [32].  " in init_error(tmp_path, user, tmp_path / "heads.safetensors")
+    save_unet(tmp_path / "new.safetensors", UNet(replace(tiny, attention_order="new")), {"vae": pixel(8).meta()})
+    assert "it has attention_order new; --model tiny is attention_order legacy." in init_error(tmp_path, user, tmp_path / "new.safetensors", "--model", "tiny")
+
+
+def test_init_from_any_layout_of_the_same_network_starts_from_the_same_weights(tmp_path, user):
+    """Heads by number or by width, qkv rows in --model's order: one function, and its fingerprint where it is one set of bytes."""
+    net = UNet(replace(PRESETS["tiny"], in_channels=192, out_channels=192))
+    save_unet(tmp_path / "own.safetensors", net, {"vae": pixel(8).meta()})
+    convert(tmp_path / "own.safetensors", tmp_path / "folder", "diffusers")
+    torch.save(net.state_dict(), tmp_path / "foreign.pt")
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text(json.dumps(config))
+    save_file(load_file(tmp_path / "folder/diffusion_pytorch_model.safetensors"), tmp_path / "bare/diffusion_pytorch_model.safetensors")
+    for name in ("own.safetensors", "foreign.pt", "folder", "bare"):
+        code, _, err = user(train.main, *flags(out=tmp_path / "runs", model="tiny", images=8, name=name, ema=""), "--vae", "pixel:8", "--init", tmp_path / name)
+        assert code == 0, err
+        assert load_unet(tmp_path / "runs" / name)[1]["init"]["fingerprint"] == fingerprint(net.state_dict()), name
+
+
+def test_init_that_names_no_latents_says_that_pca_does_not_count(tmp_path, user):
+    torch.save(UNet(replace(PRESETS["nano"])).state_dict(), tmp_path / "foreign.pt")
+    code, _, err = user(train.main, *flags(out=tmp_path / "runs"), "--vae", "pca", "--init", tmp_path / "foreign.pt")
+    assert code == 2 and "does not say which latents its network knows.  Name the autoencoder with --vae FILE, pixel or pixel:N; pca is fitted " \
+        "anew to every data set, so it does not count." in err[-1] and not (tmp_path / "runs").exists()
