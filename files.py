@@ -80,7 +80,8 @@ def write_text(path: Path, text: str) -> None:
 
 def raw_bytes(tensor: Tensor) -> Any:
     """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return (flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)).numpy()      # an empty one may have stride 0
 
 
 def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta: Mapping[str, str],
@@ -489,7 +490,7 @@ def origin(path: Path) -> dict[str, str]:
     """
     parts = path.parts
     if "snapshots" not in parts or not parts[parts.index("snapshots") - 1].startswith("models--"):
-        return {"source": str(path)}
+        return {"source": str(path.absolute())}
     i = parts.index("snapshots")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

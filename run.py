@@ -128,7 +128,7 @@ def lock(run: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"another process is training in {run}.  Wait for it, or give this run its own --name.") from None
+        raise UserError(f"another process is writing to {run}.  Wait for it, or give this one its own name.") from None
     return handle
 
 

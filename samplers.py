@@ -24,7 +24,7 @@ from config import UserError, autocast, cli, closest, parse, pick_device
 from files import fsync, make_dir
 from model import UNetConfig
 from objectives import Net, Objective, T, make_objective, shift_time, table_time
-from vae import LinearVAE, load_vae, vae_from_meta
+from vae import AnyVAE, load_vae, vae_from_meta
 
 Predict = Callable[..., tuple[Tensor, Tensor, Tensor]]     # (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u)
 
@@ -295,7 +295,7 @@ class Config:
     # What files that other programs wrote cannot say. A file that says it must agree.
     objective: Literal["", "fm", "eps", "v", "x0"] = ""   # what the network was trained to output
     table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # noise schedule of eps, v, x0
-    vae: str = ""                      # autoencoder: pixel | pixel:N | FILE; 3 channels are taken for pixels
+    vae: str = ""                      # autoencoder: pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE; 3 channels are pixels
     resolution: int = 0                # pixels; default as trained
     num_heads: int = 0                 # attention heads …
     num_head_channels: int = 0         # … or channels a head
@@ -333,7 +333,7 @@ def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
     return f"samples/{'-'.join([str(meta[k]) for k in ('run', 'images') if k in meta] + [stem, meta['fingerprint'][:6]])}{settings(cfg)}"
 
 
-def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> tuple[Objective, LinearVAE, tuple[int, int, int]]:
+def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> tuple[Objective, AnyVAE, tuple[int, int, int]]:
     """How to sample from a network: objective, autoencoder, latent shape; from its file, and from flags where that is silent."""
     if unet.context_dim or unet.vector_dim:
         raise UserError(f"{what} holds a network that is told what to draw by text, and text encoders are not part of this code yet.  "
@@ -352,11 +352,11 @@ def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> 
     else:
         name = "ddpm" if meta["objective"] == "eps" else meta["objective"]
         objective = make_objective(name, **{} if name == "fm" else {"table": cfg.table})
-    if "vae" in meta and cfg.vae:
+    if "vae" in meta and cfg.vae and "family" not in meta["vae"]:                # of those, only where they lie is in the file
         raise UserError(f"--vae {cfg.vae}, but {what} carries its own autoencoder ({meta['vae']['name']}).  Leave it out.")
     if "vae" not in meta and not cfg.vae and unet.in_channels != 3:
         raise UserError(f"{what} works on latents of {unet.in_channels} channels and names no autoencoder.  Add --vae FILE (or pixel:N).")
-    vae = vae_from_meta(meta["vae"]) if "vae" in meta else load_vae(cfg.vae or "pixel")
+    vae = vae_from_meta(meta["vae"], cfg.vae) if "vae" in meta else load_vae(cfg.vae or "pixel")
     if vae.channels != unet.in_channels or unet.out_channels not in (vae.channels, 2 * vae.channels):
         raise UserError(f"--vae {vae.name} makes {vae.channels} channels, but {what} takes {unet.in_channels} and gives {unet.out_channels}.")
     resolution, unit = cfg.resolution or meta.get("resolution", 0), vae.factor * 2 ** (len(unet.channel_mult) - 1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import robo
 import toyfaces
 from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from config import UserError, autocast, cli, closest, parse, versions
@@ -30,29 +31,31 @@ from data import Dataset, Stream, open_dataset, to_float
 from files import META, make_dir, open_weights, write_text
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
+from latents import cache_vae, is_cache, latents_of, self_check
 from model import PRESETS, UNet, UNetConfig, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, read_config, save_checkpoint)
 from samplers import save_grid
-from vae import LinearVAE, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
+from vae import VAE, AnyVAE, enough, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
 
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = "toyfaces"               # toyfaces[:count], or a folder of images with tags
+    data: str = "toyfaces"               # toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name | a latent cache
     stage: Literal["standard", "fine", "stage2"] = "standard"   # all | without --exclude-tags | only those, from the fine run
-    exclude_tags: tuple[str, ...] = ()   # a,b  (toyfaces: two characters; stage2: what its fine run excluded)
+    exclude_tags: tuple[str, ...] = ()   # a,b or "a & !(b | c*)"  (embedded data: some; stage2: what its fine run excluded)
     classes: tuple[str, ...] = ()        # tags to condition on, * and ? allowed: "* hair"; none = unconditional
     label_drop: float = 0.1              # share of labels dropped, for guidance
     resolution: int = 64                 # pixels
+    crop: Literal["center", "random"] = "center"   # of images that are not square
     flip: bool = False                   # mirror half of the images
     holdout: float = 0.02                # share of the images kept for the held-out loss
     # model and objective
     model: str = "tiny"                  # tiny | toy-281m | toy-281m-attn | adm-64 …
-    vae: str = "pca"                     # pca | pixel | pixel:N | FILE
+    vae: str = "pca"                     # pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file
     init: str = ""                       # U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]
     objective: Literal["fm", "ddpm", "v", "x0"] = "fm"   # what the network learns to say
     table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # ddpm, v, x0: their noise schedule; "" = preset
@@ -174,8 +177,8 @@ def resolve(cfg: Config) -> Config:
     if not tags and cfg.stage == "stage2" and not cfg.init:
         own = Path(cfg.out) / name                                              # once begun, the fine run is no longer needed
         tags = tuple(read_config(own if (own / "config.json").exists() else fine_run(cfg))["exclude_tags"])
-    elif not tags and cfg.stage != "standard" and cfg.data.startswith("toyfaces"):
-        tags = toyfaces.EXCLUDED
+    elif not tags and cfg.stage != "standard" and cfg.data.partition(":")[0] in ("toyfaces", "robohash"):
+        tags = (toyfaces if cfg.data.startswith("toyfaces") else robo).EXCLUDED
     return replace(cfg, name=name, exclude_tags=tags)
 
 
@@ -186,7 +189,7 @@ class Trainer:
     ranks: Ranks
     run: Path
     ds: Dataset
-    vae: LinearVAE
+    vae: AnyVAE
     objective: Objective
     net: UNet                                # the bare module: what is saved
     model: torch.nn.Module                   # net inside torch.compile and DistributedDataParallel: what is trained
@@ -210,7 +213,7 @@ class Trainer:
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
         cond = {"y": batch["y"]} if "y" in batch else {}
         t = batch["t"] if "t" in batch else self.objective.time(batch["q"])
-        x0 = self.vae.encode(to_float(batch["image"]))                          # outside autocast: only the net runs in bf16
+        x0 = latents_of(self.vae, batch)                                        # outside autocast: only the net runs in bf16
         with autocast(self.ranks.device, self.cfg.dtype):
             return self.objective.loss(net, x0, eps=batch["eps"], t=t, **cond)
 
@@ -221,7 +224,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     Everything that can be wrong is found before the first byte is written.
     """
     run = Path(cfg.out) / cfg.name
-    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
+    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout,
+                      crop=cfg.crop, flip=cfg.flip)
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     start = "" if checkpoints(run) else cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     init_net, init_meta = start_from(cfg, start) if start else (None, None)
@@ -246,7 +250,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         make_dir(run)
         held = lock(run)
         write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")   # first: the rest is only taken up under it
-        save_vae(run / "vae.safetensors", vae)
+        save_vae(run / "vae.safetensors", vae, weights=False)
     net = net.to(ranks.device)
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
@@ -288,24 +292,30 @@ def start_from(cfg: Config, name: str) -> tuple[UNet, dict[str, Any]]:
     return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
 
 
-def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> LinearVAE:
+def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> AnyVAE:
     """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
     if (run / "vae.safetensors").exists():
-        return load_vae(run / "vae.safetensors")
+        vae = load_vae(run / "vae.safetensors")
+        if is_cache(cfg.data):
+            self_check(ds.source, vae)
+        return vae
     named = None if cfg.vae == "pca" else load_vae(cfg.vae)
+    if is_cache(cfg.data):
+        named = named or cache_vae(Path(cfg.data))                              # the same, wherever its file lies now
+        self_check(ds.source, named)
     if init_meta is not None and "vae" not in init_meta and named is None:
         raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae FILE, "
                         "pixel or pixel:N; pca is fitted anew to every data set, so it does not count.")
     if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
-        vae = vae_from_meta(init_meta["vae"])
-        if vae.name != "pca" if named is None else fingerprint(vae.state_dict()) != fingerprint(named.state_dict()):
+        vae = vae_from_meta(init_meta["vae"], cfg.vae if isinstance(named, VAE) and "family" in init_meta["vae"] else "")
+        if vae.name != "pca" if named is None else vae.mark != named.mark:
             raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
                             "out, or name the same autoencoder.")
         return vae
     if named is not None:
         return named
     pixel(8).latent_shape(cfg.resolution)
-    images = to_float(ds.images(range(min(len(ds), 2048))))
+    images = to_float(ds.images(range(min(len(ds), enough(cfg.resolution)))))
     vae = fit_pca(images)
     print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
     return vae

@@ -38,7 +38,8 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
     for lo in range(0, len(jobs), 64):
         chunk = jobs[lo:lo + 64]
         noise = [data.rng(tr.cfg.seed, "held out", i * bins + b).standard_normal(tr.latent_shape, dtype="float32") for i, b in chunk]
-        batch = {"image": held.images([i for i, _ in chunk]), "eps": torch.stack([torch.from_numpy(e) for e in noise]),
+        views = [held.view(i) for i, _ in chunk]
+        batch = {**{key: torch.stack([view[key] for view in views]) for key in views[0]}, "eps": torch.stack([torch.from_numpy(e) for e in noise]),
                  "t": torch.tensor([(b + 0.5) / bins for _, b in chunk])}
         if labels is not None:
             batch["y"] = labels[[i for i, _ in chunk]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]   (default: tests bench step train)
+# Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]   (default: tests bench step encode train)
 #
 #   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run; also one by one: gpu, kernels, adamw
 #           needs pytest numpy safetensors pillow tqdm
@@ -7,11 +7,13 @@
 #           needs nothing; bitsandbytes and torchao take part where installed
 #   step    python -m kernels.bench --parts step: whole training steps of toy-281m
 #           needs nothing; diffusers (with what it needs), and bitsandbytes or torchao, take part where installed
-#   train   toy-281m-attn on 256 px toy faces (32×32×32 latents), bf16, for as long as the part lasts; again = further
+#   encode  20,000 robohash kittens at 256 px to 32×32×32 latents; toy faces if robohash is not installed
 #           needs numpy safetensors pillow tqdm
+#   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
+#           needs what encode needs
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench finishes a section that was
-# cut off, row by row. Where minutes are few, take them in this order: kernels groupnorm attention optimizer step train.
+# cut off, row by row. Where minutes are few, take them in this order: kernels groupnorm attention optimizer step encode train.
 # PYTHON names the interpreter (default python3). OUT receives runs, logs and results; OUT/kernels-<device>.json is also
 # copied to benchmarks/results. Without a GPU, DRY=1 goes through the same commands in miniature, to show that they run.
 set -uo pipefail
@@ -19,8 +21,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
-PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step train "
-[ $# -gt 0 ] || set -- tests bench step train
+PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train "
+[ $# -gt 0 ] || set -- tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
     [[ $PARTS == *" $name "* ]] || { echo "gpu_day.sh: no part '$name'; wanted some of:$PARTS" >&2; exit 2; }
@@ -52,18 +54,25 @@ run_kernels() {  # run_kernels NAME SECTIONS
     [ -n "$DRY" ] || cp "$file" benchmarks/results/
 }
 
+run_encode() {
+    local data=robohash:20000 side=256
+    "$PYTHON" -c 'import importlib.metadata as m; m.version("robohash")' 2>/dev/null || { data=toyfaces:20000; echo "robohash is not installed: toy faces"; }
+    [ -z "$DRY" ] || { data=${data%:*}:64; side=64; }
+    part encode 590 "$PYTHON" vae.py encode --data "$data" --resolution "$side" --out "$OUT/latents"
+}
+
 run_train() {
-    local size=(--model toy-281m-attn --data toyfaces:20000 --resolution 256 --batch 256 --lr 2e-4 --images 2_000_000 --ema 0.05
-                --log-every 25_600 --eval-every 128_000 --preview-every 128_000 --save-every 512_000 --keep 1)
-    [ -z "$DRY" ] || size=(--model nano --data toyfaces:64 --resolution 64 --batch 8 --images 64 --log-every 32 --eval-every 0 --preview-every 0)
+    local size=(--model toy-281m-attn --resolution 256 --batch 256 --lr 2e-4 --images 2_000_000 --ema 0.05 --log-every 25_600
+                --eval-every 128_000 --preview-every 128_000 --save-every 512_000 --keep 1)
+    [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0 --preview-every 0)
     # at the limit train.py finishes its step, saves and exits 0
-    part train 540 "$PYTHON" train.py "${size[@]}" --out "$OUT" --name train
+    part train 540 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" --name train
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
 for name in "$@"; do
     case $name in
-        train) run_train ;;
+        encode | train) "run_$name" ;;
         tests) run_tests gpu tests/gpu; run_tests kernels tests/test_kernels.py; run_tests adamw tests/test_adamw8bit.py ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) run_tests kernels tests/test_kernels.py ;;

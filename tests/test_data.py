@@ -10,7 +10,9 @@ from PIL import Image
 
 import toyfaces
 from config import UserError
-from data import Stream, batches, classes_of, decode, index_at, normalize_tag, open_dataset, rng, split_tags
+from data import Stream, batches, classes_of, index_at, open_dataset, rng
+from images import decode
+from tags import normalize_tag, split_tags
 from vae import fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 
 

@@ -39,6 +39,13 @@ def equal(a, b):
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
+def test_an_empty_tensor_is_written_whatever_its_strides(tmp_path):
+    import numpy as np
+    for empty in (torch.from_numpy(np.array([], dtype=np.int32)), torch.empty(0, 3), torch.empty(2, 0).t()):
+        write_tensors(tmp_path / "e", {"a": empty, "b": torch.ones(2)}, {})
+        assert open_weights(tmp_path / "e")["a"].shape == empty.shape and torch.equal(open_weights(tmp_path / "e")["b"], torch.ones(2))
+
+
 def test_streamed_files_are_what_safetensors_itself_writes(tmp_path):
     tensors = {k: v.contiguous() for k, v in some_tensors().items()}
     for n, (chosen, meta) in enumerate([(tensors, {}), (tensors, {"format": "pt"}), ({"x": torch.ones(3)}, {"k": "ä\n\""})]):

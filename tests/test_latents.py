@@ -1,0 +1,284 @@
+"""The latent cache: bitwise twins for kills, ranks and resumes; every change is noticed; memory stays where it is."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import latents
+import vae as vae_file
+from config import UserError
+from data import Stream, batches, open_dataset
+from latents import cache_vae, from_raw, open_cache, self_check, verify
+from sources import held_hash, open_source
+from tags import TagTable
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "toyfaces:50", "--resolution", "32", "--batch", "4"]
+
+
+def run(*args, ranks=1, shard=None, wait=True, **env):
+    """vae.py encode, with shards of a few images; returns the process."""
+    code = f"import sys; sys.argv[0] = 'vae.py'; import latents; latents.SHARD = {shard or 3 * 2 * 32 * 16}; from config import cli; cli(latents.main)"
+    launcher = ["-c", code] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python", sys.executable, "-c", code]
+    process = subprocess.Popen([sys.executable, *launcher, "encode", *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, **env})
+    if wait:
+        text, _ = process.communicate(timeout=300)
+        process.text = text
+    return process
+
+
+def files(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    out = tmp_path_factory.mktemp("caches") / "cache"
+    done = run(*SMALL, "--out", out)
+    assert done.returncode == 0 and done.text.splitlines()[-1] == str(out), done.text
+    return out
+
+
+def test_the_cache_holds_the_latents_of_every_image_with_names_and_tags(cache):
+    source, images = open_cache(str(cache), 32), open_source("toyfaces:50", 32)
+    vae = cache_vae(cache)
+    self_check(source, vae)
+    assert len(list(cache.glob("shard-*"))) == 17 and list(source.names) == images.names
+    assert [source.tags[i] for i in range(50)] == images.tags
+    exact = vae.encode(torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    ours = from_raw(vae, torch.stack([source.raw(i) for i in range(50)]))
+    assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()                # fp16
+    stats = source.manifest
+    assert stats["mean"] == pytest.approx(float(ours.double().mean()), abs=1e-6) and stats["std"] == pytest.approx(float(ours.double().std(correction=0)), rel=1e-6)
+    assert stats["channel_std"] == pytest.approx(ours.double().std((0, 2, 3), correction=0).tolist(), rel=1e-5)
+
+
+def test_a_dataset_of_latents_is_the_dataset_of_images_in_the_same_order_and_stages(cache):
+    a, b = (open_dataset(spec, stage="fine", exclude_tags=["glasses & smile"], resolution=32) for spec in ("toyfaces:50", str(cache)))
+    assert list(a.index) == list(b.index) and list(a.heldout.index) == list(b.heldout.index) and a.counts() == b.counts()
+    assert a.report.splitlines()[1:] == b.report.splitlines()[1:]
+    vae, groups = cache_vae(cache), [[0, 1, 2], [60, 61, 62]]
+    for x, y in zip(*(batches(Stream(ds, None, (32, 4, 4), 0), iter(groups)) for ds in (a, b))):
+        assert torch.equal(x["eps"], y["eps"]) and torch.equal(x["q"], y["q"])
+        assert (latents.latents_of(vae, x) - latents.latents_of(vae, y)).abs().max() < 2e-3 * latents.latents_of(vae, x).abs().max()
+    again = list(batches(Stream(b, None, (32, 4, 4), 0), iter(groups), workers=2))
+    assert all(torch.equal(u["raw"], v["raw"]) for u, v in zip(again, batches(Stream(b, None, (32, 4, 4), 0), iter(groups))))
+
+
+def test_a_mirrored_image_has_its_own_latent(tmp_path):
+    assert run(*SMALL, "--flip", "--out", tmp_path / "c").returncode == 0
+    source, images = open_cache(str(tmp_path / "c"), 32, flip=True), open_source("toyfaces:50", 32)
+    vae = cache_vae(tmp_path / "c")
+    x = torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for mirrored, exact in ((False, vae.encode(x)), (True, vae.encode(x.flip(-1)))):
+        assert (from_raw(vae, torch.stack([source.raw(i, mirrored) for i in range(50)])) - exact).abs().max() < 1e-3 * exact.abs().max()
+    ds = open_dataset(str(tmp_path / "c"), resolution=32, flip=True)
+    sample = [Stream(ds, None, (32, 4, 4), 0, flip=True)[p]["raw"] for p in range(40)]
+    twin = [Stream(open_dataset("toyfaces:50", resolution=32), None, (32, 4, 4), 0, flip=True)[p]["image"] for p in range(40)]
+    exact = vae.encode(torch.stack(twin).float() / 127.5 - 1)
+    assert (from_raw(vae, torch.stack(sample)) - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
+    kills, killed = 0, tmp_path / "killed"
+    while kills < 10:
+        process = run(*SMALL, "--out", killed, wait=False)
+        goal = min(len(list(killed.glob("shard-*.safetensors"))) + 1, 17) if killed.exists() else 0
+        while process.poll() is None and len(list(killed.glob("shard-*.safetensors"))) < goal + (kills % 2):
+            time.sleep(0.003)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if (killed / "manifest.json").exists():                                 # it was done before the kill: begin again
+            for path in list(killed.glob("shard-*"))[kills:] + [killed / "manifest.json"]:
+                path.unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        open_cache(str(killed), 32) if not (killed / "manifest.json").exists() else pytest.fail("finished")
+    assert run(*SMALL, "--out", killed).returncode == 0
+    assert files(killed) == files(cache)
+    assert not verify(killed)
+    two = run(*SMALL, "--out", tmp_path / "two", ranks=2)
+    assert two.returncode == 0 and files(tmp_path / "two") == files(cache), two.text
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--resolution", "64"], "resolution 32, now 64"), (["--vae", "pixel:8"], "the autoencoder changed"), (["--flip"], "flip False, now True"),
+    (["--dtype", "bf16"], "dtype fp16, now bf16"), (["--data", "toyfaces:51"], "the images or their tags changed")])
+def test_another_plan_in_the_same_folder_is_refused(cache, change, message):
+    before = files(cache)
+    done = run(*SMALL, "--out", cache, *change)
+    assert done.returncode == 2 and message in done.text.splitlines()[-1] and files(cache) == before, done.text
+
+
+def test_a_changed_image_is_noticed(tmp_path):
+    (tmp_path / "d").mkdir()
+    for i in range(5):
+        Image.fromarray(np.full((32, 32, 3), 40 * i, np.uint8)).save(tmp_path / "d" / f"{i}.png")
+    args = ["--data", tmp_path / "d", "--resolution", "32", "--vae", "pixel:8", "--out", tmp_path / "c"]
+    first = run(*args)
+    assert first.returncode == 0, first.text
+    assert run(*args).returncode == 0                                           # nothing changed: nothing to do
+    Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(tmp_path / "d" / "3.png")
+    done = run(*args)
+    assert done.returncode == 2 and "the images or their tags changed" in done.text
+
+
+def copy_of(cache, tmp_path):
+    import shutil
+    return Path(shutil.copytree(cache, tmp_path / "copy"))
+
+
+def test_a_flipped_bit_anywhere_is_found(cache, tmp_path):
+    copy = copy_of(cache, tmp_path)
+    assert verify(copy) == []
+    assert run("--out", copy, "--verify").returncode == 0
+    for name in ("shard-00007.safetensors", "index.safetensors"):
+        data = bytearray((copy / name).read_bytes())
+        data[-5] ^= 4
+        (copy / name).write_bytes(data)
+        done = run("--out", copy, "--verify")
+        assert done.returncode == 1 and name in done.text and name in verify(copy)[0]
+    with pytest.raises(UserError, match="index.safetensors, the names and tags of the cache, is damaged"):
+        open_cache(str(copy), 32)
+    os.truncate(copy / "shard-00002.safetensors", 100)
+    assert run(*SMALL, "--out", copy).returncode == 0                           # the same command writes what is damaged again
+    assert verify(copy) == [] and files(copy) == files(cache)
+
+
+@pytest.mark.parametrize("name, text", [("plan.json", "{"), ("plan.json", "[]"), ("manifest.json", "{"), ("manifest.json", '{"plan": {"version": 1}}')])
+def test_damaged_json_is_one_line(cache, tmp_path, name, text):
+    copy = copy_of(cache, tmp_path)
+    (copy / name).write_text(text)
+    assert f"{name} is damaged" in verify(copy)[0]
+    done = run(*SMALL, "--out", copy)
+    assert (done.returncode, "Traceback" in done.text) == (2 if name == "plan.json" else 0, False), done.text
+
+
+def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
+    out = tmp_path / "c"
+    out.mkdir()
+    (out / ".plan.json.123.tmp").write_text("{")
+    from run import lock
+    held = lock(out)
+    done = run(*SMALL, "--out", out)
+    assert done.returncode == 2 and "another process is writing to" in done.text.splitlines()[-1]
+    held.close()
+    assert run(*SMALL, "--out", out).returncode == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "holiday.jpg").write_text("")
+    done = run(*SMALL, "--out", other)
+    assert done.returncode == 2 and "is not a cache" in done.text.splitlines()[-1]
+    done = run("--data", "toyfaces:50", "--resolution", "33", "--out", tmp_path / "d")
+    assert done.returncode == 2 and "resolution 33 is not divisible" in done.text.splitlines()[-1] and not (tmp_path / "d").exists()
+
+
+def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
+    copy = copy_of(cache, tmp_path)
+    for change, message in (({"resolution": 64}, "encoded with resolution 32, wanted 64"), ({"flip": True}, "has no mirrored images"),
+                            ({"crop": "random"}, "encoded with crop center, wanted random")):
+        with pytest.raises(UserError, match=message):
+            open_dataset(str(copy), **{"resolution": 32, **change})
+    source = open_cache(str(copy), 32)
+    with pytest.raises(UserError, match="holds latents of another autoencoder"):
+        self_check(source, vae_file.pixel(8))
+    source.first = source.first[::-1].copy()
+    with pytest.raises(UserError, match="is stale or damaged"):
+        self_check(source, cache_vae(copy))
+    os.truncate(copy / "shard-00003.safetensors", 100)
+    with pytest.raises(UserError, match="1 of 17 shards are missing or cut short, first shard-00003"):
+        open_cache(str(copy), 32)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (copy / "shard-00003.safetensors").write_bytes((cache / "shard-00003.safetensors").read_bytes())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "std": 5.0}))
+    open_cache(str(copy), 32)
+    assert "std 5.00" in capsys.readouterr().err
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        open_cache(str(copy), 32)
+
+
+def test_latents_that_do_not_fit_fp16_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "raw_latents", lambda vae, images: images.mean((2, 3), keepdim=True) * 1e6)
+    cfg = latents.Encode(out=str(tmp_path / "c"), data="toyfaces:3", vae="pixel", resolution=32)
+    from run import Ranks
+    with pytest.raises(UserError, match="the latents of toyface-00000. do not fit fp16.*--dtype bf16"):
+        latents.encode(cfg, Ranks(0, 1, torch.device("cpu")))
+    latents.encode(latents.Encode(out=str(tmp_path / "b"), data="toyfaces:3", vae="pixel", resolution=32, dtype="bf16"), Ranks(0, 1, torch.device("cpu")))
+    assert open_cache(str(tmp_path / "b"), 32).raw(0).dtype == torch.bfloat16
+
+
+def test_training_on_a_cache_resumes_and_equals_training_on_its_images(cache, tmp_path):
+    """Within the rounding of fp16; the held-out loss and the picture come along."""
+    losses = {}
+    for name, spec in (("images", "toyfaces:50"), ("cache", str(cache))):
+        args = [sys.executable, "train.py", "--model", "nano", "--data", spec, "--resolution", "32", "--batch", "8", "--images", "160", "--log-every", "40",
+                "--eval-every", "160", "--preview-every", "0", "--out", str(tmp_path), "--name", name]
+        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in log if row["event"] in ("train", "held-out")]
+        assert "finished" in subprocess.run(args, cwd=ROOT, capture_output=True, text=True).stdout and (tmp_path / name / "samples/final.png").exists()
+    assert losses["cache"][0] == pytest.approx(losses["images"][0], rel=2e-3) and len(losses["cache"]) == 5
+    assert losses["cache"] == pytest.approx(losses["images"], rel=5e-2)        # Adam amplifies the rounding from step to step
+
+
+MILLION = '''
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import re
+from pathlib import Path
+memory = lambda: 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+import torch
+from data import Stream, open_dataset
+before, start = memory(), time.perf_counter()
+ds = open_dataset(sys.argv[2], resolution=8, stage="fine", exclude_tags=["tag 3 & !tag 1"])
+opened, most = time.perf_counter() - start, 0
+stream = Stream(ds, None, (4, 8, 8), 0)
+for p in range(60_000):
+    stream[p]
+    if p % 1000 == 0:
+        most = max(most, memory())
+print(json.dumps({"opened": opened, "extra": most - before, "images": len(ds)}))
+'''
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
+    """A synthetic cache of 1,000,000 latents with ten tags each, in one sparse gigabyte; the time is generous for slow machines."""
+    n, shape = 1_000_000, (4, 8, 8)
+    plan = {"version": latents.VERSION, "data": "synthetic", "resolution": 8, "crop": "center", "resize": "lanczos", "flip": False, "dtype": "fp16",
+            "batch": 1, "images": n, "source": "", "vae": "", "shape": list(shape), "shard": 2 ** 17}
+    per = plan["shard"]
+    sums = json.dumps(torch.ones(3, 4).tolist())
+    for k in range(-(-n // per)):
+        count = min(per, n - k * per)
+        zeros = torch.zeros(1, dtype=torch.float16).expand(count, 1, *shape)
+        latents.stream_tensors(latents.shard_path(tmp_path, k), {"latents": (torch.float16, (count, 1, *shape))},
+                               {"plan": latents.digest(plan), "sha256": "", "sums": sums}, lambda name, zeros=zeros: zeros.contiguous())
+    ids = np.random.default_rng(0).integers(0, 5000, 10 * n).astype(np.int32)
+
+    class Synthetic:
+        names = [f"folder/{i:09d}.png" for i in range(n)]
+        held = held_hash(names)
+        table = TagTable([f"tag {i}" for i in range(5000)], np.arange(0, 10 * n + 1, 10), ids)
+        notes, unreadable = [], {}
+        pixel = staticmethod(lambda i: np.zeros((8, 8, 3), np.uint8))
+    latents.finish(tmp_path, plan, Synthetic)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = subprocess.run([sys.executable, "-c", MILLION, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["opened"] < 5 and result["extra"] < 300e6 and 0.9 * n < result["images"] < n, result
+    print(result)

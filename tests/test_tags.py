@@ -1,0 +1,143 @@
+"""Tag expressions against Python's own booleans; captions; tables of tags."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import UserError
+from data import open_dataset, rng
+from tags import Captions, TagTable, compile_tags
+
+TAGS = ["glasses", "cat ears", "albedo (overlord)", "character:nova", "dungeons & dragons", ":)", "!!", "smile", "frown", "(o) (o)"]
+VOCABULARY = Counter({tag: 1 for tag in TAGS})
+
+
+def holds(text, *tags):
+    return compile_tags(text, VOCABULARY, "stage=fine", 9)[0](TagTable.of([tuple(tags)]))[0]
+
+
+def written(r, depth=3):
+    """A random expression -> (its text, the same for eval())."""
+    kind = r.choice(["tag", "not", "and", "or", "group"]) if depth else "tag"
+    if kind == "tag":
+        tag = r.choice(TAGS)
+        return r.choice([tag, tag.title()]) if "&" not in tag else tag.replace(" ", "_"), f"({tag!r} in tags)"
+    if kind in ("not", "group"):
+        text, truth = written(r, depth - 1)
+        text = r.choice([f"({text})", f"( {text} )"])
+        return (f"!{r.choice(['', ' '])}{text}", f"(not {truth})") if kind == "not" else (text, truth)
+    (a, x), (b, y) = written(r, depth - 1), written(r, depth - 1)
+    sign, word = ("&", "and") if kind == "and" else ("|", "or")
+    return f"({a}) {sign} ({b})", f"({x} {word} {y})"
+
+
+def test_expressions_are_what_python_says():
+    r, seen = random.Random(0), set()
+    for _ in range(400):
+        text, truth = written(r)
+        test, named = compile_tags(text, VOCABULARY, "x", 9)
+        for _ in range(12):
+            tags = frozenset(r.sample(TAGS, r.randrange(len(TAGS))))
+            fits = bool(test(TagTable.of([(), tuple(sorted(tags))]))[1])
+            assert fits == eval(truth, {"tags": tags}), (text, tags)
+            seen.add(fits)
+        assert set(named) == {tag for tag in TAGS if repr(tag) in truth}
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("text, yes, no", [
+    ("glasses & !cat ears | character:nova", [["glasses"], ["character:nova", "cat ears"]], [["cat ears", "glasses"], []]),
+    ("!glasses & smile | frown", [["smile"], ["frown", "glasses"]], [["glasses", "smile"], ["glasses"], []]),       # not before and before or
+    ("(smile | frown) & glasses", [["frown", "glasses"]], [["smile"], ["glasses"]]),
+    ("Albedo_(Overlord)", [["albedo (overlord)"]], [["smile"]]),
+    (r"albedo \(overlord\) & smile", [["albedo (overlord)", "smile"]], [["smile"]]),
+    ("(albedo (overlord) | smile) & glasses", [["albedo (overlord)", "glasses"]], [["smile"]]),
+    ("!(albedo (overlord))", [[]], [["albedo (overlord)"]]),
+    ("dungeons & dragons", [["dungeons & dragons"]], [["smile"]]),              # a tag as a whole
+    ("dungeons_&_dragons & smile", [["dungeons & dragons", "smile"]], [["smile"]]),
+    ("!!", [["!!"]], [[]]), ("!!!", [[]], [["!!"]]), (":)", [[":)"]], [[]]), ("(smile | :)) & frown", [[":)", "frown"]], [["smile"]]),
+    ("character:*", [["character:nova"]], [["glasses"]]), ("!* (*)", [["smile"]], [["albedo (overlord)"]]), ("s?ile", [["smile"]], [[]]),
+])
+def test_expressions_as_documented(text, yes, no):
+    assert all(holds(text, *tags) for tags in yes) and not any(holds(text, *tags) for tags in no)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("smile &", "the end came where a tag was wanted"), ("| smile", "'|' came where a tag"), ("(smile | frown", "the end came where ')'"),
+    ("smile | frown)", "')' came where '&', '|' or the end"), ("!", "the end came where a tag"), ("", "the end came"), ("()", "'()' matches 0"),
+    ("smile & glases", "stage=fine: 'glases' matches 0 of 9 images.  Closest: glasses"), ("smile frown", "matches 0 of 9 images.  Closest: smile, frown"),
+])
+def test_expressions_that_cannot_be_say_where(text, message):
+    with pytest.raises(UserError) as error:
+        holds(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stages_by_expression_add_up(tmp_path):
+    rows = [["glasses"], ["glasses", "cat ears"], ["character:nova", "cat ears"], ["smile"], []]
+    for i in range(len(rows)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png", "tags": t}) + "\n" for i, t in enumerate(rows)))
+    text = "glasses & !cat ears | character:nova"
+    fine, stage2 = (open_dataset(str(tmp_path), stage=s, exclude_tags=(text,), resolution=8, holdout=0) for s in ("fine", "stage2"))
+    assert list(fine.index) == [1, 3, 4] and list(stage2.index) == [0, 2]
+    assert f"stage2 {text!r}: 2 found, 2 used" in stage2.report and f"fine {text!r}: 2 found, 0 used" in fine.report
+    both = open_dataset(str(tmp_path), stage="stage2", exclude_tags=("smile", text), resolution=8, holdout=0)   # the comma is an or
+    assert list(both.index) == [0, 2, 3]
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+def test_captions_keep_the_first_and_drop_their_share():
+    tags, how = [f"t{i}" for i in range(10)], Captions(shuffle=True, drop=0.3, keep=2, empty=0.1)
+    texts = [how.text(tags, rng(0, "caption", p)) for p in range(4000)]
+    parts = [text.split(", ") for text in texts if text]
+    assert abs(len(parts) / 4000 - 0.9) < 0.02
+    assert all(p[:2] == ["t0", "t1"] and len(set(p)) == len(p) for p in parts)
+    count = Counter(tag for p in parts for tag in p[2:])
+    assert all(abs(count[t] / len(parts) - 0.7) < 0.03 for t in tags[2:])
+    first = Counter(p[2] for p in parts if len(p) > 2)                          # each of the others is as often the first of them
+    assert min(first.values()) > 0.8 * max(first.values())
+    assert texts == [how.text(tags, rng(0, "caption", p)) for p in range(4000)] != [how.text(tags, rng(1, "caption", p)) for p in range(4000)]
+
+
+def test_one_setting_of_captions_moves_no_other():
+    tags = [f"t{i}" for i in range(8)]
+    plain = [Captions(shuffle=False).text(tags, np.random.default_rng(p)) for p in range(50)]
+    assert set(plain) == {", ".join(tags)}
+    for p in range(50):
+        full, dropped, kept = (how.text(tags, np.random.default_rng(p)).split(", ") for how in (
+            Captions(), Captions(drop=0.4, keep=1), Captions(shuffle=False, drop=0.4, keep=1)))
+        assert [t for t in full if t in dropped[1:]] == dropped[1:] and set(kept) == set(dropped) and kept == sorted(kept)
+    assert Captions(keep=3).text((), np.random.default_rng(0)) == "" and Captions(keep=3).text(("a",), np.random.default_rng(0)) == "a"
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+def test_tags_from_csv(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_bytes("\ufefffile_name,text\r\na.png,\"Red_Hair, albedo \\(overlord\\)\"\r\nb.png,\"two\nlines, x\"\r\n".encode())
+    ds = open_dataset(str(tmp_path), resolution=8, holdout=0)
+    assert ds.source.tags == [("red hair", "albedo (overlord)"), ("two lines", "x"), ()]
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png\n")
+    with pytest.raises(UserError, match="metadata.csv:3: wanted"):
+        open_dataset(str(tmp_path), resolution=8)
+    (tmp_path / "metadata.csv").write_text("name,text\na.png,x\n")
+    with pytest.raises(UserError, match="metadata.csv:2: wanted .*KeyError: 'file_name'"):
+        open_dataset(str(tmp_path), resolution=8)
+
+
+def test_a_tag_table_is_its_lists_and_counts_as_they_do():
+    lists = [("b", "a"), (), ("a",), ("c", "b", "a"), ()]
+    table = TagTable.of(lists)
+    assert [table[i] for i in range(5)] == lists == list(table) and len(table) == 5
+    for index in (None, np.array([0, 3]), np.array([], dtype=int), np.array([4])):
+        chosen = range(5) if index is None else index
+        assert table.counts(index) == Counter(tag for i in chosen for tag in lists[i])
+    for wanted in ({"a"}, {"b", "c"}, {"nothing"}, set()):
+        assert table.any_of(wanted).tolist() == [bool(wanted & set(tags)) for tags in lists]
