@@ -358,7 +358,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, user):
     held = run_module.lock(run)
     before = tree(run)
     code, _, err = user(train.main, *flags(out=tmp_path, images=16))
-    assert code == 2 and "another process is training" in err[-1] and tree(run) == before
+    assert code == 2 and "another process is writing to" in err[-1] and tree(run) == before
     held.close()
     assert user(train.main, *flags(out=tmp_path, images=16))[0] == 0
 
