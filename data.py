@@ -191,7 +191,7 @@ def outlive_signals(worker: int) -> None:
     """A signal to stop reaches the whole process group (Ctrl-C, timeout, Slurm); the trainer, which needs its workers to finish
     the step, ends them itself. Should it die, they notice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))                  # by then the step is done; an exit that waits for us must end
 
 
 def to_float(images: Tensor) -> Tensor:
