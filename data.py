@@ -10,6 +10,7 @@ Randomness is a function: which image is seen at position p of the run, its crop
 dropout depend on (seed, p) and on nothing else. So a resumed run, more ranks or another objective see exactly the same.
 """
 
+import gc
 import hashlib
 import signal
 from collections import Counter
@@ -178,13 +179,19 @@ def batches(stream: Stream, groups: Iterator[list[int]], workers: int = 0, pin: 
     Worker processes decode ahead, four batches each; what comes out does not depend on how many there are."""
     loader = iter(DataLoader(stream, batch_sampler=groups, num_workers=workers, pin_memory=pin,
                              prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals))
-    while True:
+    fault = ""
+    while not fault:
         try:
-            yield next(loader)
+            batch = next(loader)
         except StopIteration:
             return
         except UserError as error:                                              # from a worker it comes wrapped in a traceback
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")) from None
+            fault = str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")
+        else:
+            yield batch
+    del loader
+    gc.collect()                                                                # torch's wrapped error is a cycle that would keep the workers to the exit
+    raise UserError(fault)
 
 
 def outlive_signals(worker: int) -> None:
