@@ -10,9 +10,9 @@ Randomness is a function: which image is seen at position p of the run, its crop
 dropout depend on (seed, p) and on nothing else. So a resumed run, more ranks or another objective see exactly the same.
 """
 
-import gc
 import hashlib
 import signal
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -187,10 +187,10 @@ def batches(stream: Stream, groups: Iterator[list[int]], workers: int = 0, pin: 
             return
         except UserError as error:                                              # from a worker it comes wrapped in a traceback
             fault = str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")
+            traceback.clear_frames(error.__traceback__)                         # a cycle in them would keep the workers until the exit
         else:
             yield batch
     del loader
-    gc.collect()                                                                # torch's wrapped error is a cycle that would keep the workers to the exit
     raise UserError(fault)
 
 

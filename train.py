@@ -10,6 +10,7 @@
 A run is a folder: config.json, log.jsonl, vae.safetensors, samples/, ckpt/.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -446,27 +447,28 @@ def train(cfg: Config, ranks: Ranks) -> None:
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
         else min(8, (os.cpu_count() or 1) // ranks.world)
     stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
-    loader = data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin=ranks.device.type == "cuda")
     bar = tqdm(total=cfg.images, initial=tr.seen, unit="img", disable=None if ranks.rank == 0 else True)
-    while tr.seen < cfg.images and not stop.asked(ranks):
-        lr = learning_rate(tr.seen, cfg)
-        norm = step(tr, loader)
-        bar.update(cfg.batch)
-        if due(tr.seen, cfg.log_every, cfg.batch) or (cfg.log_every and tr.seen >= cfg.images):
-            row = log.report(tr, norm, lr, clock)
-            loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
-            bar.set_postfix(loss=loss)
-            if bar.disable and ranks.rank == 0:                                 # no terminal: a line a report instead of a bar
-                print(f"{tr.seen:>11,} images  loss {loss}  {row['images_per_s']:.1f} images/s  "
-                      f"{(cfg.images - tr.seen) / row['images_per_s']:.0f} s left", flush=True)
-        with clock.paused():
-            looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
-            if looks and len(tr.ds.heldout):
-                log.write(held_out_loss(tr))
-            if due(tr.seen, cfg.preview_every, cfg.batch):
-                preview(tr)
-            if due(tr.seen, cfg.save_every, cfg.batch):
-                save(tr)
+    batches = data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin=ranks.device.type == "cuda")
+    with contextlib.closing(batches):                                           # its worker processes end here, whatever happens
+        while tr.seen < cfg.images and not stop.asked(ranks):
+            lr = learning_rate(tr.seen, cfg)
+            norm = step(tr, batches)
+            bar.update(cfg.batch)
+            if due(tr.seen, cfg.log_every, cfg.batch) or (cfg.log_every and tr.seen >= cfg.images):
+                row = log.report(tr, norm, lr, clock)
+                loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+                bar.set_postfix(loss=loss)
+                if bar.disable and ranks.rank == 0:                             # no terminal: a line a report instead of a bar
+                    print(f"{tr.seen:>11,} images  loss {loss}  {row['images_per_s']:.1f} images/s  "
+                          f"{(cfg.images - tr.seen) / row['images_per_s']:.0f} s left", flush=True)
+            with clock.paused():
+                looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
+                if looks and len(tr.ds.heldout):
+                    log.write(held_out_loss(tr))
+                if due(tr.seen, cfg.preview_every, cfg.batch):
+                    preview(tr)
+                if due(tr.seen, cfg.save_every, cfg.batch):
+                    save(tr)
     bar.close()
     finish(tr, log, final)
 

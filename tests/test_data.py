@@ -1,7 +1,12 @@
 """Datasets, tags, stages, and an order that is a function of (seed, position)."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ from data import Stream, batches, classes_of, index_at, open_dataset, rng
 from images import decode
 from tags import normalize_tag, split_tags
 from vae import fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -267,3 +274,30 @@ def test_autoencoders_that_cannot_be():
         pixel(8).latent_shape(60)
     with pytest.raises(UserError, match="wanted pixel"):
         load_vae("flux9")
+
+
+@pytest.mark.parametrize("ending", ["error", "abandoned"])
+def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
+    """They ignore SIGTERM for 20 s, so whoever is done with them has to end them; else an exit joins them for ever."""
+    for i in range(8):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    script = f"""if True:
+        import sys, sources
+        from config import cli
+        from data import Stream, batches, open_dataset
+        sources.IN_MEMORY = 0
+        ds = open_dataset({str(tmp_path)!r}, resolution=16, holdout=0)
+        loader = batches(Stream(ds, None, (2, 4, 4), 0), iter([list(range(8))] * 99), workers=2)
+        next(loader)
+        if {ending!r} == "error":
+            open({str(tmp_path / "3.png")!r}, "w").close()
+            cli(lambda: list(loader))
+        print("left")
+    """
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ending == "error":
+        assert done.returncode == 2 and done.stderr.startswith("error: 3.png"), done.stderr
+        assert time.monotonic() - start < 15
+    else:
+        assert done.stdout == "left\n"
