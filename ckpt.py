@@ -28,14 +28,14 @@ from torch import Tensor
 
 import layouts
 from config import UserError, cli, closest, parse
-from files import (META, WEIGHTS, Container, Entry, fsync, is_ours, make_dir, open_weights, origin, raw_bytes, read_meta, resolve,
-                   rounded, stream_tensors, text_meta, weights_in, write_tensors, write_text)
-from kernels.dispatch import reference
+from files import (META, WEIGHTS, Container, Entry, fsync, is_ours, make_dir, open_weights, raw_bytes, read_meta, rounded,
+                   stream_tensors, text_meta, weights_in, write_tensors, write_text)
+from hub import origin, resolve
 from model import UNet, UNetConfig, infer_config
 from objectives import Objective, make_objective
+from probe import PROBE_LIMIT, probe
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-PROBE_LIMIT = 1e9                            # parameters: above, one more pass over the weights would be felt
 # What our metadata may hold, as far as this code reads it.
 KINDS = {"unet": dict, "layout": str, "fingerprint": str, "images": int, "source": str, "sha256": str, "run": str, "resolution": int,
          "classes": list, "vae": dict, "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)), "probe": list}
@@ -59,45 +59,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(raw_bytes(t))
         del t                                                                   # before the next one is read
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def probe(cfg: UNetConfig, tensors: Mapping[str, Tensor]) -> list[float]:
-    """Eight output values on a fixed input, in fp32 on the CPU: what names and shapes cannot show (heads, their order, eps).
-
-    The lowest level sees 2×2: a softmax over one position would hide the heads. A tensor is asked for when its layer runs and
-    forgotten after, so that one at a time is in memory.
-    """
-    with torch.device("meta"):
-        net = UNet(cfg).eval()
-    for path, module in net.named_modules():
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        read = {name: property(lambda self, name=f"{path}.{name}": tensors[name].detach().cpu().float()) for name in names}
-        if isinstance(module, nn.Conv2d):
-            read["forward"] = lean_convolution
-        for name in names:
-            del module._parameters[name]
-        module.__class__ = type(type(module).__name__, (type(module),), read)   # found before nn.Module looks for parameters
-    side = 2 ** len(cfg.channel_mult)
-
-    def wave(*shape: int) -> Tensor:
-        return torch.sin(1.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64)).float().view(shape) * 1.4
-
-    y = wave(1, cfg.vector_dim) if cfg.vector_dim else torch.tensor([cfg.num_classes - 1]) if cfg.num_classes else None
-    context = wave(1, 3, cfg.context_dim) if cfg.context_dim else None
-    with reference(), torch.autocast("cpu", enabled=False):
-        out = net(wave(1, cfg.in_channels, side, side), torch.tensor([371.0]), y, context)
-    return out.flatten()[::max(out.numel() // 8, 1)][:8].tolist()
-
-
-def lean_convolution(self: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution that copies the smaller of picture and weights: the CPU's own kernels copy weights into another order."""
-    weight, bias = self.weight, self.bias
-    if x.numel() > weight.numel():
-        return nn.functional.conv2d(x, weight, bias, self.stride, self.padding)
-    columns = nn.functional.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)[0]        # (in · k · k, H' · W')
-    side = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], self.padding, self.kernel_size, self.stride)]
-    return (weight.flatten(1) @ columns + bias[:, None]).view(1, -1, *side)
 
 
 def save_unet(path: Path | str, unet: nn.Module, meta: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> str:
@@ -426,109 +387,6 @@ def parameters(box: Container) -> int:
     return sum(torch.Size(e.shape).numel() for e in box.table.values())
 
 
-# ---- looking and comparing ------------------------------------------------------------------------------------------
-
-def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
-    """What a file is, line by line, and what would have to be added to sample from it."""
-    file, known, untold = find_checkpoint(path), {k: v for k, v in known.items() if v is not None}, []
-    try:
-        source = open_unet(file, **known)
-    except UserError as error:                                                  # all but what no tensor shows may still be told
-        heads_told = known.keys() & {"num_heads", "num_head_channels"}
-        guesses = {"attention_order": "legacy"} | ({} if heads_told else {"num_heads": 1})
-        try:
-            source = open_unet(file, **{**guesses, **known})
-        except UserError:
-            raise error from None
-        untold = [("heads", "--num-heads or --num-head-channels")] * (not heads_told)
-        untold += [("attention order", "--attention-order")] * ("attention_order" not in known and not source.cfg.context_dim)
-    cfg, box, meta = source.cfg, source.weights, source.meta
-    mark, dtypes = fingerprint(box), [str(entry.dtype).removeprefix("torch.") for entry in box.table.values()]
-    if meta.get("fingerprint", mark) != mark:
-        raise UserError(f"{path}: the weights do not match their own fingerprint; the file was altered or damaged.")
-    missing = [f"{' and '.join(what for what, _ in untold)} ({', '.join(flag for _, flag in untold)})"] if untold else []
-    if table:
-        meta["objective"] = with_table(meta, table, path)
-    objective = meta["objective"] if isinstance(meta.get("objective"), (str, type(None))) else \
-        " ".join(f"{k}={v}" for k, v in meta["objective"].items() if k in ("name", "target", "table"))
-    unknown = {"dropout", *(("num_heads", "num_head_channels") if any(what == "heads" for what, _ in untold) else ()),
-               *(("attention_order",) if cfg.context_dim or any(what == "attention order" for what, _ in untold) else ())}
-    shown = " ".join(f"{f.name}={','.join(f'{v:g}' for v in value) if isinstance(value := getattr(cfg, f.name), tuple) else value}"
-                     for f in fields(cfg) if f.name not in unknown)
-    if objective is None:
-        missing.append("objective (--objective)")
-    if objective in ("eps", "v", "x0", None):
-        missing.append("noise schedule (--table)" + " of eps, v or x0" * (objective is None))
-    if "vae" not in meta and cfg.in_channels != 3:
-        missing.append("autoencoder (--vae)")
-    if cfg.context_dim:
-        missing.append("text encoders (not part of this code yet)")
-    if "resolution" not in meta:
-        missing.append("size of the images (--resolution)")
-    lines = {"file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})", "layout": source.layout, "family": layouts.family(cfg),
-             "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()), "config": shown,
-             "parameters": f"{parameters(box):,} in {len(box)} tensors",
-             "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))), "objective": objective or "not said",
-             "probe": "none: above 1e9 parameters" * (parameters(box) > PROBE_LIMIT and "probe" not in meta),
-             "ema": meta.get("ema"), "images": meta.get("images") and f"{meta['images']:,}", "source": meta.get("source"),
-             "sha256": meta.get("sha256"), "fingerprint": mark, "missing": "; ".join(missing) or "nothing, samplers.py can draw from it"}
-    return [f"{key:<12} {value}" for key, value in lines.items() if value]
-
-
-def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
-    """Two networks to compare. What one file cannot say is taken from the other, whichever comes first."""
-    files, found, errors = [find_checkpoint(a), find_checkpoint(b)], [], []
-    for file in files:
-        try:
-            found.append(open_unet(file, **known))
-        except UserError as error:
-            found.append(None)
-            errors.append(error)
-    if len(errors) == 2:
-        raise errors[0]
-    if errors:
-        told = next(source for source in found if source)
-        heads = {"num_head_channels": told.cfg.num_head_channels} if told.cfg.num_head_channels else {"num_heads": told.cfg.num_heads}
-        if told.layout != "diffusers" or "unet" in told.meta:                   # qkv rows are in no order in files of diffusers
-            heads["attention_order"] = told.cfg.attention_order
-        found = [source or open_unet(file, **{**heads, **known}) for file, source in zip(files, found)]
-    return found
-
-
-def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
-    """Whether two files hold the same network, and if not, how far apart each block is."""
-    one, two = open_both(a, b, known)
-    differs = differences(one.cfg, two.cfg)
-    if {k: e.shape for k, e in one.weights.table.items()} != {k: e.shape for k, e in two.weights.table.items()}:
-        return False, [f"another architecture: {'; '.join(differs)}"]
-    sums: dict[str, list[float]] = {}
-    bitwise = True
-    for name in one.weights:
-        x, y = (in_new_order(source.cfg, name, source.weights[name]) for source in (one, two))
-        same = x.dtype == y.dtype and torch.equal(*(torch.from_numpy(raw_bytes(t)) for t in (x, y)))      # NaN too
-        bitwise = bitwise and same
-        block = sums.setdefault(".".join(name.split(".")[:2 if name.startswith(("input_blocks", "output_blocks")) else 1]), [0.0, 0.0])
-        for u, v in zip(x.flatten().split(2 ** 20), y.flatten().split(2 ** 20)):             # fp64 of a whole tensor would be large
-            block[0] += 0.0 if same else float((u.double() - v.double()).square().sum())
-            block[1] += float(u.float().square().sum())
-    if bitwise and not differs:
-        return True, [f"the same weights, bit for bit ({len(one.weights)} tensors, {one.layout} / {two.layout})"]
-    lines = [f"another config: {'; '.join(differs)}"] if differs else []
-    dtypes = [" + ".join(sorted({str(e.dtype).removeprefix("torch.") for e in s.weights.table.values()})) for s in (one, two)]
-    lines += [f"another dtype: {' / '.join(dtypes)}"] if len(set(dtypes)) > 1 else []
-    rows = {block: (d / n) ** 0.5 if n else float(d > 0) for block, (d, n) in sums.items() if d != 0}
-    lines += [f"{len(rows)} of {len(sums)} blocks differ; relative L2:" if rows else "the values are equal"]
-    return False, lines + [f"  {block:<18} {value:.3e}" for block, value in rows.items()]
-
-
-def in_new_order(cfg: UNetConfig, name: str, tensor: Tensor) -> Tensor:
-    """ADM's qkv in one order of its rows, whichever the file has: the same network may be written in both."""
-    if ".qkv." not in name or cfg.attention_order == "new":
-        return tensor
-    C = tensor.shape[0] // 3
-    return layouts.reorder_attention(tensor, C // cfg.head_channels(C), "new")
-
-
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -563,6 +421,7 @@ def positional(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
+    from examine import inspect, verify                                         # here, for it builds on this file
     words, flags = positional(sys.argv[1:])
     o, dry_run = parse(Options, __doc__.replace("\n\n", "\n", 1), flags)
     command, names = (words[0], words[1:]) if words else ("", [])

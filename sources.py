@@ -26,7 +26,7 @@ from tqdm import tqdm
 import robo
 import toyfaces
 from config import UserError
-from files import HUB, explained
+from hub import HUB, explained
 from images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip
 from tags import COLUMNS, TABLES, TagTable, printable, read_tags, split_tags
 

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
@@ -26,19 +26,21 @@ from tqdm import tqdm
 import data
 import robo
 import toyfaces
-from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
+from ckpt import checkpoints, fingerprint, load_strict, load_unet, read_tensors
 from config import UserError, autocast, cli, closest, parse, versions
-from data import Dataset, Stream, open_dataset, to_float
-from files import META, make_dir, open_weights, write_text
+from data import Dataset, Stream, open_dataset
+from ema import EMA
+from files import make_dir, write_text
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
-from latents import cache_vae, is_cache, latents_of, self_check
-from model import PRESETS, UNet, UNetConfig, num_params
+from latents import latents_of
+from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, read_config, save_checkpoint)
 from samplers import save_grid
-from vae import VAE, AnyVAE, enough, fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
+from start import make_vae, start_from
+from vae import AnyVAE, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
 
@@ -119,29 +121,6 @@ def learning_rate(seen: int, cfg: Config) -> float:
 def due(seen: int, every: int, batch: int) -> bool:
     """Did the last step cross a multiple of `every`?"""
     return every > 0 and seen // every > (seen - batch) // every
-
-
-class EMA:
-    """Power-function averages of the weights (Karras et al. 2024, "EDM2", sec. 3): after n images the weight of what was
-    seen at m is ∝ m^gamma, so the profile scales with the run and has no cold start. `width` = sigma_rel."""
-
-    def __init__(self, net: torch.nn.Module, widths: tuple[float, ...]):
-        self.exponents, self.weights = {}, {}
-        for width in sorted(widths):                                            # the narrowest first: it is what one samples
-            # sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)), solved for gamma
-            roots = torch.linalg.eigvals(torch.tensor([[-7.0, width ** -2 - 16, width ** -2 - 12], [1, 0, 0], [0, 1, 0]],
-                                                      dtype=torch.float64))
-            self.exponents[f"{width:.3f}"] = float(roots.real.max()) + 1
-            self.weights[f"{width:.3f}"] = {k: v.detach().clone() for k, v in net.named_parameters()}
-
-    def pairs(self, seen: int, batch: int) -> list[tuple[list[Tensor], float]]:
-        """(an average's tensors in the order of the parameters, the weight beta of what it holds) for the step to `seen`."""
-        return [(list(weights.values()), (1 - batch / seen) ** self.exponents[key]) for key, weights in self.weights.items()]
-
-    @torch.no_grad()
-    def update(self, net: torch.nn.Module, seen: int, batch: int) -> None:
-        for weights, beta in self.pairs(seen, batch):
-            torch._foreach_lerp_(weights, [p.detach() for p in net.parameters()], 1 - beta)
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
@@ -264,62 +243,6 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if checkpoints(run):
         load_state(trainer)
     return trainer
-
-
-def start_from(cfg: Config, name: str) -> tuple[UNet, dict[str, Any]]:
-    """The network to start from. Where its file does not say its heads and their order, --model does, and must be what it was made with."""
-    path, preset, told = find_checkpoint(name), PRESETS[cfg.model], {"heads", "order"}
-    try:
-        source = open_unet(path)
-    except UserError:
-        if META in open_weights(path).meta:                                     # ours says its heads: something else is wrong
-            raise
-        source, told = open_unet(path, num_heads=1, attention_order="legacy"), set()   # what else is wrong is raised now
-    told -= set() if "unet" in source.meta else {"order"}                       # diffusers' files have none: theirs becomes --model's
-
-    def traits(unet: UNetConfig) -> dict[str, Any]:
-        unseen = {"in_channels", "out_channels", "num_classes", "dropout", "linear_projection", "num_heads", "num_head_channels", "attention_order"}
-        used = [C for C, depth in zip(unet.channels, (*unet.attention[:-1], 1)) if depth]
-        widths = [unet.head_channels(C) for C in used]
-        return {**{f.name: getattr(unet, f.name) for f in fields(unet) if f.name not in unseen}, **({"channels a head": widths} if "heads" in told else {}),
-                **({"attention_order": unet.attention_order} if "order" in told and widths != used else {})}   # one head has none
-    its, ours = traits(source.cfg), traits(preset)
-    if differs := [key for key in its if key in ours and its[key] != ours[key]]:
-        same = " or ".join(key for key, unet in PRESETS.items() if traits(unet) == its)
-        has, wanted = (", ".join(f"{key} {which[key]}" for key in differs) for which in (its, ours))
-        raise UserError(f"--init {name} is of another architecture: it has {has}; --model {cfg.model} is {wanted}.  Choose the preset it was made "
-                        f"with{f' (--model {same})' * bool(same)}.")
-    say = () if "order" in told else ("attention_order",) if "heads" in told else ("num_heads", "num_head_channels", "attention_order")
-    return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
-
-
-def make_vae(cfg: Config, run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> AnyVAE:
-    """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
-    if (run / "vae.safetensors").exists():
-        vae = load_vae(run / "vae.safetensors")
-        if is_cache(cfg.data):
-            self_check(ds.source, vae)
-        return vae
-    named = None if cfg.vae == "pca" else load_vae(cfg.vae)
-    if is_cache(cfg.data):
-        named = named or cache_vae(Path(cfg.data))                              # the same, wherever its file lies now
-        self_check(ds.source, named)
-    if init_meta is not None and "vae" not in init_meta and named is None:
-        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae FILE, "
-                        "pixel or pixel:N; pca is fitted anew to every data set, so it does not count.")
-    if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
-        vae = vae_from_meta(init_meta["vae"], cfg.vae if isinstance(named, VAE) and "family" in init_meta["vae"] else "")
-        if vae.name != "pca" if named is None else vae.mark != named.mark:
-            raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
-                            "out, or name the same autoencoder.")
-        return vae
-    if named is not None:
-        return named
-    pixel(8).latent_shape(cfg.resolution)
-    images = to_float(ds.images(range(min(len(ds), enough(cfg.resolution)))))
-    vae = fit_pca(images)
-    print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
-    return vae
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

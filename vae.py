@@ -25,13 +25,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from blocks import Upsample, norm_act
 from ckpt import check_shapes, fingerprint, load_strict, some
 from config import UserError, cli, closest
-from files import META, Container, open_weights, origin, read_meta, resolve, write_tensors
+from files import META, Container, open_weights, read_meta, write_tensors
+from hub import origin, resolve
 from kernels.attention import attention
 from layouts import parts
 from linear import LinearVAE, enough, fit_pca, linear_from_meta, pixel, psnr, text   # noqa: F401  this file is where the rest of the code finds them
-from model import Upsample, norm_act
 
 
 class Family(NamedTuple):

@@ -18,7 +18,8 @@ import torch
 
 import layouts
 from benchmarks import record
-from ckpt import convert, save_unet, verify
+from ckpt import convert, save_unet
+from examine import verify
 from files import stream_tensors
 from model import PRESETS, UNet
 

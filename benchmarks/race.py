@@ -150,3 +150,17 @@ def race(makers: dict[str, Callable[[], Callable[[], Any]]], repeats: int, uncap
         results[name] = {**spread(times[name]["cold"]), "repeats": len(times[name]["cold"]), "how": run.how,
                          **({"warm seconds": statistics.median(times[name]["warm"])} if CUDA else {})}
     return {name: results[name] for name in makers}
+
+
+def alternate(calls: dict[str, Callable[[], Any]], rounds: int, times_each: int = 1) -> dict[str, float]:
+    """Median seconds a call of each side on a CPU, measured in turns so that a noisy machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(times_each):
+                call()
+            seconds[name].append((time.perf_counter() - start) / times_each)
+    return {name: statistics.median(v) for name, v in seconds.items()}

@@ -11,10 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MAP = {
-    "model.py": "the U-Nets: ADM's and Stable Diffusion's blocks, presets, their authors' key names",
+    "model.py": "the U-Nets: config, presets, forward; the config that a file's names and shapes tell",
+    "blocks.py": "what they are made of: ADM's blocks, Stable Diffusion's transformer, under their authors' names",
     "objectives.py": "one interpolant; DDPM, v, x0, flow matching; times, weights, losses; conversion to one velocity",
     "samplers.py": "Euler, Heun, DDIM, DDPM, Dormand–Prince; guidance; the sampling command",
     "train.py": "the training loop, and all of its settings on one screen",
+    "start.py": "what a run starts from: another network's weights, an autoencoder",
+    "ema.py": "power-function averages of the weights",
     "run.py": "a run: its ranks, its folder, its log, its signals",
     "watch.py": "held-out loss by t, sample previews",
     "data.py": "stages cut out by tag, and an order that is a function of (seed, images seen)",
@@ -26,8 +29,11 @@ MAP = {
     "robo.py": "real tagged art, put together from the pictures of robohash",
     "vae.py": "autoencoders of SD, SDXL, Flux 1 and Flux 2, in every layout",
     "linear.py": "the linear autoencoder that needs no download, and pixels",
-    "ckpt.py": "U-Nets on disk, ours and others': load, save, convert, inspect, verify; strict and self-describing",
-    "files.py": "tensors on disk: any container by its content, streamed and atomic writing, the Hub",
+    "ckpt.py": "U-Nets on disk, ours and others': load, save, convert; strict and self-describing",
+    "examine.py": "what a file is and lacks; whether two hold the same network",
+    "probe.py": "what a network computes, in eight numbers, kept with its weights",
+    "files.py": "tensors on disk: any container by its content, streamed and atomic writing",
+    "hub.py": "hf:org/name, fetched once, with its commit and sha256",
     "layouts.py": "what other code bases call our tensors and configs: exact maps in both directions",
     "config.py": "dataclass → command line; one-line errors; device and precision",
     "kernels/attention.py": "attention, forward and backward",

@@ -6,10 +6,8 @@
 """
 
 import itertools
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train
 from benchmarks import record
+from benchmarks.race import alternate
 from benchmarks.peer_unet import peer_unet
 from model import PRESETS, UNet, UNetConfig
 from run import Ranks
@@ -44,20 +43,6 @@ def stepper(net: torch.nn.Module, call, batch: int, side: int):
     return step
 
 
-def alternate(steps: dict) -> dict[str, float]:
-    """Median seconds a step of each side, measured in turns so that a noisy machine hits all alike."""
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            times[name].append((time.perf_counter() - start) / STEPS)
-    return {name: statistics.median(v) for name, v in times.items()}
-
-
 def against_diffusers(cfg: UNetConfig, batch: int, side: int) -> dict[str, float]:
     net = UNet(cfg)
     for p in net.parameters():
@@ -70,7 +55,8 @@ def against_diffusers(cfg: UNetConfig, batch: int, side: int) -> dict[str, float
     assert error < 1e-3, f"not the same function: {error}"
     times = alternate({"ours": stepper(net, lambda n, x, t: n(x, t), batch, side),
                        "diffusers": stepper(stock, lambda n, x, t: n(x, t).sample, batch, side),
-                       "diffusers channels_last": stepper(nhwc, lambda n, x, t: n(x.contiguous(memory_format=torch.channels_last), t).sample, batch, side)})
+                       "diffusers channels_last": stepper(nhwc, lambda n, x, t: n(x.contiguous(memory_format=torch.channels_last), t).sample, batch, side)},
+                      ROUNDS, STEPS)
     return {**{f"{k} s/step": v for k, v in times.items()}, "images/s": batch / times["ours"],
             "ratio to diffusers": times["diffusers"] / times["ours"],
             "ratio to diffusers channels_last": times["diffusers channels_last"] / times["ours"], "max output difference": error}
@@ -84,7 +70,7 @@ def loading() -> dict[str, float]:
         stream = data.Stream(tr.ds, None, tr.latent_shape, cfg.seed)
         real = data.batches(stream, train.positions(cfg, tr.ranks, 0))
         constant = itertools.repeat(next(data.batches(stream, train.positions(cfg, tr.ranks, 0))))
-        times = alternate({"real": lambda: train.step(tr, real), "constant": lambda: train.step(tr, constant)})
+        times = alternate({"real": lambda: train.step(tr, real), "constant": lambda: train.step(tr, constant)}, ROUNDS, STEPS)
     return {"real data s/step": times["real"], "constant batch s/step": times["constant"], "ratio": times["real"] / times["constant"]}
 
 

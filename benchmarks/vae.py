@@ -4,9 +4,7 @@ Our VAE against diffusers' classes of full size with the same random weights, as
 alternating, medians, as a ratio (above 1 = ours is faster).
 """
 
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import diffusers
@@ -14,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import record
+from benchmarks.race import alternate
 from vae import VAE, VAEConfig, vae_map
 
 ROUNDS = 5
@@ -34,19 +33,6 @@ def peer(vae: VAE) -> torch.nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def alternate(calls: dict) -> dict[str, float]:
-    """Median seconds a call of each side, measured in turns so that a noisy machine hits all alike."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(v) for name, v in times.items()}
-
-
 @torch.no_grad()
 def against_diffusers(family: str, cfg: VAEConfig, batch: int, side: int) -> dict[str, float]:
     ours = VAE(cfg, family)
@@ -61,7 +47,7 @@ def against_diffusers(family: str, cfg: VAEConfig, batch: int, side: int) -> dic
                                    "diffusers channels_last": lambda: nhwc.encode(x.contiguous(memory_format=last)).latent_dist.mean},
                         "decode": {"ours": lambda: ours.decode(latents), "diffusers": lambda: stock.decode(z).sample,
                                    "diffusers channels_last": lambda: nhwc.decode(z.contiguous(memory_format=last)).sample}}.items():
-        times = alternate(calls)
+        times = alternate(calls, ROUNDS)
         row |= {f"{part}, {k} s": v for k, v in times.items()} | {f"{part}, images/s": batch / times["ours"]}
         row |= {f"{part}, ratio to {k}": times[k] / times["ours"] for k in list(times)[1:]}
     return row

@@ -99,6 +99,13 @@ def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, 
 
 
 @triton.jit
+def weights(qt, kt, ls, j, M, scale2):
+    """softmax(q·k) of the keys j, made again from the forward pass's log-sum; 0 beyond the last."""
+    p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
+    return tl.where((j < M)[None, :], p, 0.0)
+
+
+@triton.jit
 def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
                       heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
     """dq of BN queries: k and v pass by."""
@@ -117,8 +124,7 @@ def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, v
         cols = (j < M)[:, None]
         kt = tile(k, j, kn, d, cols)
         vt = tile(v, j, vn, d, cols)
-        p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
-        p = tl.where((j < M)[None, :], p, 0.0)
+        p = weights(qt, kt, ls, j, M, scale2)
         ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
         dqt += tl.dot(ds.to(kt.dtype), kt, input_precision="ieee")
     tl.store(dq + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
@@ -144,8 +150,7 @@ def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, k
         cols = (j < M)[:, None]
         kt = tile(k, j, kn, d, cols)
         vt = tile(v, j, vn, d, cols)
-        p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
-        p = tl.where((j < M)[None, :], p, 0.0)
+        p = weights(qt, kt, ls, j, M, scale2)
         at = b * eb + h * eh + j.to(tl.int64)[:, None] * en + d[None, :]
         tl.store(dv + at, tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision="ieee").to(dv.dtype.element_ty), mask=cols)
         ds = (p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])).to(qt.dtype)

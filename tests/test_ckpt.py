@@ -16,17 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt
+import examine
 import files
 import layouts
 import run
 import samplers
 import train
-from ckpt import checkpoints, convert, find_checkpoint, fingerprint, inspect, load_unet, read_tensors, save_unet
+from ckpt import checkpoints, convert, find_checkpoint, fingerprint, load_unet, read_tensors, save_unet
 from config import UserError
 from conftest import ROOT, randomize
+from examine import inspect, verify
 from files import META, text_meta, write_tensors
 from model import PRESETS, UNet, UNetConfig
 from objectives import make_objective
+from probe import probe
 from run import save_checkpoint
 from vae import pixel
 
@@ -224,15 +227,15 @@ def test_raw_weights_and_ema_are_not_mixed_up(net, tmp_path):
 @pytest.mark.parametrize("family", TINY)
 def test_the_probe_sees_heads_and_order_and_touches_nothing(family, tmp_path, capfd, monkeypatch):
     net = randomize(UNet(TINY[family]))
-    value, state = ckpt.probe(net.cfg, net.state_dict()), torch.get_rng_state()
-    assert len(value) == 8 and value == ckpt.probe(net.cfg, {k: v.double() for k, v in net.state_dict().items()})
+    value, state = probe(net.cfg, net.state_dict()), torch.get_rng_state()
+    assert len(value) == 8 and value == probe(net.cfg, {k: v.double() for k, v in net.state_dict().items()})
     others = [replace(net.cfg, num_heads=8, num_head_channels=0), replace(net.cfg, num_heads=1, num_head_channels=0)]
     others += [replace(net.cfg, attention_order="new" if net.cfg.attention_order == "legacy" else "legacy")] if not net.cfg.context_dim else []
     for other in others:
-        assert max(abs(a - b) for a, b in zip(value, ckpt.probe(other, net.state_dict()))) > 5e-3 * max(map(abs, value))
+        assert max(abs(a - b) for a, b in zip(value, probe(other, net.state_dict()))) > 5e-3 * max(map(abs, value))
     assert torch.equal(state, torch.get_rng_state())
     monkeypatch.setenv("KERNELS", "triton")                                     # on the side: neither interpreted nor said
-    assert ckpt.probe(net.cfg, net.state_dict()) == value and capfd.readouterr().err == ""
+    assert probe(net.cfg, net.state_dict()) == value and capfd.readouterr().err == ""
     save_unet(tmp_path / "m", net.bfloat16(), {})
     again, meta = load_unet(tmp_path / "m")
     assert same(again, net) and len(meta["probe"]) == 8
@@ -594,8 +597,9 @@ def test_converting_checks_the_probe_and_leaves_one(tmp_path, monkeypatch):
     for src, dst, dtype, known in (("f.pt", "1.safetensors", None, heads(ADM)), ("a", "2.safetensors", "bf16", {})):
         convert(tmp_path / src, tmp_path / dst, "native", dtype, **known)
         again, meta = load_unet(tmp_path / dst)
-        assert meta["probe"] == pytest.approx(ckpt.probe(ADM, again.state_dict()), rel=1e-5)
-    monkeypatch.setattr(ckpt, "PROBE_LIMIT", 10)
+        assert meta["probe"] == pytest.approx(probe(ADM, again.state_dict()), rel=1e-5)
+    for module in (ckpt, examine):
+        monkeypatch.setattr(module, "PROBE_LIMIT", 10)
     convert(tmp_path / "f.pt", tmp_path / "3.safetensors", "native", **heads(ADM))
     assert "probe" not in load_unet(tmp_path / "3.safetensors")[1]
     assert "probe        none: above" in "\n".join(inspect(tmp_path / "3.safetensors"))
@@ -725,7 +729,7 @@ def test_inspect_asks_transformers_for_no_order(tmp_path, user):
 def test_verify_does_not_depend_on_the_order_of_its_arguments(tmp_path):
     def check(a, b, wanted):
         for pair in ((a, b), (b, a)):
-            same, lines = ckpt.verify(*(tmp_path / name for name in pair))
+            same, lines = verify(*(tmp_path / name for name in pair))
             assert same == wanted, lines
     net = randomize(UNet(ADM))
     save_unet(tmp_path / "own", net, {})
@@ -736,7 +740,7 @@ def test_verify_does_not_depend_on_the_order_of_its_arguments(tmp_path):
     check("own", "bare.pt", True)
     check("own", "d", True)
     with pytest.raises(UserError, match="order of the qkv rows"):               # neither says it
-        ckpt.verify(tmp_path / "d", tmp_path / "bare.pt")
+        verify(tmp_path / "d", tmp_path / "bare.pt")
     other = UNet(replace(ADM, attention_order="new"))
     other.load_state_dict({k: layouts.reorder_attention(v, v.shape[0] // 48, "new") if ".qkv." in k else v for k, v in net.state_dict().items()})
     save_unet(tmp_path / "new", other, {})
@@ -760,7 +764,7 @@ def test_only_verify_says_no_with_exit_code_1(tmp_path, user, monkeypatch, capsy
     def main_of(error):
         def fail(*_):
             raise error
-        monkeypatch.setattr(files, "open_weights", fail)
+        monkeypatch.setattr(ckpt, "open_weights", fail)                         # which examine.py builds on
         monkeypatch.setattr(sys, "argv", ["ckpt.py", "verify", str(tmp_path / "a"), str(tmp_path / "a")])
         (tmp_path / "a").touch()
         with pytest.raises(SystemExit) as stop:

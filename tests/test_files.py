@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import files
-from ckpt import fingerprint, inspect, load_unet, save_unet
+from ckpt import fingerprint, load_unet, save_unet
 from config import UserError
 from conftest import randomize
-from files import META, open_weights, origin, read_meta, resolve, stream_tensors, write_tensors
+from examine import inspect
+from files import META, open_weights, read_meta, stream_tensors, write_tensors
+from hub import origin, resolve
 from model import UNet, UNetConfig
 
 CFG = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention=(1,), num_heads=2)

@@ -21,9 +21,10 @@ import watch
 from ckpt import checkpoints, convert, fingerprint, load_unet, save_unet
 from config import UserError
 from data import Stream
+from ema import EMA
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective
-from train import Config, EMA, Ranks, due, learning_rate, resolve
+from train import Config, Ranks, due, learning_rate, resolve
 from vae import load_vae, pixel
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

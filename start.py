@@ -1,0 +1,74 @@
+"""What a run starts from: the weights of another network, and the autoencoder whose latents it learns."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ckpt import find_checkpoint, load_unet, open_unet
+from config import UserError
+from data import Dataset, to_float
+from files import META, open_weights
+from latents import cache_vae, is_cache, self_check
+from model import PRESETS, UNet, UNetConfig
+from vae import VAE, AnyVAE, enough, fit_pca, load_vae, pixel, psnr, vae_from_meta
+
+if TYPE_CHECKING:
+    from train import Config
+
+
+def start_from(cfg: "Config", name: str) -> tuple[UNet, dict[str, Any]]:
+    """The network to start from. Where its file does not say its heads and their order, --model does, and must be what it was made with."""
+    path, preset, told = find_checkpoint(name), PRESETS[cfg.model], {"heads", "order"}
+    try:
+        source = open_unet(path)
+    except UserError:
+        if META in open_weights(path).meta:                                     # ours says its heads: something else is wrong
+            raise
+        source, told = open_unet(path, num_heads=1, attention_order="legacy"), set()   # what else is wrong is raised now
+    told -= set() if "unet" in source.meta else {"order"}                       # diffusers' files have none: theirs becomes --model's
+
+    def traits(unet: UNetConfig) -> dict[str, Any]:
+        unseen = {"in_channels", "out_channels", "num_classes", "dropout", "linear_projection", "num_heads", "num_head_channels", "attention_order"}
+        used = [C for C, depth in zip(unet.channels, (*unet.attention[:-1], 1)) if depth]
+        widths = [unet.head_channels(C) for C in used]
+        return {**{f.name: getattr(unet, f.name) for f in fields(unet) if f.name not in unseen}, **({"channels a head": widths} if "heads" in told else {}),
+                **({"attention_order": unet.attention_order} if "order" in told and widths != used else {})}   # one head has none
+    its, ours = traits(source.cfg), traits(preset)
+    if differs := [key for key in its if key in ours and its[key] != ours[key]]:
+        same = " or ".join(key for key, unet in PRESETS.items() if traits(unet) == its)
+        has, wanted = (", ".join(f"{key} {which[key]}" for key in differs) for which in (its, ours))
+        raise UserError(f"--init {name} is of another architecture: it has {has}; --model {cfg.model} is {wanted}.  Choose the preset it was made "
+                        f"with{f' (--model {same})' * bool(same)}.")
+    say = () if "order" in told else ("attention_order",) if "heads" in told else ("num_heads", "num_head_channels", "attention_order")
+    return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
+
+
+def make_vae(cfg: "Config", run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> AnyVAE:
+    """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
+    if (run / "vae.safetensors").exists():
+        vae = load_vae(run / "vae.safetensors")
+        if is_cache(cfg.data):
+            self_check(ds.source, vae)
+        return vae
+    named = None if cfg.vae == "pca" else load_vae(cfg.vae)
+    if is_cache(cfg.data):
+        named = named or cache_vae(Path(cfg.data))                              # the same, wherever its file lies now
+        self_check(ds.source, named)
+    if init_meta is not None and "vae" not in init_meta and named is None:
+        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae FILE, "
+                        "pixel or pixel:N; pca is fitted anew to every data set, so it does not count.")
+    if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
+        vae = vae_from_meta(init_meta["vae"], cfg.vae if isinstance(named, VAE) and "family" in init_meta["vae"] else "")
+        if vae.name != "pca" if named is None else vae.mark != named.mark:
+            raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
+                            "out, or name the same autoencoder.")
+        return vae
+    if named is not None:
+        return named
+    pixel(8).latent_shape(cfg.resolution)
+    images = to_float(ds.images(range(min(len(ds), enough(cfg.resolution)))))
+    vae = fit_pca(images)
+    print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
+    return vae
