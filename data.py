@@ -158,7 +158,7 @@ class Stream:
     seed: int
     flip: bool = False                       # mirror half of the images
     label_drop: float = 0.0                  # share of labels replaced by -1, for classifier-free guidance
-    captions: Captions | None = None         # tags as text, made anew at each position
+    captions: Captions | None = None         # tags as text, made anew at each position: see tags.Captions
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         i, r = index_at(self.seed, len(self.ds), position), rng(self.seed, "sample", position)

@@ -4,18 +4,21 @@
     strip = read_strip(path, 64, wide=4)     # (64, 64 … 256, 3) or (64 … 256, 64, 3): what a random crop chooses from
     cut(strip, 0.25)                         # (64, 64, 3), a quarter of the way along
 
-What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Of an animation the first frame counts.
+What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Files without an ending are looked into, those
+with an ending that no image has are not (a.jpg.part is not yet one). Of an animation the first frame counts.
 Transparency goes on white; EXIF rotations are applied; 16 bits become 8; CMYK is converted by formula. Colour profiles are
-ignored: values are taken for sRGB. An image of more than MAX_PIXELS is refused by its header, and only one above LARGE is
-decoded at a time, so that memory stays below about 1 GB however many threads read.
+ignored: values are taken for sRGB. An image of more than MAX_PIXELS is refused by its header, and threads wait while IN_FLIGHT
+pixels are being decoded, so that memory stays below about 1 GB however many they are.
 """
 
 import contextlib
 import os
+import re
 import threading
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,15 +26,33 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")                 # the only decoders that are let near a downloaded file
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
 OTHERS = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".ico", ".exr", ".dng", ".apng")   # named, not read
+MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0", re.S)      # of FORMATS
+OTHER_MAGIC = {"TIFF": rb"II\*\0|MM\0\*", "HEIC or AVIF": rb"....ftyp(avi|hei|hev|mif|msf)", "JPEG XL": rb"\0\0\0\x0cJXL ",
+               "JPEG 2000": rb"\0\0\0\x0cjP  ", "PSD": rb"8BPS"}                                 # named, not read
 MAX_PIXELS = 89_478_485                      # Pillow's own line: a quarter of a GiB of RGB
-LARGE = 16_000_000                           # pixels
+LARGE = 16_000_000                           # pixels; an image above is decoded while no other is
+IN_FLIGHT = 64_000_000                       # pixels; decoding takes up to 9 bytes for each: a palette's index, RGBA, the same multiplied
 WIDE = 4                                     # of a longer side, so many times the shorter are kept for random crops
 ORIENTATION = 0x0112
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # those are refused here, by name
+Image.core.set_block_size(2 ** 29)           # a large image in one piece: malloc keeps smaller ones for the next, 64 MB a thread
 
-one_large = threading.Lock()
+room = threading.Condition()
+in_flight = 0                                # pixels being decoded in this process
+
+
+def sniff(path: Path) -> str:
+    """"image" for a file that begins like one we read, a reason for one that we do not, "" for what is no image."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        return error.strerror or "cannot be opened"
+    if MAGIC.match(head):
+        return "image"
+    return next((f"{kind} files are not read" for kind, magic in OTHER_MAGIC.items() if re.match(magic, head, re.S)), "")
 
 
 class BadImage(Exception):
@@ -44,13 +65,31 @@ def read_strip(source: Path | bytes, resolution: int, wide: int = 1) -> np.ndarr
         with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise BadImage(f"{file.width}×{file.height} is over {MAX_PIXELS // 10 ** 6} megapixels")
-            with one_large if file.width * file.height > LARGE else contextlib.nullcontext():
-                file.draft(None, (4 * resolution, 4 * resolution))              # a JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty
+            pixels = file.width * file.height
+            file.draft(None, (4 * resolution, 4 * resolution))                  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty
+            if file.format == "JPEG" and "progressive" not in file.info and pixels <= LARGE:
+                pixels = file.width * file.height                               # the others are held at full size
+            with taken(IN_FLIGHT if pixels > LARGE else pixels):
                 return shrink(file, resolution, wide)
     except (BadImage, MemoryError):
         raise
     except Exception as error:                                                  # damaged bytes can mean anything to a decoder
         raise BadImage(reason(error, source)) from None
+
+
+@contextlib.contextmanager
+def taken(pixels: int) -> Iterator[None]:
+    """Wait until so many more may be decoded."""
+    global in_flight
+    with room:
+        room.wait_for(lambda: in_flight + pixels <= IN_FLIGHT)
+        in_flight += pixels
+    try:
+        yield
+    finally:
+        with room:
+            in_flight -= pixels
+            room.notify_all()
 
 
 def reason(error: Exception, source: Path | bytes) -> str:

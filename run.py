@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Mapping
 
@@ -68,11 +69,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join_ranks(cfg: Any) -> Ranks:
-    """Join the process group torchrun describes in the environment, if it does."""
+def join_ranks(cfg: Any, backend: str = "", patience: timedelta | None = None) -> Ranks:
+    """Join the process group torchrun describes in the environment, if it does. `patience`: how long a rank waits for another;
+    None = torch's own, ten or thirty minutes."""
     device = pick_device(cfg.device)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=patience)
         return Ranks(dist.get_rank(), dist.get_world_size(), device)
     return Ranks(0, 1, device)
 

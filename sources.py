@@ -4,7 +4,8 @@
     source.pixel(0), source.tags[0], source.names[0]
     source.unreadable                                # name -> why
 
-A folder may be nested and linked; its tags lie in tags.jsonl, metadata.jsonl, metadata.csv or in a.txt beside a.png. Parquet
+A folder may be nested and linked. Files without an ending are used if their first bytes are those of an image; any other file
+that is no image by its name is counted. Tags lie in tags.jsonl, metadata.jsonl, metadata.csv or in a.txt beside a.png. Parquet
 files have an image column (bytes, or Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption.
 """
 
@@ -27,7 +28,7 @@ import robo
 import toyfaces
 from config import UserError
 from hub import HUB, explained
-from images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip
+from images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from tags import COLUMNS, TABLES, TagTable, printable, read_tags, split_tags
 
 IN_MEMORY = 2_000_000_000                    # bytes of decoded pixels kept; larger data sets are decoded again when used
@@ -164,6 +165,9 @@ def find_files(root: Path) -> Found:
                 found.parquet.append(path)
             elif file.lower().endswith(ARCHIVES):
                 found.archives.append(name)
+            elif not end and path.is_file() and (what := sniff(path)):
+                found.names += [name] * (what == "image")
+                found.unusable |= {name: what} if what != "image" else {}
             else:
                 found.others.append(name)
     found.names.sort()
@@ -173,8 +177,9 @@ def find_files(root: Path) -> Found:
 
 def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
     names, notes = found.names, []
-    for files, what in ((found.archives, "archives, not opened: unpack them"), (found.others, "other files, not images by their names"), ([str(p.relative_to(root)) for p in found.parquet],
-                                                                                 "parquet files beside images, not read")):
+    for files, what in ((found.archives, "archives, not opened: unpack them"),
+                        (found.others, "other files, no images by name or, without an ending, by content"),
+                        ([str(p.relative_to(root)) for p in found.parquet], "parquet files beside images, not read")):
         if files:
             notes.append(f"{len(files):,} {what} (first: {printable(min(files))})")
     if not names:

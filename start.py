@@ -12,7 +12,8 @@ from data import Dataset, to_float
 from files import META, open_weights
 from latents import cache_vae, is_cache, self_check
 from model import PRESETS, UNet, UNetConfig
-from vae import VAE, AnyVAE, enough, fit_pca, load_vae, pixel, psnr, vae_from_meta
+from run import read_config
+from vae import VAE, AnyVAE, enough, fit_pca, load_noted, load_vae, pixel, psnr, vae_from_meta
 
 if TYPE_CHECKING:
     from train import Config
@@ -45,10 +46,15 @@ def start_from(cfg: "Config", name: str) -> tuple[UNet, dict[str, Any]]:
     return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
 
 
+def vae_moved(cfg: "Config", run: Path) -> bool:
+    """Does --vae name another place than when the run began?"""
+    return (run / "vae.safetensors").exists() and (run / "config.json").exists() and cfg.vae not in ("pca", read_config(run).get("vae", "pca"))
+
+
 def make_vae(cfg: "Config", run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> AnyVAE:
     """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
     if (run / "vae.safetensors").exists():
-        vae = load_vae(run / "vae.safetensors")
+        vae = load_noted(run / "vae.safetensors", cfg.vae if vae_moved(cfg, run) else "")
         if is_cache(cfg.data):
             self_check(ds.source, vae)
         return vae

@@ -6,7 +6,9 @@ An expression picks images: "character:nova", "* hair", "glasses & !cat ears | c
     ( )              group. Booru tags have parentheses of their own, so a pair inside a tag belongs to the tag, as in
                      "albedo (overlord) & solo"; those that do not belong to a tag that exists group, as in "(a | b) & c"
     *  ?             any letters, one letter; the expression then means any of the tags that fit
-    a tag with & or | in it is written with underscores: "dungeons_&_dragons & solo"; whatever is a tag as a whole, means it
+    " "              around a tag that would read as something else: '"!" | "salt & pepper" | !"!!"'
+
+What is a tag as a whole means that tag. Within a longer expression, signs alone are never a tag unless quoted.
 """
 
 import csv
@@ -17,6 +19,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
@@ -25,6 +28,7 @@ import numpy as np
 from config import UserError, closest
 
 TABLES = ("tags.jsonl", "metadata.jsonl", "metadata.csv")
+BLOCK = 2 ** 17                              # images
 COLUMNS = ("tags", "text", "caption")        # where tags are looked for, in this order
 Test = Callable[["TagTable"], np.ndarray]    # which images fit, (n,) bool
 
@@ -53,19 +57,28 @@ class TagTable(Sequence):
         """(n,): tags an image."""
         return np.diff(self.starts)
 
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(images, where their tags start and the last ones end, ids) a few at a time: of ten million tags, numpy makes 80 MB more than once."""
+        for first in range(0, len(self), BLOCK):
+            starts = self.starts[first:first + BLOCK + 1]
+            yield slice(first, first + len(starts) - 1), starts - starts[0], self.ids[starts[0]:starts[-1]]
+
     def counts(self, index: np.ndarray | None = None) -> Counter:
         """How many images have each tag; of the images `index` only."""
-        chosen = np.full(len(self), index is None)
+        chosen, n = np.full(len(self), index is None), np.zeros(len(self.vocabulary), np.int64)
         chosen[slice(0) if index is None else index] = True
-        n = np.bincount(self.ids[np.repeat(chosen, self.lengths())], minlength=len(self.vocabulary))
+        for images, starts, ids in self.blocks():
+            n += np.bincount(ids[np.repeat(chosen[images], np.diff(starts))], minlength=len(n))
         return Counter({tag: int(k) for tag, k in zip(self.vocabulary, n) if k})
 
     def any_of(self, tags: Iterable[str]) -> np.ndarray:
         """(n,) bool: which images have one of these."""
-        tags = set(tags)
+        tags, out = set(tags), np.zeros(len(self), bool)
         wanted = np.fromiter((tag in tags for tag in self.vocabulary), bool, len(self.vocabulary))
-        before = np.concatenate([[0], np.cumsum(wanted[self.ids], dtype=np.int32)])
-        return before[self.starts[1:]] > before[self.starts[:-1]]
+        for images, starts, ids in self.blocks():
+            before = np.concatenate([[0], np.cumsum(wanted[ids], dtype=np.int32)])
+            out[images] = before[starts[1:]] > before[starts[:-1]]
+        return out
 
 
 def normalize_tag(tag: str) -> str:
@@ -98,17 +111,36 @@ def match_tags(pattern: str, vocabulary: Counter, what: str, images: int) -> lis
     return hits
 
 
-def tokens(text: str, known: Callable[[str], bool]) -> Iterator[str]:
-    """"&" "|" "!" "(" ")" and tags. Of a term, as few "!" and parentheses are taken off as leave a tag that exists."""
-    for i, term in enumerate(re.split(r"(?:^|\s+)([&|])(?=\s|$)", text)):       # every second one is an operator
-        term = term.strip()
-        before, after = len(re.match(r"[!(\s]*", term)[0]), len(re.search(r"[)\s]*$", term)[0])
-        ways = sorted(((a, b) for a in range(before + 1) for b in range(after + 1) if a + b <= len(term)), key=sum)
-        rest = {(a, b): term[a:len(term) - b].strip() for a, b in ways}
-        # none exists: the one whose parentheses are in pairs is what the error is about
-        fits = [w for w in ways if known(rest[w])] or [w for w in ways if balanced(rest[w])] or [(before, after)]
-        a, b = fits[0] if i % 2 == 0 else (0, 0)
-        yield from [c for c in term[:a] if c != " "] + [rest[a, b]] * bool(rest[a, b]) + [c for c in term[len(term) - b:] if c != " "]
+QUOTED = re.compile(r'(?<![^\s!(])"([^"]*)"(?![^\s)])')                        # apart from what is around it, but for ! and parentheses
+DEPTH = 50                                   # of parentheses and negations within each other
+Token = tuple[str, bool]                     # "&" "|" "!" "(" ")" or a tag, and whether it is a tag
+
+
+def tokens(text: str, known: Callable[[str], bool], fail: Callable[[str], UserError]) -> Iterator[Token]:
+    """The signs and tags of an expression, in order."""
+    for i, part in enumerate(QUOTED.split(text)):
+        if i % 2:                                                               # every second one was quoted
+            yield part, True
+            continue
+        for j, term in enumerate(re.split(r"(?:^|\s+)([&|])(?=\s|$)", part)):   # … is an operator
+            yield from [(term, False)] if j % 2 else read_term(term.strip(), known, fail)
+
+
+def read_term(term: str, known: Callable[[str], bool], fail: Callable[[str], UserError]) -> list[Token]:
+    """A tag and the signs around it: of the parentheses, as few are taken off as leave a tag that exists."""
+    before, after = len(re.match(r"[!(\s]*", term)[0]), len(re.search(r"[)\s]*$", term)[0])
+    if max(before, after) > 3 * DEPTH:
+        raise fail(f"{max(before, after)} signs in a row came where at most {3 * DEPTH} were wanted")
+    first = term.rfind("!", 0, before) + 1                                      # a ! before a tag always negates
+    ways = sorted(((a, b) for a in range(first, before + 1) for b in range(after + 1) if a + b < len(term)), key=sum)
+    rest = {way: word for way in ways if (word := term[way[0]:len(term) - way[1]].strip()).strip("!() ")}
+    fits = {rest[way]: way for way in reversed(ways) if way in rest and known(rest[way])}
+    if len(fits) > 1:
+        raise fail(f"{term!r} can mean any of the tags {', '.join(map(repr, fits))}; put the one in double quotes")
+    # none exists: the one whose parentheses are in pairs is what the error is about
+    a, b = next(iter(fits.values()), None) or next((way for way in rest if balanced(rest[way])), (before, after if before < len(term) else 0))
+    signs = [[(sign, False) for sign in part if sign in "!()"] for part in (term[:a], term[len(term) - b:])]
+    return signs[0] + ([(rest[a, b], True)] if (a, b) in rest else []) + signs[1]
 
 
 def balanced(word: str) -> bool:
@@ -120,46 +152,48 @@ def compile_tags(text: str, vocabulary: Counter, what: str, images: int) -> tupl
     def known(word: str) -> bool:
         return normalize_tag(word) in vocabulary or balanced(word) and bool(matching(word, vocabulary))
 
-    def fail(found: str, wanted: str) -> UserError:
-        return UserError(f"{what}: in {text!r}, {found or 'the end'} came where {wanted} was wanted.  "
-                         "Write, for example, 'glasses & !(smile | frown)'.")
+    def fail(fault: str) -> UserError:
+        shown = repr(text if len(text) < 200 else text[:200] + " …")
+        return UserError(f"{what}: in {shown}, {fault}.  Write, for example, 'glasses & !(smile | frown)'.")
 
-    def either() -> Test:
-        tests = [both()]
-        while words[:1] == ["|"]:
-            words.pop(0)
-            tests.append(both())
-        return lambda table: np.any([test(table) for test in tests], axis=0)
+    def unexpected(wanted: str) -> UserError:
+        return fail(f"{repr(words[0][0]) if words else 'the end'} came where {wanted} was wanted")
 
-    def both() -> Test:
-        tests = [one()]
-        while words[:1] == ["&"]:
-            words.pop(0)
-            tests.append(one())
-        return lambda table: np.all([test(table) for test in tests], axis=0)
+    def taken(sign: str) -> bool:
+        """Is this sign next? Then it is taken."""
+        return words[:1] == [(sign, False)] and bool(words.pop(0))
 
-    def one() -> Test:
-        word = words.pop(0) if words else ""
-        if word == "!" and not known("!"):
-            inner = one()
+    def joined(sign: str, join: Callable, part: Callable[[int], Test], depth: int) -> Test:
+        tests = [part(depth)]
+        while taken(sign):
+            tests.append(part(depth))
+        return lambda table: join([test(table) for test in tests], axis=0)
+
+    def either(depth: int) -> Test:
+        return joined("|", np.any, partial(joined, "&", np.all, one), depth)
+
+    def one(depth: int) -> Test:
+        if depth > DEPTH:
+            raise fail(f"parentheses and negations lie more than {DEPTH} deep")
+        if taken("!"):
+            inner = one(depth + 1)
             return lambda table: ~inner(table)
-        if word == "(":
-            inner = either()
-            if words[:1] != [")"]:
-                raise fail(repr(words[0]) if words else "", "')'")
-            words.pop(0)
+        if taken("("):
+            inner = either(depth + 1)
+            if not taken(")"):
+                raise unexpected("')'")
             return inner
-        if word in ("", "&", "|", ")"):
-            raise fail(repr(word) if word else "", "a tag")
-        hits = frozenset(match_tags(word, vocabulary, what, images))
+        if not words or not words[0][1]:
+            raise unexpected("a tag")
+        hits = frozenset(match_tags(words.pop(0)[0], vocabulary, what, images))
         named.extend(sorted(hits))
         return lambda table: table.any_of(hits)
 
-    words = [text] if known(text) else list(tokens(text, known))
+    words = [(text, True)] if known(text) else list(tokens(text, known, fail))
     named: list[str] = []
-    test = either()
+    test = either(0)
     if words:
-        raise fail(repr(words[0]), "'&', '|' or the end")
+        raise unexpected("'&', '|' or the end")
     return test, named
 
 
@@ -167,7 +201,10 @@ def compile_tags(text: str, vocabulary: Counter, what: str, images: int) -> tupl
 
 @dataclass(frozen=True)
 class Captions:
-    """How tags become text."""
+    """How tags become text, for a network that reads: Stream(..., captions=Captions(drop=0.1, keep=1)) makes a caption for each
+    position, and batches() hands them on as batch["caption"], a list of texts. train.py knows no such network yet, so it has no
+    flag for this; whoever adds one takes the captions out of the batch, encodes them and passes them to the net as context.
+    """
     shuffle: bool = True
     drop: float = 0.0                        # share of tags left out
     keep: int = 0                            # the first n keep their place, and are not left out

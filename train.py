@@ -39,8 +39,8 @@ from objectives import Loss, Objective, make_objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, read_config, save_checkpoint)
 from samplers import save_grid
-from start import make_vae, start_from
-from vae import AnyVAE, save_vae, vae_from_meta
+from start import make_vae, start_from, vae_moved
+from vae import AnyVAE, load_noted, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
 
@@ -159,7 +159,8 @@ def resolve(cfg: Config) -> Config:
         tags = tuple(read_config(own if (own / "config.json").exists() else fine_run(cfg))["exclude_tags"])
     elif not tags and cfg.stage != "standard" and cfg.data.partition(":")[0] in ("toyfaces", "robohash"):
         tags = (toyfaces if cfg.data.startswith("toyfaces") else robo).EXCLUDED
-    return replace(cfg, name=name, exclude_tags=tags)
+    place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data          # im/ and im are one
+    return replace(cfg, data=place, name=name, exclude_tags=tags)
 
 
 @dataclass
@@ -356,7 +357,9 @@ def train(cfg: Config, ranks: Ranks) -> None:
     stop = StopSignal()                                                         # also while the data is being read
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
-    check_config(cfg, run, FREE)
+    if moved := vae_moved(cfg, run):
+        load_noted(run / "vae.safetensors", cfg.vae)                            # another one ends here, also when the run is finished
+    check_config(cfg, run, FREE | ({"vae"} if moved else set()))
     if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:
             print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")

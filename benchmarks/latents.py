@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).parent.parent)
 import numpy as np
 import torch
 
+import encode
 import latents
 from benchmarks import record
 from data import Stream, batches, open_dataset
@@ -34,17 +35,17 @@ class Noise:
 def make(folder: Path) -> None:
     """A cache of noise, as encode() writes it, and the same numbers in one flat file."""
     plan = {"version": latents.VERSION, "data": "noise", "resolution": 256, "crop": "center", "resize": "lanczos", "flip": False, "dtype": "fp16", "batch": 1,
-            "images": N, "source": "", "vae": "", "shape": list(SHAPE), "shard": latents.SHARD // (2 * 32 ** 3)}
+            "images": N, "source": "", "vae": "", "shape": list(SHAPE), "shard": encode.SHARD // (2 * 32 ** 3)}
     (folder / "cache").mkdir()
-    g, sums = torch.Generator().manual_seed(0), "[[1, 1], [0, 0], [1, 1]]"
+    for name in ("plan.json", "vae.safetensors"):
+        (folder / "cache" / name).write_text("not read")
+    g, sums = torch.Generator().manual_seed(0), torch.tensor([[1, 1], [0, 0], [1, 1]])
     with open(folder / "flat", "wb") as flat:
         for k, start in enumerate(range(0, N, plan["shard"])):
             z = torch.randn(min(plan["shard"], N - start), 1, *SHAPE, generator=g).half()
-            latents.stream_tensors(latents.shard_path(folder / "cache", k), {"latents": (torch.float16, tuple(z.shape))},
-                                   {"plan": latents.digest(plan), "sha256": "", "sums": sums}, lambda name, z=z: z)
+            latents.save_shard(folder / "cache", plan, k, z, sums)
             flat.write(z.numpy().tobytes())
-    latents.finish(folder / "cache", plan, Noise)
-    (folder / "cache" / "plan.json").write_text("{}")
+    encode.finish(folder / "cache", plan, Noise)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pickle
+import re
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ import robo
 import sources
 import train
 from config import UserError
-from data import Stream, batches, open_dataset
+from data import Stream, batches, index_at, open_dataset
 
 try:
     importlib.metadata.distribution("robohash")
@@ -121,3 +122,35 @@ def test_a_package_without_its_pictures_is_said(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="has 0 pictures for body, wanted 15"):
         open_dataset("robohash", resolution=64)
     robo.load_art.cache_clear()
+
+
+@needs_art
+def test_training_on_kittens_stage_by_stage(tmp_path, user, monkeypatch):
+    """What the two stages saw, told from the pixels alone: which kitten each picture is, and whether it is one of the excluded."""
+    art, kittens = robo.load_art(64), KITTENS[:200]
+    drawn = {art.draw(kitten).tobytes(): set(robo.tags(kitten)) for kitten in kittens}
+    assert len(drawn) == 200                                                    # no two look alike
+    seen, forward = [], train.Trainer.forward
+
+    def watched(tr, net, batch):
+        seen.extend(zip(batch["position"].tolist(), (drawn[x.permute(1, 2, 0).numpy().tobytes()] for x in batch["image"])))
+        return forward(tr, net, batch)
+    monkeypatch.setattr(train.Trainer, "forward", watched)
+    monkeypatch.setattr(train, "draw_samples", lambda *how, **more: torch.zeros(32, 3, 64, 64, dtype=torch.uint8))      # takes long, and is not the subject
+    excluded, counts = set(robo.EXCLUDED), {}
+    for stage in ("fine", "stage2"):
+        seen.clear()
+        code, out, errors = user(train.main, "--data", "robohash:200", "--resolution", 64, "--model", "nano", "--stage", stage, "--batch", 8, "--images", 64,
+                                 "--eval-every", 0, "--preview-every", 0, "--out", tmp_path)
+        assert code == 0, errors
+        assert sorted(position for position, _ in seen) == list(range(64))      # every position once
+        assert all(bool(tags & excluded) == (stage == "stage2") for _, tags in seen)
+        found, used, held, left, bad = (int(n) for n in re.search(r"(\d+) found = (\d+) used \+ (\d+) held out \+ (\d+) left out by \S+ \+ (\d+) unreadable", out).groups())
+        assert found == 200 == used + held + left and bad == 0
+        assert left == sum(bool(tags & excluded) == (stage == "fine") for tags in drawn.values()) > 20
+        ds = open_dataset("robohash:200", stage=stage, exclude_tags=robo.EXCLUDED)
+        assert [set(ds.source.tags[ds.index[index_at(0, len(ds), p)]]) for p in range(64)] == [tags for _, tags in sorted(seen, key=lambda row: row[0])]
+        assert len({frozenset(tags) for _, tags in seen}) > min(used, 64) / 2   # many kittens, not one
+        counts[stage] = used + held
+    assert sum(counts.values()) == 200
+    assert "starting from the weights of" in out and "robohash-200-fm-fine" in out

@@ -49,6 +49,31 @@ def test_linked_folders_are_read_once_and_loops_end(folder, tmp_path):
     assert dict(zip(ds.source.names, ds.source.tags))["link/deep/far.png"] == ("far away",)
 
 
+def test_files_without_an_ending_are_used_named_or_counted(tmp_path):
+    """Every file is in one of the three; an image by its first bytes is the image, with its tags."""
+    for i, kind in enumerate(("PNG", "JPEG", "WEBP", "GIF", "BMP")):
+        picture(i).save(tmp_path / f"{kind.lower()}{i}", format=kind)
+    (tmp_path / "png0.txt").write_text("first")
+    picture(9).save(tmp_path / "plain.png")
+    other = {"tiff": b"II*\0", "mac-tiff": b"MM\0*", "heic": b"\0\0\0\x18ftypheic", "avif": b"\0\0\0\x1cftypavif", "jxl": b"\0\0\0\x0cJXL \r\n", "psd": b"8BPS\0\1"}
+    for name, head in other.items():
+        (tmp_path / name).write_bytes(head + bytes(100))
+    (tmp_path / "half").write_bytes((tmp_path / "png0").read_bytes()[:200])
+    counted = {"LICENSE": b"Permission", "empty": b"", ".DS_Store": b"\0\0\0\1Bud1", "memo": b"BMW and others", "a.png.part": (tmp_path / "png0").read_bytes(), "b.json": b"{}"}
+    for name, data in counted.items():
+        (tmp_path / name).write_bytes(data)
+    os.symlink("nowhere", tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    ds = open_dataset(str(tmp_path), resolution=32, holdout=0)
+    assert ds.source.names == sorted(["plain.png", "png0", "jpeg1", "webp2", "gif3", "bmp4"])
+    assert dict(zip(ds.source.names, ds.source.tags))["png0"] == ("first",)
+    kinds = {"tiff": "TIFF", "mac-tiff": "TIFF", "heic": "HEIC or AVIF", "avif": "HEIC or AVIF", "jxl": "JPEG XL", "psd": "PSD"}
+    assert {k: v for k, v in ds.source.unreadable.items() if k != "half"} == {name: f"{kind} files are not read" for name, kind in kinds.items()}
+    assert "13 found = 6 used + 0 held out + 0 left out by stage=standard + 7 unreadable" in ds.report and "half" in ds.source.unreadable
+    assert f"{len(counted) + 2} other files, no images by name or, without an ending, by content (first: .DS_Store)" in ds.report
+    assert len(list(tmp_path.iterdir())) == 13 + len(counted) + 2 + 1           # and one file of tags
+
+
 def test_archives_and_parquet_beside_images_are_said(folder, tmp_path):
     for name in ("more.zip", "old.TAR.GZ", "train.parquet"):
         (folder / name).write_bytes(b"x")

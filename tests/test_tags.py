@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import time
 from collections import Counter
 
 import numpy as np
@@ -25,7 +27,8 @@ def written(r, depth=3):
     kind = r.choice(["tag", "not", "and", "or", "group"]) if depth else "tag"
     if kind == "tag":
         tag = r.choice(TAGS)
-        return r.choice([tag, tag.title()]) if "&" not in tag else tag.replace(" ", "_"), f"({tag!r} in tags)"
+        plain = [f'"{tag}"'] if tag == "!!" else [tag, tag.title(), f'"{tag.title()}"'] if "&" not in tag else [tag.replace(" ", "_"), f'"{tag}"']
+        return r.choice(plain), f"({tag!r} in tags)"
     if kind in ("not", "group"):
         text, truth = written(r, depth - 1)
         text = r.choice([f"({text})", f"( {text} )"])
@@ -59,7 +62,7 @@ def test_expressions_are_what_python_says():
     ("!(albedo (overlord))", [[]], [["albedo (overlord)"]]),
     ("dungeons & dragons", [["dungeons & dragons"]], [["smile"]]),              # a tag as a whole
     ("dungeons_&_dragons & smile", [["dungeons & dragons", "smile"]], [["smile"]]),
-    ("!!", [["!!"]], [[]]), ("!!!", [[]], [["!!"]]), (":)", [[":)"]], [[]]), ("(smile | :)) & frown", [[":)", "frown"]], [["smile"]]),
+    ("!!", [["!!"]], [[]]), ('!"!!"', [[]], [["!!"]]), ('!(!"!!")', [["!!"]], [[]]), (":)", [[":)"]], [[]]), ("(smile | :)) & frown", [[":)", "frown"]], [["smile"]]),
     ("character:*", [["character:nova"]], [["glasses"]]), ("!* (*)", [["smile"]], [["albedo (overlord)"]]), ("s?ile", [["smile"]], [[]]),
 ])
 def test_expressions_as_documented(text, yes, no):
@@ -68,13 +71,49 @@ def test_expressions_as_documented(text, yes, no):
 
 @pytest.mark.parametrize("text, message", [
     ("smile &", "the end came where a tag was wanted"), ("| smile", "'|' came where a tag"), ("(smile | frown", "the end came where ')'"),
-    ("smile | frown)", "')' came where '&', '|' or the end"), ("!", "the end came where a tag"), ("", "the end came"), ("()", "'()' matches 0"),
+    ("smile | frown)", "')' came where '&', '|' or the end"), ("!", "the end came where a tag"), ("", "the end came"), ("()", "')' came where a tag"), ("!!!", "the end came where a tag"),
     ("smile & glases", "stage=fine: 'glases' matches 0 of 9 images.  Closest: glasses"), ("smile frown", "matches 0 of 9 images.  Closest: smile, frown"),
 ])
 def test_expressions_that_cannot_be_say_where(text, message):
     with pytest.raises(UserError) as error:
         holds(text)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tags_that_look_like_signs_are_tags_alone_or_quoted():
+    """Every expression over such a vocabulary against sets: a tag as a whole, a sign within, a tag in quotes."""
+    odd = Counter({tag: 1 for tag in ("!", "(", ")", "a & b", "!a", "(a)", "a", "b", "|")})
+
+    def images(text):
+        table = TagTable.of([(tag,) for tag in odd] + [("a", "b")])
+        return {"".join(tags) for tags, fits in zip([(tag,) for tag in odd] + [("a", "b")], compile_tags(text, odd, "x", 9)[0](table)) if fits}
+
+    everything = set(odd) | {"ab"}
+    for tag in odd:
+        wanted = {other for other in everything if other == tag or other == "ab" and tag in ("a", "b")}
+        assert images(tag) == images(f'"{tag}"') == images(f'("{tag}")') == wanted, tag
+        assert images(f'!"{tag}"') == everything - wanted
+        assert images(f'"{tag}" | b') == wanted | {"b", "ab"} and images(f'b & !"{tag}"') == {"b", "ab"} - wanted
+    assert images("!b") == everything - {"b", "ab"} and images("b & !a") == {"b"} and images("b & a") == images("(b & a)") == {"ab"}
+    assert images("a & b | b") == {"b", "ab"} != images('"a & b" | b') == {"b", "ab", "a & b"}
+    for text, message in (("b & !", "the end came where a tag"), ("b & (", "the end came where a tag"), ("b & )", "')' came where a tag"),
+                          ("b & (a)", "'(a)' can mean any of the tags 'a', '(a)'; put the one in double quotes"), ('b "a"', "'a' came where '&'"),
+                          ('"b', "matches 0 of 9"), ('b & "c"', "'c' matches 0 of 9"), ('"a"&"b"', "matches 0")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            images(text)
+
+
+@pytest.mark.parametrize("text", ["(" * 400 + "smile" + ")" * 400, "!" * 400 + "smile", "(! " * 400 + "smile" + ")" * 400, "( " * 400 + "smile & frown" + " )" * 400,
+                                  "(smile | " * 400 + "frown" + ")" * 400, "(" * 10 ** 5, "!(" * 60 + '"smile"' + ")" * 60])
+def test_deep_expressions_are_one_line_and_fifty_levels_are_read(text):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        holds(text)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 and time.perf_counter() - start < 5
+    assert "deep" in str(error.value) or "signs in a row" in str(error.value)
+    for n in (1, 24, 25):
+        assert holds("!(" * n + "smile" + ")" * n, "smile") == (n % 2 == 0) and holds("(" * 2 * n + "smile" + ")" * 2 * n, "smile")
+    assert holds(" & ".join(["!frown"] * 300 + ["(smile)"] * 300), "smile")      # long is not deep
 
 
 def test_stages_by_expression_add_up(tmp_path):
@@ -132,7 +171,9 @@ def test_tags_from_csv(tmp_path):
         open_dataset(str(tmp_path), resolution=8)
 
 
-def test_a_tag_table_is_its_lists_and_counts_as_they_do():
+@pytest.mark.parametrize("block", [2 ** 17, 2, 1])
+def test_a_tag_table_is_its_lists_and_counts_as_they_do(monkeypatch, block):
+    monkeypatch.setattr("tags.BLOCK", block)
     lists = [("b", "a"), (), ("a",), ("c", "b", "a"), ()]
     table = TagTable.of(lists)
     assert [table[i] for i in range(5)] == lists == list(table) and len(table) == 5

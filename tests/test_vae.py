@@ -450,7 +450,7 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     assert code == 0 and (tmp_path / "s/000001.png").read_bytes() == before, err
     moved = tmp_path / "moved.safetensors"
     for name, args, code, message in (("b", ["--vae", f"flux2:packed128:{moved}"], 2, "got latents packed128, wanted unpacked32"), ("c", ["--vae", moved], 0, ""),
-                                      ("d", ["--vae", "pixel:8"], 2, "no autoencoder"), ("a", ["--vae", moved], 2, "was made with another config: vae")):
+                                      ("d", ["--vae", "pixel:8"], 2, "no autoencoder"), ("a", ["--vae", moved], 0, "")):
         flags[flags.index("--name") + 1] = name
         got, _, err = user(train.main, *flags, *args, *["--init", run] * (name != "a"))
         assert got == code and message in (err or [""])[-1], (name, err)
