@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import traceback
+import types
 import typing
 from functools import lru_cache
 from importlib import metadata
@@ -63,7 +64,7 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
     """Read `--field value`, `--field=value`, `--flag`, `--no-flag` into cls(...); returns (config, dry_run).
 
     Types come from the annotations: int, float, str, bool, Literal[…] (choices) and tuple[T, ...] (comma
-    separated). `--help` prints one screen and exits; `--dry-run` is reported, for the script to act on.
+    separated), and `X | Y`: the first that fits. `--help` prints one screen and exits; `--dry-run` is reported, for the script to act on.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -99,6 +100,12 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
 def convert(key: str, text: str, kind: Any) -> Any:
     """One command-line string to the annotated type, or a UserError that names the flag."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):                               # float | None, float | Literal["auto"]: None cannot be typed
+        words = [word for part in inner for word in typing.get_args(part)]
+        try:
+            return text if text in words else convert(key, text, inner[0])
+        except UserError:
+            raise UserError(f"--{key} takes {' or '.join([inner[0].__name__, *words])}, got {text!r}.") from None
     if origin is typing.Literal:
         if text not in inner:
             raise UserError(f"--{key} {text!r} is not one of {', '.join(filter(None, inner))}.{closest(text, inner)}")
@@ -125,7 +132,7 @@ def usage(cls: type, doc: str | None) -> str:
         value = field.default
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
-        shown = "required" if value is dataclasses.MISSING else value
+        shown = "required" if value is dataclasses.MISSING else "" if value is None else value
         text, kind = comments.get(field.name, ""), hints[field.name]
         choices = " | ".join(c for c in typing.get_args(kind) if c) if typing.get_origin(kind) is typing.Literal else ""
         lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {f'{choices}: ' * bool(choices) * ('|' not in text)}{text}")

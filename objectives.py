@@ -1,107 +1,37 @@
 """DDPM and flow matching as two readings of one interpolant.
 
-    objective = make_objective("fm")                       # "ddpm" "v" "x0" "fm"
+    objective = make_objective("fm")                       # "ddpm" "v" "x0" "fm" "cfm"
     objective.loss(net, x0).loss.backward()
     x0, eps, u = objective.predict(net, x, t)              # whatever the network was trained to output
 
 Time, everywhere in this project:  t in [0, 1],  t = 0 is data,  t = 1 is noise.
 
     linear path (fm)     xt = (1 - t) x0 + t eps           velocity u = dx/dt = eps - x0
-    VP path (ddpm, v)    xt = a x0 + s eps,  a² + s² = 1   row k of a table of 1000
+    VP path (ddpm, v)    xt = a x0 + s eps,  a² + s² = 1   row k of a table of 1000, or gvp, continuous
 
 Both mix the same x0 and eps; they differ by a factor. With t = s / (a + s) the VP point is the linear point divided by
 sqrt((1-t)² + t²), so an objective is three things: the t it trains at, what it feeds the network (a factor on x and a
 number for t), and what it asks for (u, eps, v or x0). Losses at equal t are losses at equal signal-to-noise ratio.
+
+An eps or v network becomes a flow in one of two ways. Native: train "fm" on its weights; it is fed 1000 t and asked for u, so
+the loss starts high. Aligned: keep its objective with aligned=True; it goes on saying eps or v of its own rows, only the loss is
+on the u that this implies, so training starts at its full quality. Times end at its table's end, t_max.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-T = 1000                                     # rows of a VP table, and the scale of the time a network is fed
+from coupling import add_noise, ot_permutation
+from schedules import T, TABLES, alphas_bar, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile  # noqa: F401
+
 Net = Callable[..., Tensor]                  # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
+EDGE = 1e-3                                  # how near eps may come to t = 1, and x0 to t = 0, where no table ends before
 
-
-# ---- time -----------------------------------------------------------------------------------------------------------
-
-@lru_cache
-def alphas_bar(table: str) -> Tensor:
-    """a² of the VP tables, (1000,) in float64: linear (Ho et al. 2020), cosine (Nichol & Dhariwal 2021),
-    scaled_linear (Rombach et al. 2022). fp32 cumulative products are off by 1e-6."""
-    if table == "linear":
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    elif table == "scaled_linear":
-        betas = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
-    elif table == "cosine":
-        i = torch.arange(T + 1, dtype=torch.float64) / T
-        ab = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - ab[1:] / ab[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"table {table!r} is not one of linear, cosine, scaled_linear.")
-    return (1 - betas).cumprod(0)
-
-
-@lru_cache
-def table_logit(table: str, device: torch.device) -> Tensor:
-    """log(s/a) = logit(t) of each row of a VP table, (1000,) float64, rising."""
-    ab = alphas_bar(table)
-    return (0.5 * (torch.log1p(-ab) - ab.log())).to(device)
-
-
-def table_time(table: str, k: Tensor) -> Tensor:
-    """Linear-path time t = s / (a + s) of (fractional) table rows k, in k's shape, float64. Between rows the
-    log-SNR is interpolated."""
-    logit, k = table_logit(table, k.device), k.double().clamp(0, T - 1)
-    low = k.floor().clamp(max=T - 2).long()
-    return torch.sigmoid(torch.lerp(logit[low], logit[low + 1], k - low))
-
-
-def table_row(table: str, t: Tensor) -> Tensor:
-    """The inverse of table_time: fractional row k in [0, 999] of linear-path times t; the ends are clamped.
-
-    An fp32 t names its row only to about 1e-3, so a row within 5e-3 of a whole number is that row: a network trained
-    on integers is fed integers.
-    """
-    logit, x = table_logit(table, t.device), torch.logit(t.double())
-    high = torch.searchsorted(logit, x.contiguous()).clamp(1, T - 1)
-    k = high - 1 + (x - logit[high - 1]) / (logit[high] - logit[high - 1])
-    k = k.clamp(0, T - 1)
-    return torch.where((k - k.round()).abs() < 5e-3, k.round(), k)
-
-
-def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Multiply the odds t / (1 - t) by `shift` (SD3, Esser et al. 2024 eq. 23). > 1 moves towards noise."""
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def time_quantile(q: Tensor, density: str = "uniform", loc: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Inverse CDF of a density over t: uniform q (n,) in [0, 1] -> t (n,), float64.
-
-    uniform | logit_normal: sigmoid(N(loc, scale)) | gaussian: N(0.5, 0.2) truncated to [0, 1].
-    """
-    q = q.double()
-    if density == "uniform":
-        return q
-    if density == "logit_normal":
-        return torch.sigmoid(loc + scale * torch.special.ndtri(q))
-    if density == "gaussian":
-        tail = 0.5 * math.erfc(2.5 / math.sqrt(2))                              # beyond 0 or 1: 2.5 sd from the centre
-        return (0.5 + 0.2 * torch.special.ndtri(tail + q * (1 - 2 * tail))).clamp(0, 1)
-    raise ValueError(f"density {density!r} is not one of uniform, logit_normal, gaussian.")
-
-
-def sample_t(n: int, density: str = "uniform", shift: float = 1.0, generator: torch.Generator | None = None,
-             loc: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Draw n times from a density, then shift them; (n,) fp32."""
-    q = torch.rand(n, dtype=torch.float64, generator=generator)
-    return shift_time(time_quantile(q, density, loc, scale), shift).float()
-
-
-# ---- the objective --------------------------------------------------------------------------------------------------
 
 class Loss(NamedTuple):
     loss: Tensor            # () mean of per_sample
@@ -113,121 +43,252 @@ class Loss(NamedTuple):
 class Objective:
     """What a network is trained to say. Use make_objective() for the presets."""
     name: str
-    target: Literal["u", "eps", "v", "x0"]
-    table: Literal["", "linear", "cosine", "scaled_linear"] = ""     # "" = the linear path; else the VP path
-    density: Literal["uniform", "logit_normal", "gaussian"] = "uniform"   # of t (linear path) or of k / 1000 (VP)
-    t_loc: float = 0.0                       # logit_normal only
-    t_scale: float = 1.0                     # logit_normal only
+    target: Literal["u", "eps", "v", "x0"]   # u is the velocity along the objective's own path
+    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""   # "" = the linear path; else a VP schedule (schedules.py)
+    density: Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"] = "uniform"   # of t (linear path, aligned) or of k / 1000 (VP)
+    t_loc: float | None = None               # of the density; None = its own
+    t_scale: float | None = None             # of the density; None = its own
     shift: float = 1.0                       # of the training times; > 1 = more noise
     loss_type: Literal["mse", "l1", "huber"] = "mse"
     huber_c: float = 0.03                    # pseudo-Huber: c² (sqrt(d²/c² + 1) - 1) · 2 -> d² for small d
-    weight: Literal["uniform", "min_snr"] = "uniform"
-    gamma: float = 5.0                       # min_snr
+    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = "uniform"
+    gamma: float = 5.0                       # min_snr, soft_min_snr
+    zero_snr: bool = False                   # of a table: its last row is pure noise
+    stratified: bool = False                 # one training time in each of n equal strata of a batch of n
+    learn_sigma: bool = False                # the network also outputs how the variance lies between its bounds, in C more channels
+    aligned: bool = False                    # the loss is on the linear path's velocity that the prediction implies
+    coupling: Literal["none", "ot", "lowres"] = "none"   # coupling.py
+    noise_aug: float = 0.5883                # lowres: noise's standard deviation in the source
+    upsample: Literal["psu", "bilinear", "nearest"] = "psu"   # lowres
+    lowres: int = 2                          # lowres: how many times smaller
 
     def __post_init__(self):
-        for field, options in (("target", ("u", "eps", "v", "x0")), ("table", ("", "linear", "cosine", "scaled_linear")),
-                               ("density", ("uniform", "logit_normal", "gaussian")),
-                               ("loss_type", ("mse", "l1", "huber")), ("weight", ("uniform", "min_snr"))):
-            if getattr(self, field) not in options:
-                raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(repr, options))}.")
+        for field in fields(self):
+            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
+                raise ValueError(f"{field.name} {getattr(self, field.name)!r} is not one of {', '.join(map(repr, get_args(field.type)))}.")
+        if self.density == "mode" and not -1 <= (1 if self.t_scale is None else self.t_scale) <= 2 / (math.pi - 2):
+            raise ValueError(f"t_scale {self.t_scale:g} of density mode: wanted -1 to 1.75, where it is invertible.")
+        if self.density not in ("uniform", "mode") and self.t_scale is not None and self.t_scale <= 0:
+            raise ValueError(f"t_scale {self.t_scale:g} of density {self.density}: wanted more than 0.")
+        if self.zero_snr and self.table not in TABLES:
+            raise ValueError(f"zero_snr changes the last row of a table; {self.table or 'the linear path'} ends in pure noise as it is.")
+        if self.zero_snr and self.target == "eps":
+            raise ValueError("zero_snr with target eps: the last row holds nothing but eps, so predicting it says nothing of x0.  Use v or x0.")
+        if self.target == "u" and self.table in TABLES:
+            raise ValueError(f"target u with table {self.table}: a table's rows are not spaced in any unit of time, so it has no velocity of its own.  "
+                             "Use target v (the velocity per angle), or table gvp.")
+        if self.learn_sigma and (self.table not in TABLES or self.aligned):
+            raise ValueError("learn_sigma learns the variance of steps between a table's rows: it needs a table (linear, cosine, "
+                             "scaled_linear), not aligned.")
+        if self.aligned and self.target == "u":
+            raise ValueError("aligned reads a velocity out of eps, v or x0; target u is one already.")
+        if self.coupling == "lowres" and (self.target != "u" or self.table):
+            raise ValueError("coupling lowres needs target u on the linear path: its starting point is not the unit noise that the "
+                             "others take for granted.")
+        if not 0 <= self.noise_aug <= 1:
+            raise ValueError(f"noise_aug {self.noise_aug:g}: wanted 0 to 1, the noise's standard deviation.")
+
+    # ---- time ----
 
     @property
     def t_max(self) -> float:
-        """Where sampling starts: 1 on the linear path, the last row's t on a VP table (0.9937 for Ho's)."""
-        return float(table_time(self.table, torch.tensor(T - 1))) if self.table else 1.0
+        """Where sampling starts: the last row's t on a VP table (0.9937 for Ho's), else 1; eps, which says nothing of x0
+        there, stops short of it."""
+        if self.table in TABLES:
+            return float(table_time(self.table, torch.tensor(T - 1), self.zero_snr))
+        return 1 - EDGE if self.target == "eps" else 1.0
+
+    @property
+    def t_min(self) -> float:
+        """The smallest t a network is asked about: 0, but where x0 is predicted, which says nothing of eps at 0."""
+        if self.target != "x0":
+            return 0.0
+        return float(table_time(self.table, torch.tensor(0), self.zero_snr)) if self.table in TABLES else EDGE
 
     def time(self, q: Tensor) -> Tensor:
-        """Uniform q (B,) -> training times t (B,) fp32 on the linear path. VP tables draw whole rows."""
-        q = shift_time(time_quantile(q, self.density, self.t_loc, self.t_scale), self.shift)
-        return (table_time(self.table, (q * T).floor()) if self.table else q).float()
+        """Uniform q (B,) -> training times t (B,) fp32 on the linear path. VP tables draw whole rows.
+
+        Aligned, the density is of the linear path's own t, scaled to end where the table does: an eps network has seen
+        nothing noisier, and u = (eps - x) / (1 - t) would blow up its errors.
+        """
+        t = shift_time(time_quantile(q, self.density, self.t_loc, self.t_scale), self.shift)
+        if self.aligned:
+            t = t * self.t_max
+        elif self.table:
+            t = table_time(self.table, (t * T).floor() if self.table in TABLES else t * T, self.zero_snr)
+        return t.float().clamp(self.t_min, self.t_max)
+
+    def row(self, t: Tensor) -> Tensor:
+        """The number in [0, 1000] a network is fed for linear-path times t, in t's shape, float64."""
+        return table_row(self.table, t, self.zero_snr) if self.table else t.double() * T
 
     def prior(self, noise: Tensor) -> Tensor:
         """Unit noise -> the point of the linear path where sampling starts, at t_max."""
-        return noise * norm(torch.tensor(self.t_max)) if self.table else noise
+        return noise * norm(torch.tensor(self.t_max))
+
+    def source(self, z_up: Tensor, noise: Tensor) -> Tensor:
+        """coupling lowres: where the path starts, from the enlarged low-resolution latents (B, C, H, W)."""
+        return add_noise(z_up, noise, self.noise_aug)
+
+    # ---- training ----
 
     def loss(self, net: Net, x0: Tensor, *, eps: Tensor | None = None, t: Tensor | None = None,
              generator: torch.Generator | None = None, source: Tensor | None = None, **cond: Any) -> Loss:
         """One training step's loss for data x0 (B, C, H, W), with noise and times drawn or given.
 
         `source` replaces the noise by another starting distribution (coupling); only velocities know it.
+        cond["concat"] (B, C', H, W) is put beside x on the network's input channels, the rest goes to it as it is.
         """
         drawn_on = generator.device if generator is not None else x0.device
         if t is None:
-            t = self.time(torch.rand(len(x0), dtype=torch.float64, generator=generator, device=drawn_on).to(x0.device))
+            q = torch.rand(len(x0), dtype=torch.float64, generator=generator, device=drawn_on).to(x0.device)
+            t = self.time(stratify(q, torch.arange(len(q), device=q.device), len(q)) if self.stratified else q)
         if source is not None and (self.target != "u" or eps is not None):
             raise ValueError("source= replaces eps= and needs the linear path with target 'u'.")
+        if source is None and self.coupling == "lowres":
+            raise ValueError("coupling lowres needs source= and concat= (coupling.lowres_coupling makes them).")
         if source is None and eps is None:
             eps = torch.randn(x0.shape, generator=generator, device=drawn_on).to(x0.device)
         x0, eps, t = x0.float(), (eps if source is None else source).float(), t.float()
+        if self.coupling == "ot" and source is None:
+            eps = eps[ot_permutation(x0, eps, cond.get("y"))]
         w = t.view(-1, 1, 1, 1)
-        out = self.call(net, (1 - w) * x0 + w * eps, t, **cond)
-        error = out - self.goal(x0, eps, w)
-        if self.loss_type == "mse":
-            error = error.square()
-        elif self.loss_type == "l1":
-            error = error.abs()
-        else:
-            error = 2 * self.huber_c ** 2 * ((error / self.huber_c).square().add(1).sqrt() - 1)
-        per_sample = error.flatten(1).mean(1)
-        if self.weight == "min_snr":
-            per_sample = per_sample * min_snr(t, self.target, self.gamma)
+        x = (1 - w) * x0 + w * eps
+        out = self.call(net, x, t, **cond)
+        out, sigma = out.split(x.shape[1], 1) if self.learn_sigma else (out, None)
+        error = self.triple(out, x, w)[2] - (eps - x0) if self.aligned else out - self.goal(x0, eps, w)
+        per_sample = per_element(error, self.loss_type, self.huber_c).flatten(1).mean(1)
+        if self.weight != "uniform":
+            per_sample = per_sample * loss_weight(t, "u" if self.aligned else self.what, self.weight, self.gamma)
+        if sigma is not None:                                                   # Nichol & Dhariwal 2021, eq. 16: 0.001 times the sum over T rows
+            per_sample = per_sample + 0.001 * T * self.variational_bound(error.detach(), sigma, t)
         return Loss(per_sample.mean(), per_sample, t)
 
-    def call(self, net: Net, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    @property
+    def what(self) -> str:
+        """The target; "pi/2 v" for the velocity of gvp, which is that: d(a x0 + s eps)/dk · 1000 = pi/2 (a eps - s x0)."""
+        return "pi/2 v" if self.target == "u" and self.table else self.target
+
+    def call(self, net: Net, x: Tensor, t: Tensor, concat: Tensor | None = None, **cond: Any) -> Tensor:
         """Run the network on the linear-path point x at t, in its own coordinates; returns fp32."""
-        if self.table:
-            return net(x / norm(t).view(-1, 1, 1, 1), table_row(self.table, t).float(), **cond).float()
-        return net(x, t * T, **cond).float()
+        x = x / norm(t).view(-1, 1, 1, 1) if self.table else x
+        x = x if concat is None else torch.cat([x, concat.to(x.dtype)], 1)
+        return net(x, self.row(t).float(), **cond).float()
 
     def goal(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should output; t broadcasts against x0."""
-        if self.target == "u":
-            return eps - x0
-        if self.target == "v":                                                  # Salimans & Ho 2022: v = a eps - s x0
-            return ((1 - t) * eps - t * x0) / norm(t)
-        return eps if self.target == "eps" else x0
+        if self.what in ("v", "pi/2 v"):                                        # Salimans & Ho 2022: v = a eps - s x0
+            v = ((1 - t) * eps - t * x0) / norm(t)
+            return v if self.what == "v" else math.pi / 2 * v
+        return {"u": eps - x0, "eps": eps, "x0": x0}[self.what]
+
+    # ---- reading a network ----
 
     def predict(self, net: Net, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's opinion at x (B, C, H, W) on the linear path at t (B,): (x0, eps, u), at least fp32.
-
-        u and v convert without a division; eps is singular at t = 1 (beyond every table) and x0 at t = 0.
-        """
+        """The network's opinion at x (B, C, H, W) on the linear path at t (B,): (x0, eps, u), at least fp32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x, w = x.to(wide), t.to(wide).view(-1, 1, 1, 1)
         out = self.call(net, x.float(), t.float(), **cond).to(wide)
-        if self.target == "u":
-            return x - w * out, x + (1 - w) * out, out
-        if self.target == "v":
-            n = norm(w)
-            x0, eps = ((1 - w) * x / n - w * out) / n, (w * x / n + (1 - w) * out) / n
+        return self.triple(out[:, :x.shape[1]] if self.learn_sigma else out, x, w)
+
+    def triple(self, out: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A prediction at the linear path's point x -> (x0, eps, u). t broadcasts against x.
+
+        u and v convert without a division. eps divides by 1 - t and x0 by t; beyond t_max and t_min, where a network is
+        asked about the last point it knows, by what they are there.
+        """
+        if self.what in ("v", "pi/2 v"):
+            n, v = norm(t), out if self.what == "v" else out / (math.pi / 2)
+            x0, eps = ((1 - t) * x / n - t * v) / n, (t * x / n + (1 - t) * v) / n
+        elif self.target == "u":
+            return x - t * out, x + (1 - t) * out, out
         elif self.target == "eps":
-            x0, eps = (x - w * out) / (1 - w).clamp(min=1e-5), out
+            x0, eps = (x - t * out) / (1 - t).clamp(min=1 - self.t_max), out
         else:
-            x0, eps = out, (x - (1 - w) * out) / w.clamp(min=1e-5)
+            x0, eps = out, (x - (1 - t) * out) / t.clamp(min=self.t_min)
         return x0, eps, eps - x0
 
+    def variational_bound(self, error: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+        """The bound's term in bits per dimension, (B,), for errors of the target and the variance output, each (B, C, H, W).
 
-def norm(t: Tensor) -> Tensor:
-    """sqrt((1-t)² + t²): the linear path's length unit. Dividing by it gives VP's a and s."""
-    return ((1 - t).square() + t.square()).sqrt()
+        The step from row k to k - 1 has a variance between its posterior's and beta_k; sigma in [-1, 1] interpolates their
+        logarithms. The term is KL(q(x_k-1 | x_k, x0) || p), and at row 0 the Gaussian -log p(x0 | x_0): guided-diffusion counts
+        8-bit pixels there, which latents are not. The error comes detached, so the mean is not trained by it.
+        """
+        k = self.row(t)
+        low = k.floor().clamp(max=T - 2).long()
+        small, large, gain = (torch.lerp(row[low], row[low + 1], k - low).view(-1, 1, 1, 1)
+                              for row in posterior(self.table, self.zero_snr, t.device))
+        log_var = small + (sigma.double() + 1) / 2 * (large - small)
+        x0_error = error.double().square() * x0_share(t, self.target).view(-1, 1, 1, 1)
+        kl = 0.5 * (log_var - small - 1 + (small - log_var).exp() + gain.square() * x0_error * (-log_var).exp())
+        nll = 0.5 * (math.log(2 * math.pi) + log_var + x0_error * (-log_var).exp())
+        bits = torch.where(k.view(-1, 1, 1, 1) < 0.5, nll, kl) / math.log(2)
+        return bits.flatten(1).mean(1).to(t.dtype)
 
 
-def min_snr(t: Tensor, target: str, gamma: float = 5.0) -> Tensor:
-    """Min-SNR weight (Hang et al. 2023) at t: min(SNR, gamma) on the x0 error, translated to the target's error.
+def per_element(error: Tensor, kind: str, c: float) -> Tensor:
+    """mse, l1 or pseudo-Huber of each element."""
+    if kind == "huber":
+        return 2 * c ** 2 * ((error / c).square().add(1).sqrt() - 1)
+    return error.square() if kind == "mse" else error.abs()
 
-    Written so that neither end divides zero by zero: SNR = ((1-t)/t)² is infinite at t = 0 and zero at t = 1.
+
+@lru_cache
+def posterior(table: str, zero_snr: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the steps from row k to k - 1, (1000,) float64 each: log of the posterior's variance (row 0, where it is 0, has
+    row 1's), log beta_k, and how much of an error of x0 reaches the posterior's mean (Ho et al. 2020, eq. 7)."""
+    ab = alphas_bar(table, zero_snr).to(device)
+    before = torch.cat([ab.new_ones(1), ab[:-1]])
+    beta = 1 - ab / before
+    small = beta * (1 - before) / (1 - ab)
+    small[0] = small[1]
+    return small.log(), beta.log(), before.sqrt() * beta / (1 - ab)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+def x0_share(t: Tensor, target: str) -> Tensor:
+    """|x0 error|² / |target's error|² at the same point, for t (B,), float64: u t², v s², eps (s/a)², x0 1."""
+    p, q = ends(t)
+    return {"u": q, "v": q / (p + q), "pi/2 v": q / (p + q) / (math.pi / 2) ** 2, "eps": q / p, "x0": torch.ones_like(q)}[target]
+
+
+def ends(t: Tensor) -> tuple[Tensor, Tensor]:
+    """((1-t)², t²), float64, whose ratio is the SNR. The floor makes 0/0 its limit at t = 0 and t = 1."""
+    t = t.double()
+    return (1 - t).square().clamp(min=1e-30), t.square().clamp(min=1e-30)
+
+
+def loss_weight(t: Tensor, target: str, kind: str, gamma: float = 5.0) -> Tensor:
+    """The weight of a target's squared error at t (B,), in t's dtype. Each is defined once, on the error of x0; the same
+    error of x0 then counts alike whatever the network predicts.
+
+    uniform        1 on the target's own error (the only one that means another thing for every target)
+    min_snr        min(SNR, gamma)                      Hang et al. 2023, gamma 5
+    soft_min_snr   SNR gamma / (SNR + gamma)            Crowson et al. 2024, gamma 4
+    debiased       SNR / sqrt(min(SNR, 1000))           Yu et al. 2023: 1 / sqrt(SNR) on eps; the cap is kohya-ss's
+    cosmap         2 / (pi ((1-t)² + t²)) on u          SD3, Esser et al. 2024
     """
-    snr = ((1 - t) / t).square()
-    if target == "eps":
-        return (gamma / snr).clamp(max=1.0)
-    if target == "v":
-        return torch.minimum(1 / (1 + 1 / snr), gamma / (1 + snr))
-    capped = snr.clamp(max=gamma)
-    return capped * t.square() if target == "u" else capped
+    p, q = ends(t)
+    if kind == "uniform":
+        return torch.ones_like(t)
+    if kind == "min_snr":
+        on_u = torch.minimum(p, gamma * q)                                      # the weight on x0, times t²: finite everywhere
+    elif kind == "soft_min_snr":
+        on_u = gamma * p * q / (p + gamma * q)
+    elif kind == "debiased":
+        on_u = torch.maximum((p * q).sqrt(), p / math.sqrt(1000))
+    elif kind == "cosmap":
+        on_u = 2 / (math.pi * (p + q))
+    else:
+        raise ValueError(f"weight {kind!r} is not one of uniform, min_snr, soft_min_snr, debiased, cosmap.")
+    return (on_u / q * x0_share(t, target)).to(t.dtype)
 
 
 PRESETS: dict[str, Objective] = {
     "fm": Objective("fm", "u", density="logit_normal"),
+    "cfm": Objective("cfm", "u", coupling="lowres"),
     "ddpm": Objective("ddpm", "eps", "linear"),
     # v and x0 stay regular where eps does not, so they can use the table that reaches (almost) pure noise.
     "v": Objective("v", "v", "cosine"),

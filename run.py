@@ -116,7 +116,8 @@ def check_config(cfg: Any, run: Path, free: set[str]) -> None:
         return
     if not cfg.resume:
         raise UserError(f"{run} exists and --no-resume was given.  Start the new run under another --name.")
-    old, new = read_config(run), json.loads(json.dumps(asdict(cfg)))
+    flags = json.loads(json.dumps(asdict(type(cfg)())))                          # a flag that is younger than the run had its default
+    old, new = {**flags, **read_config(run)}, json.loads(json.dumps(asdict(cfg)))
     differs = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys())
                if k not in free and old.get(k) != new.get(k)]
     if differs:

@@ -12,6 +12,7 @@ from data import Dataset, to_float
 from files import META, open_weights
 from latents import cache_vae, is_cache, self_check
 from model import PRESETS, UNet, UNetConfig
+from objectives import Objective
 from run import read_config
 from vae import VAE, AnyVAE, enough, fit_pca, load_noted, load_vae, pixel, psnr, vae_from_meta
 
@@ -44,6 +45,14 @@ def start_from(cfg: "Config", name: str) -> tuple[UNet, dict[str, Any]]:
                         f"with{f' (--model {same})' * bool(same)}.")
     say = () if "order" in told else ("attention_order",) if "heads" in told else ("num_heads", "num_head_channels", "attention_order")
     return load_unet(path, dtype=torch.float32, **{k: getattr(preset, k) for k in say})
+
+
+def check_aligned(objective: Objective, told: dict[str, Any] | str | None, name: str) -> None:
+    """--aligned reads the network as it was trained; `told` is what its file says of that."""
+    told = {"target": told} if isinstance(told, str) else told or {}
+    if differs := [f"{key} {told[key]!r}" for key in ("target", "table", "zero_snr") if key in told and told[key] != getattr(objective, key)]:
+        raise UserError(f"--aligned reads the network as it was trained, and {name} has {', '.join(differs)}; the flags say target "
+                        f"{objective.target!r}, table {objective.table!r}, zero_snr {objective.zero_snr}.  Give its own.")
 
 
 def vae_moved(cfg: "Config", run: Path) -> bool:

@@ -11,7 +11,6 @@ A run is a folder: config.json, log.jsonl, vae.safetensors, samples/, ckpt/.
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -24,22 +23,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import robo
-import toyfaces
 from ckpt import checkpoints, fingerprint, load_strict, load_unet, read_tensors
-from config import UserError, autocast, cli, closest, parse, versions
-from data import Dataset, Stream, open_dataset
+from config import UserError, autocast, cli, parse, versions
+from coupling import upsampled
+from data import Dataset, Stream, open_dataset, to_float
 from ema import EMA
 from files import make_dir, write_text
-from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from latents import latents_of
 from model import PRESETS, UNet, num_params
-from objectives import Loss, Objective, make_objective
+from objectives import Loss, Objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 lock, read_config, save_checkpoint)
+                 lock, save_checkpoint)
 from samplers import save_grid
-from start import make_vae, start_from, vae_moved
+from schedules import stratify
+from settings import objective_of, resolve
+from start import check_aligned, make_vae, start_from, vae_moved
 from vae import AnyVAE, load_noted, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
@@ -60,12 +59,24 @@ class Config:
     model: str = "tiny"                  # tiny | toy-281m | toy-281m-attn | adm-64 …
     vae: str = "pca"                     # pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file
     init: str = ""                       # U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]
-    objective: Literal["fm", "ddpm", "v", "x0"] = "fm"   # what the network learns to say
-    table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # ddpm, v, x0: their noise schedule; "" = preset
-    density: Literal["", "uniform", "logit_normal", "gaussian"] = ""   # of training times; "" = preset
-    shift: float = 1.0                   # of training times; > 1 = more noise
+    objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = "fm"   # what the network learns to say; cfm = from low resolution to high
+    target: Literal["", "u", "eps", "v", "x0"] = ""   # its output, if not the objective's own
+    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""   # noise schedule of ddpm, v, x0; gvp (a continuous cosine) also of fm
+    zero_snr: bool = False               # v, x0: the table's last row becomes pure noise
+    density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = ""   # of training times
+    t_loc: float | None = None           # its centre: logit_normal 0, gaussian 0.5, lognormal -1.2
+    t_scale: float | None = None         # its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29
+    stratified: bool = False             # training times spread evenly over each batch
+    shift: float | Literal["auto"] = 1.0   # of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32
     loss: Literal["mse", "l1", "huber"] = "mse"   # per element
-    weight: Literal["uniform", "min_snr"] = "uniform"   # per sample
+    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = "uniform"   # per sample, by its time
+    gamma: float = 5.0                   # of min_snr and soft_min_snr
+    learn_sigma: bool = False            # ddpm, v, x0: also learn the reverse steps' variance
+    aligned: bool = False                # ddpm, v, x0: flow matching's loss on what they imply, to fine-tune an --init
+    coupling: Literal["none", "ot"] = "none"   # ot = noise goes to the nearest images of its micro-batch (of equal label)
+    lowres: int = 2                      # cfm: how many times smaller the low resolution is
+    upsample: Literal["psu", "bilinear", "nearest"] = "psu"   # cfm: psu enlarges pixels, the others latents
+    noise_aug: float = 0.5883            # cfm: noise's standard deviation where its path starts
     # optimisation; progress is counted in images
     images: int = 40_000                 # images shown in all, rounded up to whole batches
     batch: int = 16                      # global; split over ranks and --accum
@@ -98,10 +109,6 @@ class Config:
 # Fields that may change when a run is resumed: they do not change what is computed.
 FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "keep", "keep_every",
         "workers", "device"}
-BOUNDS = {"images": (1, 1e12), "batch": (1, 1e6), "accum": (1, 1e6), "lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3),
-          "clip": (0, 1e9), "shift": (1e-3, 1e3), "label_drop": (0, 1), "holdout": (0, 0.9), "resolution": (1, 8192), "seed": (0, 2 ** 63 - 1),
-          "keep": (1, 1e6), "keep_every": (0, 1e12), "log_every": (0, 1e12), "eval_every": (0, 1e12), "preview_every": (0, 1e12),
-          "save_every": (0, 1e12), "workers": (-1, 128)}
 TIME_BINS = 10                           # of the loss by t
 MAX_BAD = 10                             # non-finite steps in a row before giving up
 
@@ -124,44 +131,6 @@ def due(seen: int, every: int, batch: int) -> bool:
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
-
-def resolve(cfg: Config) -> Config:
-    """Fill in what depends on other fields, and refuse what cannot run, before anything is read or written."""
-    dispatch.chosen()
-    if cfg.model not in PRESETS:
-        raise UserError(f"--model {cfg.model!r} is not a preset.{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.")
-    if PRESETS[cfg.model].context_dim:
-        raise UserError(f"--model {cfg.model} is told what to draw by text, and data sets here have none yet.  Choose another.")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name, (low, high) in BOUNDS.items():
-        if not low <= getattr(cfg, name) <= high:                               # NaN fails too
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {low:g} to {high:g}.")
-    if cfg.batch % (world * cfg.accum):
-        unit = world * cfg.accum
-        raise UserError(f"--batch {cfg.batch} is not divisible by {world} ranks × {cfg.accum} accumulation (= {unit}).  "
-                        f"Try --batch {max(cfg.batch // unit, 1) * unit}.")
-    if any(not 0.01 <= width <= 0.25 for width in cfg.ema) or len({f"{w:.3f}" for w in cfg.ema}) < len(cfg.ema):
-        raise UserError(f"--ema {','.join(map(str, cfg.ema))}: wanted different widths from 0.01 to 0.25, shares of the run.")
-    if cfg.table and cfg.objective == "fm":
-        raise UserError(f"--table {cfg.table} is a noise schedule of ddpm, v and x0; fm has none.")
-    if cfg.name and (Path(cfg.name).name != cfg.name or cfg.name.startswith(".")):
-        raise UserError(f"--name {cfg.name!r}: wanted the name of a folder under --out, without slashes.")
-    unknown = set(cfg.log) - {"tensorboard", "wandb"}
-    if unknown:
-        raise UserError(f"--log {', '.join(sorted(unknown))} is not one of tensorboard, wandb.")
-    absent = [name for name in cfg.log if importlib.util.find_spec(name) is None]
-    if absent:
-        raise UserError(f"--log {absent[0]} needs a package that is not installed.  pip install {absent[0]}")
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
-    name, tags = cfg.name or f"{stem}-{cfg.objective}-{cfg.stage}", cfg.exclude_tags
-    if not tags and cfg.stage == "stage2" and not cfg.init:
-        own = Path(cfg.out) / name                                              # once begun, the fine run is no longer needed
-        tags = tuple(read_config(own if (own / "config.json").exists() else fine_run(cfg))["exclude_tags"])
-    elif not tags and cfg.stage != "standard" and cfg.data.partition(":")[0] in ("toyfaces", "robohash"):
-        tags = (toyfaces if cfg.data.startswith("toyfaces") else robo).EXCLUDED
-    place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data          # im/ and im are one
-    return replace(cfg, data=place, name=name, exclude_tags=tags)
-
 
 @dataclass
 class Trainer:
@@ -193,10 +162,21 @@ class Trainer:
         """The objective's loss on a collated batch: everything random comes with the batch."""
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
         cond = {"y": batch["y"]} if "y" in batch else {}
-        t = batch["t"] if "t" in batch else self.objective.time(batch["q"])
-        x0 = latents_of(self.vae, batch)                                        # outside autocast: only the net runs in bf16
+        q = batch.get("q")
+        if q is not None and self.objective.stratified:
+            q = stratify(q, batch["position"], self.cfg.batch)
+        t = batch["t"] if q is None else self.objective.time(q)
+        x0, start = latents_of(self.vae, batch), {"eps": batch["eps"]}          # outside autocast: only the net runs in bf16
+        if self.objective.coupling == "lowres":
+            cond["concat"] = self.low_resolution(batch, x0)
+            start = {"source": self.objective.source(cond["concat"], batch["eps"])}
         with autocast(self.ranks.device, self.cfg.dtype):
-            return self.objective.loss(net, x0, eps=batch["eps"], t=t, **cond)
+            return self.objective.loss(net, x0, t=t, **start, **cond)
+
+    def low_resolution(self, batch: dict[str, Tensor], x0: Tensor) -> Tensor:
+        """cfm: what the low-resolution versions of a batch say of its latents x0, in x0's shape."""
+        images = to_float(batch["image"]) if "image" in batch else None
+        return upsampled(images, x0, self.vae.encode, self.objective.lowres, self.objective.upsample)
 
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
@@ -213,11 +193,17 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if ranks.rank == 0:
         print(ds.report, flush=True)
     vae = vae_from_meta(ranks.share(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
-    unet = replace(PRESETS[cfg.model], in_channels=vae.channels, out_channels=vae.channels, num_classes=len(classes))
+    objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
+    unet = replace(PRESETS[cfg.model], in_channels=vae.channels * (1 + (objective.coupling == "lowres")),
+                   out_channels=vae.channels * (1 + objective.learn_sigma), num_classes=len(classes))
     side, factor = vae.latent_shape(cfg.resolution)[1], 2 ** (len(unet.channel_mult) - 1)
     if side % factor:
         raise UserError(f"--resolution {cfg.resolution} gives {side}×{side} latents, which {cfg.model} cannot halve "
                         f"{len(unet.channel_mult) - 1} times.  Use a multiple of {vae.factor * factor}.")
+    if cfg.objective == "cfm" and cfg.upsample != "psu" and side % cfg.lowres:
+        raise UserError(f"--lowres {cfg.lowres} does not divide the {side}×{side} latents of --resolution {cfg.resolution}.  Use --upsample psu.")
+    if cfg.aligned and start:
+        check_aligned(objective, init_meta.get("objective"), start)
     check_disk(cfg, run, num_params(unet))
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
@@ -236,8 +222,6 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    overrides = {k: v for k, v in (("table", cfg.table), ("density", cfg.density)) if v}
-    objective = make_objective(cfg.objective, shift=cfg.shift, loss_type=cfg.loss, weight=cfg.weight, **overrides)
     optimizer = AdamW8bit(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay) if cfg.optim == "adamw8bit" else \
         torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held)
@@ -359,7 +343,8 @@ def train(cfg: Config, ranks: Ranks) -> None:
     final = run / "samples" / "final.png"
     if moved := vae_moved(cfg, run):
         load_noted(run / "vae.safetensors", cfg.vae)                            # another one ends here, also when the run is finished
-    check_config(cfg, run, FREE | ({"vae"} if moved else set()))
+    free = FREE - ({"accum"} if cfg.coupling == "ot" else set())                # ot pairs noise and data within a micro-batch
+    check_config(cfg, run, free | ({"vae"} if moved else set()))
     if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:
             print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
@@ -408,7 +393,8 @@ def finish(tr: Trainer, log: Log, final: Path) -> None:
             print(f"stopped and saved at {tr.seen:,} of {tr.cfg.images:,} images.  The same command continues.")
         return
     # The noise of a stochastic sampler corrects what a young network gets wrong; an ODE keeps it as grain.
-    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), method="ddim", eta=1.0, steps=50)
+    how = {"method": "ddim", "eta": 1.0, "steps": 50} if tr.objective.coupling != "lowres" else {"method": "heun", "steps": 25}
+    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), **how)           # (from a source that is not noise, only an ODE)
     if tr.ranks.rank == 0:
         make_dir(final.parent)
         save_grid(images, final, columns=8)

@@ -13,9 +13,12 @@ ROOT = Path(__file__).parent.parent
 MAP = {
     "model.py": "the U-Nets: config, presets, forward; the config that a file's names and shapes tell",
     "blocks.py": "what they are made of: ADM's blocks, Stable Diffusion's transformer, under their authors' names",
-    "objectives.py": "one interpolant; DDPM, v, x0, flow matching; times, weights, losses; conversion to one velocity",
+    "objectives.py": "one interpolant; DDPM, v, x0, flow matching; weights, losses, learned variance; conversion to one velocity",
+    "schedules.py": "noise schedules as maps to one clock; how training times are drawn",
+    "coupling.py": "which noise, or other start, belongs to which data: minibatch OT, low resolution",
     "samplers.py": "Euler, Heun, DDIM, DDPM, Dormand–Prince; guidance; the sampling command",
     "train.py": "the training loop, and all of its settings on one screen",
+    "settings.py": "its flags: what depends on others filled in, what cannot run refused",
     "start.py": "what a run starts from: another network's weights, an autoencoder",
     "ema.py": "power-function averages of the weights",
     "run.py": "a run: its ranks, its folder, its log, its signals",
