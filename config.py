@@ -63,8 +63,8 @@ def closest(word: str, options: typing.Iterable[str], n: int = 3) -> str:
 def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tuple[Any, bool]:
     """Read `--field value`, `--field=value`, `--flag`, `--no-flag` into cls(...); returns (config, dry_run).
 
-    Types come from the annotations: int, float, str, bool, Literal[…] (choices) and tuple[T, ...] (comma
-    separated), and `X | Y`: the first that fits. `--help` prints one screen and exits; `--dry-run` is reported, for the script to act on.
+    Types come from the annotations: int, float, str, bool, Literal[…] (choices), tuple[T, ...] (comma separated) and `X | Y`: the
+    first that fits, where None means not given. `--help` prints one screen and exits; `--dry-run` is reported, for the script to act on.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -125,17 +125,21 @@ def convert(key: str, text: str, kind: Any) -> Any:
 
 
 def usage(cls: type, doc: str | None) -> str:
-    """The --help screen: the script's first docstring paragraph, then a line a flag with default and comment."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    """The --help screen: the script's first docstring paragraph, then a line a flag with default and comment. A comment
+    `# ---- name` between the fields becomes a heading."""
+    source = inspect.getsource(cls)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
+    headings = {field: name for name, field in re.findall(r"^    # -{4} (.*)\n    (\w+):", source, re.M)}
     hints, lines = typing.get_type_hints(cls), [(doc or "").strip().split("\n\n")[0], ""]
     for field in dataclasses.fields(cls):
-        value = field.default
+        value = "" if field.default is None else field.default
+        lines += [f"{headings[field.name]}:"] if field.name in headings else []
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
-        shown = "required" if value is dataclasses.MISSING else "" if value is None else value
+        shown = "required" if value is dataclasses.MISSING else value
         text, kind = comments.get(field.name, ""), hints[field.name]
         choices = " | ".join(c for c in typing.get_args(kind) if c) if typing.get_origin(kind) is typing.Literal else ""
-        lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {f'{choices}: ' * bool(choices) * ('|' not in text)}{text}")
+        lines.append(f"  --{field.name.replace('_', '-'):<15} {shown!s:<10} {f'{choices}: ' * bool(choices) * ('|' not in text)}{text}".removesuffix(": "))
     lines.append(f"  --{'dry-run':<15} {'':<10} print the resolved config and stop")
     return "\n".join(lines)
 

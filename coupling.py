@@ -46,9 +46,17 @@ def upsampled(images: Tensor | None, z_hi: Tensor, encode: Callable[[Tensor], Te
     """
     if upsample == "psu":
         small = resize(images, (images.shape[-2] // factor, images.shape[-1] // factor))
-        return encode(resize(small, images.shape[-2:]))
+        return enlarged(small, images.shape[-2:], encode, "psu")
     small = resize(z_hi, (z_hi.shape[-2] // factor, z_hi.shape[-1] // factor))
     return resize(small, z_hi.shape[-2:], upsample)
+
+
+def enlarged(small: Tensor, size: tuple[int, int], encode: Callable[[Tensor], Tensor], upsample: str = "psu") -> Tensor:
+    """The same of pictures that are small already (B, 3, h, w) in [-1, 1], for pictures of `size`."""
+    if upsample == "psu":
+        return encode(resize(small, size))
+    z = encode(small)
+    return resize(z, (z.shape[-2] * size[0] // small.shape[-2], z.shape[-1] * size[1] // small.shape[-1]), upsample)
 
 
 def add_noise(z_up: Tensor, noise: Tensor, noise_aug: float) -> Tensor:

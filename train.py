@@ -35,7 +35,7 @@ from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective
 from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
                  lock, save_checkpoint)
-from samplers import save_grid
+from pictures import save_grid
 from schedules import stratify
 from settings import objective_of, resolve
 from start import check_aligned, make_vae, start_from, vae_moved

@@ -3,7 +3,6 @@
 Every rank takes its share of both, so none waits for another.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import data
 from config import autocast
 from files import make_dir
 from latents import latents_of
-from samplers import draw, generators, guided, sample, save_grid, to_uint8
+from pictures import save_grid, to_uint8
+from samplers import draw, generators, guided, sample
 
 HELD_OUT = 64                            # images of the held-out loss, at most
 
@@ -60,7 +60,7 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
     if mine:
         x = draw(generators(mine), torch.empty(1, *tr.latent_shape, device=tr.ranks.device))
         y = torch.tensor([s % len(tr.classes) for s in mine], device=tr.ranks.device) if tr.classes else None
-        cond, start, predict = {} if y is None else {"y": y}, tr.objective.prior(x), guided(tr.objective, net)
+        cond, start = {} if y is None else {"y": y}, tr.objective.prior(x)
         if tr.objective.coupling == "lowres":                                   # enlarges held-out images, if there are any
             ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
             views = [ds.view(s % len(ds)) for s in mine]
@@ -69,9 +69,9 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
             if y is not None:                                                   # they have classes of their own
                 labels = data.classes_of(ds, tr.classes)[1]
                 cond["y"] = torch.tensor([int(labels[s % len(ds)]) for s in mine], device=x.device)
-            start, predict = tr.objective.source(cond["concat"], x), partial(tr.objective.predict, net)
+            start = tr.objective.source(cond["concat"], x)
         with autocast(tr.ranks.device, tr.cfg.dtype):
-            s = sample(predict, start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **how)
+            s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **how)
         images[tr.ranks.rank::tr.ranks.world] = to_uint8(tr.vae.decode(s.x)).int()
     tr.net.train()
     return tr.ranks.sum(images).to(torch.uint8)                                 # the others' rows are zero

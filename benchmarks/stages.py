@@ -19,7 +19,8 @@ from benchmarks import record
 from ckpt import find_checkpoint, load_unet
 from data import open_dataset, to_float
 from objectives import Objective
-from samplers import draw, generators, guided, sample, save_grid, to_uint8
+from pictures import save_grid, to_uint8
+from samplers import draw, generators, guided, sample
 from vae import vae_from_meta
 
 N, SIZE = 128, 64

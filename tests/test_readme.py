@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ckpt
-import samplers
+import drawing
 import train
 from config import parse
 
@@ -31,7 +31,7 @@ def test_every_command_of_the_readme_parses(script, args):
         cfg, _ = parse(train.Config, argv=words)
         train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)      # its fine run is not here
     elif script == "samplers":
-        parse(samplers.Config, argv=words)
+        parse(drawing.Config, argv=words)
     else:
         (command, *names), flags = ckpt.positional(words)
         assert len(names) == len(ckpt.COMMANDS[command])
