@@ -233,16 +233,70 @@ def enlarge(cfg: Config, objective: Objective, vae: AnyVAE, R: int, device: torc
     return enlarged(small, (R, R), vae.encode, objective.upsample)
 
 
-def draw_images(cfg: Config, objective: Objective, predict: Predict, plain: Predict, vae: AnyVAE, latent_shape: tuple[int, ...],
-                labels: Tensor | None, walk: tuple[float, Tensor], z: Tensor | None, pixels: Tensor | None, mask: Tensor | None,
-                options: dict[str, Any], device: torch.device) -> tuple[Tensor, int]:
-    """All images, uint8 (n, 3, R, R), and the NFE of all together. `plain` is predict without guidance, for inversion; z (k, C, h, w)
-    and pixels (k, 3, R, R) uint8 are --init's, mask (1, 1, R, R) bool --mask's."""
-    (strength, grid), images, nfe = walk, [], 0
-    cells = None if mask is None else F.max_pool2d(mask.float(), vae.factor).bool().to(device)       # a latent cell with any white is painted
+@dataclass
+class Drawer:
+    """A checkpoint and the flags, as what draws."""
+    path: Path
+    meta: dict[str, Any]
+    objective: Objective
+    vae: AnyVAE
+    latent_shape: tuple[int, int, int]
+    classes: list[str]
+    predict: Predict
+    plain: Predict                           # without guidance, for inversion
+    method: str
+    options: dict[str, Any]                  # of the method
+    strength: float
+    grid: Tensor
+    evaluations: int = 0                     # of networks, by sample
+
+    @property
+    def resolution(self) -> int:
+        return self.latent_shape[1] * self.vae.factor
+
+
+def load(cfg: Config, device: torch.device) -> Drawer:
+    """Load the networks that flags name, and refuse what does not fit them."""
+    options, path = check(cfg), find_checkpoint(cfg.ckpt)
+    known = {k: v for k in ("num_heads", "num_head_channels", "attention_order", "objective") if (v := getattr(cfg, k))}
+    net, meta = load_unet(path, dtype=torch.float32, **known)
+    objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
+    if cfg.cfg != 1.0 and not cfg.labels and not cfg.guide_ckpt:
+        raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
+                        f"{'.' if net.cfg.num_classes else ', and this checkpoint was trained without classes.  Leave --cfg out.'}")
+    if cfg.variance == "learned" and net.cfg.out_channels != 2 * vae.channels:
+        raise UserError(f"--variance learned: {path} gives no variance (it has {net.cfg.out_channels} output channels).  Use small or large.")
+    if net.cfg.num_classes and "classes" not in meta and (not cfg.labels or (cfg.cfg != 1.0 and not cfg.guide_ckpt)):
+        print(f"warning: {path} does not say that its network ever saw \"no class\" in training (guided-diffusion's did not), and "
+              f"{'--cfg' if cfg.labels else 'drawing without --labels'} asks it for that.", file=sys.stderr)
+
+    def counted(net: Net) -> Net:
+        def call(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+            drawer.evaluations += len(x)
+            with autocast(device, cfg.dtype):                                   # only the network: what surrounds it stays fp32
+                return net(x, t, **cond)
+        return call
+
+    guide, net = None, net.to(device).eval()
+    if cfg.guide_ckpt:
+        guide_objective, other = load_guide(cfg, net, meta, objective, known)
+        guide = guided(guide_objective, counted(other.to(device).eval()))
+    predict = guided(objective, counted(net), cfg.cfg, rescale=cfg.cfg_rescale, interval=cfg.cfg_interval or (0.0, math.inf), guide=guide)
+    classes = meta.get("classes", [str(i) for i in range(net.cfg.num_classes)])
+    drawer = Drawer(path, meta, objective, vae.to(device), latent_shape, classes, predict, guided(objective, counted(net)), cfg.method, options,
+                    *walk_of(cfg, objective, options))
+    return drawer
+
+
+def draw_images(cfg: Config, d: Drawer, labels: Tensor | None, z: Tensor | None, pixels: Tensor | None, mask: Tensor | None,
+                device: torch.device) -> tuple[Tensor, int]:
+    """All images, uint8 (n, 3, R, R), and the NFE of all together. z (k, C, h, w) and pixels (k, 3, R, R) uint8 are --init's,
+    mask (1, 1, R, R) bool --mask's."""
+    images, nfe = [], 0
+    cells = None if mask is None else F.max_pool2d(mask.float(), d.vae.factor).bool().to(device)     # a latent cell with any white is painted
     with tqdm(total=cfg.n, unit="img", disable=None) as bar:
         if cfg.interpolate:
-            ends = invert(plain, z, grid, method=cfg.method, cond=None if labels is None else {"y": labels[:1].expand(2).to(device)})
+            ends = invert(d.plain, z, d.grid, method=d.method, cond=None if labels is None else {"y": labels[:1].expand(2).to(device)})
             nfe += int(ends.nfe_each.sum())
         for lo in range(0, cfg.n, cfg.batch):
             index = torch.arange(lo, min(lo + cfg.batch, cfg.n))
@@ -253,72 +307,44 @@ def draw_images(cfg: Config, objective: Objective, predict: Predict, plain: Pred
                 done[0] = progress
 
             cond = None if labels is None else {"y": labels[index].to(device)}
-            how = {"method": cfg.method, "seeds": seeds, "callback": advance, "cond": cond, **options}
-            noise = draw(generators(seeds), torch.empty(1, *latent_shape, device=device))
+            how = {"method": d.method, "seeds": seeds, "callback": advance, "cond": cond, "grid": d.grid, **d.options}
+            noise, own = draw(generators(seeds), torch.empty(1, *d.latent_shape, device=device)), None if z is None else z[index % len(z)]
             if cfg.interpolate:
-                s = sample(predict, slerp(ends.x[:1], ends.x[1:], torch.linspace(0, 1, cfg.n)[index]), grid=grid, **how)
-            elif cfg.invert and strength:
-                back = invert(plain, z[index % len(z)], grid, method=cfg.method, cond=cond)
-                s, nfe = sample(predict, back.x, grid=grid, **how), nfe + int(back.nfe_each.sum())
-            elif objective.coupling == "lowres":
-                z_up = z[index % len(z)]
-                s = sample(predict, objective.source(z_up, noise), grid=grid, **{**how, "cond": {**(cond or {}), "concat": z_up}})
+                s = sample(d.predict, slerp(ends.x[:1], ends.x[1:], torch.linspace(0, 1, cfg.n)[index]), **how)
+            elif cfg.invert and d.strength:
+                back = invert(d.plain, own, d.grid, method=d.method, cond=cond)
+                s, nfe = sample(d.predict, back.x, **how), nfe + int(back.nfe_each.sum())
+            elif d.objective.coupling == "lowres":
+                s = sample(d.predict, d.objective.source(own, noise), **{**how, "cond": {**(cond or {}), "concat": own}})
             elif cfg.init:
-                s = edit(objective, predict, z[index % len(z)], noise, grid, strength=strength, mask=cells, **how)
+                s = edit(d.objective, d.predict, own, noise, strength=d.strength, mask=cells, **how)
             else:
-                s = sample(predict, begin(objective, noise, float(grid[0])), grid=grid, **how)
+                s = sample(d.predict, begin(d.objective, noise, float(d.grid[0])), **how)
             nfe += int(s.nfe_each.sum())
-            image = to_uint8(vae.decode(s.x)).cpu()
+            image = to_uint8(d.vae.decode(s.x)).cpu()
             images.append(image if mask is None else torch.where(mask, image, pixels[index % len(pixels)]))
     return torch.cat(images), nfe
 
 
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
-    options = check(cfg)
-    path, device = find_checkpoint(cfg.ckpt), pick_device(cfg.device)
     if dry_run:
-        print(json.dumps({**asdict(cfg), **options, "ckpt": str(path), "device": str(device)}, indent=1))
+        device = pick_device(cfg.device)
+        print(json.dumps({**asdict(cfg), **check(cfg), "ckpt": str(find_checkpoint(cfg.ckpt)), "device": str(device)}, indent=1))
         return
-    known = {k: v for k in ("num_heads", "num_head_channels", "attention_order", "objective") if (v := getattr(cfg, k))}
-    net, meta = load_unet(path, dtype=torch.float32, **known)
-    objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
-    net, vae, evaluations = net.to(device).eval(), vae.to(device), 0
-    labels = pick_labels(cfg.labels, meta.get("classes", [str(i) for i in range(net.cfg.num_classes)]), cfg.n)
-    if cfg.cfg != 1.0 and labels is None and not cfg.guide_ckpt:
-        raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
-                        f"{'.' if net.cfg.num_classes else ', and this checkpoint was trained without classes.  Leave --cfg out.'}")
-    if cfg.variance == "learned" and net.cfg.out_channels != 2 * vae.channels:
-        raise UserError(f"--variance learned: {path} gives no variance (it has {net.cfg.out_channels} output channels).  Use small or large.")
-    if net.cfg.num_classes and "classes" not in meta and (labels is None or (cfg.cfg != 1.0 and not cfg.guide_ckpt)):
-        print(f"warning: {path} does not say that its network ever saw \"no class\" in training (guided-diffusion's did not), and "
-              f"{'--cfg' if labels is not None else 'drawing without --labels'} asks it for that.", file=sys.stderr)
-
-    def counted(net: Net) -> Net:
-        def call(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-            nonlocal evaluations
-            evaluations += len(x)
-            with autocast(device, cfg.dtype):                                   # only the network: what surrounds it stays fp32
-                return net(x, t, **cond)
-        return call
-
-    guide = None
-    if cfg.guide_ckpt:
-        guide_objective, guide = load_guide(cfg, net, meta, objective, known)
-        guide = guided(guide_objective, counted(guide.to(device).eval()))
-    predict = guided(objective, counted(net), cfg.cfg, rescale=cfg.cfg_rescale, interval=cfg.cfg_interval or (0.0, math.inf), guide=guide)
-    walk, R = walk_of(cfg, objective, options), latent_shape[1] * vae.factor
-    if objective.coupling == "lowres":
-        z, pixels = enlarge(cfg, objective, vae, R, device), None
+    device = pick_device(cfg.device)
+    d = load(cfg, device)
+    labels, R = pick_labels(cfg.labels, d.classes, cfg.n), d.resolution
+    if d.objective.coupling == "lowres":
+        z, pixels = enlarge(cfg, d.objective, d.vae, R, device), None
     else:
         pixels = torch.stack([read_picture(path, R) for path in cfg.init]) if cfg.init else None
-        z = None if pixels is None else vae.encode(pixels.to(device) / 127.5 - 1)
+        z = None if pixels is None else d.vae.encode(pixels.to(device) / 127.5 - 1)
     mask = read_mask(cfg.mask, cfg.init, R) if cfg.mask else None
-    out = Path(cfg.out or default_folder(cfg, path, meta))
+    out = Path(cfg.out or default_folder(cfg, d.path, d.meta))
     make_dir(out)                                                               # after all that can be refused, before hours of work
     start = time.perf_counter()
-    plain = guided(objective, counted(net))
-    images, nfe = draw_images(cfg, objective, predict, plain, vae, latent_shape, labels, walk, z, pixels, mask, options, device)
+    images, nfe = draw_images(cfg, d, labels, z, pixels, mask, device)
     seconds = time.perf_counter() - start
     for i, image in enumerate(images):
         save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), out / f"{cfg.seed + i:06d}.png")
@@ -326,6 +352,6 @@ def main() -> None:
         save_npz(images, Path(cfg.npz))
     if cfg.grid_image:
         save_grid(images, out / "grid.png")
-    double = f" ({evaluations / cfg.n:g} network evaluations: guidance)" if evaluations != nfe else ""
+    double = f" ({d.evaluations / cfg.n:g} network evaluations: guidance)" if d.evaluations != nfe else ""
     print(f"{cfg.n} images  {cfg.method}  NFE/image {nfe / cfg.n:g}{double}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
     print(out / "grid.png" if cfg.grid_image else cfg.npz or out)
