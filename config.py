@@ -127,7 +127,7 @@ def convert(key: str, text: str, kind: Any) -> Any:
 def usage(cls: type, doc: str | None) -> str:
     """The --help screen: the script's first docstring paragraph, then a line a flag with default and comment. A comment
     `# ---- name` between the fields becomes a heading."""
-    source = inspect.getsource(cls)
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))   # its own comment wins
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     headings = {field: name for name, field in re.findall(r"^    # -{4} (.*)\n    (\w+):", source, re.M)}
     hints, lines = typing.get_type_hints(cls), [(doc or "").strip().split("\n\n")[0], ""]

@@ -145,8 +145,8 @@ def describe(cfg: Config, unet: UNetConfig, meta: dict[str, Any], what: str) -> 
     return objective, vae, vae.latent_shape(resolution)
 
 
-def load_guide(cfg: Config, net: Any, meta: dict[str, Any], objective: Objective, known: dict[str, Any]) -> tuple[Objective, Any]:
-    """--guide-ckpt's objective and network, which must speak of the same latents and classes, as far as their files say."""
+def load_guide(cfg: Config, net: Any, meta: dict[str, Any], objective: Objective, known: dict[str, Any]) -> tuple[Objective, Any, str]:
+    """--guide-ckpt's objective, network and fingerprint, which must speak of the same latents and classes, as far as their files say."""
     path = find_checkpoint(cfg.guide_ckpt)
     guide, theirs = load_unet(path, dtype=torch.float32, **known)
     (c, vae, classes), other = ((n.cfg.in_channels, {k: v for k, v in m.get("vae", {}).items() if k not in ("source", "sha256", "name")},
@@ -155,7 +155,7 @@ def load_guide(cfg: Config, net: Any, meta: dict[str, Any], objective: Objective
         raise UserError(f"--guide-ckpt {path} is of another latent space than --ckpt.  Name a network that was trained on the same latents.")
     if classes != other[2]:
         raise UserError(f"--guide-ckpt {path} was trained with other classes than --ckpt.  Name a network that knows the same labels.")
-    return Objective(**theirs["objective"]) if isinstance(theirs.get("objective"), dict) else objective, guide
+    return Objective(**theirs["objective"]) if isinstance(theirs.get("objective"), dict) else objective, guide, theirs["fingerprint"]
 
 
 def check(cfg: Config) -> dict[str, Any]:
@@ -248,6 +248,7 @@ class Drawer:
     options: dict[str, Any]                  # of the method
     strength: float
     grid: Tensor
+    guide: str = ""                          # fingerprint of --guide-ckpt
     evaluations: int = 0                     # of networks, by sample
 
     @property
@@ -277,14 +278,14 @@ def load(cfg: Config, device: torch.device) -> Drawer:
                 return net(x, t, **cond)
         return call
 
-    guide, net = None, net.to(device).eval()
+    guide, guide_mark, net = None, "", net.to(device).eval()
     if cfg.guide_ckpt:
-        guide_objective, other = load_guide(cfg, net, meta, objective, known)
+        guide_objective, other, guide_mark = load_guide(cfg, net, meta, objective, known)
         guide = guided(guide_objective, counted(other.to(device).eval()))
     predict = guided(objective, counted(net), cfg.cfg, rescale=cfg.cfg_rescale, interval=cfg.cfg_interval or (0.0, math.inf), guide=guide)
     classes = meta.get("classes", [str(i) for i in range(net.cfg.num_classes)])
     drawer = Drawer(path, meta, objective, vae.to(device), latent_shape, classes, predict, guided(objective, counted(net)), cfg.method, options,
-                    *walk_of(cfg, objective, options))
+                    *walk_of(cfg, objective, options), guide_mark)
     return drawer
 
 

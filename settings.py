@@ -23,7 +23,7 @@ BOUNDS = {"images": (1, 1e12), "batch": (1, 1e6), "accum": (1, 1e6), "lr": (0, 1
           "clip": (0, 1e9), "shift": (1e-3, 1e3), "t_loc": (-10, 10), "t_scale": (-1, 10), "gamma": (1e-3, 1e6), "lowres": (2, 64),
           "label_drop": (0, 1), "holdout": (0, 0.9), "resolution": (1, 8192), "seed": (0, 2 ** 63 - 1),
           "keep": (1, 1e6), "keep_every": (0, 1e12), "log_every": (0, 1e12), "eval_every": (0, 1e12), "preview_every": (0, 1e12),
-          "save_every": (0, 1e12), "workers": (-1, 128)}
+          "save_every": (0, 1e12), "fid_every": (0, 1e12), "workers": (-1, 128)}
 
 
 def resolve(cfg: "Config") -> "Config":

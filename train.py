@@ -40,7 +40,7 @@ from schedules import stratify
 from settings import objective_of, resolve
 from start import check_aligned, make_vae, start_from, vae_moved
 from vae import AnyVAE, load_noted, save_vae, vae_from_meta
-from watch import draw_samples, ema_net, held_out_loss, preview
+from watch import FID, draw_samples, ema_net, held_out_loss, preview
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Config:
     eval_every: int = 10_000             # held-out loss
     preview_every: int = 10_000          # sample previews, raw and EMA
     save_every: int = 10_000             # checkpoints
+    fid_every: int = 0                   # images; FID of 2,048 samples to the training images, into the log; 0 = never
+    fid_features: Literal["inception", "pca"] = "inception"   # pca: FD-pca, instant, needs no weights
     keep: int = 2                        # newest checkpoints kept
     keep_every: int = 0                  # images; also keep checkpoints at its multiples; 0 = none
     workers: int = -1                    # loader processes; -1 = none for data in memory on a CPU, else up to 8
@@ -107,8 +109,8 @@ class Config:
 
 
 # Fields that may change when a run is resumed: they do not change what is computed.
-FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "keep", "keep_every",
-        "workers", "device"}
+FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "fid_every",
+        "fid_features", "keep", "keep_every", "workers", "device"}
 TIME_BINS = 10                           # of the loss by t
 MAX_BAD = 10                             # non-finite steps in a row before giving up
 
@@ -353,6 +355,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
     tr = setup(cfg, ranks)
     if ranks.rank == 0 and (tr.seen or tr.init["path"]):
         print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
+    fid = FID(tr) if cfg.fid_every else None
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
     clock = Speed(tr.seen)
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
@@ -376,6 +379,8 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
                 if looks and len(tr.ds.heldout):
                     log.write(held_out_loss(tr))
+                if fid and (due(tr.seen, cfg.fid_every, cfg.batch) or tr.seen >= cfg.images):
+                    log.write(fid(tr))
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):

@@ -1,0 +1,390 @@
+"""FID and its company, with a card that says what the number means:
+
+    python eval_fid.py --ckpt runs/toyfaces-fm-standard --n 10000         # against what it was trained on; the same command goes on
+    python eval_fid.py --ckpt RUN --ref "toyfaces:character:nova"         # … against the images with a tag
+    python eval_fid.py --fake DIR --ref DIR                               # folders, arr_0 or mu/sigma npz: no network is sampled
+    python eval_fid.py compare a.json b.json                              # a table, unless the cards do not fit together
+    torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN                 # every rank samples; without the -- torchrun takes --n for its own
+
+Generated images are rounded to uint8 and never touch a lossy format; features are kept on disk. FID against training images
+rewards copies, so the floor (real against real) and a memorisation check stand beside it.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import drawing
+import samplers
+from config import UserError, cli, closest, parse, versions
+from features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
+                      read_chunk, short)
+from files import make_dir, write_text
+from inception import FIDInception, cache_folder, load_inception
+from latents import is_cache
+from metrics import (Statistics, frechet, frechet_distance, frechet_from_features, frechet_infinity, jackknife, kernel_distance, load_statistics,
+                     memorisation, precision_recall, save_statistics)
+from pictures import to_uint8
+from run import Ranks, join_ranks
+
+__all__ = ["FIDInception", "frechet_distance", "frechet_from_features", "kernel_distance", "precision_recall"]
+LOW = 2048                                   # images; below this Inception's covariance has not full rank
+DRAWN = 10_000                               # images of --ckpt, if nobody says
+GROUPS = 10                                  # of the jackknife
+NAMES = {"inception": ("FID", "KID"), "pca": ("FD-pca", "KD-pca")}
+
+
+@dataclass(frozen=True)
+class Config(drawing.Config):
+    ckpt: str = ""                     # what to sample: a file, a run's folder, hf:org/name[/file] …
+    n: int = 0                         # images; default 10,000 of --ckpt, all of --fake
+    out: str = ""                      # the card, a JSON file; default cards/<what>.json
+    fake: str = ""                     # … or images that are there: a folder, arr_0 in an npz, or mu and sigma in one
+    ref: str = ""                      # DATA[:tag expression], a folder or npz; default what --ckpt was trained on
+    features: Literal["inception", "pca"] = "inception"   # pca: FD-pca, instant, needs no weights
+    weights: str = ""                  # Inception's: a file, hf:org/name/file, random:SEED; default the cache (python inception.py --fetch)
+    preproc: Literal["torch", "clean", "tf"] = "torch"   # as pytorch-fid | clean-fid | torch-fidelity and ADM
+    holdout: float = -1.0              # share of --ref held out for the memorisation check; -1 = as --ckpt was trained, else 0
+    pairs: int = 5_000                 # images a side, at most, for what compares pairs: KID, precision, memorisation
+    infinity: bool = False             # also FID at infinitely many images, by a fit
+    cache: str = ""                    # folder of features; default ~/.cache/twinpath
+    save_stats: str = ""               # also write the reference's mu and sigma: FILE.npz
+
+
+# ---- sampling: the only place that knows how ------------------------------------------------------------------------
+
+class Generator(NamedTuple):
+    draw: Callable[[list[int]], tuple[Tensor, float]]       # seeds -> uint8 (B, 3, H, W), NFE an image
+    sampled: dict[str, Any]                                 # everything an image of a seed depends on, but for the weights
+    subject: dict[str, Any]                                 # whose weights
+    resolution: int
+    trained: dict[str, Any]                                 # the run's config, {} if the file has none
+
+
+def open_generator(cfg: Config, device: torch.device) -> Generator:
+    """A checkpoint as a function from seeds to images."""
+    cfg = replace(cfg, n=cfg.n or DRAWN)
+    d = drawing.load(cfg, device)
+    if d.objective.coupling == "lowres":
+        raise UserError(f"{cfg.ckpt} was trained to enlarge pictures (cfm), so what it draws depends on theirs.  Enlarge them with samplers.py, then "
+                        "give the folder as --fake.")
+    ids = drawing.pick_labels(cfg.labels, d.classes, len(cfg.labels))           # image of seed s: the (s mod len)-th
+
+    def draw(seeds: list[int]) -> tuple[Tensor, float]:
+        noise = samplers.draw(samplers.generators(seeds), torch.empty(1, *d.latent_shape, device=device))
+        y = None if ids is None else {"y": ids[[s % len(ids) for s in seeds]].to(device)}
+        s = samplers.sample(d.predict, samplers.begin(d.objective, noise, float(d.grid[0])), method=d.method, grid=d.grid, seeds=seeds, cond=y, **d.options)
+        return to_uint8(d.vae.decode(s.x)), float(s.nfe_each.double().mean())
+
+    sampled = {"method": cfg.method, **drawing.check(cfg), "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels), "dtype": cfg.dtype,
+               "device": device.type, **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
+               **({"cfg rescale": cfg.cfg_rescale} if cfg.cfg_rescale else {}), **({"guide": d.guide} if d.guide else {})}
+    subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.mark,
+               **{k: d.meta.get(k) for k in ("run", "images", "ema")}}
+    return Generator(draw, sampled, subject, d.resolution, d.meta.get("config", {}))
+
+
+def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: Path, ranks: Ranks) -> Stored:
+    """Draw and look at images cfg.seed … + n - 1; all ranks, in chunks that a kill leaves on disk. Says first what it will cost."""
+    key = {"checkpoint": gen.subject["fingerprint"], "vae": gen.subject["vae"], **gen.sampled, "resolution": gen.resolution, "seed": cfg.seed,
+           "extractor": extractor.id}
+    folder = cache / key_of(key)
+    todo = sum(min(CHUNK, n - lo) for lo in range(0, n, CHUNK) if read_chunk(chunk_path(folder, lo, n)) is None)
+
+    def trial() -> float:
+        if not todo and (folder / "nfe.json").exists():
+            return json.loads((folder / "nfe.json").read_text())["nfe"]
+        seeds = list(range(cfg.seed, cfg.seed + min(n, 8 if ranks.device.type == "cpu" else cfg.batch)))
+        for _ in range(1 if ranks.device.type == "cpu" else 2):                 # a GPU's first call compiles
+            start = time.perf_counter()
+            images, nfe = gen.draw(seeds)
+            look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
+            seconds = (time.perf_counter() - start) / len(seeds)
+        print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE = {todo * nfe:,.0f} network evaluations: about "
+              f"{span(seconds * todo / ranks.world)} on {ranks.world} rank{'s' * (ranks.world > 1)}, with their features", flush=True)
+        make_dir(folder)
+        write_text(folder / "nfe.json", json.dumps({"nfe": nfe}))
+        return nfe
+    gen.sampled["nfe"] = ranks.share(trial)
+
+    def produce(chunk: range) -> Tensor:
+        seeds = [cfg.seed + i for i in chunk]
+        images = torch.cat([gen.draw(seeds[i:i + cfg.batch])[0] for i in range(0, len(seeds), cfg.batch)])
+        return look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
+    return compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
+
+
+def span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+class Side(NamedTuple):
+    """One of the two sets."""
+    stored: Stored | None               # None: only moments are known
+    parts: list[Statistics]             # they add up to the whole
+    n: int                              # images; 0 = an npz that does not say
+
+    def best(self, leave: int | None = None) -> Statistics | Tensor:
+        """What frechet() takes: features of a set smaller than d, else statistics; `leave`: without that part."""
+        if self.stored and self.n < len(self.parts[0].mean):
+            rows = self.stored.rows().double()
+            return rows if leave is None else rows[torch.arange(len(rows)) % len(self.parts) != leave]
+        total = sum(self.parts[1:], self.parts[0])
+        return total if leave is None else total - self.parts[leave]
+
+
+def side(stored: Stored, ranks: Ranks, groups: int = 1) -> Side:
+    """Every rank calls; every rank has it. Parts are for the jackknife."""
+    return Side(stored, stored.statistics(ranks, groups if len(stored) >= 2 * groups else 1), len(stored))
+
+
+def some(stored: Stored, limit: int, seed: int = 0) -> Tensor:
+    """Features of at most `limit` of them, chosen at random."""
+    keep = stored.index if len(stored) <= limit else np.random.default_rng(seed).permutation(stored.index)[:limit]
+    return stored.select(keep).rows().double()
+
+
+def floor(ref: Side, n: int, limit: int) -> dict[str, Any]:
+    """Real against real: n (or half) of the reference, chosen at random, against the rest of it."""
+    m = min(n, ref.n // 2)
+    if not ref.stored or m < 2:
+        return {}
+    order = np.random.default_rng(0).permutation(ref.stored.index)
+    a, b = ref.stored.select(order[:m]), ref.stored.select(order[m:])
+    alone = Ranks(0, 1, torch.device("cpu"))
+    one = side(a, alone)
+    rest = Side(b, [sum(ref.parts[1:], ref.parts[0]) - one.parts[0]], len(b))
+    return {"n": m, "frechet": frechet(one.best(), rest.best()), "kernel": kernel_distance(some(a, limit), some(b, limit))}
+
+
+def measure(fake: Side, ref: Side, held: Stored | None, name: str, *, pairs: int = 5_000, infinity: bool = False) -> dict[str, dict[str, Any]]:
+    """Metrics by their names, which say n: {"FID10k": {"value", "error", "floor"}, …}."""
+    FD, KD, n = *NAMES.get(name, (f"FD-{name}", f"KD-{name}")), short(fake.n) if fake.n else ""
+    low, reference = floor(ref, fake.n, pairs), ref.best()
+    value, row = frechet(reference, fake.best()), {}
+    if len(fake.parts) > 1:
+        row["error"] = jackknife([frechet(reference, fake.best(leave=g)) for g in range(len(fake.parts))])
+    out: dict[str, dict[str, Any]] = {FD + n: {"value": value, **row, **({"floor": low["frechet"], "floor n": low["n"]} if low else {})}}
+    if not (fake.stored and ref.stored):
+        return out
+    x, y = some(ref.stored, pairs), some(fake.stored, pairs)
+    kid = kernel_distance(x, y)
+    out[KD + n] = {"value": kid.value, "error": kid.error, **({"floor": low["kernel"].value} if low else {}), "images": [len(x), len(y)]}
+    if infinity and len(y) >= 20:
+        fit = frechet_infinity(reference, fake.stored.rows())
+        out[f"{FD}-infinity"] = {"value": fit.value, "error": fit.error}
+    if min(len(x), len(y)) > 5:
+        out |= {f"{key}{n}": {"value": v, "images": [len(x), len(y)]} for key, v in precision_recall(x, y)._asdict().items()}
+    if held and len(held) >= 10:                                                 # fewer say nothing
+        memory = memorisation(y, (chunk for _, chunk in ref.stored.batches()), some(held, pairs))
+        out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
+    return out
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def images_of(data: str) -> str:
+    """The images a run saw; for a latent cache, what it was made from."""
+    return cached_data(data) if is_cache(data) else data
+
+
+def default_ref(trained: dict[str, Any], ckpt: str) -> str:
+    """What a run was trained on, as DATA:expression."""
+    if not trained.get("data"):
+        raise UserError(f"{ckpt} does not say what it was trained on.  Give --ref DATA.")
+    data, tags = images_of(trained["data"]), [f"({text})" for text in trained.get("exclude_tags", ())]
+    text = {"standard": "", "fine": " & ".join(f"!{t}" for t in tags), "stage2": " | ".join(tags)}[trained.get("stage", "standard")]
+    return f"{data}:{text}" if text else data
+
+
+def check(cfg: Config) -> None:
+    """What can be said of the flags alone; those of drawing are drawing.check()'s."""
+    if bool(cfg.ckpt) == bool(cfg.fake):
+        raise UserError("give one of --ckpt (to sample from) and --fake (images or statistics that are there).")
+    if cfg.fake and not cfg.ref:
+        raise UserError("--fake needs --ref: DATA[:tag expression], a folder, or an npz.")
+    for name in ("init", "strength", "mask", "invert", "interpolate", "npz", "grid_image"):
+        if getattr(cfg, name) != getattr(drawing.Config, name):
+            raise UserError(f"--{'no-' * (name == 'grid_image')}{name.replace('_', '-')} is not for measuring.  Draw with samplers.py, then give its folder "
+                            "as --fake.")
+    for name, least in (("n", 0), ("batch", 1), ("pairs", 10)):
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name} {getattr(cfg, name)}: wanted at least {least}.")
+    if not 0 <= cfg.seed < 2 ** 63 - max(cfg.n, DRAWN):
+        raise UserError(f"--seed {cfg.seed}: wanted 0 to 2^63 - 1 - n.")
+    if cfg.n == 1:
+        raise UserError("--n 1: a distance between sets needs at least 2 images, and means something from 2,048 on.")
+
+
+def given_moments(path: str, extractor: Any, loud: bool) -> tuple[Side, dict[str, Any]]:
+    """An npz of mu and sigma as a side, and what it says of itself; refused if that is not how the other side is made."""
+    stats, meta = load_statistics(Path(path), 2048 if isinstance(extractor, FIDInception) else None)
+    differs = [f"{k} {v!r}, and this asks for {extractor.id.get(k)!r}" for k, v in meta.get("features", {}).items() if v != extractor.id.get(k)]
+    if differs:
+        raise UserError(f"{path} was made with {'; '.join(differs)}.  Repeat with its settings, or make it anew with --save-stats.")
+    if "features" not in meta and loud:
+        print(f"warning: {path} does not say which weights saw its images, nor how they were resized; this card cannot vouch for it.",
+              file=sys.stderr)
+    return Side(None, [stats], meta["n"]), {"hash": hashlib.sha256(Path(path).read_bytes()).hexdigest(), **meta}
+
+
+def what_against(cfg: Config, gen: Generator | None) -> tuple[str, float]:
+    """The reference's spec, and the share of it that training did not see."""
+    spec, own = cfg.ref or default_ref(gen.trained, cfg.ckpt), images_of(gen.trained["data"]) if gen and gen.trained.get("data") else ""
+    same = bool(own) and (spec == own or spec.startswith(f"{own}:"))
+    return spec, cfg.holdout if cfg.holdout >= 0 else gen.trained.get("holdout", 0.0) if same else 0.0
+
+
+def evaluate(cfg: Config, ranks: Ranks) -> dict[str, Any]:
+    """The card."""
+    check(cfg)
+    cache, start = Path(cfg.cache) if cfg.cache else cache_folder() / "features", time.perf_counter()
+    gen = open_generator(cfg, ranks.device) if cfg.ckpt else None
+    spec, holdout = what_against(cfg, gen)
+    opened = {s: open_images(s, gen.resolution if gen else cfg.resolution) for s in (spec, cfg.fake) if s and not is_statistics(s)}
+    if len(sizes := {images.resolution for images in opened.values()}) > 1:
+        raise UserError(f"the two sides have {' and '.join(map(str, sizes))} pixels.  Give --resolution N, and both are resized to it as for "
+                        "training.")
+    extractor, held, about = build_extractor(cfg, opened.get(spec), ranks), None, {}
+    if spec in opened:
+        train, rest = opened[spec].split(holdout)
+        both = extract(opened[spec], extractor, cache, ranks)
+        ref, held = side(both.select(train.index), ranks), both.select(rest.index)
+        about = {"hash": train.hash, "filter": train.filter, "reference": train.spec}
+    else:
+        ref, about = given_moments(spec, extractor, ranks.rank == 0)
+    if cfg.ckpt:
+        fake = side(sample_features(cfg, gen, extractor, cfg.n or DRAWN, cache, ranks), ranks, GROUPS)
+    elif cfg.fake in opened:
+        fake = side(extract(opened[cfg.fake].take(cfg.n, cfg.seed), extractor, cache, ranks), ranks, GROUPS)
+    else:
+        fake, _ = given_moments(cfg.fake, extractor, ranks.rank == 0)
+    least = min(side.n or LOW for side in (fake, ref))
+    if least < LOW and ranks.rank == 0:
+        print(f"warning: {least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards there, and compares only with others at "
+              "the same number.  Look at the floor and at the kernel distance.", file=sys.stderr)
+    if cfg.save_stats and ranks.rank == 0:
+        save_statistics(Path(cfg.save_stats), sum(ref.parts[1:], ref.parts[0]), {"features": extractor.id, **about})
+    name = "random" if str(extractor.id.get("weights")).startswith("random") else cfg.features      # never passes for FID
+    metrics = ranks.share(lambda: measure(fake, ref, held, name, pairs=cfg.pairs, infinity=cfg.infinity))
+    measured = {**extractor.id, "n": fake.n, "reference": about.get("reference", spec), "reference hash": about.get("hash"),
+                "filter": about.get("filter", ""), "reference images": ref.n, "holdout": holdout,
+                "resolution": next((i.resolution for i in opened.values()), None), "pairs": cfg.pairs}
+    given = opened.get(cfg.fake)
+    shown = {"fake": cfg.fake, **({"hash": given.hash, "unreadable": given.unreadable} if given else {})}
+    return {"kind": "metric card", "metrics": metrics, "measured": measured,
+            "sampled": {**gen.sampled, "seeds": [cfg.seed, cfg.seed + fake.n - 1]} if gen else {}, "subject": gen.subject if gen else shown,
+            "weights_sha256": getattr(extractor, "sha256", ""), "seconds": time.perf_counter() - start, "ranks": ranks.world,
+            **versions("pillow", "scipy")}
+
+
+def build_extractor(cfg: Config, images: Images | None, ranks: Ranks) -> Any:
+    if cfg.features == "inception":
+        return load_inception(cfg.weights, cfg.preproc, ranks.device)
+    if images is None:
+        raise UserError("--features pca is fitted to the reference's images, and --ref gives only moments.  Give DATA or a folder.")
+    return fit_extractor(images)
+
+
+def card_name(card: dict[str, Any]) -> str:
+    subject, first = card["subject"], next(iter(card["metrics"]))
+    stem = "-".join(str(subject[k]) for k in ("run", "images", "fingerprint") if subject.get(k))[:60] or Path(subject.get("fake", "")).stem
+    return f"cards/{stem}-{first}-{key_of({**card['measured'], **card['sampled'], **subject})[:6]}.json"
+
+
+def table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def show(card: dict[str, Any]) -> str:
+    lines = [["", "value", "± s.e.", "floor"]]
+    for name, m in card["metrics"].items():
+        lines.append([name, *(f"{m[k]:.4f}" if isinstance(m.get(k), float) else "" for k in ("value", "error", "floor"))])
+    text, memory = table(lines), card["metrics"].get("memorisation")
+    if memory:
+        text += (f"\n{'FLAGGED: ' * memory['flagged']}{memory['copies']:.1%} of the images lie nearer to a training image than 95% of held-out "
+                 "ones do")
+    return text
+
+
+# ---- cards side by side ---------------------------------------------------------------------------------------------
+
+def read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as a metric card ({type(error).__name__}).") from None
+    if not isinstance(card, dict) or card.get("kind") != "metric card":
+        raise UserError(f"{path} is not a metric card.")
+    return card
+
+
+def compare(names: list[str], allow: tuple[str, ...]) -> str:
+    """A table of several cards; UserError if what was measured or how it was sampled differs in a field that is not allowed to."""
+    cards = {name: read_card(Path(name)) for name in names}
+    flat = {name: {k: v for k, v in {**card["measured"], **card["sampled"], "sampled": bool(card["sampled"])}.items()
+                   if k not in ("nfe", "device", "reference", "reference images")} for name, card in cards.items()}   # the hash says which reference
+    fields = list(dict.fromkeys(k for f in flat.values() for k in f))
+    unknown = [k for k in allow if k not in fields]
+    if unknown:
+        raise UserError(f"--allow {unknown[0]} is nothing that cards say.{closest(unknown[0], fields)}  They say: {', '.join(fields)}.")
+    differs = [k for k in fields if len({json.dumps(f.get(k), sort_keys=True) for f in flat.values()}) > 1]
+    refused = [k for k in differs if k not in allow]
+    if refused:
+        shown = "; ".join(f"{k}: {', '.join(sorted({json.dumps(f.get(k))[:40] for f in flat.values()}))}" for k in refused[:6])
+        raise UserError(f"these cards do not belong in one table; they differ in {shown}{' …' * (len(refused) > 6)}.  Measure them alike, or "
+                        f"say --allow {','.join(refused)!r}.")
+    columns = list(dict.fromkeys(m for card in cards.values() for m in card["metrics"]))
+    rows = [["card", *differs, "NFE", *columns]]
+    for name, card in cards.items():
+        nfe = card["sampled"].get("nfe")
+        cells = [card["metrics"].get(m, {}) for m in columns]
+        rows.append([Path(name).stem, *(str(flat[name].get(k, "")) for k in differs), f"{nfe:g}" if nfe else "", *(number(c) for c in cells)])
+    floors = [next(iter(cards.values()))["metrics"].get(m, {}).get("floor") for m in columns]
+    rows.append(["floor (of the first)", *[""] * len(differs), "", *(f"{v:.4f}" if isinstance(v, float) else "" for v in floors)])
+    return table(rows)
+
+
+def number(m: dict[str, Any]) -> str:
+    if not isinstance(m.get("value"), float):
+        return ""
+    return f"{m['value']:.4f}" + (f" ± {m['error']:.4f}" if isinstance(m.get("error"), float) else "") + " FLAGGED" * bool(m.get("flagged"))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        words = sys.argv[2:]
+        allow = [words.pop(i + 1) for i in range(len(words) - 1) if words[i] == "--allow"][:1] if "--allow" in words else []
+        names = [w for w in words if w != "--allow"]
+        if len(names) < 2 or any(n.startswith("--") for n in names):
+            raise UserError("wanted: python eval_fid.py compare A.json B.json … [--allow field,field]")
+        print(compare(names, tuple(k.strip() for k in ",".join(allow).split(",") if k.strip())))
+        return
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(json.dumps(vars(cfg), indent=1))
+        return
+    ranks = join_ranks(cfg)
+    card = evaluate(cfg, ranks)
+    if ranks.rank == 0:
+        path = Path(cfg.out or card_name(card))
+        make_dir(path.parent)
+        write_text(path, json.dumps(card, indent=1) + "\n")
+        print(show(card))
+        print(path)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    cli(main)
