@@ -39,8 +39,8 @@ TOLERANCES = (3e-2, 1e-2, 1e-3, 1e-4)        # of dopri5: rtol, and a tenth of i
 @dataclass(frozen=True)
 class Config:
     ckpt: str = "runs/toyfaces-fm-standard"   # a run of train.py
-    n: int = 512                       # samples for FD-pca
-    exact: int = 128                   # of them compared with the 1,000-step solution
+    n: int = 256                       # samples for FD-pca
+    exact: int = 64                    # of them compared with the 1,000-step solution
     reference: int = 4_096             # training images for FD-pca
     batch: int = 128                   # images at a time; whole_batch's step is one for as many
 
