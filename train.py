@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor
@@ -180,6 +180,18 @@ class Trainer:
         images = to_float(batch["image"]) if "image" in batch else None
         return upsampled(images, x0, self.vae.encode, self.objective.lowres, self.objective.upsample)
 
+    # What a loop with another loss adds (distill.py). Every rank calls these.
+    def report(self) -> dict[str, Any]:
+        """More for the training line of the log."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """More tensors that an exact resume needs."""
+        return {}
+
+    def take_up(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state()."""
+
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
     """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one.
@@ -214,7 +226,13 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if start:
         load_strict(net, init_net.state_dict(), f"--init {start}")
     init = {"path": start or None, "fingerprint": fingerprint(net.state_dict()) if start else None}
-    held = None
+    return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
+
+
+def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Objective, net: UNet, classes: list[str], labels: Any,
+             init: dict[str, Any], kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+    """Begin the run's folder and put its parts together: from here on something is written. `more` goes to `kind`."""
+    run, held = Path(cfg.out) / cfg.name, None
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
@@ -226,7 +244,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = AdamW8bit(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay) if cfg.optim == "adamw8bit" else \
         torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    trainer = Trainer(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held)
+    trainer = kind(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held, **more)
     if checkpoints(run):
         load_state(trainer)
     return trainer
@@ -236,7 +254,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
 
 def save(tr: Trainer) -> None:
     """Rank 0 writes; the loss meter is summed over ranks so that the next log line is exact after a resume."""
-    meter = tr.ranks.sum(tr.meter.clone().to(tr.ranks.device)).cpu()
+    meter, own = tr.ranks.sum(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.state()
     if tr.ranks.rank == 0:
         names = {id(p): n for n, p in tr.net.named_parameters()}
         state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}
@@ -244,7 +262,7 @@ def save(tr: Trainer) -> None:
         meta = {"run": tr.cfg.name, "base_fingerprint": base, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
                 "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
                 "data_hash": tr.ds.source.hash, **versions()}
-        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter},
+        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter, **{f"own/{k}": v for k, v in own.items()}},
                         {"skipped": tr.skipped, "data_hash": tr.ds.source.hash}, tr.cfg.keep, tr.cfg.keep_every)
     tr.ranks.barrier()
 
@@ -262,6 +280,7 @@ def load_state(tr: Trainer) -> None:
         for name, value in load_unet(folder / f"ema-{width}.safetensors")[0].state_dict().items():
             weights[name].copy_(value)
     meter = state.pop("meter")
+    tr.take_up({k.removeprefix("own/"): state.pop(k) for k in list(state) if k.startswith("own/")})
     tr.meter = meter if tr.ranks.rank == 0 else torch.zeros_like(meter)         # it was summed over ranks
     params = dict(tr.net.named_parameters())
     for key, value in state.items():
@@ -338,21 +357,21 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def train(cfg: Config, ranks: Ranks) -> None:
+def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] | None = None, free: set[str] = FREE) -> None:
     """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples."""
     stop = StopSignal()                                                         # also while the data is being read
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
     if moved := vae_moved(cfg, run):
         load_noted(run / "vae.safetensors", cfg.vae)                            # another one ends here, also when the run is finished
-    free = FREE - ({"accum"} if cfg.coupling == "ot" else set())                # ot pairs noise and data within a micro-batch
+    free = free - ({"accum"} if cfg.coupling == "ot" else set())                # ot pairs noise and data within a micro-batch
     check_config(cfg, run, free | ({"vae"} if moved else set()))
     if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:
             print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
             print(final)
         return
-    tr = setup(cfg, ranks)
+    tr = (begin or setup)(cfg, ranks)
     if ranks.rank == 0 and (tr.seen or tr.init["path"]):
         print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
     fid = FID(tr) if cfg.fid_every else None

@@ -1,0 +1,457 @@
+"""Distil a teacher into a student of another objective, with an assessor that weighs the blocks.   The same command again resumes.
+
+    python distill.py --teacher runs/toyfaces-ddpm-standard                       # eps -> v, as the source does; --objective fm: a flow
+    python distill.py pretrain-assessor --teacher runs/toyfaces-ddpm-standard --out assessor.safetensors
+    python distill.py --teacher runs/toyfaces-ddpm-standard --assessor david --assessor-file assessor.safetensors
+    python distill.py --mode progressive --teacher runs/toyfaces-fm-standard --objective fm --start-steps 8 --end-steps 1
+    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --arms A,B,C,D,E --seeds 0,1,2
+
+    loss = L_flow + block_weight · Σ_b λ_b (kd_weight · KD_b [+ local_b])
+    λ_b  = clip(w_b (1 + α e_t + β e_p + δ (1 - coh)), 0.5, 3)
+
+L_flow compares the student with what the teacher implies at the same noised image; KD_b is 1 - cos of a block's features, student
+and teacher, averaged over space; e_t, e_p and coh are the assessor's (assessor.py). This is AbstractPhil's sd15-flow-matching
+("Sol"), whose hypothesis, that such weights help, was never tested: `ablate` does. Where its code and its description differ
+(no data, a dead λ, another schedule, a shift in the wrong direction), this follows the description; flags bring the rest back.
+A run is a folder as train.py makes it, and train.py's loop is what runs.
+"""
+
+import json
+import sys
+import weakref
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import train
+from assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor, pretrain)
+from ckpt import checkpoints, fingerprint, load_strict, load_unet
+from config import UserError, autocast, cli, parse
+from data import open_dataset
+from latents import latents_of
+from model import PRESETS, UNet, num_params
+from objectives import Loss, norm
+from run import Ranks, check_disk, join_ranks
+from samplers import time_grid
+from schedules import TABLES
+from settings import objective_of
+from teacher import Teacher, describe_teacher, like_the_teacher, open_teacher, student_config, tap_channels, tapped, taps, teacher_vae, v_target
+from timesteps import TimestepSampler, bins_of, make_sampler
+from vae import vae_from_meta
+
+__all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
+
+
+@dataclass(frozen=True)
+class Config(train.Config):
+    # the teacher, and what follows from it
+    teacher: str = ""                    # a run, a file, a diffusers folder, hf:org/name[/file]
+    teacher_objective: Literal["", "eps", "v", "x0", "fm"] = ""   # of a file that does not say
+    teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # of a file that does not say
+    context: str = ""                    # text embeddings, for a teacher that takes text (teacher.py)
+    data: str = ""                       # "" = what the teacher was trained on
+    resolution: int = 0                  # 0 = the teacher's
+    vae: str = ""                        # "" = the teacher's
+    # the student
+    model: str = ""                      # "" = the teacher's architecture; else a preset
+    init: str = ""                       # "" = the teacher's weights | scratch | a run, a file …
+    objective: Literal["v", "fm"] = "v"  # v on the teacher's own schedule, as the source; fm = the linear path
+    batch: int = 64                      # global; split over ranks and --accum
+    lr: float = 1e-4                     # peak
+    weight_decay: float = 1e-3           # AdamW
+    # the loss
+    mode: Literal["flow", "progressive"] = "flow"   # progressive: one step of the student is two of the teacher
+    start_steps: int = 8                 # progressive: the first teacher's
+    end_steps: int = 1                   # progressive: the last student's; halved from one to the other, a run each
+    assessor: Literal["none", "david", "random", "shuffled", "const"] = "none"   # λ: w | assessed | untrained | of other blocks | --lambdas
+    assessor_file: str = ""              # from pretrain-assessor
+    block_weight: float = 0.05           # of the blocks' losses; 0 = vanilla
+    kd_weight: float = 0.25              # of a block's KD
+    local_heads: bool = False            # also predict the target from each block, through a 1×1 convolution
+    block_weights: tuple[float, ...] = ()   # w_b in the order of the blocks; none = the source's, 0.7 … 1.2 … 0.7
+    lambdas: tuple[float, ...] = ()      # const: λ_b in the order of the blocks; none = w_b
+    alpha: float = 0.5                   # of e_t
+    beta: float = 0.25                   # of e_p
+    delta: float = 0.25                  # of 1 - coh
+    lam_min: float = 0.5                 # bounds of λ
+    lam_max: float = 3.0                 # …
+    e_t: Literal["abs", "excess"] = "abs"   # excess = above the teacher's own, on the same batch
+    coherence: Literal["alpha", "data"] = "alpha"   # alpha is the source's: a constant a block; data looks at the features
+    x_source: Literal["data", "noise"] = "data"   # noise is the source's: no image ever enters
+    # timesteps (timesteps.py)
+    adaptive_t: bool = False             # drawn by the assessor's profile: a reconstruction
+    shift_dir: Literal["noise", "clean"] = "noise"   # where --shift > 1 moves them
+    base_jitter: int = 5                 # rows around a bin's centre
+    adaptive_chaos: bool = True          # … more where patterns are hard to tell
+    reliability: float = 0.15            # accuracy below which a bin has no say
+    unreliable: Literal["neutral", "drop"] = "neutral"   # such bins: drawn as the others are on average, or never
+    difficulty_gain: float = 1.0         # 0 = every bin alike
+    importance: bool = False             # weigh samples so that the choice of bins has no effect on the mean
+
+
+FREE = train.FREE - {"accum"}                # λ is of a micro-batch
+BOUNDS = {"block_weight": (0, 1e6), "kd_weight": (0, 1e6), "alpha": (-1e6, 1e6), "beta": (-1e6, 1e6), "delta": (-1e6, 1e6), "lam_min": (0, 1e6),
+          "lam_max": (0, 1e6), "base_jitter": (0, 499), "reliability": (0, 1), "difficulty_gain": (0, 1e6),
+          "start_steps": (2, 1024), "end_steps": (1, 512)}
+METRICS = ("lambda", "clipped", "kd", "e_t", "e_p", "coh")
+OWN = ("target", "stratified", "learn_sigma", "aligned", "coupling")   # train.py's, of losses that a teacher's targets replace
+READS = ("david", "random", "shuffled")      # arms that run an assessor
+ALARM = (0.5, 0.15, 0.7)                     # a third of the timesteps has this share of the gradient and so much more than unweighted; or this share
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what follows from the teacher, and refuse what cannot run, before anything is read or written."""
+    unet, teacher, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
+    cfg = like_the_teacher(cfg, meta)
+    for name, (low, high) in BOUNDS.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {low:g} to {high:g}.")
+    if other := [name for name in OWN if getattr(cfg, name) != getattr(train.Config, name)]:
+        raise UserError(f"--{other[0].replace('_', '-')} is train.py's: here the targets come from the teacher.  Leave it out.")
+    if cfg.shift == "auto":
+        raise UserError("--shift auto is train.py's.  Give a number, and its --shift-dir.")
+    if cfg.lam_min > cfg.lam_max:
+        raise UserError(f"--lam-min {cfg.lam_min} is above --lam-max {cfg.lam_max}.  Exchange them.")
+    n, names = len(tap_channels(unet)), ", ".join(tap_channels(unet))
+    for flag, values in (("block-weights", cfg.block_weights), ("lambdas", cfg.lambdas)):
+        if values and (len(values) != n or min(values) < 0):
+            raise UserError(f"--{flag} has {len(values)} numbers, the smallest {min(values)}: wanted {n} from 0, for {names}.")
+    if cfg.lambdas and cfg.assessor != "const":
+        raise UserError(f"--lambdas are for --assessor const, not {cfg.assessor}.")
+    if (cfg.assessor in ("david", "shuffled") or cfg.adaptive_t) and not cfg.assessor_file:
+        raise UserError(f"--assessor {cfg.assessor}{' --adaptive-t' * cfg.adaptive_t} needs --assessor-file.  Make one: python distill.py "
+                        f"pretrain-assessor --teacher {cfg.teacher}")
+    if cfg.objective == "v" and teacher.table:
+        if cfg.table not in ("", teacher.table):
+            raise UserError(f"--table {cfg.table}, but the teacher's schedule is {teacher.table}, and the student's v is on it.  Leave it out.")
+        if cfg.zero_snr and not teacher.zero_snr:
+            raise UserError("--zero-snr, but the teacher's schedule does not end in pure noise, and the student's v is on it.  Leave it out.")
+        cfg = replace(cfg, table=teacher.table, zero_snr=teacher.zero_snr and teacher.table in TABLES)
+    if cfg.mode == "progressive":
+        if cfg.start_steps % cfg.end_steps or (cfg.start_steps // cfg.end_steps).bit_count() != 1 or cfg.start_steps == cfg.end_steps:
+            raise UserError(f"--start-steps {cfg.start_steps} does not become --end-steps {cfg.end_steps} by halving.")
+        if cfg.assessor != "none" or cfg.adaptive_t or cfg.x_source == "noise":
+            raise UserError("--mode progressive has its own times and learns from outputs alone: no --assessor, --adaptive-t, --x-source noise.")
+        cfg = replace(cfg, block_weight=0.0)
+    if cfg.model and cfg.init == "" and PRESETS.get(cfg.model):
+        raise UserError(f"--model {cfg.model} with the teacher's weights: leave --model out for its architecture, or add --init scratch or FILE.")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
+    arm = cfg.mode if cfg.mode == "progressive" else "vanilla" if not cfg.block_weight else cfg.assessor
+    name = cfg.name or f"{stem}-distill-{cfg.objective}-{arm}"
+    whole = train.resolve(replace(cfg, name=name, model=cfg.model or "nano", init=cfg.init or "teacher"))   # any preset: ours is the teacher's
+    return replace(whole, model=cfg.model, init=cfg.init)
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Distiller(train.Trainer):
+    """A Trainer whose loss comes from a teacher."""
+    teacher: Teacher = None                      # type: ignore[assignment]   # a dataclass wants a default here
+    assessor: Assessor | None = None
+    weights: Tensor = None                       # type: ignore[assignment]   # (n,) fp32: w, or the const arm's λ
+    sampler: TimestepSampler | None = None
+    tally: dict[str, Tensor] = field(default_factory=dict)                      # sums since the last line of the log
+    alarmed: bool = False
+
+    def __post_init__(self) -> None:
+        n, device = len(self.weights), self.ranks.device
+        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "times": (train.TIME_BINS,), "thirds": (3, 3)}
+        self.tally = {k: torch.zeros(shape, dtype=torch.float64, device=device) for k, shape in shapes.items()}
+        self.heads, self.head_optimizer = nn.ModuleDict(), None
+        if self.cfg.local_heads:                                                # before the first step, with an optimizer of their own
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.cfg.seed)
+                heads = {name: nn.Conv2d(C, self.net.cfg.in_channels, 1) for name, C in tap_channels(self.net.cfg).items()}
+            self.heads = nn.ModuleDict(heads).to(device)
+            self.head_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
+            me = weakref.proxy(self)                                            # a cycle would keep the folder's lock
+            self.optimizer.register_step_post_hook(lambda *_: me.step_heads())
+        if self.teacher.texts:                                                  # previews and held-out images get the first caption
+            text = self.teacher.text
+            self.net.register_forward_pre_hook(lambda net, args, kwargs: (args, text(0, None, len(args[0])) | kwargs), with_kwargs=True)
+
+    def forward(self, net: Any, batch: dict[str, Tensor]) -> Loss:
+        """The distillation loss on a collated batch. Held-out images (another net than the one that trains) get L_flow alone."""
+        cfg, training = self.cfg, net is self.model and torch.is_grad_enabled()
+        text = self.teacher.text(cfg.seed, batch.get("position"), len(batch["eps"]))
+        batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+        cond = ({"y": batch["y"]} if "y" in batch else {}) | text
+        x0, eps = latents_of(self.vae, batch), batch["eps"]
+        with autocast(self.ranks.device, cfg.dtype):
+            if cfg.mode == "progressive":
+                t, x, goals, theirs = self.two_steps(x0, eps, batch.get("q", batch.get("t")), cond)
+                weight = torch.ones_like(t)
+            else:
+                t, weight = self.times(batch)
+                x = self.teacher.noised(x0, eps, t, cfg.x_source)
+                asked = t.clamp(*self.teacher.limits)                           # beyond its schedule, at its end of the same line x0 … eps
+                *goals, theirs = self.teacher.ask(self.teacher.noised(x0, eps, asked, cfg.x_source), asked, **cond)
+            mine: dict[str, Tensor] = {}
+            student = tapped(net, taps(self.net.cfg), mine) if training and cfg.block_weight else net
+            own = x / norm(t).view(-1, 1, 1, 1) if self.objective.table else x  # what the teacher saw, to the bit: goals mix to it up to rounding
+
+            def answer(_: Tensor, row: Tensor, **c: Any) -> Tensor:
+                out = student(own, row, **c)
+                if training:
+                    error = (out.detach().float() - self.objective.goal(*goals, t.view(-1, 1, 1, 1))).flatten(1).norm(dim=1)
+                    out.register_hook(lambda g: self.count(t, g.float().flatten(1).norm(dim=1), error))
+                return out
+            loss = self.objective.loss(answer, goals[0], eps=goals[1], t=t, **cond)
+            total = (loss.per_sample * weight).mean() if cfg.importance else loss.loss
+            if mine:
+                total = total + cfg.block_weight * self.block_loss(mine, theirs, t, goals)
+        return Loss(total, loss.per_sample, t)
+
+    def times(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(t (B,), importance weights (B,))."""
+        if "t" in batch or self.sampler is None:
+            t = batch["t"] if "t" in batch else self.objective.time(batch["q"])
+            return t, torch.ones_like(t)
+        rows, weight = self.sampler.draw(batch["q"].cpu())
+        return self.teacher.time(rows).to(self.ranks.device), weight.to(self.ranks.device)
+
+    def two_steps(self, x0: Tensor, eps: Tensor, q: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], dict]:
+        """Two steps of the teacher as one of the student (Salimans & Ho 2022): (t, x_t, (x0, eps) of the line they end on, features).
+
+        The grid is samplers.time_grid's, so `samplers.py --method euler --steps N` walks it. On the linear path DDIM is Euler.
+        """
+        N, ask = self.cfg.end_steps, lambda x, t: self.teacher.ask(x, t.clamp(*self.teacher.limits), **cond)
+        grid = time_grid(2 * N, t_start=self.objective.t_max).float().to(q.device)
+        i = 2 * ((1 - q) * N).long().clamp(0, N - 1)
+        t, middle, end = grid[i], grid[i + 1], grid[i + 2]
+        column = lambda v: v.view(-1, 1, 1, 1)
+        x = (1 - column(t)) * x0 + column(t) * eps
+        a, b, features = ask(x, t)
+        halfway = x + column(middle - t) * (b - a)
+        a, b, _ = ask(halfway, middle)
+        u = (halfway + column(end - middle) * (b - a) - x) / column(end - t)
+        return t, x, (x - column(t) * u, x + (1 - column(t)) * u), features
+
+    def block_loss(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor, goals: Any) -> Tensor:
+        """Σ_b λ_b (kd_weight · KD_b + local_b). No gradient goes through λ."""
+        kd = torch.stack([kd_cosine(mine[name], theirs[name]) for name in theirs])
+        lam, metrics = self.lambdas(mine, theirs, t)
+        self.tally["blocks"] += torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)
+        self.tally["batches"] += 1
+        terms = self.cfg.kd_weight * kd
+        if self.cfg.local_heads:
+            goal = self.objective.goal(goals[0], goals[1], t.view(-1, 1, 1, 1))
+            with torch.autocast(t.device.type, enabled=False):
+                terms = terms + torch.stack([F.mse_loss(head(mine[name].float()), F.interpolate(goal, mine[name].shape[2:], mode="bilinear"))
+                                             for name, head in self.heads.items()])
+        return (lam * terms).sum()
+
+    def lambdas(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+        """(λ (n,), what the log shows of each block (n, 5): λ, clipped, and from an assessor e_t, e_p, coh). Ranks agree."""
+        cfg = self.cfg
+        if self.assessor is None:
+            return self.weights, F.pad(self.weights[:, None], (0, 4))
+        bins = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), self.assessor.cfg.bins)
+        found = torch.stack(list(self.assessor.assess(mine, bins, cfg.coherence).values()))                 # (n, 3)
+        if cfg.e_t == "excess":
+            found[:, 0] = (found[:, 0] - torch.stack(list(self.assessor.assess(theirs, bins, cfg.coherence).values()))[:, 0]).clamp(min=0)
+        e_t, e_p, coh = (self.ranks.sum(found) / self.ranks.world).unbind(1)
+        lam = fuse(e_t, e_p, coh, self.weights, alpha=cfg.alpha, beta=cfg.beta, delta=cfg.delta, lo=cfg.lam_min, hi=cfg.lam_max)
+        if cfg.assessor == "shuffled":
+            lam = lam.roll(len(lam) // 2)                                       # every block gets another's
+        return lam, torch.stack([lam, ((lam <= cfg.lam_min) | (lam >= cfg.lam_max)).float(), e_t, e_p, coh], 1)
+
+    def count(self, t: Tensor, gradient: Tensor, error: Tensor) -> None:
+        """Where in time the samples are, the norms (B,) of the loss's gradient at the output, and of the error itself."""
+        self.tally["times"].index_add_(0, (t * train.TIME_BINS).long().clamp(max=train.TIME_BINS - 1), torch.ones_like(t, dtype=torch.float64))
+        third = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), 3)
+        self.tally["thirds"].index_add_(1, third, torch.stack([gradient, error, torch.ones_like(error)]).double())
+
+    def step_heads(self) -> None:
+        """The local heads' own step, after the network's; ranks share the gradient. One that is not finite is dropped, as there."""
+        grads = [p.grad for p in self.heads.parameters()]
+        for g in grads:
+            g.copy_(self.ranks.sum(g) / self.ranks.world)
+        if all(bool(torch.isfinite(g).all()) for g in grads):
+            self.head_optimizer.param_groups[0]["lr"] = train.learning_rate(self.seen - self.cfg.batch, self.cfg)
+            self.head_optimizer.step()
+        self.head_optimizer.zero_grad(set_to_none=True)
+
+    # ---- what train.py's loop asks for ----
+
+    def report(self) -> dict[str, Any]:
+        """For the training line: each block's λ, share of clipped, KD, e_t, e_p, coh; times drawn; shares of the gradient by third."""
+        sums = {k: self.ranks.sum(v.clone()).cpu() for k, v in self.tally.items()}
+        for v in self.tally.values():
+            v.zero_()
+        row, names = {"t_drawn": [int(n) for n in sums["times"].tolist()]}, list(self.teacher.blocks)
+        if batches := float(sums["batches"]):
+            known = METRICS if self.assessor else METRICS[:3]                   # nobody assessed: nothing is said, rather than zero
+            row["blocks"] = {name: dict(zip(known, (v / batches).tolist())) for name, v in zip(names, sums["blocks"])}
+        used, plain, counts = sums["thirds"]
+        if float(used.sum()) > 0 and bool(torch.isfinite(used).all()):
+            even = plain / counts.clamp(min=1)                                  # as if all thirds were drawn alike
+            share, even = used / used.sum(), even / even.sum()
+            worst = int(share.argmax())
+            moved = share[worst] > ALARM[0] and share[worst] > even[worst] + ALARM[1]
+            alarm = "weighting" if moved else "target" if share[worst] > ALARM[2] else ""
+            row |= {"gradient_by_third": share.tolist(), "gradient_by_third_unweighted": even.tolist(), "alarm": alarm}
+            if alarm and not self.alarmed and self.ranks.rank == 0:
+                why = {"weighting": "The way times are drawn and weighed does it.",
+                       "target": "The target itself is largest there; --weight min_snr weighs noise down."}
+                where = ("next to data", "in the middle", "next to noise")[worst]
+                tqdm.write(f"warning: {share[worst]:.0%} of the gradient comes from the third of the timesteps {where}, "
+                           f"{even[worst]:.0%} if all were drawn and weighed alike.  {why[alarm]}")
+            self.alarmed = self.alarmed or bool(alarm)
+        return row
+
+    def state(self) -> dict[str, Tensor]:
+        """Local heads with their optimizer, and the half-filled tally."""
+        out = {f"tally/{k}": self.ranks.sum(v.clone()).cpu() for k, v in self.tally.items()}
+        for name, p in self.heads.named_parameters():
+            out[f"heads/{name}"] = p.detach()
+            out |= {f"head_{key}/{name}": v for key, v in self.head_optimizer.state.get(p, {}).items()}
+        return out
+
+    def take_up(self, state: dict[str, Tensor]) -> None:
+        params = dict(self.heads.named_parameters())
+        for key, value in state.items():
+            kind, name = key.split("/", 1)
+            if kind == "tally":
+                self.tally[name].copy_(value if self.ranks.rank == 0 else torch.zeros_like(value))
+            elif kind == "heads":
+                params[name].data.copy_(value)
+            else:
+                self.head_optimizer.state[params[name]][kind.removeprefix("head_")] = value.clone()
+
+
+# ---- setting up -----------------------------------------------------------------------------------------------------
+
+def setup(cfg: Config, ranks: Ranks) -> Distiller:
+    """Teacher, data, student and assessor. Everything that can be wrong is found before the first byte is written."""
+    run, device = Path(cfg.out) / cfg.name, ranks.device
+    teacher = open_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, device)
+    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout,
+                      crop=cfg.crop, flip=cfg.flip)
+    if ranks.rank == 0:
+        print(ds.report, flush=True)
+    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
+    if len(classes) != teacher.net.cfg.num_classes:
+        raise UserError(f"--classes has {len(classes)}, but the teacher knows {teacher.net.cfg.num_classes}.  "
+                        "Leave it out, if the teacher's file names them.")
+    vae = teacher_vae(cfg, teacher.meta, ds).to(device)
+    teacher.check_latents(vae, cfg.resolution)
+    unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
+    w = torch.tensor(cfg.block_weights or list(block_weights(teacher.net.cfg).values()), device=device)
+    if cfg.assessor == "const" and cfg.lambdas:
+        w = torch.tensor(cfg.lambdas, device=device)
+    if cfg.block_weight and tap_channels(unet) != tap_channels(teacher.net.cfg):
+        raise UserError(f"--model {cfg.model} has blocks {tap_channels(unet)}, the teacher {tap_channels(teacher.net.cfg)}: they cannot be "
+                        "compared.  Choose another student, or --block-weight 0.")
+    assessor = open_assessor(cfg, teacher)
+    shift, sampler = cfg.shift if cfg.shift_dir == "noise" else 1 / cfg.shift, None
+    if cfg.adaptive_t:
+        sampler = make_sampler(assessor.accuracy, assessor.entropy, shift=shift, base_jitter=cfg.base_jitter, chaos=cfg.adaptive_chaos,
+                               threshold=cfg.reliability, unreliable=cfg.unreliable, gain=cfg.difficulty_gain)
+    if sampler and ranks.rank == 0:
+        print(f"timesteps: {int(sampler.reliable.sum())} of {len(sampler.p)} bins are reliable (accuracy ≥ {cfg.reliability:g})" +
+              ("; none is, so all rows are drawn alike." if not sampler.reliable.any() else "."), flush=True)
+    check_disk(cfg, run, num_params(unet))
+    torch.manual_seed(cfg.seed)
+    net = UNet(unet)
+    start = begin(cfg, teacher, net) if not checkpoints(run) else None
+    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, "teacher": teacher.mark}
+    # Uniform times, as the source's; train.py's preset for fm is logit_normal.
+    objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
+    tr = train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
+                        assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
+    if tr.init.get("teacher") != teacher.mark:
+        raise UserError(f"{cfg.teacher} is not the teacher that {run} began with (its weights are others).  "
+                        "Put it back, or start under another --name.")
+    return tr
+
+
+def begin(cfg: Config, teacher: Teacher, net: UNet) -> str | None:
+    """Give a new student its first weights; returns where they came from."""
+    if cfg.init == "scratch":
+        return None
+    if cfg.init:
+        other, meta = load_unet(cfg.init, dtype=torch.float32)
+        if "vae" in meta and "vae" in teacher.meta and vae_from_meta(meta["vae"]).mark != vae_from_meta(teacher.meta["vae"]).mark:
+            raise UserError(f"--init {cfg.init} was trained on other latents than the teacher.  Start from a network that shares them.")
+        load_strict(net, other.state_dict(), f"--init {cfg.init}")
+        return cfg.init
+    weights = teacher.net.state_dict()
+    half = {k: v[:net.cfg.out_channels] if k.startswith("out.2.") else v for k, v in weights.items()}       # without a learned variance
+    load_strict(net, half, cfg.teacher)
+    return cfg.teacher
+
+
+def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
+    """The assessor of an arm, or None; it must read this teacher's blocks and times."""
+    if cfg.assessor not in READS and not cfg.adaptive_t:
+        return None
+    if not cfg.assessor_file:                                                   # --assessor random without one
+        return fresh_assessor(AssessorConfig(tap_channels(teacher.net.cfg)), cfg.seed).frozen()
+    net = load_assessor(cfg.assessor_file)
+    wanted, table = tap_channels(teacher.net.cfg), net.meta.get("objective", {}).get("table")
+    if net.cfg.blocks != wanted:
+        raise UserError(f"{cfg.assessor_file} reads blocks {net.cfg.blocks}, the teacher has {wanted}.  Pretrain one for this teacher.")
+    if table != teacher.objective.table:
+        raise UserError(f"{cfg.assessor_file} has its {net.cfg.bins} bins on the schedule {table or 'of the linear path'}, the teacher is on "
+                        f"{teacher.objective.table or 'the linear path'}.  Pretrain one for this teacher.")
+    if net.meta.get("teacher") != teacher.mark:
+        print(f"warning: {cfg.assessor_file} was trained on another teacher's features.", flush=True)
+    if cfg.assessor == "random":                                                # the placebo: same shape, same standardising, nothing learned
+        fresh = fresh_assessor(net.cfg, cfg.seed)
+        for name, companion in net.blocks.items():
+            fresh.blocks[name].mean.copy_(companion.mean)
+            fresh.blocks[name].std.copy_(companion.std)
+        net = fresh.frozen()
+    return net
+
+
+def phases(cfg: Config) -> Iterator[Config]:
+    """A progressive run as one run for each halving, each the next one's teacher; any other config as it is."""
+    if cfg.mode != "progressive":
+        yield cfg
+        return
+    steps, teacher = cfg.start_steps, cfg.teacher
+    while steps > cfg.end_steps:
+        steps //= 2
+        phase = replace(cfg, name=f"{cfg.name}-{steps}", teacher=teacher, start_steps=2 * steps, end_steps=steps)
+        yield phase
+        if not checkpoints(run := Path(cfg.out) / phase.name) or int(checkpoints(run)[-1].name) < cfg.images:
+            return                                                              # it was asked to stop
+        teacher = str(run)
+
+
+def main() -> None:
+    command, argv = "train", sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        command, *argv = argv
+    if command == "ablate":
+        from ablate import main as ablate_main                                  # here, for it builds on this file
+        return ablate_main(argv)
+    if command not in ("train", "pretrain-assessor"):
+        raise UserError(f"command {command!r} is not one of train, pretrain-assessor, ablate.  See --help.")
+    kind = Pretrain if command == "pretrain-assessor" else Config
+    cfg, dry_run = parse(kind, __doc__, argv)
+    if kind is Config:
+        cfg = resolve(cfg)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+    elif kind is Pretrain:
+        pretrain(cfg)
+    else:
+        ranks = join_ranks(cfg)
+        for phase in phases(cfg):
+            train.train(phase, ranks, setup, FREE)
+        ranks.leave()
+
+
+if __name__ == "__main__":
+    cli(main)

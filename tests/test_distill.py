@@ -1,0 +1,757 @@
+"""Distillation: its formulas against closed forms, the arms against each other bit for bit, the files against what they came from."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file, save_file
+
+import ablate
+import assessor as assessor_file
+import distill
+import drawing
+import samplers
+import teacher as teacher_file
+import train
+import watch
+from assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, examine, fit, fresh_assessor, load_assessor,
+                      rose_loss, rose_scores, same_bin_gap, simplex)
+from ckpt import checkpoints, convert, fingerprint, load_unet, read_tensors, save_unet
+from config import UserError
+from data import Stream, batches
+from distill import fuse, kd_cosine, v_target
+from files import write_tensors
+from model import PRESETS, UNet, UNetConfig
+from objectives import Objective, alphas_bar, make_objective, norm, table_time
+from run import Ranks
+from teacher import Teacher, tap_channels, taps
+from timesteps import bins_of, make_sampler
+from vae import pixel
+
+ALONE, ROOT = Ranks(0, 1, torch.device("cpu")), Path(__file__).parent.parent
+FAST = dict(batch=8, images=40, lr=1e-3, preview_every=0, eval_every=0, save_every=0, log_every=8, holdout=0.1)
+EPS = make_objective("ddpm", table="scaled_linear")
+
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+def test_fuse_is_the_clipped_sum_for_floats_and_tensors():
+    assert fuse(0.8, 0.3, 0.45, 1.2) == pytest.approx(1.935)
+    for w, wanted in ((0.7, 2.5743), (0.9, 3.0), (1.2, 3.0)):
+        assert fuse(math.log(100), 1.0, 0.5, w) == pytest.approx(wanted, abs=1e-4)
+    assert fuse(0.0, 0.0, 1.0, 0.3) == 0.5 and [fuse(0.0, 0.0, 1.0, w) for w in (0.7, 1.0, 1.2)] == [0.7, 1.0, 1.2]
+    assert fuse(0.0, 0.0, 7.0, 1.0) == 1.0 and fuse(0.0, 0.0, -7.0, 1.0) == 1.25                            # coh is clipped first
+    w, e_t = torch.tensor([1.2, 0.7]), torch.tensor([0.8, math.log(100)])
+    assert fuse(e_t, torch.tensor([0.3, 1.0]), torch.tensor([0.45, 0.5]), w).tolist() == pytest.approx([1.935, 2.5743], abs=1e-4)
+    with pytest.raises(UserError, match="smaller one first"):
+        fuse(0.0, 0.0, 1.0, 1.0, lo=3.0, hi=0.5)
+
+
+def planted(z, companion, t_logits, p_logits):
+    """A companion whose heads say the given logits whatever it sees."""
+    for head, logits in ((companion.t_head, t_logits), (companion.p_head, p_logits)):
+        head.weight.data.zero_()
+        head.bias.data.copy_(logits)
+
+
+def test_e_t_is_cross_entropy_in_nats_and_e_p_entropy_over_the_log_of_all_classes():
+    net = Assessor(AssessorConfig({"mid": 6}, bins=8, patterns=125, dim=8)).frozen()
+    features, bins = {"mid": torch.randn(5, 6, 4, 4)}, torch.tensor([3] * 5)
+    planted(None, net.blocks["mid"], torch.zeros(8), torch.zeros(1000))
+    assert net.assess(features, bins)["mid"].tolist() == pytest.approx([2.079442, 1.0, 0.5], abs=1e-6)
+    planted(None, net.blocks["mid"], 1000.0 * torch.eye(8)[3], 1000.0 * torch.eye(1000)[7])
+    assert net.assess(features, bins)["mid"].tolist() == pytest.approx([0.0, 0.0, 0.5], abs=1e-6)
+    logits = lambda n: torch.where(torch.arange(1000) < n, 0.0, -1e4)
+    assert entropy(logits(2)).item() == pytest.approx(0.100343, abs=1e-6) and entropy(logits(10)).item() == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_kd_compares_directions_of_means_over_space_and_leaves_the_teacher_alone():
+    a, b = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[0.0, 3], [0, 5]])
+    assert kd_cosine(a, b).item() == pytest.approx(0.5)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 7, 4, 4, generator=g), torch.randn(3, 7, 4, 4, generator=g, requires_grad=True)
+    shuffled = x.flatten(2)[:, :, torch.randperm(16, generator=g)].view_as(x)
+    x.requires_grad_()
+    assert kd_cosine(3 * shuffled, y).item() == pytest.approx(kd_cosine(x, y).item(), abs=1e-6) and kd_cosine(x, x).item() == pytest.approx(0, abs=1e-6)
+    kd_cosine(x, y).backward()
+    assert y.grad is None and x.grad.abs().sum() > 0 and kd_cosine(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+def test_v_star_and_the_teachers_own_schedule():
+    one = lambda v: torch.full((1, 1, 1, 1), v, dtype=torch.float64)
+    assert v_target(one(1.0), one(0.5), 0.6, 0.8).item() == pytest.approx(-0.5) == v_target(1.0, 0.5, 0.6, 0.8)
+    assert v_target(one(1.0), one(0.5), 0.0, 1.0).item() == pytest.approx(-500)                             # guarded
+    a = alphas_bar("scaled_linear").sqrt()
+    assert a[999].item() == pytest.approx(0.06826, abs=1e-5) and a[500].item() == pytest.approx(0.52567, abs=1e-5)
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(4, 3, 4, 4, generator=g) for _ in range(2))
+    rows = torch.tensor([0, 250, 500, 999])
+    t = table_time("scaled_linear", rows).float()
+    fed = []
+
+    def net(x, row, features):                                                  # says the true eps; x tells how it was fed
+        fed.append((x, row))
+        return eps, {name: x for name in features}
+    teacher = stub(net)
+    got_x0, got_eps, features = teacher.ask(teacher.noised(x0, eps, t), t)
+    own = a[rows].view(-1, 1, 1, 1)
+    assert torch.allclose(got_x0, x0, atol=2e-5) and torch.allclose(got_eps, eps, atol=2e-5) and fed[0][1].tolist() == rows.tolist()
+    assert torch.allclose(fed[0][0].double(), own * x0 + (1 - own ** 2).sqrt() * eps, atol=1e-6)            # x_t on SD's schedule, not DDPM's
+    assert features.keys() == taps(PRESETS["nano"]).keys() and len(fed) == 1
+
+
+def stub(net, objective=EPS):
+    """A Teacher around any function."""
+    net.cfg = replace(PRESETS["nano"], in_channels=3, out_channels=3)
+    return Teacher(net, objective, {"fingerprint": ""}, Path("stub"), {})
+
+
+def test_a_flow_student_of_an_eps_teacher_is_asked_for_eps_minus_x0_also_beyond_the_schedule():
+    n = norm(torch.tensor(0.3, dtype=torch.float64))
+    a, s = 0.7 / n, 0.3 / n
+    assert [1 / n, a, s, 2 * math.log(a / s)] == pytest.approx([1.313064, 0.919145, 0.393919, 1.694596], abs=1e-6)
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(3, 3, 8, 8, generator=g) for _ in range(2))
+    t = torch.tensor([0.3, 0.99, 1.0])                                          # SD's table ends at 0.936
+    teacher, asked = stub(lambda x, row, features: (eps, {f: x for f in features})), []
+    student = lambda x, row, **c: asked.append((x, row)) or torch.zeros_like(x)
+    tr = object.__new__(distill.Distiller)
+    tr.cfg, tr.ranks, tr.vae, tr.objective, tr.teacher, tr.sampler, tr.model = distill.Config(), ALONE, pixel(1), make_objective("fm"), teacher, None, None
+    image = ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    loss = tr.forward(student, {"image": image, "eps": eps, "t": t})
+    x0 = image.float() / 127.5 - 1
+    assert loss.per_sample.tolist() == pytest.approx((eps - x0).square().flatten(1).mean(1).tolist(), rel=1e-4)
+    assert torch.allclose(asked[0][0], (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps) and asked[0][1].tolist() == pytest.approx((t * 1000).tolist())
+
+
+def test_the_cantor_staircase():
+    x = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    assert cantor(x).tolist() == pytest.approx([0.000171, 0.353116, 0.499878, 0.646640, 0.999585], abs=1e-6)
+    assert cantor(torch.tensor([0.1, 0.9], dtype=torch.float64), levels=3).tolist() == pytest.approx([0.16445, 0.71055], abs=1e-5)
+    assert cantor(torch.tensor([0.5], dtype=torch.float64), levels=1).item() == pytest.approx(0.25, abs=1e-9)
+    u = torch.linspace(0.001, 0.999, 97, dtype=torch.float64)
+    assert (cantor(u) + cantor(1 - u) - 0.999756).abs().median() < 1e-5         # but at jumps, where u and 1 - u fall on different sides
+    net = Assessor(AssessorConfig({"mid": 6}, bins=20, patterns=2, dim=8)).frozen()
+    features, bins = torch.randn(7, 6), torch.arange(7)
+    together = net({"mid": features}, bins)["mid"]["cantor"]
+    alone = torch.cat([net({"mid": features[i:i + 1]}, bins[i:i + 1])["mid"]["cantor"] for i in range(7)])
+    assert torch.allclose(together, alone, atol=1e-5)                           # the source divides by the batch's largest bin
+
+
+def test_a_simplexs_volume_by_cayley_and_menger():
+    regular = torch.eye(5, dtype=torch.float64) / math.sqrt(2)                  # edge 1
+    volume, variation = simplex(regular)
+    assert volume.item() == pytest.approx(math.sqrt(5) / 96) == pytest.approx(0.0232924, abs=1e-7) and variation.item() == pytest.approx(0, abs=1e-12)
+    q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    assert simplex(3 * regular @ q + 7)[0].item() == pytest.approx(81 * volume.item())
+    flat = torch.randn(5, 6, dtype=torch.float64)
+    flat[4] = flat[:4].mean(0)
+    flat.requires_grad_()
+    volume, _ = simplex(flat)
+    volume.backward()
+    assert volume.item() == 0 and torch.isfinite(flat.grad).all()
+    centred = regular - regular.mean(0)
+    assert torch.linalg.det(centred @ centred.T).item() == pytest.approx(0, abs=1e-12)                      # why there is no Gram term
+
+
+def test_rose_scores_and_margin():
+    assert sum(ROLES) == 1.0
+    z = torch.nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=-1)
+    for i in range(4):
+        scores = rose_scores(z[i:i + 1], torch.stack([z[i].expand(5, 6), -z[i].expand(5, 6)]))
+        assert scores[0].tolist() == pytest.approx([1 / ROSE_T, -1 / ROSE_T]) and rose_loss(scores, torch.tensor([0])).item() == 0
+        twins = rose_scores(z[i:i + 1], z[i].expand(2, 5, 6))
+        assert rose_loss(twins, torch.tensor([1])).item() == pytest.approx(1.0)
+
+
+def test_bins_are_counted_in_integers():
+    rows = torch.arange(1000)
+    assert bins_of(rows, 100).tolist() == [k * 100 // 1000 for k in range(1000)] and bins_of(rows, 7).tolist() == [k * 7 // 1000 for k in range(1000)]
+    assert bins_of(torch.tensor([0.0, 9.9, 10.0, 530.0, 590.0, 999.0, 1000.0]), 100).tolist() == [0, 0, 1, 53, 59, 99, 99]
+
+
+def test_the_timestep_sampler():
+    sure, vague = torch.ones(100), torch.zeros(100)
+    p = make_sampler(sure, vague, shift=3.0).p
+    assert p[0].item() == pytest.approx(0.003356, abs=1e-6) and p[99].item() == pytest.approx(0.029410, abs=2e-6) and p.sum().item() == pytest.approx(1)
+    assert torch.allclose(make_sampler(sure, vague, shift=1 / 3).p, p.flip(0))  # towards clean
+    q = (torch.arange(100_000) + 0.5) / 100_000
+    rows, weight = make_sampler(sure, vague, base_jitter=0).draw(q.double())
+    assert torch.equal(torch.bincount(rows, minlength=1000)[5::10], torch.full((100,), 1000)) and torch.allclose(weight, torch.ones(1))
+    rows, _ = make_sampler(sure, vague, base_jitter=5).draw(q.double())
+    counts = torch.bincount(rows, minlength=1000)
+    assert rows.min() == 0 and rows.max() == 999 and (counts[20:980] > 0).all() and counts[20:980].float().std() < 45   # 1000/11 a row, its edges two bins'
+    rows, _ = make_sampler(sure, torch.ones(100), base_jitter=5).draw(torch.full((999,), 0.505, dtype=torch.float64) + torch.arange(999) * 1e-6)
+    assert (rows - 505).abs().max() <= 10
+    accuracy = torch.tensor([0.1, 0.9, 0.5, 0.1])
+    neutral, drop = (make_sampler(accuracy, torch.zeros(4), unreliable=u) for u in ("neutral", "drop"))
+    assert torch.allclose(neutral.p * 5.2, torch.tensor([1.3, 1.1, 1.5, 1.3], dtype=torch.float64)) and drop.p.tolist() == pytest.approx([0, 1.1 / 2.6, 1.5 / 2.6, 0])
+    rows, weight = drop.draw(torch.rand(4000, dtype=torch.float64))
+    assert rows.min() >= 370 and rows.max() <= 630 and torch.allclose(weight[rows < 450], torch.tensor(2.6 / 4.4))
+    hard = make_sampler(torch.linspace(0.2, 0.9, 100), vague, shift=2.0, base_jitter=0)
+    rows, weight = hard.draw(q.double())
+    assert weight.mean().item() == pytest.approx(1, abs=1e-3) and (weight * rows).mean().item() == pytest.approx(500, abs=1)   # as if uniform
+    none = make_sampler(torch.full((100,), 0.149), vague, shift=3.0)
+    rows, weight = none.draw((torch.arange(5000).double() + 0.5) / 5000)
+    assert not none.reliable.any() and torch.equal(torch.bincount(rows, minlength=1000), torch.full((1000,), 5)) and (weight == 1).all()
+
+
+def test_base_weights_are_the_sources_at_four_levels():
+    assert list(block_weights(PRESETS["sd15"]).values()) == [0.7, 0.9, 1.0, 1.1, 1.2, 1.1, 1.0, 0.9, 0.7]
+    assert list(tap_channels(PRESETS["sd15"]).values()) == [320, 640, 1280, 1280, 1280, 1280, 1280, 640, 320]
+    cfg = AssessorConfig(tap_channels(PRESETS["sd15"]))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Assessor(cfg).parameters()) == 9_465_406
+
+
+@pytest.mark.parametrize("name", ["nano", "toy-281m", "adm-64", "sd15"])
+def test_taps_have_the_channels_they_are_said_to_have(name):
+    with torch.device("meta"):
+        net = UNet(PRESETS[name])
+        side = 2 ** (len(net.cfg.channel_mult) - 1)
+        context = torch.zeros(1, 2, net.cfg.context_dim) if net.cfg.context_dim else None
+        _, h = net(torch.zeros(1, net.cfg.in_channels, side, side), torch.zeros(1), context=context, features=tuple(taps(net.cfg).values()))
+    assert {k: h[block].shape[1] for k, block in taps(net.cfg).items()} == tap_channels(net.cfg)
+
+
+# ---- a teacher, its assessor, its students --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A teacher of random weights (its blocks show the timestep as a trained one's do) and a pretrained assessor."""
+    home, vae = tmp_path_factory.mktemp("distill"), pixel(8)
+    net = randomize(UNet(replace(PRESETS["nano"], in_channels=192, out_channels=192)), 1)
+    net.time_embed[2].weight.data.mul_(12)
+    save_unet(home / "teacher.safetensors", net, {"objective": asdict(EPS), "vae": vae.meta(), "resolution": 32, "config": {"data": "toyfaces:48"}, "classes": []})
+    assessor_file.pretrain(assessor_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(home / "a.safetensors"), bins=10, patterns=3, dim=24,
+                                                  samples=1024, profile_samples=200, holdout=0.1, steps=200, batch=64, lr=1e-2))
+    return home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_samples():
+    """The final grid of a run: two images in one step, for 32 in 50 would be most of the time."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "draw_samples", lambda tr, net, seeds, **how: watch.draw_samples(tr, net, seeds[:2], method="ddim", steps=1))
+        yield
+
+
+def config(home, **fields):
+    return distill.resolve(distill.Config(**{**FAST, "teacher": str(home / "teacher.safetensors"), "assessor_file": str(home / "a.safetensors"), **fields}))
+
+
+def go(home, out, **fields) -> Path:
+    cfg = config(home, out=str(out), **fields)
+    train.train(cfg, ALONE, distill.setup, distill.FREE)
+    return out / cfg.name
+
+
+def rows(run, event="train"):
+    return [r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if r["event"] == event]
+
+
+def tensors(run) -> dict[str, torch.Tensor]:
+    folder = checkpoints(run)[-1]
+    return {f"{f.name}:{k}": v for f in sorted(folder.iterdir()) for k, v in load_file(f).items()}
+
+
+def same(a, b, of="") -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items() if k.startswith(of))
+
+
+def test_pretraining_reads_timesteps_of_held_out_images_and_says_how_well(home):
+    card = json.loads((home / "a.json").read_text())
+    held = card["held_out"]
+    assert held["mean"] > 3 * held["chance"] == pytest.approx(0.3) and held["blocks"].keys() == {"down_0", "down_1", "mid", "up_0", "up_1"}
+    assert all(len(b["by_bin"]) == 10 and b["within1"] >= b["top1"] and 0 <= b["ece"] <= 1 for b in held["blocks"].values())
+    net = load_assessor(home / "a.safetensors")
+    w = block_weights(PRESETS["nano"])
+    profile = sum(w[k] * torch.tensor(b["by_bin"]) for k, b in held["blocks"].items()) / sum(w.values())
+    assert torch.allclose(net.accuracy, profile, atol=1e-6) and net.accuracy.mean().item() == pytest.approx(held["mean"], abs=1e-6) and not net.training
+
+
+def test_liveness_a_corrupted_block_and_no_other_is_noticed(home):
+    net, g = load_assessor(home / "a.safetensors"), torch.Generator().manual_seed(3)
+    teacher = teacher_file.open_teacher(str(home / "teacher.safetensors"))
+    row = torch.randint(1000, (64,), generator=g)
+    t, x0, eps = teacher.time(row), torch.rand(64, 192, 4, 4, generator=g) * 2 - 1, torch.randn(64, 192, 4, 4, generator=g)
+    features, bins = teacher.ask(teacher.noised(x0, eps, t), t)[2], bins_of(row, 10)
+    before, lam = net.assess(features, bins), lambda found: {k: fuse(*v, 0.5) for k, v in found.items()}
+    for name, x in features.items():
+        noise = torch.randn(*x.shape[:2], 1, 1, generator=g) * x.mean((2, 3)).std(0)[:, None, None]         # of one size a channel: it survives the mean
+        after = net.assess({**features, name: x + 2 * noise}, bins)
+        assert after[name][0] > before[name][0] + 0.2 and lam(after)[name] > lam(before)[name] + 0.02
+        assert all(torch.equal(after[k], before[k]) for k in features if k != name)
+    swapped = net.assess(features, bins.roll(1))
+    assert all(swapped[k][0] > before[k][0] for k in features)
+    halves = [lam(net.assess({k: v[s] for k, v in features.items()}, bins[s])) for s in (slice(0, 32), slice(32, 64))]
+    assert all(halves[0][k] != halves[1][k] for k in features)
+    for wrong in ({k: v for k, v in features.items() if k != "mid"}, {**features, "up_9": features["mid"]}):
+        with pytest.raises(UserError, match="the assessor reads down_0"):
+            net.assess(wrong, bins)
+    assert net.assess({k: v.bfloat16() for k, v in features.items()}, bins)["mid"].dtype == torch.float32
+
+
+def test_assessing_draws_nothing_from_the_global_generator(home):
+    state = torch.get_rng_state()
+    net = load_assessor(home / "a.safetensors")
+    net.assess({k: torch.ones(2, C) for k, C in net.cfg.blocks.items()}, torch.tensor([1, 1]), "data")
+    fresh_assessor(net.cfg, 7)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_planted_pretraining_learns_what_is_there_and_nothing_that_is_not():
+    g = torch.Generator().manual_seed(0)
+    cfg = AssessorConfig({"mid": 12}, bins=12, patterns=2, dim=32)
+    bins, held = torch.randint(12, (2000,), generator=g), torch.randint(12, (600,), generator=g)
+    show = lambda k: {"mid": torch.eye(12)[k] + 0.05 * torch.randn(len(k), 12, generator=g)}
+    net = fresh_assessor(cfg, 0)
+    history = fit(net, show(bins), bins, {"mid": 1.0}, 300, 128, 1e-2, 0)
+    assert history[-1] < history[0] and examine(net.frozen(), show(held), held, {"mid": 1.0})["mean"] > 0.95
+    blind = fresh_assessor(cfg, 0)
+    noise = lambda k: {"mid": torch.randn(len(k), 12, generator=g)}
+    fit(blind, noise(bins), bins, {"mid": 1.0}, 300, 128, 1e-2, 0)
+    assert abs(examine(blind.frozen(), noise(held), held, {"mid": 1.0})["mean"] - 1 / 12) < 3 * math.sqrt(1 / 12 * 11 / 12 / 600)
+
+
+@pytest.mark.parametrize("target", ["nearest", "zero"])
+def test_pattern_targets(target):
+    """zero: always pattern 0 of the bin, as in the source. nearest: the bin's own crystals nearest to z, and no other bin's."""
+    cfg = AssessorConfig({"mid": 6}, bins=3, patterns=4, dim=8, pattern_target=target)
+    net = fresh_assessor(cfg, 0).eval().blocks["mid"]
+    x, bins = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1, 0])
+    z = net(x, bins)["z"]
+    near = torch.einsum("bpd,bd->bp", torch.nn.functional.normalize(net.crystals.mean(2), dim=-1)[bins], z)
+    wanted = (near / 0.1).softmax(1) if target == "nearest" else torch.eye(4)[torch.zeros(5, dtype=torch.long)]
+    logp = net(x, bins)["p_logits"].log_softmax(1).view(5, 3, 4)[torch.arange(5), bins]
+    ce = (torch.nn.functional.cross_entropy(net(x, bins)["t_logits"], bins) - (wanted * logp).sum(1).mean()) / 2
+    losses = net.losses(x, bins)
+    assert losses["ce"].item() == pytest.approx(ce.item(), rel=1e-5) and losses["feature"].item() == pytest.approx(0, abs=1e-6)
+    assert 0 <= losses["diversity"] <= math.log(12) and losses["cayley"] >= 0.5 * simplex(net.crystals.flatten(0, 1))[1].mean() - 1e-6 and MIN_VOLUME > 0
+
+
+def test_coherence_of_data_is_by_pairs_of_one_bin():
+    c, bins = torch.tensor([0.1, 0.3, 0.9, 0.4]), torch.tensor([2, 2, 5, 2])
+    gaps = [0.2, 0.3, 0.1]                                                      # of bin 2; bin 5 has no pair
+    assert same_bin_gap(c, bins, distinct=True).item() == pytest.approx(sum(gaps) / 3)
+    assert same_bin_gap(c, bins, distinct=False).item() == pytest.approx(2 * sum(gaps) / (9 + 1))           # the source's counts i = j
+    assert same_bin_gap(c, torch.arange(4), distinct=True).item() == 0
+    net = Assessor(AssessorConfig({"mid": 6}, bins=8, patterns=2, dim=8)).frozen()
+    x = {"mid": torch.randn(4, 6)}
+    gap = same_bin_gap(net(x, bins)["mid"]["cantor"], bins, distinct=True)
+    assert net.assess(x, bins, "data")["mid"][2].item() == pytest.approx(math.exp(-gap.item() / 0.1)) and net.assess(x, bins)["mid"][2].item() == 0.5
+
+
+def test_a_shuffled_time_leaves_only_what_the_image_shows(home, tmp_path):
+    """The features of this teacher come from its time embedding: told a wrong time, they say nothing of the true one."""
+    how = dict(teacher=str(home / "teacher.safetensors"), bins=10, patterns=2, dim=16, samples=512, profile_samples=200, holdout=0.1, steps=60, batch=64, lr=1e-2)
+    found = {}
+    for shuffle in (False, True):
+        assessor_file.pretrain(assessor_file.Pretrain(**how, out=str(tmp_path / f"{shuffle}.safetensors"), shuffle_time=shuffle))
+        found[shuffle] = json.loads((tmp_path / f"{shuffle}.json").read_text())["held_out"]["mean"]
+    assert found[True] < 0.18 < 0.25 < found[False]
+
+
+ARMS = {"vanilla": dict(block_weight=0.0), "none": {}, "david": dict(assessor="david"), "random": dict(assessor="random"), "shuffled": dict(assessor="shuffled"),
+        "const": dict(assessor="const", assessor_file="", lambdas=(1.0, 2.0, 3.0, 2.0, 1.0))}
+
+
+@pytest.fixture(scope="module")
+def arms(home):
+    """Every arm's run, and the hash of what each of its first ten steps saw: x_t, t and noise."""
+    seen, real, runs = {}, Teacher.ask, {}
+    for name, fields in ARMS.items():
+        prints = seen[name] = []
+
+        def ask(self, x, t, **cond):
+            prints.append(fingerprint({"x": x, "t": t}))
+            return real(self, x, t, **cond)
+        Teacher.ask = ask
+        try:
+            runs[name] = go(home, home / "arms", images=80, **fields, name=name)
+        finally:
+            Teacher.ask = real
+    return runs, seen
+
+
+def test_arms_share_their_first_ten_batches_and_differ_in_what_they_learn(arms):
+    runs, seen = arms
+    assert all(prints[:10] == seen["vanilla"][:10] for prints in seen.values()) and len(set(seen["vanilla"][:10])) == 10
+    weights = {name: tensors(run)["model.safetensors:out.2.weight"] for name, run in runs.items()}
+    assert len({fingerprint({"w": w}) for w in weights.values()}) == len(ARMS)
+    lam = {name: {k: b["lambda"] for k, b in rows(run)[-1]["blocks"].items()} for name, run in runs.items() if name != "vanilla"}
+    assert list(lam["none"].values()) == pytest.approx([0.7, 1.0, 1.2, 1.0, 0.7]) and list(lam["const"].values()) == [1, 2, 3, 2, 1]
+    assert list(lam["shuffled"].values()) != list(lam["david"].values()) and "blocks" not in rows(runs["vanilla"])[-1]
+    assert all(b.keys() == {"lambda", "clipped", "kd"} for b in rows(runs["none"])[0]["blocks"].values())
+    first = {name: list(v["lambda"] for v in rows(runs[name])[0]["blocks"].values()) for name in ("david", "shuffled")}
+    assert first["shuffled"] == pytest.approx(first["david"][-2:] + first["david"][:-2])                    # the first batch's, from equal students
+
+
+def test_lambda_moves_and_the_log_says_what_it_is_made_of(arms):
+    lines = rows(arms[0]["david"])
+    assert len({line["blocks"]["down_0"]["lambda"] for line in lines}) > 3                                  # alive: another one in every batch
+    for line in lines:
+        assert sum(line["t_drawn"]) == 8 and sum(line["gradient_by_third"]) == pytest.approx(1) == pytest.approx(sum(line["gradient_by_third_unweighted"]))
+        for name, b in line["blocks"].items():
+            w = block_weights(PRESETS["nano"])[name]
+            assert b["lambda"] == pytest.approx(fuse(b["e_t"], b["e_p"], b["coh"], w), rel=1e-5) and b["clipped"] == float(b["lambda"] in (0.5, 3.0))
+    chance = rows(arms[0]["random"])[0]["blocks"]["mid"]
+    assert chance["e_t"] == pytest.approx(math.log(10), abs=0.4) and rows(arms[0]["david"])[0]["blocks"]["up_0"]["e_t"] < math.log(10) - 0.4
+
+
+def test_null_equivalences_are_bitwise(home, arms, tmp_path):
+    """none = const with λ = w; block_weight 0 = a loss that never looks at a block, whatever the arm; and another λ is another student."""
+    runs, _ = arms
+    w = tuple(block_weights(PRESETS["nano"]).values())
+    const = go(home, tmp_path, images=80, assessor="const", assessor_file="", lambdas=w)
+    assert same(tensors(runs["none"]), tensors(const)) and [r["loss"] for r in rows(const)] == [r["loss"] for r in rows(runs["none"])]
+    off = go(home, tmp_path, images=80, assessor="david", block_weight=0.0, name="off")
+    assert same(tensors(runs["vanilla"]), tensors(off)) and not same(tensors(runs["none"]), tensors(off), "model")
+
+
+def test_vanilla_is_mse_to_the_teachers_v_by_an_independent_loop(home, tmp_path):
+    """Two steps of SGD-free arithmetic: the first batch's loss, written out in VP's coordinates."""
+    cfg = config(home, out=str(tmp_path), images=8, block_weight=0.0)
+    tr = distill.setup(cfg, ALONE)
+    batch = next(batches(Stream(tr.ds, None, tr.latent_shape, cfg.seed), iter([list(range(8))])))
+    x0, eps, k = tr.vae.encode(batch["image"].float() / 127.5 - 1), batch["eps"], (batch["q"] * 1000).floor().long()
+    a = alphas_bar("scaled_linear")[k].sqrt().view(-1, 1, 1, 1)
+    s = (1 - a ** 2).sqrt()
+    x_t = (a * x0 + s * eps).float()
+    net, _ = load_unet(home / "teacher.safetensors")
+    with torch.no_grad():
+        out = net(x_t, k.float())                                               # teacher and student are equal at first
+        v = (out - s * x_t) / a
+        wanted = (out - v).square().flatten(1).mean(1)
+    got = tr.forward(tr.model, batch)
+    assert got.per_sample.tolist() == pytest.approx(wanted.tolist(), rel=1e-3) and got.loss.item() == pytest.approx(wanted.mean().item(), rel=1e-3)
+
+
+def test_a_student_that_is_the_teacher_has_kd_zero_and_each_runs_once_a_step(home, tmp_path):
+    tr = distill.setup(config(home, out=str(tmp_path), assessor="david"), ALONE)
+    calls = {"teacher": 0, "student": 0}
+    tr.teacher.net.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
+    tr.net.register_forward_hook(lambda *_: calls.update(student=calls["student"] + 1))
+    frozen = {**{f"t.{k}": v.clone() for k, v in tr.teacher.net.state_dict().items()}, **{f"a.{k}": v.clone() for k, v in tr.assessor.state_dict().items()}}
+    loader = batches(Stream(tr.ds, None, tr.latent_shape, 0), train.positions(tr.cfg, ALONE, 0))
+    batch = next(loader)
+    tr.forward(tr.model, batch).loss.backward()
+    tr.cfg = replace(tr.cfg, e_t="excess")
+    seen = {k: torch.randn(8, C, 2, 2) for k, C in tap_channels(tr.net.cfg).items()}
+    assert tr.lambdas(seen, seen, tr.teacher.time(torch.arange(8) * 100))[1][:, 2].tolist() == [0] * 5      # no worse than the teacher
+    assert tr.tally["blocks"][:, 2].abs().max() < 1e-6 and calls == {"teacher": 1, "student": 1}
+    tr.optimizer.zero_grad()
+    for _ in range(4):
+        train.step(tr, loader)
+    now = {**{f"t.{k}": v for k, v in tr.teacher.net.state_dict().items()}, **{f"a.{k}": v for k, v in tr.assessor.state_dict().items()}}
+    assert calls == {"teacher": 5, "student": 5} and same(frozen, now) and not tr.assessor.training
+    assert tr.tally["blocks"][:, 2].min() > 1e-6                                # it has moved away since
+
+
+def test_the_assessor_is_a_small_part_of_a_steps_arithmetic():
+    """At the default size (tiny, 8×8×32 latents) and the source's K, P and D: multiplications, for a clock would measure the machine."""
+    from torch.utils.flop_counter import FlopCounterMode
+    net, x, t = UNet(PRESETS["tiny"]), torch.zeros(4, 32, 8, 8), torch.zeros(4)
+    judge = Assessor(AssessorConfig(tap_channels(net.cfg))).frozen()
+    with FlopCounterMode(display=False) as step:
+        with torch.no_grad():
+            net(x, t)                                                           # the teacher
+        out, h = net(x, t, features=tuple(taps(net.cfg).values()))
+        out.sum().backward()
+    with FlopCounterMode(display=False) as assessing:
+        judge.assess({k: h[block].detach() for k, block in taps(net.cfg).items()}, torch.zeros(4, dtype=torch.long))
+    assert 0 < assessing.get_total_flops() < 0.15 * step.get_total_flops()
+
+
+def test_gradients_reach_the_blocks_through_kd_and_not_through_lambda(home, tmp_path):
+    tr = distill.setup(config(home, out=str(tmp_path), assessor="david"), ALONE)
+    mine = {k: torch.randn(8, C, 2, 2, requires_grad=True) for k, C in tap_channels(tr.net.cfg).items()}
+    theirs = {k: torch.randn_like(v) for k, v in mine.items()}
+    t = tr.teacher.time(torch.arange(8) * 100)
+    lam, _ = tr.lambdas(mine, theirs, t)
+    tr.block_loss(mine, theirs, t, None).backward()
+    for value, (name, x) in zip(lam, mine.items()):
+        y = x.detach().clone().requires_grad_()
+        (float(value) * 0.25 * kd_cosine(y, theirs[name])).backward()
+        assert torch.allclose(x.grad, y.grad, atol=1e-7) and x.grad.abs().max() > 0
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(home, tmp_path, monkeypatch, optim):
+    how = dict(assessor="david", local_heads=True, adaptive_t=True, shift=2.0, optim=optim, save_every=16, log_every=24, images=48, e_t="excess", coherence="data",
+               x_source="noise" if optim == "adamw" else "data", importance=True)
+    whole = go(home, tmp_path / "whole", **how)
+
+    class Once:
+        asks = 0
+
+        def asked(self, ranks):
+            Once.asks += 1
+            return Once.asks > 2                                                # after two steps of six, mid-meter
+    with monkeypatch.context() as m:
+        m.setattr(train, "StopSignal", Once)
+        cut = go(home, tmp_path / "cut", **how)
+    assert int(checkpoints(cut)[-1].name) == 16 and not (cut / "samples").exists()
+    go(home, tmp_path / "cut", **how)
+    assert same(tensors(whole), tensors(cut)) and any(":own/heads/" in k for k in tensors(whole))
+    strip = lambda line: {k: v for k, v in line.items() if k != "images_per_s"}
+    assert [strip(r) for r in rows(whole)] == [strip(r) for r in rows(cut)] and len(rows(whole)) == 2
+
+
+def test_local_heads_learn_and_ranks_only_split_the_work(home, tmp_path):
+    """Two ranks of four samples make the step of one rank of eight: λ, KD's gradient and the heads are averaged over ranks."""
+    flags = ["--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--assessor", "david", "--local-heads", "--ema", "",
+             *(str(w) for k, v in {**FAST, "images": 8, "name": "r"}.items() for w in (f"--{k.replace('_', '-')}", v))]
+    for ranks in (1, 2):
+        launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*launcher, ROOT / "distill.py", *map(str, flags), "--out", tmp_path / str(ranks)], capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+    one, two = tensors(tmp_path / "1" / "r"), tensors(tmp_path / "2" / "r")
+    moments = [k for k in one if "exp_avg/" in k] if one.keys() == two.keys() else []   # gradients; AdamW would hide their size
+    assert len(moments) > 100 and all((one[k] - two[k]).norm() <= 1e-4 * one[k].norm() + 1e-7 for k in moments)
+    fresh = distill.setup(config(home, out=str(tmp_path / "fresh"), local_heads=True), ALONE).heads
+    assert all((one[f"state.safetensors:own/heads/{k}"] - p).abs().max() > 1e-4 for k, p in fresh.named_parameters())
+    a, b = (rows(tmp_path / r / "r")[0]["blocks"]["mid"] for r in "12")
+    assert a["lambda"] == pytest.approx(b["lambda"], rel=1e-5) and a["e_t"] == pytest.approx(b["e_t"], rel=1e-5)
+
+
+def test_the_alarm_rings_when_times_are_shifted_and_not_otherwise():
+    tr = object.__new__(distill.Distiller)
+    tr.ranks, tr.alarmed, tr.teacher = ALONE, False, stub(lambda: None)
+    for counts, gradient, error, wanted in (((30, 30, 30), (1, 1, 1), (1, 1, 1), ""), ((6, 6, 60), (1, 1, 1), (1, 1, 1), "weighting"),
+                                            ((30, 30, 30), (9, 1, 1), (1, 1, 1), "weighting"), ((30, 30, 30), (1, 1, 9), (1, 1, 9), "target")):
+        tr.tally = {"blocks": torch.zeros(5, 6), "batches": torch.zeros(1), "times": torch.zeros(10), "thirds": torch.zeros(3, 3)}
+        tr.tally = {k: v.double() for k, v in tr.tally.items()}
+        for third, n in enumerate(counts):
+            t = tr.teacher.time(torch.full((n,), 166 + 333 * third))
+            tr.count(t, torch.full((n,), float(gradient[third])), torch.full((n,), float(error[third])))
+        row = tr.report()
+        share = torch.tensor([n * g for n, g in zip(counts, gradient)], dtype=torch.float64)
+        assert row["alarm"] == wanted and row["gradient_by_third"] == pytest.approx((share / share.sum()).tolist()) and sum(row["t_drawn"]) == sum(counts)
+        assert tr.tally["thirds"].sum() == 0
+
+
+def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
+    teacher, eps, t = stub(lambda: None), torch.randn(3, 3, 4, 4), torch.tensor([0.1, 0.5, 0.9])
+    x = teacher.noised(torch.ones_like(eps), eps, t, "noise")
+    assert torch.allclose(x / norm(t).view(-1, 1, 1, 1), eps, atol=1e-6)
+    assert torch.equal(stub(lambda: None, make_objective("fm")).noised(eps, eps, t, "noise"), eps)
+
+
+def test_a_students_checkpoint_says_what_it_is(home, arms, tmp_path, user):
+    run = arms[0]["david"]
+    net, meta = load_unet(checkpoints(run)[-1] / "model.safetensors")
+    objective = Objective(**meta["objective"])
+    assert (objective.target, objective.table) == ("v", "scaled_linear") and meta["init"]["teacher"] == load_unet(home / "teacher.safetensors")[1]["fingerprint"]
+    code, out, err = user(drawing.main, "--ckpt", run, "--n", 2, "--steps", 2, "--out", tmp_path / "s")
+    assert code == 0 and not err and (tmp_path / "s" / "000001.png").exists()
+
+
+def test_sd_shaped_teacher_in_diffusers_layout_to_a_student_that_diffusers_loads(tmp_path, user):
+    """Every trained block differs from the teacher's: the published checkpoints were, for a while, the teacher again."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    shape = dict(block_out_channels=(32, 64, 64, 64), cross_attention_dim=24, attention_head_dim=8, layers_per_block=2, norm_num_groups=32)
+    theirs = randomize(diffusers.UNet2DConditionModel(in_channels=48, out_channels=48, **shape))
+    theirs.save_pretrained(tmp_path / "sd")
+    save_file({"context": torch.randn(5, 7, 24)}, tmp_path / "text.safetensors")
+    flags = [str(w) for k, v in {**FAST, "images": 16, "log_every": 16}.items() for w in (f"--{k.replace('_', '-')}", v)]
+    code, _, err = user(distill.main, "--teacher", tmp_path / "sd", "--teacher-objective", "eps", "--teacher-table", "scaled_linear", "--context",
+                        tmp_path / "text.safetensors", "--vae", "pixel:4", "--data", "toyfaces:24", "--resolution", 32, "--out", tmp_path, "--name", "student", *flags)
+    assert code == 0 and not [line for line in err if line.startswith("error")], err
+    assert (tmp_path / "student" / "samples" / "final.png").exists()
+    convert(checkpoints(tmp_path / "student")[-1] / "model.safetensors", tmp_path / "out", "diffusers")
+    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    block = lambda name: ".".join(name.split(".")[:4 if "blocks" in name else 1])
+    changed = {block(k) for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {block(k) for k in before} and len(changed) > 40
+    x, text = torch.randn(1, 48, 8, 8), torch.randn(1, 7, 24)
+    own, _ = load_unet(checkpoints(tmp_path / "student")[-1] / "model.safetensors")
+    with torch.no_grad():
+        ours, out = own(x, torch.tensor([37.0]), context=text), again(x, 37, text).sample
+    assert torch.allclose(ours, out, atol=1e-4 * float(out.abs().max()))
+
+
+# ---- progressive ----------------------------------------------------------------------------------------------------
+
+def test_one_step_of_the_progressive_target_is_two_steps_of_the_teacher(home, tmp_path):
+    fields = dict(mode="progressive", start_steps=8, end_steps=4, out=str(tmp_path))
+    tr = distill.setup(config(home, **fields), ALONE)
+    assert tr.cfg.block_weight == 0
+    x0, eps, q = torch.randn(8, 192, 4, 4), torch.randn(8, 192, 4, 4), (torch.arange(8) + 0.5).double() / 8
+    t, x, (a, b), _ = tr.two_steps(x0, eps, q, {})
+    grid = samplers.time_grid(8, t_start=tr.objective.t_max)
+    assert sorted(set(t.tolist())) == pytest.approx(sorted(grid[0:8:2].tolist()))
+    for i in range(8):
+        j = (grid - t[i]).abs().argmin()
+        two = samplers.sample(lambda z, s: tr.teacher.objective.predict(tr.teacher.net, z, s), x[i:i + 1], method="euler", grid=grid[j:j + 3])
+        assert torch.allclose(x[i] + (grid[j + 2] - t[i]).float() * (b[i] - a[i]), two.x[0], atol=2e-3 * float(two.x.abs().max()))
+        assert torch.allclose((1 - t[i]) * a[i] + t[i] * b[i], x[i], atol=1e-3 * float(a[i].abs().max()))   # on the line through x_t
+
+
+def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user):
+    flags = ["--teacher", home / "teacher.safetensors", "--mode", "progressive", "--start-steps", 4, "--end-steps", 1, "--out", tmp_path, "--name", "p",
+             *(w for k, v in {**FAST, "images": 16}.items() for w in (f"--{k.replace('_', '-')}", v))]
+    assert user(distill.main, *flags)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p-1", "p-2"]
+    first = json.loads((tmp_path / "p-1" / "config.json").read_text())
+    assert (first["teacher"], first["start_steps"], first["end_steps"]) == (str(tmp_path / "p-2"), 2, 1)
+    assert "finished" in user(distill.main, *flags)[1]
+
+
+# ---- the ablation ---------------------------------------------------------------------------------------------------
+
+def cards(fd, loss=lambda arm, seed: [1.0] * 8, seeds=(0, 1, 2)):
+    return [{"arm": arm, "seed": s, "fd": fd(arm, s), "held_out": [{"images": 1, "loss": 1.0, "loss_by_t": loss(arm, s)}]} for arm in "BCDE" for s in seeds]
+
+
+def test_the_verdict_follows_the_rule():
+    better = lambda arm, s: 10 + 3 * s - (arm == "D") * (1 + 0.1 * s)           # paired: seeds differ by more than the arms
+    assert ablate.verdict(cards(better))[0] == "supported"
+    mean, error, n = ablate.paired(cards(better), "D", "B", lambda c: c["fd"])
+    assert (mean, error, n) == (pytest.approx(-1.1), pytest.approx(0.1 / math.sqrt(3)), 3)
+    assert ablate.verdict(cards(lambda arm, s: 10 + 3 * s + (arm == "D")))[0] == "not supported"
+    assert ablate.verdict(cards(lambda arm, s: 10 - (arm == "D") * (s - 0.9)))[0] == "not supported"        # within two standard errors
+    assert ablate.verdict(cards(lambda arm, s: better(arm, s) - 5 * (arm == "C")))[0] == "not supported"    # C is better still
+    spoiled = lambda arm, s: [1.0] * 7 + [1.06 if arm == "D" else 1.0]
+    answer, reasons = ablate.verdict(cards(better, spoiled))
+    assert answer == "not supported" and any("1.060 (above 1.05)" in r for r in reasons)
+    assert ablate.verdict(cards(better, seeds=(0, 1)))[0] == "open" == ablate.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
+    _, reasons = ablate.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
+    assert any("an assessor that knows nothing gains too" in r for r in reasons)
+
+
+def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
+    flags = ["ablate", "--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--arms", "B,C,D", "--seeds", "3", "--out", tmp_path,
+             "--fd-images", 8, "--fd-steps", 1, *(w for k, v in {**FAST, "images": 16, "eval_every": 8}.items() for w in (f"--{k.replace('_', '-')}", v))]
+    code, out, err = user(distill.main, *flags)
+    assert code == 0, err
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert report["verdict"] == "open" and {c["arm"] for c in report["cards"]} == {"B", "C", "D"} and (tmp_path / "ablation.png").stat().st_size > 10_000
+    by = {c["arm"]: c for c in report["cards"]}
+    mean = [sum(b["lambda"]) / len(b["lambda"]) for b in by["D"]["blocks"].values()]
+    assert by["C"]["config"]["lambdas"] == pytest.approx(mean) and by["C"]["blocks"]["mid"]["lambda"][0] == pytest.approx(mean[2], rel=1e-6)
+    assert [len(c["held_out"]) for c in report["cards"]] == [2, 2, 2] and all(c["fd"] > 0 for c in report["cards"])
+    assert "D and B share 1 of the 3 seeds" in (tmp_path / "ablation.txt").read_text()
+    again = user(distill.main, *flags)[1]
+    assert again.count("finished:") == 3 and "loss" not in again.split("Assessor-weighted")[0]              # nothing is run twice
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def odd(home):
+    """Assessors and teachers that do not fit."""
+    net, meta = load_unet(home / "teacher.safetensors")
+    drop = lambda *keys: {k: v for k, v in meta.items() if k not in keys}
+    save_unet(home / "silent.safetensors", net, drop("objective"))
+    save_unet(home / "linear.safetensors", net, {**meta, "objective": {**meta["objective"], "table": "linear"}})
+    save_unet(home / "nodata.safetensors", net, drop("config"))
+    save_unet(home / "nolatents.safetensors", net, drop("vae"))
+    wide = randomize(UNet(replace(PRESETS["nano"], in_channels=192, out_channels=192, channel_mult=(1, 2))))
+    save_unet(home / "wide.safetensors", wide, meta)
+    good, card = read_tensors(home / "a.safetensors")
+    write_tensors(home / "damaged.safetensors", {**good, "accuracy": good["accuracy"] + 1}, card)
+    short = {k: v for k, v in good.items() if k != "blocks.mid.alpha"}
+    write_tensors(home / "short.safetensors", short, {**card, "fingerprint": fingerprint(short)})
+    prefixed = {f"unet.{k}": v for k, v in good.items()}
+    write_tensors(home / "prefixed.safetensors", prefixed, {**card, "fingerprint": fingerprint(prefixed)})
+    return home
+
+
+BAD = {
+    "no teacher": (["--teacher", ""], "--teacher is required"),
+    "absent teacher": (["--teacher", "nowhere"], "no checkpoint at nowhere"),
+    "unknown objective": (["--teacher", "HOME/silent.safetensors"], "does not say what its network was trained to output"),
+    "objective without table": (["--teacher", "HOME/silent.safetensors", "--teacher-objective", "eps"], "needs its noise schedule"),
+    "contradicted objective": (["--teacher-objective", "v"], "Leave them out"),
+    "no data": (["--teacher", "HOME/nodata.safetensors"], "--data is required"),
+    "no latents": (["--teacher", "HOME/nolatents.safetensors"], "--vae is required"),
+    "other latents": (["--teacher", "HOME/nolatents.safetensors", "--vae", "pixel"], "makes 3 channels, but the teacher"),
+    "other vae": (["--vae", "pixel:4"], "makes others"),
+    "resolution": (["--resolution", "64"], "the teacher was trained at 32"),
+    "bounds": (["--lam-min", "3", "--lam-max", "0.5"], "--lam-min 3.0 is above --lam-max 0.5"),
+    "nan": (["--alpha", "nan"], "--alpha nan: wanted"),
+    "david without file": (["--assessor", "david", "--assessor-file", ""], "needs --assessor-file"),
+    "not an assessor": (["--assessor", "david", "--assessor-file", "HOME/teacher.safetensors"], "holds no assessor"),
+    "other bins": (["--assessor", "david", "--teacher", "HOME/linear.safetensors"], "10 bins on the schedule scaled_linear, the teacher is on linear"),
+    "other blocks": (["--assessor", "david", "--teacher", "HOME/wide.safetensors"], "reads blocks"),
+    "damaged": (["--assessor", "david", "--assessor-file", "HOME/damaged.safetensors"], "do not match their own fingerprint"),
+    "missing tensor": (["--assessor", "david", "--assessor-file", "HOME/short.safetensors"], "1 missing: blocks.mid.alpha"),
+    "prefix": (["--assessor", "david", "--assessor-file", "HOME/prefixed.safetensors"], "missing"),
+    "lambdas": (["--assessor", "const", "--lambdas", "1,2"], "has 2 numbers"),
+    "lambdas without const": (["--lambdas", "1,1,1,1,1"], "are for --assessor const"),
+    "table": (["--table", "cosine"], "the teacher's schedule is scaled_linear"),
+    "halving": (["--mode", "progressive", "--start-steps", "6", "--end-steps", "1"], "by halving"),
+    "progressive david": (["--mode", "progressive", "--assessor", "david"], "no --assessor"),
+    "model": (["--model", "tiny"], "add --init scratch"),
+    "blocks": (["--model", "tiny", "--init", "scratch"], "they cannot be compared"),
+    "text": (["--context", "x"], "takes no text"),
+    "command": (["frobnicate"], "command 'frobnicate'"),
+    "flag": (["--asessor", "none"], "unknown flag --asessor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
+    args, message = BAD[case]
+    args = [w.replace("HOME", str(odd)) for w in args]
+    base = [] if case == "command" else ["--teacher", odd / "teacher.safetensors", "--assessor-file", odd / "a.safetensors", "--out", tmp_path / "out", "--images", 16]
+    given = set(args)
+    base = [w for i, w in enumerate(base) if w not in given and (i == 0 or base[i - 1] not in given)]
+    code, _, err = user(distill.main, *args, *base)
+    assert code == 2 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
+    base = ["ablate", "--teacher", home / "teacher.safetensors", "--out", tmp_path / "out"]
+    for args, message in ((["--arms", "A,X"], "--arms X"), (["--arms", "C"], "C need D"), (["--arms", "D"], "need --assessor-file"), (["--seeds", "1,1"], "none twice"),
+                          (["--arms", "A", "--log-every", "0"], "made from the logs")):
+        code, _, err = user(distill.main, *base, *args)
+        assert code == 2 and len(err) == 1 and message in err[0], err
+    tensors_, card = read_tensors(home / "a.safetensors")
+    write_tensors(home / "poor.safetensors", tensors_, {**card, "held_out": {"mean": 0.29, "chance": 0.1}})
+    code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "poor.safetensors")
+    assert code == 2 and "below three times chance" in err[0]
+    code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--out", home / "a.safetensors")
+    assert code == 2 and "exists" in err[0]
+    code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--bins", "1", "--out", tmp_path / "b.safetensors")
+    assert code == 2 and "--bins 1" in err[0]
+
+
+def test_no_reliable_bin_falls_back_to_uniform_and_says_so(home, tmp_path, capsys):
+    weights, card = read_tensors(home / "a.safetensors")
+    weights["accuracy"].fill_(0.149)
+    write_tensors(tmp_path / "a.safetensors", weights, {**card, "fingerprint": fingerprint(weights)})
+    run = go(home, tmp_path, adaptive_t=True, assessor_file=str(tmp_path / "a.safetensors"), images=8)
+    assert "none is, so all rows are drawn alike" in capsys.readouterr().out and checkpoints(run)
+
+
+def test_another_teacher_in_the_same_place_is_noticed(home, tmp_path):
+    net, meta = load_unet(home / "teacher.safetensors")
+    save_unet(tmp_path / "t.safetensors", net, meta)
+    how = dict(teacher=str(tmp_path / "t.safetensors"), block_weight=0.0)
+    go(home, tmp_path, images=16, name="x", **how)
+    save_unet(tmp_path / "t.safetensors", randomize(net, 5), {k: v for k, v in meta.items() if k != "probe"})
+    (tmp_path / "x" / "samples" / "final.png").unlink()
+    with pytest.raises(UserError, match="is not the teacher"):
+        go(home, tmp_path, images=16, name="x", **how)
+
+
+def test_an_architecture_of_its_own(home, tmp_path):
+    """Without the blocks' losses any preset may learn from the teacher, from scratch."""
+    run = go(home, tmp_path, model="tiny", init="scratch", block_weight=0.0, images=8)
+    net, _ = load_unet(checkpoints(run)[-1] / "model.safetensors")
+    assert net.cfg == UNetConfig(**{**PRESETS["tiny"].__dict__, "in_channels": 192, "out_channels": 192})

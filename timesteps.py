@@ -1,0 +1,63 @@
+"""Timesteps drawn where an assessor finds the teacher hard to read.
+
+A reconstruction: of the sampler in AbstractPhil's sd15-flow-matching trainer only the settings are public (bins, reliability
+threshold 0.15, profile of 2,500, shift, jitter 5, "adaptive chaos"), not the order of its operations or its formulas. Here:
+
+    raw_k  = 1 + gain · (1 - accuracy_k)            of bins whose accuracy reaches the threshold; the others have no say:
+             the mean of those (neutral), or 0 (drop: these bins are never drawn)
+    p_k    ∝ raw_k · density of the shift at the bin's centre
+    row    = centre_k + a uniform whole number in ± round(jitter · (1 + entropy_k)), inside the schedule
+
+If no bin is reliable, rows are uniform. 1 / (K p_k) is the weight that would undo the choice of bins.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from objectives import T
+
+
+def bins_of(rows: Tensor, bins: int) -> Tensor:
+    """Rows in [0, 1000], fractional too -> bins (B,) long. In integers: fp32's floor(t / 1000 · 100) is wrong at 530 and 590."""
+    return (rows.long() * bins // T).clamp(0, bins - 1)
+
+
+def shift_density(u: Tensor, shift: float) -> Tensor:
+    """Density at u of shift_time(uniform, shift): s / (s - (s - 1) u)². 1/9 of it at data, for shift 3, is at noise nine times that."""
+    return shift / (shift - (shift - 1) * u).square()
+
+
+@dataclass(frozen=True)
+class TimestepSampler:
+    """From a uniform q to a row of the teacher's schedule and its importance weight."""
+    p: Tensor                                # (K,) float64, sum 1
+    jitter: Tensor                           # (K,) long: rows around the centre
+    reliable: Tensor                         # (K,) bool
+
+    def draw(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B,) uniform in [0, 1) -> rows (B,) long in [0, 999], weights 1 / (K p) (B,) fp32. What of q is left inside a bin is the jitter."""
+        if not self.reliable.any():
+            return (q.double() * T).long().clamp(max=T - 1), torch.ones_like(q, dtype=torch.float32)
+        K, edges, q = len(self.p), self.p.cumsum(0), q.double()
+        k = torch.searchsorted(edges, q, right=True).clamp(max=int(self.p.nonzero().max()))
+        rest = ((q - edges[k] + self.p[k]) / self.p[k]).clamp(0, 1 - 1e-9)
+        centre = (2 * k + 1) * T // (2 * K)
+        row = centre + (rest * (2 * self.jitter[k] + 1)).long() - self.jitter[k]
+        return row.clamp(0, T - 1), (1 / (K * self.p[k])).float()
+
+
+def make_sampler(accuracy: Tensor, entropy: Tensor, *, shift: float = 1.0, base_jitter: int = 5, chaos: bool = True, threshold: float = 0.15,
+                 unreliable: str = "neutral", gain: float = 1.0) -> TimestepSampler:
+    """A sampler from an assessor's profile: accuracy (K,) and entropy (K,) in [0, 1] of its timestep bins.
+
+    shift > 1 moves towards noise, as everywhere in this project (the source's comment says the opposite of its formula).
+    """
+    accuracy, entropy = accuracy.double().cpu(), entropy.double().cpu()
+    K, reliable = len(accuracy), accuracy >= threshold
+    raw = 1 + gain * (1 - accuracy)
+    raw = torch.where(reliable, raw, raw[reliable].mean() if unreliable == "neutral" and reliable.any() else torch.zeros_like(raw))
+    p = raw * shift_density((torch.arange(K, dtype=torch.float64) + 0.5) / K, shift)
+    p = p / p.sum() if reliable.any() else torch.full((K,), 1 / K, dtype=torch.float64)
+    return TimestepSampler(p, (base_jitter * (1 + entropy if chaos else torch.ones_like(entropy))).round().long(), reliable)
