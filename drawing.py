@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,17 +185,18 @@ def check(cfg: Config) -> dict[str, Any]:
         for name in flags:
             if getattr(cfg, name) != default[name] and not useful:
                 raise UserError(f"--{name.replace('_', '-')} does nothing {reason}.")
-    takes, options = {method: options_of(method) for method in METHODS}, options_of(cfg.method)
+    method = cfg.method or "heun"
+    takes, options = {name: options_of(name) for name in METHODS}, options_of(method)
     for name in dict.fromkeys(name for o in takes.values() for name in o):
         if (value := getattr(cfg, name)) == default[name]:
             continue
         if name not in options:
-            users = ", ".join(method for method in METHODS if name in takes[method])
-            raise UserError(f"--{name.replace('_', '-')} does nothing with --method {cfg.method}.  It is for {users}.")
+            users = ", ".join(user for user in METHODS if name in takes[user])
+            raise UserError(f"--{name.replace('_', '-')} does nothing with --method {method}.  It is for {users}.")
         options[name] = value
-    if (cfg.invert or cfg.interpolate) and (cfg.method not in DETERMINISTIC or options.get("eta")):
+    if (cfg.invert or cfg.interpolate) and (method not in DETERMINISTIC or options.get("eta")):
         eta = " --eta" * bool(options.get("eta"))
-        raise UserError(f"--method {cfg.method}{eta} cannot be inverted.  Use one of {', '.join(DETERMINISTIC)}, with eta 0.")
+        raise UserError(f"--method {method}{eta} cannot be inverted.  Use one of {', '.join(DETERMINISTIC)}, with eta 0.")
     return options
 
 
@@ -245,7 +246,8 @@ class Drawer:
     predict: Predict
     plain: Predict                           # without guidance, for inversion
     method: str
-    options: dict[str, Any]                  # of the method
+    said: dict[str, Any]                     # method, steps, grid, … : all that its own flags came to
+    options: dict[str, Any]                  # … but for those that made the grid
     strength: float
     grid: Tensor
     guide: str = ""                          # fingerprint of --guide-ckpt
@@ -258,10 +260,16 @@ class Drawer:
 
 def load(cfg: Config, device: torch.device) -> Drawer:
     """Load the networks that flags name, and refuse what does not fit them."""
-    options, path = check(cfg), find_checkpoint(cfg.ckpt)
+    check(cfg)                                                                  # before anything is read
+    path = find_checkpoint(cfg.ckpt)
     known = {k: v for k in ("num_heads", "num_head_channels", "attention_order", "objective") if (v := getattr(cfg, k))}
     net, meta = load_unet(path, dtype=torch.float32, **known)
     objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
+    made = meta.get("config", {})
+    if not cfg.method and made.get("mode") == "progressive":                    # it knows these times only (distill.py)
+        cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
+    options, method = check(cfg), cfg.method or "heun"
+    said = {"method": method, **options}
     if cfg.cfg != 1.0 and not cfg.labels and not cfg.guide_ckpt:
         raise UserError(f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
                         f"{'.' if net.cfg.num_classes else ', and this checkpoint was trained without classes.  Leave --cfg out.'}")
@@ -284,7 +292,7 @@ def load(cfg: Config, device: torch.device) -> Drawer:
         guide = guided(guide_objective, counted(other.to(device).eval()))
     predict = guided(objective, counted(net), cfg.cfg, rescale=cfg.cfg_rescale, interval=cfg.cfg_interval or (0.0, math.inf), guide=guide)
     classes = meta.get("classes", [str(i) for i in range(net.cfg.num_classes)])
-    drawer = Drawer(path, meta, objective, vae.to(device), latent_shape, classes, predict, guided(objective, counted(net)), cfg.method, options,
+    drawer = Drawer(path, meta, objective, vae.to(device), latent_shape, classes, predict, guided(objective, counted(net)), method, said, options,
                     *walk_of(cfg, objective, options), guide_mark)
     return drawer
 
@@ -354,5 +362,5 @@ def main() -> None:
     if cfg.grid_image:
         save_grid(images, out / "grid.png")
     double = f" ({d.evaluations / cfg.n:g} network evaluations: guidance)" if d.evaluations != nfe else ""
-    print(f"{cfg.n} images  {cfg.method}  NFE/image {nfe / cfg.n:g}{double}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
+    print(f"{cfg.n} images  {d.method}  NFE/image {nfe / cfg.n:g}{double}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
     print(out / "grid.png" if cfg.grid_image else cfg.npz or out)

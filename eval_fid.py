@@ -84,7 +84,7 @@ def open_generator(cfg: Config, device: torch.device) -> Generator:
         s = samplers.sample(d.predict, samplers.begin(d.objective, noise, float(d.grid[0])), method=d.method, grid=d.grid, seeds=seeds, cond=y, **d.options)
         return to_uint8(d.vae.decode(s.x)), float(s.nfe_each.double().mean())
 
-    sampled = {"method": cfg.method, **drawing.check(cfg), "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels), "dtype": cfg.dtype,
+    sampled = {**d.said, "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels), "dtype": cfg.dtype,
                "device": device.type, **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
                **({"cfg rescale": cfg.cfg_rescale} if cfg.cfg_rescale else {}), **({"guide": d.guide} if d.guide else {})}
     subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.mark,

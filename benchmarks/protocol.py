@@ -5,6 +5,7 @@ with the floor (real against real, as many) beside each; and whether it copies. 
 distance, stands below the runs: the memorisation check has to flag it.
 """
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,8 @@ def main() -> None:
                     lines.append([run, ref + " (its own)" * (ref == row["trained on"]), name, *cells,
                                   f"{memory['ratio']:.2f}{' FLAGGED' * memory['flagged']}" if memory else ""])
         print(table(lines))
-        record.write(f"protocol-{cfg.features}", {"n": cfg.n, "results": result})
+        data = re.sub(r"\W+", "-", split_spec(default_ref(read_config(Path(cfg.runs[0])), cfg.runs[0]))[0])
+        record.write(f"protocol-{data}-{cfg.features}", {"n": cfg.n, "results": result})
     ranks.leave()
 
 
