@@ -43,8 +43,8 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda | cuda:1
     dtype: Literal["auto", "fp32", "bf16"] = "auto"   # of the network; states and times stay fp32
     # ---- solver
-    method: Literal[tuple(METHODS)] = "heun"
-    steps: int | None = None           # solver steps, 25 if not given; dopri5 chooses its own
+    method: Literal[("", *METHODS)] = ""
+    steps: int | None = None           # 25 of heun if neither is given; dopri5 chooses its own; a progressive student brings both
     grid: Literal["", "uniform", "karras", "logsnr", "trailing", "leading", "linspace"] = ""   # times; the last three: rows of a VP table
     shift: float | None = None         # of the time grid; > 1 = more steps near the noise
     eta: float | None = None           # noise: ddim 0 | euler_ancestral, dpmpp_2m_sde, sde 1; 0 = deterministic

@@ -608,7 +608,7 @@ def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user):
     first = json.loads((tmp_path / "p-1" / "config.json").read_text())
     assert (first["teacher"], first["start_steps"], first["end_steps"]) == (str(tmp_path / "p-2"), 2, 1)
     for steps in (1, 2):                                                        # without a flag, by the steps it was made for
-        code, out, err = user(drawing.main, "--ckpt", tmp_path / f"p-{steps}", "--n", 2, "--out", tmp_path / f"s{steps}")
+        code, out, err = user(drawing.main, "--ckpt", tmp_path / f"p-{steps}", "--n", 2, "--out", tmp_path / "drawn" / str(steps))
         assert code == 0 and f"2 images  euler  NFE/image {steps} " in out, err
     assert "finished" in user(distill.main, *flags)[1]
 
