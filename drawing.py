@@ -176,6 +176,7 @@ def check(cfg: Config) -> dict[str, Any]:
     need(not cfg.cfg_interval or len(cfg.cfg_interval) == 2 and 0 <= cfg.cfg_interval[0] < cfg.cfg_interval[1], "cfg_interval",
          "LO,HI with 0 <= LO < HI")
     need(not cfg.interpolate or len(cfg.init) in (0, 2), "init", "two images, to --interpolate between")
+    need(not cfg.interpolate or len(cfg.labels) < 2, "labels", "one for all images of --interpolate")
     need(not cfg.npz or Path(cfg.npz).absolute().parent.is_dir(), "npz", "a file in a folder that exists")
     default = {f.name: f.default for f in fields(Config)}
     for flags, useful, reason in ((("cfg_interval", "cfg_rescale", "guide_ckpt"), cfg.cfg != 1, "without --cfg: 1 is no guidance"),
@@ -221,10 +222,10 @@ def enlarge(cfg: Config, objective: Objective, vae: AnyVAE, R: int, device: torc
     """What the small pictures of --init say of large ones to a cfm network, (k, C, h, w)."""
     if not cfg.init:
         raise UserError(f"{cfg.ckpt} was trained to enlarge pictures {objective.lowres} times.  Add --init A.png,B.png: they become {R // objective.lowres} px.")
-    useless = [f"--{name}" for name in ("strength", "mask", "invert", "interpolate") if getattr(cfg, name)]
+    useless = [f"--{name}" for name in ("strength", "mask", "invert", "interpolate") if getattr(cfg, name) != getattr(Config, name)]
     if useless:
         raise UserError(f"{useless[0]}: {cfg.ckpt} was trained to enlarge pictures (cfm), which is all it can do with --init.  Leave it out.")
-    if cfg.method in STOCHASTIC or cfg.eta:
+    if cfg.eta or (cfg.method in STOCHASTIC and cfg.eta is None):
         raise UserError(f"--method {cfg.method}{' --eta' * bool(cfg.eta)} adds noise as if the path began in noise, and that of {cfg.ckpt} (cfm) begins "
                         "in a picture.  Use an ODE solver, such as heun.")
     side = R // objective.lowres

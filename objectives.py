@@ -70,6 +70,8 @@ class Objective:
             raise ValueError(f"t_scale {self.t_scale:g} of density mode: wanted -1 to 1.75, where it is invertible.")
         if self.density not in ("uniform", "mode") and self.t_scale is not None and self.t_scale <= 0:
             raise ValueError(f"t_scale {self.t_scale:g} of density {self.density}: wanted more than 0.")
+        if self.density == "gaussian" and self.t_loc is not None and not 0 <= self.t_loc <= 1:
+            raise ValueError(f"t_loc {self.t_loc:g} of density gaussian: wanted 0 to 1, a time.")
         if self.zero_snr and self.table not in TABLES:
             raise ValueError(f"zero_snr changes the last row of a table; {self.table or 'the linear path'} ends in pure noise as it is.")
         if self.zero_snr and self.target == "eps":

@@ -262,8 +262,9 @@ def save(tr: Trainer) -> None:
         meta = {"run": tr.cfg.name, "base_fingerprint": base, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
                 "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
                 "data_hash": tr.ds.source.hash, **versions()}
-        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, {**state, "meter": meter, **{f"own/{k}": v for k, v in own.items()}},
-                        {"skipped": tr.skipped, "data_hash": tr.ds.source.hash}, tr.cfg.keep, tr.cfg.keep_every)
+        state |= {"meter": meter, **{f"own/{k}": v for k, v in own.items()}}
+        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state,
+                        {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": tr.ranks.world * tr.cfg.accum}, tr.cfg.keep, tr.cfg.keep_every)
     tr.ranks.barrier()
 
 
@@ -274,6 +275,10 @@ def load_state(tr: Trainer) -> None:
     if meta["data_hash"] != tr.ds.source.hash:
         raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
                         f"Restore them, or start again with --init {tr.run} --name NEW.")
+    parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
+    if tr.objective.coupling == "ot" and before not in (None, parts):           # ot pairs noise and data within a micro-batch
+        raise UserError(f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and --coupling ot pairs noise and images within such "
+                        f"a part of a batch.  Resume with {before}.")
     net, model_meta = load_unet(folder / "model.safetensors")
     load_strict(tr.net, net.state_dict(), str(folder))
     for width, weights in tr.ema.weights.items():
@@ -364,7 +369,6 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
     final = run / "samples" / "final.png"
     if moved := vae_moved(cfg, run):
         load_noted(run / "vae.safetensors", cfg.vae)                            # another one ends here, also when the run is finished
-    free = free - ({"accum"} if cfg.coupling == "ot" else set())                # ot pairs noise and data within a micro-batch
     check_config(cfg, run, free | ({"vae"} if moved else set()))
     if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:

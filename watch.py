@@ -4,7 +4,7 @@ Every rank takes its share of both, so none waits for another.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ def ema_net(tr: Any) -> tuple[str, Any]:
 @torch.no_grad()
 def held_out_loss(tr: Any) -> dict[str, Any]:
     """Loss of the first EMA on fixed (image, t, noise): 8 t a held-out image, every rank its share. Also by t."""
+    if tr.objective.coupling == "ot":                                           # it would pair by who else is in the chunk
+        tr = replace(tr, objective=replace(tr.objective, coupling="none"))
     held, name, net = tr.ds.heldout, *ema_net(tr)
     n, bins = min(len(held), HELD_OUT), 8
     sums = torch.zeros(bins, dtype=torch.float64)

@@ -442,7 +442,8 @@ def test_older_checkpoints_objectives_load():
     (dict(target="u", aligned=True), "is one already"), (dict(target="v", table="cosine", coupling="lowres"), "needs target u"),
     (dict(target="u", table="gvp", coupling="lowres"), "on the linear path"),
     (dict(target="u", noise_aug=1.5), "wanted 0 to 1"), (dict(target="u", density="mode", t_scale=2.0), "wanted -1 to 1.75"),
-    (dict(target="u", density="gaussian", t_scale=0.0), "wanted more than 0"), (dict(target="noise"), "is not one of 'u'"),
+    (dict(target="u", density="gaussian", t_scale=0.0), "wanted more than 0"), (dict(target="u", density="gaussian", t_loc=-3.0), "wanted 0 to 1, a time"),
+    (dict(target="u", density="gaussian", t_loc=1.1), "wanted 0 to 1, a time"), (dict(target="noise"), "is not one of 'u'"),
     (dict(target="u", weight="p2"), "is not one of"), (dict(target="u", coupling="sinkhorn"), "is not one of"),
 ])
 def test_combinations_that_mean_nothing_are_refused(fields, message):

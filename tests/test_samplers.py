@@ -11,7 +11,7 @@ from scipy import integrate
 
 import drawing
 import samplers
-from ckpt import save_unet
+from ckpt import load_unet, save_unet
 from config import UserError
 from conftest import randomize
 from drawing import pick_labels
@@ -20,6 +20,7 @@ from images import decode
 from linear import pixel
 from model import UNet, UNetConfig
 from objectives import T, alphas_bar, make_objective
+from pictures import to_uint8
 from samplers import METHODS, begin, draw, edit, generators, guided, invert, native_grid, sample, slerp, time_grid
 
 FM = make_objective("fm")
@@ -378,6 +379,31 @@ def test_autoguidance_by_the_same_network_changes_nothing_and_by_another_does(tm
     assert abs(images["plain"] - images["same"]).max() <= 1 and (images["plain"] != images["weak"]).any()
 
 
+@pytest.mark.parametrize("name, flags, guidance, how", [
+    ("fm", "--shift 3", {}, {"grid": time_grid(4, 3.0)}),
+    ("fm", "--grid karras --method dpmpp_2m", {}, {"grid": time_grid(4, kind="karras"), "method": "dpmpp_2m"}),
+    ("fm", "--cfg 40 --cfg-rescale 0.7 --cfg-interval 0.5,5", {"cfg": 40.0, "rescale": 0.7, "interval": (0.5, 5.0)}, {"grid": time_grid(4)}),
+    ("fm", "--cfg 4 --guide-ckpt WEAK", {"cfg": 4.0, "guide": True}, {"grid": time_grid(4)}),
+    ("fm", "--method dopri5 --rtol 0.1 --atol 0.1", {}, {"method": "dopri5", "rtol": 0.1, "atol": 0.1}),
+    ("zero", "--grid trailing", {}, {"grid": native_grid(make_objective("v", table="scaled_linear", zero_snr=True), 4)}),
+    ("zero", "--method ddpm --variance large", {}, {"grid": time_grid(4), "method": "ddpm", "variance": "large", "seeds": [5, 6]}),
+])
+def test_flags_do_what_the_functions_do(tmp_path, user, name, flags, guidance, how):
+    """The same pictures from Python, put together by hand; another reading of any flag shows at 4 steps."""
+    objective = FM if name == "fm" else make_objective("v", table="scaled_linear", zero_snr=True)
+    path, weak = checkpoint(tmp_path / "m.safetensors", objective=asdict(objective)), checkpoint(tmp_path / "WEAK", seed=1, name="x0")
+    words = flags.replace("WEAK", str(weak)).split() + ([] if how.get("method") == "dopri5" else ["--steps", 4])
+    code, _, err = user(drawing.main, "--ckpt", path, "--n", 2, "--seed", 5, "--labels", "b", "--out", tmp_path / "s", *words)
+    assert code == 0, err
+    net, other = (load_unet(p)[0].eval() for p in (path, weak))
+    if "guide" in guidance:
+        guidance = {**guidance, "guide": guided(make_objective("x0"), other)}
+    noise, y = draw(generators([5, 6]), torch.empty(1, 12, 8, 8)), torch.tensor([1, 1])
+    want = to_uint8(pixel(2).decode(sample(guided(objective, net, **guidance), noise, cond={"y": y}, **{"method": "heun", **how}).x))
+    for i in range(2):
+        assert abs(pixels_of(tmp_path / "s", 5 + i).astype(int) - want[i].permute(1, 2, 0).numpy()).max() <= 1
+
+
 def test_editing_through_the_command(tmp_path, user):
     path, init = checkpoint(tmp_path / "m.safetensors"), picture(tmp_path / "i.png")
     mask = np.zeros((16, 16), np.uint8)
@@ -455,7 +481,7 @@ def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, us
     ("--init INIT --strength -0.1", "wanted 0 to 1"), ("--init INIT --mask WIDE", "is 20×16, but"), ("--init INIT --mask CKPT", "Give an image"),
     ("--init CKPT", "Give an image"), ("--init nowhere.png", "nowhere.png"), ("--init INIT --interpolate", "wanted two images"),
     ("--init INIT,INIT --interpolate --strength 0.5", "--strength does nothing with --interpolate"),
-    ("--init INIT --invert --mask INIT", "--mask does nothing with --invert"),
+    ("--init INIT,INIT --interpolate --labels a,b", "--labels a,b: wanted one"), ("--init INIT --invert --mask INIT", "--mask does nothing with --invert"),
     ("--init INIT --invert --method unipc", "--method unipc cannot be inverted"),
     ("--init INIT --invert --method ddim --eta 0.5", "--method ddim --eta cannot be inverted"),
     ("--grid trailing", "rows of a VP table, unshifted"), ("--method ddpm --variance learned", "gives no variance (it has 12 output channels)"),
@@ -558,10 +584,13 @@ def test_a_cfm_network_enlarges_pictures(tmp_path, user, upsample):
         want = vae.decode((1 - 0.5883 ** 2) ** 0.5 * up + 0.5883 * z)[0].clamp(-1, 1).permute(1, 2, 0)
         assert abs(pixels_of(tmp_path / "s", i) / 127.5 - 1 - want.numpy()).max() < 0.006
     for flags, message in (((), "was trained to enlarge pictures 2 times.  Add --init"), (("--init", tmp_path / "p.png", "--strength", 0.5), "--strength: "),
+                           (("--init", tmp_path / "p.png", "--strength", 0), "--strength: "),
                            (("--init", tmp_path / "p.png", "--method", "sde"), "Use an ODE solver"),
                            (("--init", tmp_path / "p.png", "--method", "ddim", "--eta", 1), "Use an ODE solver")):
         code, _, err = user(drawing.main, *base, *flags, "--out", tmp_path / "t")
         assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "t").exists(), err
+    code, _, err = user(drawing.main, *base, "--init", tmp_path / "p.png", "--method", "sde", "--eta", 0, "--out", tmp_path / "e")
+    assert code == 0 and abs(pixels_of(tmp_path / "e").astype(int) - pixels_of(tmp_path / "s")).max() <= 1, err     # without noise an ODE as well
 
 
 def test_rows_of_a_zero_snr_table_begin_in_pure_noise():

@@ -670,6 +670,14 @@ def test_step_noise_is_not_the_initial_noise_again(method):
     assert (seen[0] / x).std() > 0.1 and (seen[1] / seen[0]).std() > 0.1
 
 
+@pytest.mark.parametrize("method", FIXED)
+def test_the_benchmark_gives_no_method_more_calls_than_its_column_says(method):
+    from benchmarks.solvers import CALLS, PER_STEP, steps_for
+    for calls in CALLS:
+        nfe = sample(gaussian(), noise(1), method=method, seeds=[0], steps=steps_for(method, calls)).nfe
+        assert calls - PER_STEP.get(method, 1) < nfe <= calls
+
+
 def test_every_method_is_one_small_function():
     for name in FIXED:
         assert len(inspect.getsource(METHODS[name]).splitlines()) <= 40, name

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -126,6 +127,43 @@ def test_held_out_loss_is_fixed(tmp_path):
     tr.ema = EMA(tr.net, (0.05,))
     first, second = train.held_out_loss(tr), train.held_out_loss(tr)
     assert first == second and first["n"] == len(tr.ds.heldout) > 5 and first["loss"] != pytest.approx(2.0, abs=0.05)
+
+
+def test_held_out_loss_is_of_fixed_noise_with_ot_too(tmp_path):
+    """Pairs found within a chunk would depend on the split over ranks, and on the other times of the same image."""
+    tr = train.setup(resolve(Config(**{**FAST, "out": str(tmp_path), "holdout": 0.3, "coupling": "ot"})), ALONE)
+    with_ot = train.held_out_loss(tr)
+    assert tr.objective.coupling == "ot"
+    tr.objective = replace(tr.objective, coupling="none")
+    assert with_ot == train.held_out_loss(tr)
+
+
+def test_a_runs_own_samples_are_those_of_the_command(tmp_path, user):
+    """A table that ends far from pure noise: where they begin, and with what variance, shows."""
+    run = go(tmp_path, objective="ddpm", table="scaled_linear", classes=("glasses", "smile"))
+    tr = train.setup(resolve(Config(**{**FAST, "out": str(tmp_path), "objective": "ddpm", "table": "scaled_linear", "classes": ("glasses", "smile")})), ALONE)
+    with torch.no_grad():
+        for p in tr.net.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    images = watch.draw_samples(tr, tr.net, [4, 6], method="heun", steps=3)
+    save_unet(tmp_path / "raw.safetensors", tr.net, load_unet(checkpoints(run)[-1] / "model.safetensors")[1])
+    for i, seed in enumerate((4, 6)):
+        code, _, err = user(drawing.main, "--ckpt", tmp_path / "raw.safetensors", "--n", 1, "--seed", seed, "--labels", 0, "--steps", 3, "--out", tmp_path / "s")
+        assert code == 0, err
+        drawn = torch.from_numpy(np.asarray(Image.open(tmp_path / f"s/{seed:06d}.png")).copy()).permute(2, 0, 1)
+        assert (images[i].int() - drawn.int()).abs().max() <= 1 and len(drawn.unique()) > 20
+
+
+def test_ot_resumes_only_with_the_parts_of_a_batch_it_paired_within(tmp_path, user):
+    """ranks × accum; plain coupling does not mind."""
+    for coupling, code_wanted in (("ot", 2), ("none", 0)):
+        out, cfg = tmp_path / coupling, resolve(Config(**{**FAST, "out": str(tmp_path / coupling), "coupling": coupling}))
+        tr = train.setup(cfg, Ranks(0, 1, torch.device("cpu")))
+        train.save(tr)
+        tr.held.close()
+        code, _, err = user(train.main, *flags(out=out, coupling=coupling, accum=2))
+        assert code == code_wanted and ("ranks × --accum = 1, now 2" in " ".join(err)) == (code == 2), err
+    assert user(train.main, *flags(out=tmp_path / "ot", coupling="ot"))[0] == 0
 
 
 def test_fm_and_ddpm_arms_see_the_same_samples_and_noise_in_the_same_order(tmp_path, monkeypatch):
