@@ -150,13 +150,18 @@ def write_shards(out: Path, plan: dict[str, Any], source: Source, vae: AnyVAE, r
     mine, records = range(ranks.rank, -(-plan["images"] // plan["shard"]), ranks.world), {}
     with contextlib.suppress(UserError):                                        # not finished yet, or damaged: shards speak for themselves
         records = dict(enumerate(read_sealed(out / "manifest.json")["shards"]))
-    with tqdm(total=len(mine) * plan["shard"], unit="img", desc=f"encoding to {out}", disable=None if ranks.rank == 0 else True) as bar:
+    size = lambda shards: sum(len(group) for k in shards for group in chunks(plan, k))
+    with tqdm(total=size(mine), unit="img", desc=f"encoding to {out}", disable=None if ranks.rank == 0 else True) as bar:
         absent = [k for k in mine if not sound(out, plan, k, records.get(k))]
-        bar.update((len(mine) - len(absent)) * plan["shard"])
-        pixels = decoded(source, (group for k in absent for group in chunks(plan, k)))
+        bar.update(bar.total - size(absent))
+
+        def pixels() -> Iterator[Tensor]:
+            for batch in decoded(source, (group for k in absent for group in chunks(plan, k))):
+                bar.update(len(batch))
+                yield batch
+        batches = pixels()
         for k in absent:
-            write_shard(out, plan, k, source.names, pixels, vae, ranks.device)
-            bar.update(plan["shard"])
+            write_shard(out, plan, k, source.names, batches, vae, ranks.device)
 
 
 @torch.no_grad()

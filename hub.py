@@ -34,7 +34,7 @@ def resolve(spec: Path | str) -> Path:
     def get(name: str) -> Path:
         return Path(hub.hf_hub_download(repo, name, revision=revision))
 
-    with explained(str(spec), repo):
+    with explained(str(spec), repo, f" {file}" * bool(file) + f" --revision {revision}" * bool(revision)):
         names = [] if file else hub_files(hub, repo, revision)                  # a file that is named needs no listing
         file = file or pick_file(str(spec), names)
         path = get(file)
@@ -76,8 +76,8 @@ def pick_file(spec: str, names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def explained(spec: str, repo: str) -> Iterator[None]:
-    """Whatever fails on the way to the Hub, in one line with what to do."""
+def explained(spec: str, repo: str, wanted: str = "") -> Iterator[None]:
+    """Whatever fails on the way to the Hub, in one line with what to do. `wanted`: the file and revision, as hf download takes them."""
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
     verbosity = logging.get_verbosity()
@@ -94,7 +94,7 @@ def explained(spec: str, repo: str) -> Iterator[None]:
         raise UserError(f"{spec}: no such repository, or it is private.  Check https://huggingface.co/{repo}, or run: hf auth login") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
         raise UserError(f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set).  "
-                        f"Fetch it first where there is a network: hf download {repo}") from None
+                        f"Fetch it first where there is a network: hf download {repo}{wanted}") from None
     except errors.EntryNotFoundError:
         raise UserError(f"{spec}: the repository has no such file.  Its files: https://huggingface.co/{repo}/tree/main") from None
     except Exception as error:                                                  # the HTTP library's own, which changes with hub versions

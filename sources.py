@@ -6,7 +6,7 @@
 
 A folder may be nested and linked. Files without an ending are used if their first bytes are those of an image; any other file
 that is no image by its name is counted. Tags lie in tags.jsonl, metadata.jsonl, metadata.csv or in a.txt beside a.png. Parquet
-files have an image column (bytes, or Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption.
+files have an image column (bytes, or Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption: text or lists.
 """
 
 import bisect
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -29,10 +29,11 @@ import toyfaces
 from config import UserError
 from hub import HUB, explained
 from images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
-from tags import COLUMNS, TABLES, TagTable, printable, read_tags, split_tags
+from tags import COLUMNS, TABLES, TagTable, printable, read_tags, tags_of
 
 IN_MEMORY = 2_000_000_000                    # bytes of decoded pixels kept; larger data sets are decoded again when used
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
+TEXT = r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*>"           # as Arrow spells its types
 Load = Callable[[int], np.ndarray]           # number of an image -> uint8 (h, w, 3), see images.read_strip
 
 
@@ -74,12 +75,12 @@ def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
         return open_robohash(spec, resolution)
     root = fetch_dataset(spec) if spec.startswith("hf:") else Path(spec)
     if root.is_file() and root.suffix == ".parquet":
-        return open_parquet(root.parent, [root], resolution, crop)
+        return open_parquet(root.parent, Found(parquet=[root]), resolution, crop)
     if not root.is_dir():
         raise UserError(f"no data at {root}: wanted a folder of images, a parquet file, hf:org/name, toyfaces or robohash.")
     found = find_files(root)
     if found.parquet and not found.names:
-        return open_parquet(root, found.parquet, resolution, crop)
+        return open_parquet(root, found, resolution, crop)
     return open_folder(root, found, resolution, crop)
 
 
@@ -175,13 +176,18 @@ def find_files(root: Path) -> Found:
     return found
 
 
+def unused(found: Found, more: dict[str, Iterable[str]]) -> list[str]:
+    """A line for each kind of file that is not used, and no image."""
+    kinds = {"archives, not opened: unpack them": found.archives,
+             "other files, no images by name or, without an ending, by content": found.others, **more}
+    return [f"{len(files):,} {what} (first: {printable(min(files))})" for what, files in kinds.items() if files]
+
+
 def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
-    names, notes = found.names, []
-    for files, what in ((found.archives, "archives, not opened: unpack them"),
-                        (found.others, "other files, no images by name or, without an ending, by content"),
-                        ([str(p.relative_to(root)) for p in found.parquet], "parquet files beside images, not read")):
-        if files:
-            notes.append(f"{len(files):,} {what} (first: {printable(min(files))})")
+    names = found.names
+    sidecars = {str(Path(name).with_suffix(".txt")) for name in [*names, *found.unusable]}
+    notes = unused(found, {"parquet files beside images, not read": {str(p.relative_to(root)) for p in found.parquet},
+                           "text files of no image's name (the tags of a.png lie in a.txt)": found.texts - sidecars})
     if not names:
         more = [*notes, *(f"{printable(name)}: {why}" for name, why in found.unusable.items())]
         raise UserError(f"{root} has no images ({', '.join(EXTENSIONS)}), nested folders included.{'  ' * bool(more)}{'; '.join(more[:3])}")
@@ -216,7 +222,8 @@ def fetch_dataset(spec: str) -> Path:
             root = hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[below + end for end in ends])
         except (OfflineModeIsEnabled, LocalEntryNotFoundError):
             raise UserError(f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set).  "
-                            f"Fetch it first where there is a network: hf download --repo-type dataset {repo}") from None
+                            f"Fetch it first where there is a network: hf download --repo-type dataset {repo}"
+                            + f" --revision {revision}" * bool(revision)) from None
     if not (Path(root) / below).is_dir():
         raise UserError(f"{spec}: no images, parquet files or tags below {below or 'it'}.  Its files: "
                         f"https://huggingface.co/datasets/{repo}/tree/main")
@@ -233,19 +240,22 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
-def open_parquet(root: Path, paths: list[Path], resolution: int, crop: str) -> Source:
+def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source:
     """Images in columns. Those that memory does not hold are read again a row group at a time, best in order."""
     groups, tags, names = [], [], []                                            # groups: (first row, file, number in it, column)
-    for path in paths:
+    notes = unused(found, {"files of tags beside parquet, not read": {str(p.relative_to(root)) for p in found.tables} | found.texts})
+    for path in found.parquet:
         try:
             with parquet().ParquetFile(path) as file:
-                image, text = columns_of(path, file.schema_arrow)
+                image, text, note = columns_of(path, file.schema_arrow)
+                notes += [note] if note else []
                 for number in range(file.num_row_groups):
                     groups.append((len(names), path, number, image))
                     rows = file.metadata.row_group(number).num_rows
                     start = len(names) - next(first for first, where, *_ in groups if where == path)
                     names += [f"{path.relative_to(root)}:{start + k}" for k in range(rows)]
-                    tags += [split_tags(value or "") for value in file.read_row_group(number, [text]).column(0).to_pylist()] if text else [()] * rows
+                    values = file.read_row_group(number, [text]).column(0).to_pylist() if text else [None] * rows
+                    tags += [row_tags(name, text, value) for name, value in zip(names[-rows:], values)]
         except (OSError, ValueError, TypeError) as error:                       # Arrow's own errors are these
             if isinstance(error, UserError):
                 raise
@@ -255,19 +265,28 @@ def open_parquet(root: Path, paths: list[Path], resolution: int, crop: str) -> S
     every = ParquetRows(groups, list(range(len(names))), resolution, WIDE if crop == "random" else 1)
     good, bad, hashes, pixels = survey(every, names, resolution, str(root))
     kept, kept_tags = [names[i] for i in good], [tags[i] for i in good]
-    return Source(kept, kept_tags, resolution, bad, pixels, ParquetRows(groups, good, resolution, every.wide),
-                  content_hash(kept, kept_tags, hashes), crop)
+    return Source(kept, kept_tags, resolution, {**bad, **found.unusable}, pixels, ParquetRows(groups, good, resolution, every.wide),
+                  content_hash(kept, kept_tags, hashes), crop, notes)
 
 
-def columns_of(path: Path, schema: Any) -> tuple[str, str | None]:
-    """The column of images and that of tags."""
+def row_tags(name: str, column: str | None, value: Any) -> tuple[str, ...]:
+    try:
+        return () if value is None else tags_of(value)
+    except ValueError as error:
+        raise UserError(f"{printable(name)}, column {column}: {error}, got {str(value)[:60]!r}.") from None
+
+
+def columns_of(path: Path, schema: Any) -> tuple[str, str | None, str]:
+    """The column of images, that of tags, and what is to be said about it."""
     types = {name: str(schema.field(name).type) for name in schema.names}
     images = [name for name, kind in types.items() if kind in ("binary", "large_binary") or kind.startswith("struct<") and "bytes: " in kind]
     if len(images) != 1 and "image" not in images:
         raise UserError(f"{path}: which column holds the images?  Wanted one of bytes, or one named image, got "
                         f"{', '.join(f'{name} ({kind[:40]})' for name, kind in types.items())}.")
-    return "image" if "image" in images else images[0], next((c for c in COLUMNS if types.get(c) in (
-        "string", "large_string", "list<element: string>", "list<item: string>", "large_list<item: string>")), None)
+    texts = [c for c in COLUMNS if re.fullmatch(rf"{TEXT}|(large_)?list(_view)?<\w+: ({TEXT})>", types.get(c, ""))]
+    other = [f"{c} ({types[c][:40]})" for c in COLUMNS if c in types and c not in texts]
+    note = f"{path.name}: no tags are read from the column {other[0]}, which is not text or lists of it" if other and not texts else ""
+    return "image" if "image" in images else images[0], next(iter(texts), None), note
 
 
 @dataclass
@@ -282,7 +301,10 @@ class ParquetRows:
         k = bisect.bisect_right(self.groups, self.rows[i], key=lambda group: group[0]) - 1
         first, *where = self.groups[k]
         with reading:                                                           # threads that want one group should read it once
-            value = row_group(*where)[self.rows[i] - first].as_py()
+            group = row_group(*where)
+        if isinstance(group, str):
+            raise BadImage(group)
+        value = group[self.rows[i] - first].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise BadImage("no bytes in this row")
@@ -294,8 +316,14 @@ reading = threading.Lock()
 
 @lru_cache(maxsize=2)
 def row_group(path: Path, number: int, column: str) -> Any:
-    with parquet().ParquetFile(path) as file:
-        return file.read_row_group(number, [column], use_threads=False).column(0)   # threads do not survive a loader's fork
+    """The images of a row group, or why it cannot be read."""
+    try:
+        with parquet().ParquetFile(path) as file:
+            return file.read_row_group(number, [column], use_threads=False).column(0)   # threads do not survive a loader's fork
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        return f"row group {number} is damaged ({' '.join(str(error).split())[:60]})"
 
 
 # ---- embedded -------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def pick_family(cfg: VAEConfig, given: str | None, path: Path) -> str:
     if given and given not in fits:
         raise UserError(f"{can}, not {given}.")
     if not given and (len(fits) != 1 or not cfg.stats and scale is None):
-        raise UserError(f"{can}.  What it is changes what its latents mean; say it: --vae {fits[-1] if fits else 'FAMILY'}:FILE")
+        raise UserError(f"{can}.  What it is changes what its latents mean; say it: --vae {fits[0] if len(fits) == 1 else 'FAMILY'}:FILE")
     return given or fits[0]
 
 

@@ -280,6 +280,23 @@ def test_images_are_decoded_ahead_in_order_and_not_without_end():
     assert rest.dtype == torch.uint8 and rest[:, 0, 0, 0].tolist() == list(range(2, 40))
 
 
+def test_the_bar_counts_the_images_of_this_rank_batch_by_batch(weights, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(list):                                                            # the steps of tqdm's
+        def __init__(self, total, **_):
+            self.total = total
+            bars.append(self)
+
+        update = list.append
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+    monkeypatch.setattr(encode, "tqdm", Bar)
+    encoded(tmp_path / "c", weights)
+    (tmp_path / "c/shard-00001.safetensors").unlink()
+    encoded(tmp_path / "c", weights)
+    assert [(bar.total, *bar) for bar in bars] == [(14, 0, 3, 3, 3, 3, 2), (14, 11, 3)]
+
+
 def test_an_image_damaged_while_encoding_is_one_line(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("sources.IN_MEMORY", 0)
     monkeypatch.chdir(tmp_path)

@@ -479,7 +479,7 @@ def test_what_fails_on_the_way_to_the_hub_is_one_line(hub, monkeypatch):
     for error, message in ((http(errors.GatedRepoError), "is gated: accept its terms at https://huggingface.co/org/name.*hf auth login"),
                            (http(errors.RevisionNotFoundError), "no such revision"),
                            (http(errors.RepositoryNotFoundError), "no such repository, or it is private"),
-                           (errors.LocalEntryNotFoundError("no"), "not in the local cache.*HF_HUB_OFFLINE.*hf download org/name"),
+                           (errors.LocalEntryNotFoundError("no"), "not in the local cache.*HF_HUB_OFFLINE.*: hf download org/name model.safetensors --revision v9$"),
                            (RuntimeError("some\nHTTP thing"), "RuntimeError: some HTTP thing.  Check the network")):
         hub.error = error
         with pytest.raises(UserError, match=message) as info:

@@ -78,7 +78,7 @@ def test_a_dataset_of_latents_is_the_dataset_of_images_in_the_same_order_and_sta
 
 
 def test_a_mirrored_image_has_its_own_latent(tmp_path):
-    assert run(*SMALL, "--flip", "--out", tmp_path / "c").returncode == 0
+    assert run(*SMALL, "--flip", "--out", tmp_path / "c", shard=7 * 2 * 2 * 32 * 16).returncode == 0     # batches of 4 and 3
     source, images = open_cache(str(tmp_path / "c"), 32, flip=True), open_source("toyfaces:50", 32)
     vae = cache_vae(tmp_path / "c")
     x = torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -218,6 +218,35 @@ def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is damaged"):
         open_cache(str(copy), 32)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_rounding_of_large_latents_is_not_taken_for_damage(tmp_path, monkeypatch, dtype):
+    """bf16 keeps 50 as far as 0.125 away; what is further away still shows."""
+    monkeypatch.setattr(encode, "raw_latents", raw := lambda vae, images: 13 * vae.encode(images) + 0.123)
+    monkeypatch.setattr(latents, "raw_latents", raw)
+    from run import Ranks
+    encode.encode(encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype), Ranks(0, 1, torch.device("cpu")))
+    assert verify(tmp_path / "c") == []
+    source = open_cache(str(tmp_path / "c"), 32)
+    spread = torch.stack([source.raw(i) for i in range(4)]).float().std()
+    for off, fine in ((0.5 * latents.CLOSE, True), (2 * latents.CLOSE, False)):
+        monkeypatch.setattr(latents, "raw_latents", lambda vae, images: raw(vae, images) + spread * off)
+        if fine:
+            self_check(source, cache_vae(tmp_path / "c"))
+        else:
+            with pytest.raises(UserError, match="is stale or damaged"):
+                self_check(source, cache_vae(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_away_is_one_line(cache, tmp_path, workers):
+    copy = copy_of(cache, tmp_path)
+    ds = open_dataset(str(copy), resolution=32, holdout=0)
+    (copy / "shard-00007.safetensors").unlink()
+    with pytest.raises(UserError, match="shard-00007.safetensors: No such file.*--verify") as error:
+        list(batches(Stream(ds, None, (32, 4, 4), 0), iter([list(range(50))]), workers))
+    assert "\n" not in str(error.value)
 
 
 def test_latents_that_do_not_fit_fp16_are_refused(tmp_path, monkeypatch):

@@ -10,17 +10,18 @@ import pytest
 
 import ckpt
 import drawing
+import encode
 import train
 from config import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [match for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
-            for match in re.findall(r"(?:python|torchrun[^\n]*?) (train|samplers|ckpt)\.py([^\n#&|]*)", block)]
+            for match in re.findall(r"(?:python|torchrun[^\n]*?) (train|samplers|ckpt|vae)\.py([^\n#&|]*)", block)]
 
 
 def test_the_commands_are_found():
-    assert {script for script, _ in COMMANDS} == {"train", "samplers", "ckpt"} and len(COMMANDS) >= 15
+    assert {script for script, _ in COMMANDS} == {"train", "samplers", "ckpt", "vae"} and len(COMMANDS) >= 15
 
 
 @pytest.mark.parametrize("script, args", COMMANDS)
@@ -32,6 +33,9 @@ def test_every_command_of_the_readme_parses(script, args):
         train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)      # its fine run is not here
     elif script == "samplers":
         parse(drawing.Config, argv=words)
+    elif script == "vae":
+        assert words[0] == "encode"
+        parse(encode.Encode, argv=words[1:])
     else:
         (command, *names), flags = ckpt.positional(words)
         assert len(names) == len(ckpt.COMMANDS[command])

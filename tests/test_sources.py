@@ -47,6 +47,10 @@ def test_linked_folders_are_read_once_and_loops_end(folder, tmp_path):
     ds = open_dataset(str(folder), resolution=32, holdout=0)
     assert sorted(ds.source.names) == [*(f"a/{i}.png" for i in range(8)), "link/deep/far.png", "tall.webp"]
     assert dict(zip(ds.source.names, ds.source.tags))["link/deep/far.png"] == ("far away",)
+    before = ds.source.hash
+    (folder / "a/3.txt").write_text("beside")                                   # wins over the table; other tags are other data
+    ds = open_dataset(str(folder), resolution=32, holdout=0)
+    assert dict(zip(ds.source.names, ds.source.tags))["a/3.png"] == ("beside",) and ds.source.hash != before
 
 
 def test_files_without_an_ending_are_used_named_or_counted(tmp_path):
@@ -78,6 +82,10 @@ def test_archives_and_parquet_beside_images_are_said(folder, tmp_path):
     for name in ("more.zip", "old.TAR.GZ", "train.parquet"):
         (folder / name).write_bytes(b"x")
     report = open_dataset(str(folder), resolution=32).report
+    assert "text files" not in report
+    for name in ("a/3.txt", "a/0.png.txt", "a/1.TXT"):
+        (folder / name).write_text("x")
+    assert "2 text files of no image's name (the tags of a.png lie in a.txt) (first: a/0.png.txt)" in open_dataset(str(folder), resolution=32).report
     assert "2 archives, not opened: unpack them (first: more.zip)" in report and "1 parquet files beside images, not read" in report
     (tmp_path / "zips").mkdir()
     (tmp_path / "zips/data.zip").write_bytes(b"x")
@@ -174,7 +182,7 @@ def test_a_dataset_on_the_hub_is_the_folder_of_its_snapshot(folder, monkeypatch)
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("LocalEntryNotFoundError", "hf download --repo-type dataset someone/faces"), ("OfflineModeIsEnabled", "hf download --repo-type dataset someone/faces"),
+    ("LocalEntryNotFoundError", "hf download --repo-type dataset someone/faces --revision v9"), ("OfflineModeIsEnabled", "hf download --repo-type dataset someone/faces"),
     ("ConnectionError", "Check the network"), ("RepositoryNotFoundError", "no such repository, or it is private.  Check https://huggingface.co/datasets/someone/faces"),
 ])
 def test_a_dataset_that_cannot_be_fetched_is_one_line(monkeypatch, user, kind, message):
@@ -184,7 +192,7 @@ def test_a_dataset_that_cannot_be_fetched_is_one_line(monkeypatch, user, kind, m
         error = getattr(hub.errors, kind, ConnectionError)
         raise error.__new__(error, "no")                                        # its __init__ may want a response of the HTTP library
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    code, _, errors = user(train.main, "--data", "hf:someone/faces")
+    code, _, errors = user(train.main, "--data", "hf:someone/faces@v9")
     assert code == 2 and len(errors) == 1 and message in errors[0]
 
 
@@ -247,6 +255,51 @@ def test_parquet_of_plain_bytes_and_text(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="x.parquet is damaged or not a parquet file"):
         open_dataset(str(tmp_path))
+
+
+def test_parquet_drops_no_tags_and_no_files_in_silence(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="parquet data sets need pyarrow (pip install pyarrow)")
+    import pyarrow.parquet as pq
+    file = tmp_path / "x.parquet"
+    text = ["a, b", "c", None]
+    for column in (pa.array(text).dictionary_encode(), pa.array(text, pa.string_view()), pa.ListArray.from_arrays([0, 2, 3, 3], pa.array(list("abc")).dictionary_encode())):
+        pq.write_table(pa.table({"image": rows(3), "tags": column}), file)
+        assert open_dataset(str(tmp_path), resolution=32, holdout=0).source.tags == [("a", "b"), ("c",), ()]
+    pq.write_table(pa.table({"image": rows(3), "tags": [1, 2, 3]}), file)
+    assert "no tags are read from the column tags (int64)" in open_dataset(str(tmp_path), resolution=32, holdout=0).report
+    pq.write_table(pa.table({"image": rows(3), "tags": [1, 2, 3], "text": ["a", "b", "c"]}), file)
+    assert open_dataset(str(tmp_path), resolution=32, holdout=0).source.tags == [("a",), ("b",), ("c",)]
+    pq.write_table(pa.table({"image": rows(3), "tags": [["a"], ["b", None], []]}), file)
+    with pytest.raises(UserError, match="x.parquet:1, column tags: tags are text or a list of texts, got"):
+        open_dataset(str(tmp_path))
+    pq.write_table(pa.table({"image": rows(3)}), file)
+    for name in ("a.tif", "b.zip", "c.md", "metadata.jsonl", "d.txt"):
+        (tmp_path / name).write_text("?")
+    report = open_dataset(str(tmp_path), resolution=32, holdout=0).report
+    assert "4 found = 3 used + 0 held out + 0 left out by stage=standard + 1 unreadable" in report and "a.tif (.tif files are not read)" in report
+    assert "1 archives" in report and "first: c.md" in report and "2 files of tags beside parquet, not read (first: d.txt)" in report
+
+
+def test_a_damaged_row_group_is_named_and_the_rest_is_used(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow", reason="parquet data sets need pyarrow (pip install pyarrow)")
+    import pyarrow.parquet as pq
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": rows(9), "text": list("abcdefghi")}), file, row_group_size=3)
+    pages = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    data = bytearray(file.read_bytes())
+    start = pages.dictionary_page_offset or pages.data_page_offset
+    data[start:start + 30] = b"\xff" * 30
+    monkeypatch.setattr(sources, "IN_MEMORY", 0)
+    whole = open_dataset(str(tmp_path), resolution=32, holdout=0)
+    file.write_bytes(data)
+    sources.row_group.cache_clear()
+    ds = open_dataset(str(tmp_path), resolution=32, holdout=0)
+    assert "9 found = 6 used + 0 held out + 0 left out by stage=standard + 3 unreadable" in ds.report
+    assert [t for t, in ds.source.tags] == list("abcghi") and ds.source.unreadable["x.parquet:4"].startswith("row group 1 is damaged")
+    assert torch.equal(ds.image(3), whole.image(6))
+    sources.row_group.cache_clear()
+    with pytest.raises(UserError, match="x.parquet:4: row group 1 is damaged.*could be read when the data was opened"):
+        list(batches(Stream(whole, None, (2, 4, 4), 0), iter([list(range(9))]), 2))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

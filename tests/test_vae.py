@@ -311,7 +311,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("family, config, given, message", [
-    ("sd", None, None, "4 latent channels. can be sd or sdxl or sdxl-fp16-fix.  What it is .* say it: --vae sdxl-fp16-fix:FILE"),
+    ("sd", None, None, "4 latent channels. can be sd or sdxl or sdxl-fp16-fix.  What it is .* say it: --vae FAMILY:FILE"),
     ("flux1", None, None, "can be flux1 .or Stable Diffusion 3.*--vae flux1:FILE"), ("sd", None, "flux1", "can be sd or .*, not flux1"),
     ("flux2", None, "sd", "running statistics. can be flux2, not sd"), ("sd", '{"scaling_factor": 0.13025}', "sd", "0.13025. can be sdxl or .*, not sd"),
     ("sd", '{"scaling_factor": 0.5}', None, "can be nothing known here"), ("sd", '{"scaling_factor": 0.13025}', None, "sdxl or sdxl-fp16-fix"),
