@@ -162,8 +162,13 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, dtype: str) -> ContextManager:
     """The network's precision: "bf16" by autocast, "fp32", or "auto" = bf16 on GPUs that have it in hardware."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision(device, dtype) == "bf16")
+
+
+def precision(device: torch.device, dtype: str) -> str:
+    """What "auto" means on a device."""
     bf16 = dtype == "bf16" or (dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return "bf16" if bf16 else "fp32"
 
 
 @lru_cache

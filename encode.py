@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +26,12 @@ from data import to_float
 from files import make_dir, open_weights, read_meta, write_tensors, write_text
 from latents import (CHECKED, PRECISION, VERSION, file_digest, from_raw, is_cache, raw_latents, raw_mark, read_sealed, save_shard, sealed,
                      shard_path, shard_record, sound, verify)
-from run import Ranks, join_ranks, lock
+from run import PATIENCE, Ranks, join_ranks, lock
 from sources import Source, open_source
 from vae import AnyVAE, enough, fit_pca, load_vae, pixel, save_vae, vae_from_meta
 
 SHARD = 64 * 2 ** 20                         # bytes of latents a shard
 AHEAD = 4                                    # batches being decoded while one is encoded
-PATIENCE = timedelta(days=30)                # a rank that is done waits for the others; torchrun ends it if one of them dies
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
@@ -24,21 +24,22 @@ from torch import Tensor
 
 import drawing
 import samplers
-from config import UserError, cli, closest, parse, versions
+from config import UserError, cli, closest, parse, precision, versions
 from features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
-                      read_chunk, short)
+                      read_chunk, short, split_spec)
 from files import make_dir, write_text
 from inception import FIDInception, cache_folder, load_inception
 from latents import is_cache
 from metrics import (Statistics, frechet, frechet_distance, frechet_from_features, frechet_infinity, jackknife, kernel_distance, load_statistics,
                      memorisation, precision_recall, save_statistics)
 from pictures import to_uint8
-from run import Ranks, join_ranks
+from run import PATIENCE, Ranks, join_ranks
 
 __all__ = ["FIDInception", "frechet_distance", "frechet_from_features", "kernel_distance", "precision_recall"]
 LOW = 2048                                   # images; below this Inception's covariance has not full rank
 DRAWN = 10_000                               # images of --ckpt, if nobody says
 GROUPS = 10                                  # of the jackknife
+HELD = 10                                    # held-out images; fewer say nothing of memorisation
 NAMES = {"inception": ("FID", "KID"), "pca": ("FD-pca", "KD-pca")}
 
 
@@ -62,8 +63,9 @@ class Config(drawing.Config):
 # ---- sampling: the only place that knows how ------------------------------------------------------------------------
 
 class Generator(NamedTuple):
-    draw: Callable[[list[int]], tuple[Tensor, float]]       # seeds -> uint8 (B, 3, H, W), NFE an image
-    sampled: dict[str, Any]                                 # everything an image of a seed depends on, but for the weights
+    draw: Callable[[list[int]], tuple[Tensor, float, float]]   # seeds -> uint8 (B, 3, H, W), NFE an image, network evaluations an image
+    sampled: dict[str, Any]                                 # everything an image of a seed depends on, but for the weights …
+    means: dict[str, Any]                                   # … and for what they mean: architecture and objective
     subject: dict[str, Any]                                 # whose weights
     resolution: int
     trained: dict[str, Any]                                 # the run's config, {} if the file has none
@@ -78,48 +80,62 @@ def open_generator(cfg: Config, device: torch.device) -> Generator:
                         "give the folder as --fake.")
     ids = drawing.pick_labels(cfg.labels, d.classes, len(cfg.labels))           # image of seed s: the (s mod len)-th
 
-    def draw(seeds: list[int]) -> tuple[Tensor, float]:
+    def draw(seeds: list[int]) -> tuple[Tensor, float, float]:
+        before = d.evaluations
         noise = samplers.draw(samplers.generators(seeds), torch.empty(1, *d.latent_shape, device=device))
         y = None if ids is None else {"y": ids[[s % len(ids) for s in seeds]].to(device)}
         s = samplers.sample(d.predict, samplers.begin(d.objective, noise, float(d.grid[0])), method=d.method, grid=d.grid, seeds=seeds, cond=y, **d.options)
-        return to_uint8(d.vae.decode(s.x)), float(s.nfe_each.double().mean())
+        return to_uint8(d.vae.decode(s.x)), float(s.nfe_each.double().mean()), (d.evaluations - before) / len(seeds)
 
-    sampled = {**d.said, "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels), "dtype": cfg.dtype,
-               "device": device.type, **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
+    used = f"{len(set(ids.tolist()))}" if ids is not None else "unconditional,"
+    sampled = {**d.said, "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels),
+               "dtype": precision(device, cfg.dtype), "device": device.type, **({"classes": f"{used} of {len(d.classes)}"} if d.classes else {}),
+               **({"batch": cfg.batch} if cfg.whole_batch else {}), **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
                **({"cfg rescale": cfg.cfg_rescale} if cfg.cfg_rescale else {}), **({"guide": d.guide} if d.guide else {})}
     subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.mark,
-               **{k: d.meta.get(k) for k in ("run", "images", "ema")}}
-    return Generator(draw, sampled, subject, d.resolution, d.meta.get("config", {}))
+               **{k: d.meta.get(k) for k in ("run", "images", "ema")}, **{k: v for k, v in d.meta.get("config", {}).items() if k in ("flip", "crop")}}
+    means = {"objective": asdict(d.objective), "unet": d.meta.get("unet"), **{k: getattr(cfg, k) for k in ("num_heads", "num_head_channels", "attention_order")}}
+    return Generator(draw, sampled, means, subject, d.resolution, d.meta.get("config", {}))
 
 
 def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: Path, ranks: Ranks) -> Stored:
     """Draw and look at images cfg.seed … + n - 1; all ranks, in chunks that a kill leaves on disk. Says first what it will cost."""
-    key = {"checkpoint": gen.subject["fingerprint"], "vae": gen.subject["vae"], **gen.sampled, "resolution": gen.resolution, "seed": cfg.seed,
-           "extractor": extractor.id}
+    key = {"checkpoint": gen.subject["fingerprint"], "vae": gen.subject["vae"], **gen.sampled, **gen.means, "resolution": gen.resolution,
+           "seed": cfg.seed, "extractor": extractor.id}
     folder = cache / key_of(key)
-    todo = sum(min(CHUNK, n - lo) for lo in range(0, n, CHUNK) if read_chunk(chunk_path(folder, lo, n)) is None)
+    chunks = [range(lo, min(lo + CHUNK, n)) for lo in range(0, n, CHUNK)]
+    todo = sum(len(chunk) for chunk in chunks if read_chunk(chunk_path(folder, chunk.start, n)) is None)
 
-    def trial() -> float:
-        if not todo and (folder / "nfe.json").exists():
-            return json.loads((folder / "nfe.json").read_text())["nfe"]
+    def nfe_file(chunk: range) -> Path:
+        return chunk_path(folder, chunk.start, n).with_suffix(".nfe")
+
+    def announce() -> None:
+        if gen.sampled.get("classes", "").startswith("unconditional"):
+            print(f"warning: {cfg.ckpt} knows classes, and these images are drawn without a class; training images have theirs.  Give --labels a,b,c to "
+                  "draw of each class alike.", file=sys.stderr)
+        if not todo:
+            return
         seeds = list(range(cfg.seed, cfg.seed + min(n, 8 if ranks.device.type == "cpu" else cfg.batch)))
         for _ in range(1 if ranks.device.type == "cpu" else 2):                 # a GPU's first call compiles
             start = time.perf_counter()
-            images, nfe = gen.draw(seeds)
+            images, nfe, calls = gen.draw(seeds)
             look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
             seconds = (time.perf_counter() - start) / len(seeds)
-        print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE = {todo * nfe:,.0f} network evaluations: about "
+        networks = f" × {calls / nfe:g} networks" if calls != nfe else ""       # guidance
+        print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE{networks} = {todo * calls:,.0f} network evaluations: about "
               f"{span(seconds * todo / ranks.world)} on {ranks.world} rank{'s' * (ranks.world > 1)}, with their features", flush=True)
-        make_dir(folder)
-        write_text(folder / "nfe.json", json.dumps({"nfe": nfe}))
-        return nfe
-    gen.sampled["nfe"] = ranks.share(trial)
+    ranks.share(announce)
 
     def produce(chunk: range) -> Tensor:
         seeds = [cfg.seed + i for i in chunk]
-        images = torch.cat([gen.draw(seeds[i:i + cfg.batch])[0] for i in range(0, len(seeds), cfg.batch)])
+        groups = [seeds[i:i + cfg.batch] for i in range(0, len(seeds), cfg.batch)]
+        images, nfe, _ = zip(*(gen.draw(group) for group in groups))
+        images = torch.cat(images)
+        write_text(nfe_file(chunk), repr(sum(each * len(group) for each, group in zip(nfe, groups))))
         return look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
-    return compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
+    stored = compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
+    gen.sampled["nfe"] = sum(float(nfe_file(chunk).read_text()) for chunk in chunks) / n
+    return stored
 
 
 def span(seconds: float) -> str:
@@ -175,17 +191,17 @@ def measure(fake: Side, ref: Side, held: Stored | None, name: str, *, pairs: int
     if len(fake.parts) > 1:
         row["error"] = jackknife([frechet(reference, fake.best(leave=g)) for g in range(len(fake.parts))])
     out: dict[str, dict[str, Any]] = {FD + n: {"value": value, **row, **({"floor": low["frechet"], "floor n": low["n"]} if low else {})}}
+    if infinity:
+        fit = frechet_infinity(reference, fake.stored.rows())
+        out[f"{FD}-infinity"] = {"value": fit.value, "error": fit.error}
     if not (fake.stored and ref.stored):
         return out
     x, y = some(ref.stored, pairs), some(fake.stored, pairs)
     kid = kernel_distance(x, y)
-    out[KD + n] = {"value": kid.value, "error": kid.error, **({"floor": low["kernel"].value} if low else {}), "images": [len(x), len(y)]}
-    if infinity and len(y) >= 20:
-        fit = frechet_infinity(reference, fake.stored.rows())
-        out[f"{FD}-infinity"] = {"value": fit.value, "error": fit.error}
+    out[KD + n] = {"value": kid.value, "error": kid.error, **({"floor": low["kernel"].value, "floor n": low["n"]} if low else {}), "images": [len(x), len(y)]}
     if min(len(x), len(y)) > 5:
         out |= {f"{key}{n}": {"value": v, "images": [len(x), len(y)]} for key, v in precision_recall(x, y)._asdict().items()}
-    if held and len(held) >= 10:                                                 # fewer say nothing
+    if held and len(held) >= HELD:
         memory = memorisation(y, (chunk for _, chunk in ref.stored.batches()), some(held, pairs))
         out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
     return out
@@ -224,14 +240,34 @@ def check(cfg: Config) -> None:
         raise UserError(f"--seed {cfg.seed}: wanted 0 to 2^63 - 1 - n.")
     if cfg.n == 1:
         raise UserError("--n 1: a distance between sets needs at least 2 images, and means something from 2,048 on.")
+    if cfg.holdout != -1 and not 0 <= cfg.holdout < 1:
+        raise UserError(f"--holdout {cfg.holdout:g}: wanted 0 to 1, or -1 for what the checkpoint was trained with.")
+    if Path(cfg.out).is_dir() and cfg.out:
+        raise UserError(f"--out {cfg.out} is a folder; wanted a file, for the card.")
+    if cfg.save_stats and (not cfg.save_stats.endswith(".npz") or not Path(cfg.save_stats).absolute().parent.is_dir()):
+        raise UserError(f"--save-stats {cfg.save_stats}: wanted FILE.npz in a folder that exists.")
+    if cfg.save_stats and is_statistics(cfg.ref):
+        raise UserError(f"--save-stats: {cfg.ref} is moments already.  Leave it out.")
+    moments = cfg.fake and is_statistics(cfg.fake)
+    if cfg.infinity and (moments or 0 < cfg.n < 20):
+        raise UserError(f"--infinity is a fit over subsets of the images: wanted at least 20, got {'moments' if moments else cfg.n}.")
+    useful = ("ckpt", "out", "device", "resolution", "weights", "preproc", *(() if moments else ("n", "seed")))
+    default = {f.name: f.default for f in fields(drawing.Config)}
+    idle = [(k, f"--fake {cfg.fake}") for k, v in default.items() if cfg.fake and k not in useful and getattr(cfg, k) != v and (k != "n" or cfg.n)]
+    idle += [(k, "--features pca") for k in ("weights", "preproc") if cfg.features == "pca" and getattr(cfg, k) != getattr(Config, k)]
+    if idle:
+        raise UserError(f"--{idle[0][0].replace('_', '-')} does nothing with {idle[0][1]}.  Leave it out.")
 
 
-def given_moments(path: str, extractor: Any, loud: bool) -> tuple[Side, dict[str, Any]]:
+def given_moments(path: str, extractor: Any, size: tuple[int, int] | None, loud: bool) -> tuple[Side, dict[str, Any]]:
     """An npz of mu and sigma as a side, and what it says of itself; refused if that is not how the other side is made."""
     stats, meta = load_statistics(Path(path), 2048 if isinstance(extractor, FIDInception) else None)
     differs = [f"{k} {v!r}, and this asks for {extractor.id.get(k)!r}" for k, v in meta.get("features", {}).items() if v != extractor.id.get(k)]
     if differs:
         raise UserError(f"{path} was made with {'; '.join(differs)}.  Repeat with its settings, or make it anew with --save-stats.")
+    if size and meta.get("size") and tuple(meta["size"]) != size:
+        raise UserError(f"{path} was made of images of {meta['size'][0]}×{meta['size'][1]} pixels, and the others have {size[0]}×{size[1]}.  Make it anew "
+                        "with --save-stats, at one --resolution.")
     if "features" not in meta and loud:
         print(f"warning: {path} does not say which weights saw its images, nor how they were resized; this card cannot vouch for it.",
               file=sys.stderr)
@@ -241,7 +277,7 @@ def given_moments(path: str, extractor: Any, loud: bool) -> tuple[Side, dict[str
 def what_against(cfg: Config, gen: Generator | None) -> tuple[str, float]:
     """The reference's spec, and the share of it that training did not see."""
     spec, own = cfg.ref or default_ref(gen.trained, cfg.ckpt), images_of(gen.trained["data"]) if gen and gen.trained.get("data") else ""
-    same = bool(own) and (spec == own or spec.startswith(f"{own}:"))
+    same = bool(own) and Path(split_spec(spec)[0]).resolve() == Path(own).resolve()
     return spec, cfg.holdout if cfg.holdout >= 0 else gen.trained.get("holdout", 0.0) if same else 0.0
 
 
@@ -252,40 +288,55 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     gen = open_generator(cfg, ranks.device) if cfg.ckpt else None
     spec, holdout = what_against(cfg, gen)
     opened = {s: open_images(s, gen.resolution if gen else cfg.resolution) for s in (spec, cfg.fake) if s and not is_statistics(s)}
-    if len(sizes := {images.resolution for images in opened.values()}) > 1:
-        raise UserError(f"the two sides have {' and '.join(map(str, sizes))} pixels.  Give --resolution N, and both are resized to it as for "
-                        "training.")
-    extractor, held, about = build_extractor(cfg, opened.get(spec), ranks), None, {}
+    sizes = list(dict.fromkeys([*(images.size for images in opened.values()), *([(gen.resolution, gen.resolution)] if gen else [])]))
+    if len(sizes) > 1:
+        raise UserError(f"the two sides have {' and '.join(f'{w}×{h}' for w, h in sizes)} pixels.  Give --resolution N, and folders are resized to it "
+                        "as for training (shorter side by Lanczos, middle cut out); arr_0 in an npz is taken as it is.")
+    size, extractor, held = next(iter(sizes), None), build_extractor(cfg, opened.get(spec), ranks), None
     if spec in opened:
         train, rest = opened[spec].split(holdout)
+        if len(opened[spec]) > 1 and len(train) < 2:
+            raise UserError(f"{spec} has {len(train)} images that are not held out (--holdout {holdout:g}); a distance needs at least 2.")
         both = extract(opened[spec], extractor, cache, ranks)
         ref, held = side(both.select(train.index), ranks), both.select(rest.index)
-        about = {"hash": train.hash, "filter": train.filter, "reference": train.spec}
+        about = {"hash": train.hash, "filter": train.filter, "reference": train.spec, "holdout": holdout, "size": list(size)}
+        if cfg.ckpt and len(rest) < HELD and ranks.rank == 0:
+            print(f"warning: no memorisation check: {len(rest)} images are held out of {spec}, and it takes {HELD}.", file=sys.stderr)
+        seen = [what for key, value, what in (("flip", True, "mirrored images"), ("crop", "random", "random crops")) if gen and gen.trained.get(key) == value]
+        if seen and ranks.rank == 0:
+            print(f"warning: {cfg.ckpt} was trained on {' and '.join(seen)} too, and the reference is the middle of each image as it is: copies of the others "
+                  "may go unseen.", file=sys.stderr)
     else:
-        ref, about = given_moments(spec, extractor, ranks.rank == 0)
+        ref, about = given_moments(spec, extractor, size, ranks.rank == 0)
+    shown: dict[str, Any] = {}
     if cfg.ckpt:
         fake = side(sample_features(cfg, gen, extractor, cfg.n or DRAWN, cache, ranks), ranks, GROUPS)
     elif cfg.fake in opened:
-        fake = side(extract(opened[cfg.fake].take(cfg.n, cfg.seed), extractor, cache, ranks), ranks, GROUPS)
+        given = opened[cfg.fake]
+        fake = side(extract(given.take(cfg.n, cfg.seed), extractor, cache, ranks), ranks, GROUPS)
+        shown = {"hash": given.hash, "filter": given.filter, "unreadable": given.unreadable}
     else:
-        fake, _ = given_moments(cfg.fake, extractor, ranks.rank == 0)
+        fake, shown = given_moments(cfg.fake, extractor, size, ranks.rank == 0)
     least = min(side.n or LOW for side in (fake, ref))
     if least < LOW and ranks.rank == 0:
         print(f"warning: {least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards there, and compares only with others at "
               "the same number.  Look at the floor and at the kernel distance.", file=sys.stderr)
     if cfg.save_stats and ranks.rank == 0:
         save_statistics(Path(cfg.save_stats), sum(ref.parts[1:], ref.parts[0]), {"features": extractor.id, **about})
-    name = "random" if str(extractor.id.get("weights")).startswith("random") else cfg.features      # never passes for FID
-    metrics = ranks.share(lambda: measure(fake, ref, held, name, pairs=cfg.pairs, infinity=cfg.infinity))
+    metrics = ranks.share(lambda: measure(fake, ref, held, name_of(extractor), pairs=cfg.pairs, infinity=cfg.infinity))
     measured = {**extractor.id, "n": fake.n, "reference": about.get("reference", spec), "reference hash": about.get("hash"),
-                "filter": about.get("filter", ""), "reference images": ref.n, "holdout": holdout,
-                "resolution": next((i.resolution for i in opened.values()), None), "pairs": cfg.pairs}
-    given = opened.get(cfg.fake)
-    shown = {"fake": cfg.fake, **({"hash": given.hash, "unreadable": given.unreadable} if given else {})}
-    return {"kind": "metric card", "metrics": metrics, "measured": measured,
-            "sampled": {**gen.sampled, "seeds": [cfg.seed, cfg.seed + fake.n - 1]} if gen else {}, "subject": gen.subject if gen else shown,
+                "filter": about.get("filter", ""), "reference images": ref.n, "holdout": about.get("holdout"),
+                "size": list(size or about.get("size", ())), "pairs": cfg.pairs}
+    card = {"kind": "metric card", "metrics": metrics, "measured": measured,
+            "sampled": {**gen.sampled, "seeds": [cfg.seed, cfg.seed + fake.n - 1]} if gen else {}, "subject": gen.subject if gen else {"fake": cfg.fake, **shown},
             "weights_sha256": getattr(extractor, "sha256", ""), "seconds": time.perf_counter() - start, "ranks": ranks.world,
             **versions("pillow", "scipy")}
+    return json.loads(json.dumps(card), parse_constant=lambda name: None)       # JSON has no NaN
+
+
+def name_of(extractor: Any) -> str:
+    """For NAMES; random weights never pass for FID."""
+    return "random" if str(extractor.id.get("weights")).startswith("random") else extractor.id["features"]
 
 
 def build_extractor(cfg: Config, images: Images | None, ranks: Ranks) -> Any:
@@ -307,10 +358,16 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
+def floor_of(m: dict[str, Any], card: dict[str, Any]) -> str:
+    """The floor, and at how many images where the reference has not enough for as many as were measured."""
+    at = f" at {m['floor n']}" if m.get("floor n", card["measured"]["n"]) != card["measured"]["n"] else ""
+    return f"{m['floor']:.4f}{at}" if isinstance(m.get("floor"), float) else ""
+
+
 def show(card: dict[str, Any]) -> str:
     lines = [["", "value", "± s.e.", "floor"]]
     for name, m in card["metrics"].items():
-        lines.append([name, *(f"{m[k]:.4f}" if isinstance(m.get(k), float) else "" for k in ("value", "error", "floor"))])
+        lines.append([name, *(f"{m[k]:.4f}" if isinstance(m.get(k), float) else "" for k in ("value", "error")), floor_of(m, card)])
     text, memory = table(lines), card["metrics"].get("memorisation")
     if memory:
         text += (f"\n{'FLAGGED: ' * memory['flagged']}{memory['copies']:.1%} of the images lie nearer to a training image than 95% of held-out "
@@ -320,12 +377,15 @@ def show(card: dict[str, Any]) -> str:
 
 # ---- cards side by side ---------------------------------------------------------------------------------------------
 
+CARD = ("metrics", "measured", "sampled", "subject")
+
+
 def read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a metric card ({type(error).__name__}).") from None
-    if not isinstance(card, dict) or card.get("kind") != "metric card":
+    if not isinstance(card, dict) or card.get("kind") != "metric card" or not all(isinstance(card.get(k), dict) for k in CARD):
         raise UserError(f"{path} is not a metric card.")
     return card
 
@@ -351,8 +411,8 @@ def compare(names: list[str], allow: tuple[str, ...]) -> str:
         nfe = card["sampled"].get("nfe")
         cells = [card["metrics"].get(m, {}) for m in columns]
         rows.append([Path(name).stem, *(str(flat[name].get(k, "")) for k in differs), f"{nfe:g}" if nfe else "", *(number(c) for c in cells)])
-    floors = [next(iter(cards.values()))["metrics"].get(m, {}).get("floor") for m in columns]
-    rows.append(["floor (of the first)", *[""] * len(differs), "", *(f"{v:.4f}" if isinstance(v, float) else "" for v in floors)])
+    first = next(iter(cards.values()))
+    rows.append(["floor (of the first)", *[""] * len(differs), "", *(floor_of(first["metrics"].get(m, {}), first) for m in columns)])
     return table(rows)
 
 
@@ -364,18 +424,22 @@ def number(m: dict[str, Any]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        words = sys.argv[2:]
-        allow = [words.pop(i + 1) for i in range(len(words) - 1) if words[i] == "--allow"][:1] if "--allow" in words else []
-        names = [w for w in words if w != "--allow"]
-        if len(names) < 2 or any(n.startswith("--") for n in names):
+        names, allow, words = [], [], iter(sys.argv[2:])
+        for word in words:
+            flag, given, value = word.partition("=")
+            if flag == "--allow":
+                allow += (value if given else next(words, "--")).split(",")
+            else:
+                names.append(word)
+        if len(names) < 2 or any(word.startswith("--") for word in (*names, *allow)):
             raise UserError("wanted: python eval_fid.py compare A.json B.json … [--allow field,field]")
-        print(compare(names, tuple(k.strip() for k in ",".join(allow).split(",") if k.strip())))
+        print(compare(names, tuple(k.strip() for k in allow if k.strip())))
         return
     cfg, dry_run = parse(Config, __doc__)
     if dry_run:
         print(json.dumps(vars(cfg), indent=1))
         return
-    ranks = join_ranks(cfg)
+    ranks = join_ranks(cfg, patience=PATIENCE)                                  # a resumed rank may have nothing to do, and another all
     card = evaluate(cfg, ranks)
     if ranks.rank == 0:
         path = Path(cfg.out or card_name(card))

@@ -29,7 +29,7 @@ from files import make_dir, open_weights, write_tensors, write_text
 from images import FORMATS
 from latents import is_cache, read_sealed
 from linear import LinearVAE, enough, fit_pca
-from metrics import Statistics, finite
+from metrics import Statistics, finite, read_npz
 from run import Ranks
 from sources import Source, find_files, open_source
 from tags import TagTable, compile_tags, printable
@@ -62,6 +62,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the first; batch() refuses others."""
+        return self.load(int(self.index[0])).shape[1::-1] if len(self) else (self.resolution, self.resolution)
 
     def batch(self, numbers: Any) -> Tensor:
         """uint8 (B, 3, H, W) of numbers in the source."""
@@ -161,27 +166,18 @@ def mixed(what: str, sizes: list) -> UserError:
 
 def open_batch(path: Path) -> Images:
     """arr_0 of an npz, uint8 (N, H, W, 3): how ADM's code exchanges samples."""
-    with read_npz(path) as file:
-        array = file["arr_0"] if "arr_0" in file.files else None
+    array = read_npz(path, ["arr_0"])[1].get("arr_0")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         got = f"arr_0 of {array.dtype} {array.shape}" if array is not None else "no arr_0"
         raise UserError(f"{path} has {got}; wanted images as arr_0, uint8 (N, H, W, 3), or statistics as mu and sigma.")
-    return Images(str(path), hashlib.sha256(array.tobytes()).hexdigest(), min(array.shape[1:3]), array.__getitem__, len(array), np.arange(len(array)))
-
-
-def read_npz(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as npz ({error}).") from None
+    return Images(str(path), hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest(), min(array.shape[1:3]), array.__getitem__, len(array), np.arange(len(array)))
 
 
 def is_statistics(spec: str) -> bool:
     """Does the spec name an npz of moments rather than images?"""
     if not spec.endswith(".npz") or not Path(spec).is_file():
         return False
-    with read_npz(Path(spec)) as file:
-        return "arr_0" not in file.files
+    return "arr_0" not in read_npz(Path(spec), [])[0]
 
 
 # ---- an extractor that needs no download ----------------------------------------------------------------------------
@@ -239,7 +235,9 @@ class Stored:
 
     def statistics(self, ranks: Ranks, groups: int = 1) -> list[Statistics]:
         """Of `groups` equal parts (image i belongs to part i mod groups), over all ranks; their sum is that of all."""
-        d = read_chunk(next(p for p in sorted(self.folder.glob("*.safetensors")))).shape[1]
+        if not len(self):
+            raise UserError("no images to take statistics of.")
+        d = next(self.batches())[1].shape[1]
         parts = [Statistics(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)) for _ in range(groups)]
         waiting: list[list[Tensor]] = [[] for _ in range(groups)]
 

@@ -364,11 +364,14 @@ def main() -> None:
         return
     try:
         path = find_weights(cfg.weights)
-    except UserError:
-        if not cfg.fetch:
+        net = load_inception(path)
+    except UserError as error:
+        if not cfg.fetch or cfg.weights or os.environ.get("FID_INCEPTION"):     # what is named is not replaced by something else
             raise
         path = fetch()
-    net = load_inception(path)
+        if (first := find_weights()) != path:
+            raise UserError(f"{path} was fetched, but {first} is found before it, and cannot be used: {error}  Delete {first}.") from None
+        net = load_inception(path)
     print(f"{path}\nsha256 {net.sha256}: {KNOWN.get(net.sha256, 'not a known file')}\ntensors {net.weights}: the FID Inception of 2015-12-05")
 
 

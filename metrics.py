@@ -10,6 +10,8 @@ Everything is float64. Features are tensors or arrays, one row an image; those t
 """
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
@@ -139,8 +141,6 @@ def frechet_distance(mu1: Features, sigma1: Features, mu2: Features, sigma2: Fea
 def frechet_from_features(x: Features, y: Features) -> float:
     """The same, of features (N, d) and (M, d). A set smaller than d is never turned into a d × d matrix, which is exact and fast."""
     x, y = rows(x), rows(y)
-    if x.shape[1] == y.shape[1] and (same := torch.equal(x, y)):
-        return 0.0 * same
     return frechet(*(v if len(v) < v.shape[1] else Statistics.of(v) for v in (x, y)))
 
 
@@ -151,6 +151,8 @@ def frechet(a: Statistics | Tensor, b: Statistics | Tensor) -> float:
         raise UserError(f"features of {len(mean_a)} and of {len(mean_b)} dimensions cannot be compared.  They come from different networks.")
     if isinstance(a, Tensor) and isinstance(b, Statistics):
         a, b = b, a
+    if isinstance(a, Tensor) and torch.equal(a, b):
+        return 0.0
     if isinstance(a, Tensor):                                                   # sigma = Xᵀ X: the trace is the nuclear norm of X Yᵀ
         x, y = centred(a), centred(b)
         spread, common = float(x.square().sum() + y.square().sum()), float(torch.linalg.svdvals(x @ y.T).sum())
@@ -325,17 +327,34 @@ def save_statistics(path: Path, stats: Statistics, meta: dict[str, Any]) -> None
     temporary.replace(path)
 
 
+def read_npz(path: Path, wanted: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(names of all arrays, those that are wanted) of an npz. What cannot be read is a UserError."""
+    try:
+        with open(path, "rb") as data:
+            file = np.load(data, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} holds one array, as npy does; wanted an npz.")
+            return file.files, {name: file[name] for name in wanted if name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as npz ({error}).") from None
+
+
 def load_statistics(path: Path, d: int | None = None) -> tuple[Statistics, dict[str, Any]]:
     """mu and sigma of ours, pytorch-fid's, EDM's or ADM's npz; n is 0 and the description empty where the file does not say."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in ("mu", "sigma", "n", "meta") if name in file.files}
-        if not {"mu", "sigma"} <= arrays.keys():
-            raise UserError(f"{path} holds {', '.join(file.files[:6]) or 'nothing'}; wanted mu and sigma (statistics) or arr_0 (images).")
-    mu, sigma = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
+    names, arrays = read_npz(path, ("mu", "sigma", "n", "meta"))
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"{path} holds {', '.join(names[:6]) or 'nothing'}; wanted mu and sigma (statistics) or arr_0 (images).")
+    try:
+        mu, sigma = (torch.from_numpy(np.asarray(arrays[k], np.float64)) for k in ("mu", "sigma"))
+        n, meta = int(arrays.get("n", 0)), json.loads(arrays["meta"].tobytes()) if "meta" in arrays else {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as npz of mu and sigma, or of its n and meta ({error}).") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or d is not None and len(mu) != d:
         raise UserError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; wanted {f'({d},) and ({d}, {d})' if d else '(d,) and (d, d)'}.  "
                         "They are of another network.")
     finite(mu[None], f"{path}, mu"), finite(sigma, f"{path}, sigma")
-    n = int(arrays.get("n", 0))
-    stats = Statistics(n or 2, mu, sigma * ((n or 2) - 1))
-    return stats, {"n": n, **(json.loads(arrays["meta"].tobytes()) if "meta" in arrays else {})}
+    if sigma.diagonal().min() < 0 or not torch.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * float(sigma.diagonal().max())):
+        raise UserError(f"{path}: sigma is not a covariance (symmetric, no variance below 0), so distances to it mean nothing.  Make it anew.")
+    return Statistics(n or 2, mu, sigma * ((n or 2) - 1)), {"n": n, **meta}

@@ -69,6 +69,9 @@ class Ranks:
             dist.destroy_process_group()
 
 
+PATIENCE = timedelta(days=30)                # a rank that is done waits for the others; torchrun ends it if one of them dies
+
+
 def join_ranks(cfg: Any, backend: str = "", patience: timedelta | None = None) -> Ranks:
     """Join the process group torchrun describes in the environment, if it does. `patience`: how long a rank waits for another;
     None = torch's own, ten or thirty minutes."""

@@ -82,6 +82,9 @@ def check_objective(cfg: "Config") -> None:
             raise UserError(f"--{name} changes nothing here: density {objective.density} has none.  Choose another --density, or leave it out.")
     if cfg.objective == "cfm" and cfg.coupling != "none":
         raise UserError(f"--coupling {cfg.coupling}: cfm has its own, from each image's low resolution.  Leave it out.")
+    if cfg.objective == "cfm" and cfg.fid_every:
+        raise UserError("--fid-every: a cfm network enlarges pictures, so its FID would be that of a few held-out images, over and over.  Leave it out; "
+                        "enlarge pictures with samplers.py, and give the folder to eval_fid.py as --fake.")
     if cfg.objective == "cfm" and cfg.resolution % cfg.lowres:
         raise UserError(f"--resolution {cfg.resolution} is not divisible by --lowres {cfg.lowres}.")
     if cfg.objective == "cfm" and cfg.upsample == "psu" and is_cache(cfg.data):

@@ -23,7 +23,7 @@ from config import UserError, cli, parse
 from eval_fid import GROUPS, Side, default_ref, measure, side, table
 from features import extract, open_images, split_spec
 from inception import cache_folder
-from run import Ranks, join_ranks, read_config
+from run import PATIENCE, Ranks, join_ranks, read_config
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def assess(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     images = open_images(data, configs[0]["resolution"])
     train, held_out = images.split(configs[0]["holdout"])
     extractor = eval_fid.build_extractor(cfg, images, ranks)
-    stored = extract(images, extractor, cache, ranks)
+    stored, name = extract(images, extractor, cache, ranks), eval_fid.name_of(extractor)
     tagged = images.where(" | ".join(f"({tag})" for tag in excluded(configs, data))).index
     subset = replace(train, index=np.intersect1d(train.index, tagged))
     whole, part = side(stored.select(train.index), ranks), side(stored.select(subset.index), ranks)
@@ -67,24 +67,24 @@ def assess(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         one = replace(cfg, ckpt=run)
         gen = eval_fid.open_generator(one, ranks.device)
         fake = side(eval_fid.sample_features(one, gen, extractor, cfg.n, cache, ranks), ranks, GROUPS)
-        rows = {name: ranks.share(lambda: measure(fake, ref, stored.select(fresh[name]), cfg.features, pairs=cfg.pairs))
-                for name, ref in references.items()}
+        rows = {key: ranks.share(lambda: measure(fake, ref, stored.select(fresh[key]), name, pairs=cfg.pairs))
+                for key, ref in references.items()}
         out[Path(run).name] = {"trained on": own[config["stage"]], "sampled": gen.sampled, "fingerprint": gen.subject["fingerprint"], "metrics": rows}
     r = np.random.default_rng(0)
     copies = side(stored.select(r.permutation(train.index)[:min(cfg.n, len(train))]), ranks, GROUPS)
     out["a copier"] = {"trained on": "all", "metrics": {
-        "all": ranks.share(lambda: measure(copies, whole, stored.select(held_out.index), cfg.features, pairs=cfg.pairs))}}
+        "all": ranks.share(lambda: measure(copies, whole, stored.select(held_out.index), name, pairs=cfg.pairs))}}
     half = np.isin(held_out.index, r.permutation(held_out.index)[::2])          # real images that nobody trained on must not be flagged
     if half.sum() > 9:
         fresh_side, others = side(stored.select(held_out.index[half]), ranks), stored.select(held_out.index[~half])
-        rows = {"all": ranks.share(lambda: measure(fresh_side, whole, others, cfg.features, pairs=cfg.pairs))}
+        rows = {"all": ranks.share(lambda: measure(fresh_side, whole, others, name, pairs=cfg.pairs))}
         out["fresh images"] = {"trained on": "", "metrics": rows}
     return out
 
 
 def main() -> None:
     cfg, _ = parse(Config, __doc__)
-    ranks = join_ranks(cfg)
+    ranks = join_ranks(cfg, patience=PATIENCE)
     result = assess(cfg, ranks)
     if ranks.rank == 0:
         lines = [["run", "against", "", "value", "± s.e.", "floor", "memorisation"]]

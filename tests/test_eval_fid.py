@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from eval_fid import compare, default_ref
 from features import CHUNK, Pca, compute, extract, fit_extractor, open_images, short, split_spec
 from linear import fit_pca
 from metrics import Statistics, frechet, kernel_distance
+from objectives import make_objective
 from run import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -370,3 +373,157 @@ def test_every_flag_of_drawing_is_used_or_refused(run, cache, user):
                            (["--eta", 1], "--eta does nothing with --method heun")):
         code, _, err = user(eval_fid.main, "--ckpt", run, *flags)
         assert code == 2 and len(err) == 1 and message in err[0], err
+
+
+# ---- what a number must not be mistaken for ---------------------------------------------------------------------------
+
+def test_what_a_file_says_of_its_network_is_part_of_the_features_name(run, cache):
+    """Equal tensors that mean something else, equal flags: an objective in the file, and solvers that step a batch as one."""
+    net, meta = load_unet(find_checkpoint(run))
+    net, meta = randomize(net), {k: v for k, v in meta.items() if k not in ("probe", "fingerprint")}
+    values = []
+    for name in ("v", "x0"):
+        save_unet(cache.parent / f"{name}.safetensors", net, {**meta, "objective": asdict(make_objective(name))})
+        values.append(card_of("--ckpt", cache.parent / f"{name}.safetensors", "--n", 8, *FAST)["metrics"]["FD-pca8"]["value"])
+    assert values[0] != values[1]
+    flags = ("--ckpt", cache.parent / "v.safetensors", "--n", 8, "--features", "pca", "--method", "dopri5", "--whole-batch", "--batch")
+    small, large = (card_of(*flags, batch)["metrics"]["FD-pca8"]["value"] for batch in (1, 8))
+    alone = card_of(*flags[:-1], "--batch", 1, "--cache", cache / "other")["metrics"]["FD-pca8"]["value"]
+    assert small == alone and small != large
+
+
+def test_nfe_is_the_mean_of_all_images_also_when_they_come_from_disk(run, cache, capsys):
+    net, meta = load_unet(find_checkpoint(run))
+    save_unet(cache.parent / "r.safetensors", randomize(net), {k: v for k, v in meta.items() if k not in ("probe", "fingerprint")})
+    flags = ("--ckpt", cache.parent / "r.safetensors", "--n", 20, "--features", "pca", "--method", "dopri5", "--rtol", 0.01)
+    card = card_of(*flags)
+    assert card["sampled"]["nfe"] == card_of(*flags)["sampled"]["nfe"]
+    cfg, _ = eval_fid.parse(eval_fid.Config, argv=[str(f) for f in flags])
+    gen = eval_fid.open_generator(cfg, ALONE.device)
+    first, mean = gen.draw(list(range(8)))[1], gen.draw(list(range(20)))[1]
+    assert first != mean == card["sampled"]["nfe"]
+
+
+def test_a_network_of_classes_without_labels_is_said_to_draw_without(tmp_path, cache, capsys):
+    cfg = train.resolve(train.Config(model="nano", data="toyfaces:64", resolution=32, batch=8, images=8, preview_every=0, eval_every=0, save_every=0,
+                                     out=str(tmp_path), name="c", classes=("glasses", "smile"), flip=True))
+    train.train(cfg, ALONE)
+    capsys.readouterr()
+    card, err = card_of("--ckpt", tmp_path / "c", "--n", 8, *FAST), capsys.readouterr().err
+    assert card["sampled"]["classes"] == "unconditional, of 2" and "drawn without a class" in err
+    assert card["subject"]["flip"] is True and "was trained on mirrored images too" in err
+    card = card_of("--ckpt", tmp_path / "c", "--n", 8, *FAST, "--cfg", 2, "--labels", "smile,glasses")
+    printed = capsys.readouterr()
+    assert card["sampled"]["classes"] == "2 of 2" and "without a class" not in printed.err
+    assert "8 images to draw × 2 NFE × 2 networks = 32 network evaluations" in printed.out and card["sampled"]["nfe"] == 2
+
+
+def test_random_weights_never_pass_for_fid_in_the_protocol(run, cache, monkeypatch):
+    from benchmarks import protocol
+
+    class Made:
+        id = {"features": "inception", "weights": "random:0"}
+
+        def __call__(self, images):
+            return images.float().mean((2, 3))
+    monkeypatch.setattr(eval_fid, "build_extractor", lambda *a: Made())
+    result = protocol.assess(protocol.Config(runs=(str(run),), n=4, weights="random:0", method="euler", steps=1), ALONE)
+    assert {name for row in result.values() for m in row["metrics"].values() for name in m if name[0] in "FK"} == {
+        "FD-random4", "KD-random4", "FD-random16", "KD-random16"}
+
+
+def test_what_is_missing_from_a_card_is_said(run, cache, user):
+    code, out, err = user(eval_fid.main, "--ckpt", run, "--n", 60, *FAST, "--ref", "toyfaces:96", "--holdout", 0.05)
+    assert code == 0 and not any("was trained on" in line for line in err) and any("no memorisation check: " in line and " images are held out" in line for line in err), err
+    assert re.search(r"FD-pca60 .* at 4\d", out), out                           # the floor could only be had at half of the reference
+    x = pictures(cache / "x", 30)
+    code, out, err = user(eval_fid.main, "--fake", pictures(cache / "y", 2, seed=3), "--ref", x, "--features", "pca", "--out", "two.json")
+    assert code == 0 and " at " not in out and "NaN" not in Path("two.json").read_text()
+    np.savez("drawn.npz", np.zeros((9, 32, 32, 3), np.uint8))
+    assert len(card_of("--fake", "drawn.npz", "--ref", x, "--features", "pca")["subject"]["hash"]) == 64
+
+
+def test_a_path_spelled_otherwise_is_the_same_training_set(cache, tmp_path, monkeypatch):
+    pictures(tmp_path / "data", 60, (32, 32))
+    cfg = train.resolve(train.Config(model="nano", data=str(tmp_path / "data"), resolution=32, batch=8, images=8, holdout=0.3, preview_every=0,
+                                     eval_every=0, save_every=0, out=str(tmp_path), name="own"))
+    train.train(cfg, ALONE)
+    monkeypatch.chdir(tmp_path)
+    for ref in ("data", "./data/", str(tmp_path / "data")):
+        assert card_of("--ckpt", "own", "--n", 8, *FAST, "--ref", ref)["measured"]["holdout"] == 0.3, ref
+
+
+def test_a_damaged_chunk_that_nobody_asks_for_does_no_harm(tmp_path):
+    def produce(chunk):
+        return torch.arange(chunk.start, chunk.stop).float()[:, None].expand(-1, 3)
+    n = 2 * CHUNK
+    compute(tmp_path, n, np.arange(n), produce, ALONE, {}, "x")
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-100])
+    last = compute(tmp_path, n, np.arange(CHUNK, n), produce, ALONE, {}, "x")
+    assert last.statistics(ALONE)[0].n == CHUNK
+
+
+@pytest.mark.parametrize("flags, what", [
+    (("--steps", 3), "--steps does nothing with --fake"), (("--cfg", 2), "--cfg does nothing with --fake"),
+    (("--preproc", "clean"), "--preproc does nothing with --features pca"), (("--weights", "random:1"), "--weights does nothing with --features pca"),
+    (("--holdout", 1.5), "--holdout 1.5: wanted 0 to 1"), (("--holdout", -0.5), "--holdout -0.5: wanted 0 to 1"),
+    (("--holdout", 0.9999), "has 0 images that are not held out"), (("--infinity",), "at least 20"),
+    (("--save-stats", "nodir/x.npz"), "--save-stats nodir/x.npz: wanted FILE.npz in a folder that exists"),
+    (("--save-stats", "plain"), "--save-stats plain: wanted FILE.npz"), (("--out", "x"), "--out x is a folder"),
+    (("--ref", "wide"), "the two sides have 48×32 and 32×32 pixels"),
+])
+def test_what_cannot_be_done_is_said_before_it_is_tried(flags, what, cache, user):
+    pictures(Path("x"), 6), pictures(Path("y"), 5, seed=1), pictures(Path("wide"), 5, (48, 32))
+    code, _, err = user(eval_fid.main, "--fake", "y", *(() if "--ref" in flags else ("--ref", "x")), "--features", "pca", *flags)
+    assert code == 2 and what in err[-1], err
+    assert not list(Path().rglob("cards/*"))
+
+
+@pytest.mark.parametrize("name, what", [("cut", "cannot be read as npz"), ("flipped", "cannot be read as npz"), ("npy", "wanted an npz"),
+                                        ("object", "cannot be read as npz"), ("text", "cannot be read as npz"), ("empty", "cannot be read as npz"),
+                                        ("negative", "not a covariance"), ("skew", "not a covariance")])
+def test_files_of_moments_that_are_none(name, what, cache, user):
+    good = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez("x.npz", **good)
+    data = bytearray(Path("x.npz").read_bytes())
+    if name in ("cut", "flipped", "empty"):
+        data[3000] ^= 255
+        Path("x.npz").write_bytes({"cut": data[:len(data) // 2], "flipped": data, "empty": b""}[name])
+    elif name == "npy":
+        np.save("x.npy", good["mu"])
+        Path("x.npy").rename("x.npz")
+    else:
+        np.savez("x.npz", **good | {"object": {"mu": np.array([None])}, "text": {"mu": np.array(["a"] * 2048)}, "negative": {"sigma": -np.eye(2048)},
+                                    "skew": {"sigma": np.eye(2048) + np.tri(2048, k=-1)}}[name])
+    code, _, err = user(eval_fid.main, "--fake", pictures(Path("x"), 3), "--ref", "x.npz", "--weights", "random:0")
+    assert code == 2 and what in err[-1] and "x.npz" in err[-1], err
+
+
+def test_moments_at_another_resolution_are_refused(cache, user):
+    flags = ("--weights", "random:1")
+    card_of("--fake", pictures(cache / "x", 4), "--ref", pictures(cache / "y", 8, seed=2), *flags, "--save-stats", "y.npz")
+    code, _, err = user(eval_fid.main, "--fake", pictures(cache / "large", 4, (64, 64)), "--ref", "y.npz", *flags)
+    assert code == 2 and "32" in err[-1] and "64" in err[-1] and "y.npz" in err[-1], err
+    code, _, err = user(eval_fid.main, "--fake", cache / "x", "--ref", "y.npz", *flags, "--save-stats", "z.npz")
+    assert code == 2 and "--save-stats" in err[-1] and "is moments already" in err[-1], err
+
+
+def test_compare_reads_its_words(cache, user):
+    Path("k.json").write_text('{"kind": "metric card"}')
+    x, y = pictures(cache / "x", 12), pictures(cache / "y", 12, seed=1)
+    card_flags = ("--ref", x, "--features", "pca")
+    for name, more in (("a", ()), ("b", ("--pairs", 11))):
+        assert user(eval_fid.main, "--fake", y, *card_flags, *more, "--out", f"{name}.json")[0] == 0
+    assert "not a metric card" in user(eval_fid.main, "compare", "k.json", "a.json")[2][-1]
+    for words in (("a.json", "b.json", "--allow"), ("--allow", "pairs", "a.json"), ("a.json", "b.json", "--deny", "x")):
+        code, _, err = user(eval_fid.main, "compare", *words)
+        assert code == 2 and "wanted: python eval_fid.py compare" in err[-1], words
+    for words in (("--allow=pairs", "a.json", "b.json"), ("--allow", "pairs", "--allow", "n", "a.json", "b.json")):
+        assert user(eval_fid.main, "compare", *words)[0] == 0, words
+
+
+def test_a_run_that_enlarges_pictures_has_no_fid_of_its_own(cache, tmp_path, user):
+    code, _, err = user(train.main, "--model", "nano", "--data", "toyfaces:60", "--resolution", 32, "--batch", 8, "--images", 8, "--objective", "cfm",
+                        "--fid-every", 8, "--fid-features", "pca", "--out", tmp_path / "runs")
+    assert code == 2 and "--fid-every" in err[-1] and "cfm" in err[-1], err

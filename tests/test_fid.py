@@ -1,5 +1,6 @@
 """FID and its company: the network against pytorch-fid's, distances against closed forms and brute force."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import scipy.linalg
 import torch
 from PIL import Image, ImageFilter
 
+import eval_fid
 import fid_peers
 import inception
 from config import UserError
@@ -19,6 +21,7 @@ from eval_fid import FIDInception, frechet_distance, frechet_from_features, kern
 from features import look
 from inception import KNOWN, find_weights, load_inception, preprocess
 from metrics import (Statistics, frechet, frechet_infinity, gather, jackknife, load_statistics, matrix_root, memorisation, save_statistics)
+from run import Ranks
 from sources import open_source
 
 
@@ -242,7 +245,8 @@ def test_real_features_and_fids_are_those_of_the_peers(real, art, tmp_path):
         ours[preproc] = net(images[:4])
         assert (ours[preproc] - torch.from_numpy(theirs[preproc])).abs().max() == 0.0, preproc
     assert (ours["torch"] - ours["clean"]).abs().max() > 0.05                   # so they are different measurements
-    fid = frechet_from_features(real[0](images[:8]), real[0](images[8:]))
+    cfg = eval_fid.Config(fake=str(root / "b"), ref=str(root / "a"), weights=str(real[1]), cache=str(tmp_path))
+    fid = eval_fid.evaluate(cfg, Ranks(0, 1, torch.device("cpu")))["metrics"]["FID8"]["value"]
     assert fid == pytest.approx(float(fid_peers.ask("fid", tmp_path / "w.pth", root / "a", root / "b")), abs=1e-4)
 
 
@@ -283,6 +287,7 @@ def test_equal_sets_are_exactly_zero_and_nothing_is_negative():
     for n in (5, 30, 300):
         x = normal(n, 30)
         assert frechet_from_features(x, x.clone()) == 0.0
+        assert all(frechet(y, y.clone()) == 0.0 for y in (normal(n, 500, seed) for seed in range(8)))     # as eval_fid.py asks, also when N < d
         mixed = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
         assert 0.0 <= frechet_from_features(x, mixed) < 1e-11
         assert 0.0 <= frechet_from_features(x, x + 1e-9 * normal(n, 30, 1)) < 1e-11
@@ -479,3 +484,30 @@ def test_both_distances_grow_with_the_damage(how, amounts):
     rows = [real, *(extractor(stack([worse(p, how, a) for p in pixels])) for a in amounts)]
     fid, kid = ([metric(real, f) for f in rows] for metric in (frechet_from_features, lambda a, b: kernel_distance(a, b).value))
     assert all(a < b for a, b in zip(fid, fid[1:])) and all(a < b for a, b in zip(kid, kid[1:])), (fid, kid)
+
+
+def test_fetching_replaces_what_is_damaged_but_nothing_that_is_named(tmp_path, monkeypatch, user, formula_net):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("TWINPATH_CACHE", str(cache))
+    monkeypatch.delenv("FID_INCEPTION", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save(formula_net.state_dict(), tmp_path / "good.pth")
+    good = (tmp_path / "good.pth").read_bytes()
+    monkeypatch.setattr(inception, "TENSORS", inception.mark(formula_net))
+    monkeypatch.setattr(inception, "KNOWN", {hashlib.sha256(good).hexdigest(): "the formula's"})
+    monkeypatch.setattr(inception, "fetch_url", lambda: (good, inception.NAMES[0]))
+    damaged = cache / inception.NAMES[1]                                        # not the name that is fetched, and not looked for after it
+    damaged.write_bytes(good[:-5000])
+    assert user(inception.main)[0] == 2
+    code, out, err = user(inception.main, "--fetch")
+    assert code == 0 and out.splitlines()[0] == str(cache / inception.NAMES[0]), err
+    assert user(inception.main)[0] == 0
+    code, _, err = user(inception.main, "--fetch", "--weights", "nowhere.pth")
+    assert code == 2 and "no weights at nowhere.pth" in err[-1]
+    (cache / inception.NAMES[0]).write_bytes(good[:-5000])                      # the very file
+    assert user(inception.main, "--fetch")[0] == 0 and (cache / inception.NAMES[0]).read_bytes() == good
+    (cache / inception.NAMES[0]).rename(cache / inception.NAMES[3])
+    monkeypatch.setattr(inception, "fetch_url", lambda: (good, inception.NAMES[4]))
+    code, _, err = user(inception.main, "--fetch")                              # what comes lies behind what is damaged
+    assert code == 2 and err[-1].endswith(f"Delete {damaged}.")
