@@ -225,6 +225,14 @@ def test_both_layouts_of_flux2_are_served_by_one_cache(cache, weights, tmp_path)
 
 # ---- every bit ------------------------------------------------------------------------------------------------------
 
+def test_a_plan_of_another_cache_is_found(tmp_path):
+    copy = tmp_path / "c"
+    encoded(copy, "pixel:8")
+    plan = latents.read_sealed(copy / "plan.json")
+    (copy / "plan.json").write_text(latents.sealed({**plan, "batch": 99}))
+    assert "plan.json: not that of the manifest" in verify(copy)
+
+
 def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
     """Every file, its first bytes, its header and its end, and anywhere; --verify finds it, and encoding again mends it."""
     copy, r, tried, written, write = tmp_path / "c", random.Random(0), 0, [], encode.write_shard

@@ -422,6 +422,13 @@ def test_editing_through_the_command(tmp_path, user):
     for strength in ([], ["--strength", 0.5]):
         painted = run("--init", init, "--mask", tmp_path / "mask.png", *strength)
         assert (painted[mask == 0] == original[mask == 0]).all() and (painted[mask > 0] != original[mask > 0]).mean() > 0.5
+        # the network sees the mask: of the latent cells with any white in them (2×2 pixels each)
+        z, cells = pixel(2).encode(torch.tensor(original).permute(2, 0, 1)[None] / 127.5 - 1), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+        cells[..., 1:5, 2:5] = True
+        s, net = strength[1] if strength else 1.0, load_unet(path)[0].eval()
+        shown = edit(FM, guided(FM, net), z, draw(generators([7]), z), time_grid(4, 1.0, s), strength=s, mask=cells, method="heun", seeds=[7])
+        want = to_uint8(pixel(2).decode(shown.x))[0].permute(1, 2, 0).numpy()
+        assert abs(painted.astype(int) - want)[mask > 0].max() <= 1
     half = run("--init", init, "--strength", 0.4)
     assert (half != original).any() and (half != plain).any() and (run("--init", init) == run("--init", init, "--strength", 0.6)).all()
 
@@ -445,6 +452,18 @@ def test_inversion_and_interpolation_through_the_command(tmp_path, user):
     assert abs(frames[0] - np.asarray(Image.open(a))).max() <= 2 and abs(frames[4] - np.asarray(Image.open(b))).max() <= 2
     steps = [np.abs(x - y).mean() for x, y in zip(frames, frames[1:])]
     assert max(steps) < 3 * min(steps) and np.abs(frames[2] - frames[0]).mean() > 5
+
+
+def test_inversion_knows_the_labels(tmp_path, user):
+    path, init = checkpoint(tmp_path / "m.safetensors"), picture(tmp_path / "i.png")
+    code, _, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 3, "--init", init, "--invert", "--labels", "b", "--out", tmp_path / "s")
+    assert code == 0, err
+    z = pixel(2).encode(torch.tensor(np.asarray(Image.open(init))).permute(2, 0, 1)[None] / 127.5 - 1)
+    predict, grid, images = guided(FM, load_unet(path)[0].eval()), time_grid(3), []
+    for label in (1, -1):
+        back = invert(predict, z, grid, cond={"y": torch.tensor([label])}).x
+        images.append(to_uint8(pixel(2).decode(sample(predict, back, grid=grid, cond={"y": torch.tensor([1])}).x))[0].permute(1, 2, 0).numpy())
+    assert abs(pixels_of(tmp_path / "s").astype(int) - images[0]).max() <= 1 < abs(images[1].astype(int) - images[0]).max()
 
 
 def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, user):

@@ -417,6 +417,17 @@ def test_meta_finds_the_same_autoencoder_again_or_says_so(tmp_path, family, late
             vae_from_meta(meta, f"flux2:{other}:{elsewhere}")
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux2"])
+def test_constants_that_changed_since_are_noticed(tmp_path, monkeypatch, family):
+    """A checkpoint's latents are those of the constants it was trained with, not of those this code has now."""
+    net = load_vae(saved(tmp_path / "f.safetensors", small(family), "native"), family)
+    meta = net.meta()
+    monkeypatch.setitem(vae_py.FAMILIES, family, vae_py.FAMILIES[family]._replace(scale=0.2))
+    monkeypatch.setattr(vae_py, "STATS_EPS", 1e-5)
+    with pytest.raises(UserError, match="its normalisation is another"):
+        vae_from_meta(meta)
+
+
 def test_names_on_the_hub(monkeypatch, tmp_path):
     asked = []
     for family in FAMILIES:
