@@ -137,6 +137,25 @@ def block_solvers() -> str:
                       f"with the same network: {peers}.", "", origin(r), "", origin(s)])
 
 
+def block_protocol() -> str:
+    """The runs on kittens against parts of their data."""
+    r, columns = results("protocol-robohash-pca"), ("all", "excluded tags", "rest")
+    name = f"FD-pca{r['n']}"
+
+    def cell(run: dict, part: str) -> str:
+        m = run["metrics"].get(part, {}).get(name)
+        return "" if m is None else ("**" * (part == run["trained on"])).join(("", f"{m['value']:.0f} ± {m['error']:.0f}", ""))
+    lines = [f"| {name} of the kittens above (bold: what a run was trained on) | {' | '.join(columns)} | nearer to training than held-out images lie |",
+             "|---|---:|---:|---:|---|"]
+    for run, row in r["results"].items():
+        if name in row["metrics"]["all"]:
+            memory = row["metrics"].get(row["trained on"], {}).get("memorisation")
+            note = "too few held out" if memory is None else "FLAGGED" if memory["flagged"] else "no"
+            lines.append(f"| {run} | {' | '.join(cell(row, part) for part in columns)} | {note} |")
+    floors = [next(iter(r["results"].values()))["metrics"][part][name]["floor"] for part in columns]
+    return "\n".join([*lines, f"| floor: real against real | {' | '.join(f'{v:.0f}' for v in floors)} | |", "", origin(r)])
+
+
 def block_kernels() -> str:
     """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
     if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
@@ -164,7 +183,8 @@ def block_kernels() -> str:
 
 
 def main() -> None:
-    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert, "latents": block_latents, "solvers": block_solvers}
+    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert, "latents": block_latents, "solvers": block_solvers,
+                                          "protocol": block_protocol}
     old = new = path.read_text()
     for name, make in blocks.items():
         new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)
