@@ -173,7 +173,8 @@ def main() -> None:
         raise UserError(f"{unknown[0]!r} is not one of {', '.join(PARTS)}.")
     if "parity" in chosen:
         theirs(load_inception().state_dict())                                   # their absence is better known now
-    record.write("fid", {"n": n, **{name: PARTS[name](n) for name in chosen}})
+    for name in chosen:
+        record.write(f"fid-{name}", {"n": n, name: PARTS[name](n)})
 
 
 if __name__ == "__main__":

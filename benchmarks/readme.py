@@ -156,6 +156,17 @@ def block_protocol() -> str:
     return "\n".join([*lines, f"| floor: real against real | {' | '.join(f'{v:.0f}' for v in floors)} | |", "", origin(r)])
 
 
+def block_fid() -> str:
+    parity, speed = results("fid-parity"), results("fid-speed")
+    modes = ", ".join(f"{mode} {row['difference']:.0e}" for mode, row in parity["parity"].items())
+    apart = max(row["largest difference of features"] for row in parity["parity"].values())
+    s = speed["speed"]
+    features = " and ".join(f"{v:.2f}× {peer}" for peer, v in s["times faster"].items())
+    frechet = ", ".join(f"{s[key]['times faster']:.0f}× scipy's sqrtm at {key.split(', ')[-1]}" for key in s if key.startswith("Fr"))
+    return (f"On {parity['n']} kittens, features differ from the peers' (pytorch-fid, clean-fid, torch-fidelity) by at most {apart:g}, FIDs by {modes}. Features "
+            f"run at {features} on a CPU; the Fréchet distance is {frechet}.\n\n" + origin(parity) + "\n\n" + origin(speed))
+
+
 def block_kernels() -> str:
     """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
     if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
@@ -184,7 +195,7 @@ def block_kernels() -> str:
 
 def main() -> None:
     path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert, "latents": block_latents, "solvers": block_solvers,
-                                          "protocol": block_protocol}
+                                          "protocol": block_protocol, "fid": block_fid}
     old = new = path.read_text()
     for name, make in blocks.items():
         new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)
