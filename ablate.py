@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from scipy.special import stdtr
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from assessor import load_assessor
 from ckpt import checkpoints
 from config import UserError, parse, pick_device, versions
 from data import open_dataset, to_float
+from features import pooled
 from files import make_dir, write_text
 from metrics import frechet_from_features
 from run import Ranks, join_ranks
@@ -90,8 +90,7 @@ def generate(ckpt: Path | str, n: int, steps: int, device: torch.device, method:
 def latent_features(images: Tensor, vae: AnyVAE, device: torch.device) -> Tensor:
     """uint8 (n, 3, H, W) -> their latents, averaged to 4×4, flat: (n, d) fp32 on the CPU. With more dimensions than images a
     covariance says little."""
-    small = [F.adaptive_avg_pool2d(z, min(4, z.shape[-1])) for z in (vae.encode(to_float(part).to(device)) for part in images.split(64))]
-    return torch.cat([z.flatten(1).cpu() for z in small])
+    return torch.cat([pooled(vae.encode(to_float(part).to(device)), 4).cpu() for part in images.split(64)])
 
 
 def distance(ckpt: Path | str, ds: Any, n: int, steps: int, device: torch.device, method: str = "heun") -> float:

@@ -316,6 +316,10 @@ class Distiller(train.Trainer):
             out |= {f"head_{key}/{name}": v for key, v in self.head_optimizer.state.get(p, {}).items()}
         return out
 
+    def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
+        """A progressive student knows the times of its own steps only."""
+        return {"method": "euler", "steps": self.cfg.end_steps} if self.cfg.mode == "progressive" else how
+
     def take_up(self, state: dict[str, Tensor]) -> None:
         params = dict(self.heads.named_parameters())
         for key, value in state.items():

@@ -182,6 +182,11 @@ def is_statistics(spec: str) -> bool:
 
 # ---- an extractor that needs no download ----------------------------------------------------------------------------
 
+def pooled(z: Tensor, side: int) -> Tensor:
+    """Latents (B, C, h, w), averaged to at most side × side, as features (B, d)."""
+    return F.adaptive_avg_pool2d(z, tuple(min(s, side) for s in z.shape[-2:])).flatten(1)
+
+
 class Pca:
     """FD-pca: latents of the linear autoencoder as features. Instant; sees layout and colour, and little of what they mean."""
 
@@ -191,7 +196,7 @@ class Pca:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         z = self.vae.to(images.device).encode(to_float(images))
-        return F.adaptive_avg_pool2d(z, tuple(min(s, SIDE) for s in z.shape[-2:])).flatten(1)
+        return pooled(z, SIDE)
 
 
 def fit_extractor(images: Images) -> Pca:

@@ -192,6 +192,10 @@ class Trainer:
     def take_up(self, state: dict[str, Tensor]) -> None:
         """The inverse of state()."""
 
+    def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
+        """How its own samples are drawn, where sample() would be told `how`."""
+        return how
+
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
     """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one.

@@ -76,7 +76,7 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
                 cond["y"] = torch.tensor([int(labels[s % len(ds)]) for s in mine], device=x.device)
             start = tr.objective.source(cond["concat"], x)
         with autocast(tr.ranks.device, tr.cfg.dtype):
-            s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **how)
+            s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **tr.drawn(how))
         images[tr.ranks.rank::tr.ranks.world] = to_uint8(tr.vae.decode(s.x)).int()
     tr.net.train()
     return tr.ranks.sum(images).to(torch.uint8)                                 # the others' rows are zero

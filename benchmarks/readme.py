@@ -133,7 +133,7 @@ def block_solvers() -> str:
     peers = ", ".join(f"{name.removeprefix('25 ').removesuffix(' steps')} {row['ratio to diffusers']:.2f}×" for name, row in loops.items() if "ratio to diffusers" in row)
     return "\n".join([*lines, "", "[More numbers of calls, and dopri5](benchmarks/results/solvers.md). A step size for every sample, which makes a sample independent of "
                       f"its batch, saves few calls here ({saved}): in latents of 2,048 numbers all samples are about equally hard. In few dimensions it saves "
-                      f"a quarter to a third (tests/test_solvers.py).", "", f"The loop's own cost beside its network calls: {cost}. Against diffusers' scheduler loops "
+                      f"about a quarter (tests/test_solvers.py).", "", f"The loop's own cost beside its network calls: {cost}. Against diffusers' scheduler loops "
                       f"with the same network: {peers}.", "", origin(r), "", origin(s)])
 
 

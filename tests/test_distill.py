@@ -600,11 +600,14 @@ def test_one_step_of_the_progressive_target_is_two_steps_of_the_teacher(home, tm
         assert torch.allclose((1 - t[i]) * a[i] + t[i] * b[i], x[i], atol=1e-3 * float(a[i].abs().max()))   # on the line through x_t
 
 
-def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user):
+def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeypatch):
+    drawn, plain = [], watch.sample
+    monkeypatch.setattr(watch, "sample", lambda *args, **how: drawn.append((how["method"], how["steps"])) or plain(*args, **how))
     flags = ["--teacher", home / "teacher.safetensors", "--mode", "progressive", "--start-steps", 4, "--end-steps", 1, "--out", tmp_path, "--name", "p",
              *(w for k, v in {**FAST, "images": 16}.items() for w in (f"--{k.replace('_', '-')}", v))]
     assert user(distill.main, *flags)[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-1", "p-2"]
+    assert set(drawn) == {("euler", 2), ("euler", 1)}                           # the runs' own pictures too
     first = json.loads((tmp_path / "p-1" / "config.json").read_text())
     assert (first["teacher"], first["start_steps"], first["end_steps"]) == (str(tmp_path / "p-2"), 2, 1)
     for steps in (1, 2):                                                        # without a flag, by the steps it was made for
