@@ -18,7 +18,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.special import stdtr
@@ -28,14 +28,15 @@ import distill
 import drawing
 import train
 from assessor import load_assessor
-from ckpt import checkpoints
+from ckpt import checkpoints, open_unet
 from config import UserError, parse, pick_device, versions
 from data import open_dataset, to_float
-from features import pooled
+from features import look, pooled
 from files import make_dir, write_text
+from inception import load_inception
 from metrics import frechet_from_features
 from run import Ranks, join_ranks
-from vae import AnyVAE
+from vae import AnyVAE, vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
     "A": {"assessor": "none", "block_weight": 0.0}, "B": {"assessor": "none"}, "C": {"assessor": "const"}, "D": {"assessor": "david"},
@@ -51,6 +52,7 @@ class Config(distill.Config):
     seeds: tuple[int, ...] = (0, 1, 2)   # each with every arm
     fd_images: int = 1_000               # generated for the Fréchet distance; 0 = none
     fd_steps: int = 10                   # Heun steps of each
+    fd_features: Literal["latents", "inception"] = "latents"   # the autoencoder's latents at 4×4; inception: FID itself, needs its weights
     out: str = "runs/ablation"           # where runs and report go
     eval_every: int = 0                  # images; 0 = ten times a run
     preview_every: int = 0               # images; 0 = never
@@ -79,9 +81,9 @@ def mean_lambdas(run: Path) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def generate(ckpt: Path | str, n: int, steps: int, device: torch.device, method: str = "heun", dtype: str = "auto") -> tuple[Tensor, AnyVAE]:
-    """n images of seeds 0 … n - 1 from a checkpoint that says what it is: uint8 (n, 3, H, W), and its autoencoder. Classes in turn."""
-    cfg = drawing.Config(str(ckpt), n=n, method=method, steps=steps, dtype=dtype)
+def generate(ckpt: Path | str, n: int, steps: int, device: torch.device, method: str = "heun", seed: int = 0) -> tuple[Tensor, AnyVAE]:
+    """n images of seeds seed, seed + 1, … from a checkpoint that says what it is: uint8 (n, 3, H, W), and its autoencoder. Classes in turn."""
+    cfg = drawing.Config(str(ckpt), n=n, seed=seed, method=method, steps=steps)
     d = drawing.load(cfg, device)
     labels = torch.arange(n) % len(d.classes) if d.classes else None
     return drawing.draw_images(cfg, d, labels, None, None, None, device)[0], d.vae
@@ -93,29 +95,50 @@ def latent_features(images: Tensor, vae: AnyVAE, device: torch.device) -> Tensor
     return torch.cat([pooled(vae.encode(to_float(part).to(device)), 4).cpu() for part in images.split(64)])
 
 
-def distance(ckpt: Path | str, ds: Any, n: int, steps: int, device: torch.device, method: str = "heun") -> float:
-    """FD of n generated images against as many of ds, in the space of the checkpoint's own latents."""
-    images, vae = generate(ckpt, n, steps, device, method)
-    return frechet_from_features(latent_features(images, vae, device), latent_features(ds.images(range(min(n, len(ds)))), vae, device))
+def features_of(images: Tensor, vae: AnyVAE, kind: str, device: torch.device) -> Tensor:
+    """uint8 (n, 3, H, W) -> (n, d) fp32 on the CPU: latent_features, or Inception's."""
+    if kind == "latents":
+        return latent_features(images, vae, device)
+    return look(load_inception(device=device), lambda part: images[part.start:part.stop], range(len(images)), device)
+
+
+def distance(ckpt: Path | str, ds: Any, n: int, steps: int, device: torch.device, method: str = "heun", kind: str = "latents", seed: int = 0) -> float:
+    """FD of n generated images against as many of ds, in the space of the checkpoint's own latents or of Inception."""
+    images, vae = generate(ckpt, n, steps, device, method, seed)
+    return frechet_from_features(*(features_of(x, vae, kind, device) for x in (images, ds.images(range(min(n, len(ds)))))))
 
 
 def card_of(cfg: Config, own: distill.Config, arm: str, ds: Any, device: torch.device) -> dict[str, Any]:
     """What a finished run came to. Kept beside it, so that FD is computed once."""
     run = Path(own.out) / own.name
     file, last = run / "card.json", checkpoints(run)[-1]
-    asked = {"images": int(last.name), "fd_images": cfg.fd_images, "fd_steps": cfg.fd_steps}
+    asked = {"images": int(last.name), "fd_images": cfg.fd_images, "fd_steps": cfg.fd_steps, "fd_features": cfg.fd_features}
     if file.exists() and asked.items() <= (card := json.loads(file.read_text())).items():
         return card
     held, lines = rows_of(run, "held-out"), rows_of(run, "train")
     names = list(lines[-1].get("blocks", {}))
     blocks = {name: {m: [row["blocks"][name][m] for row in lines] for m in lines[-1]["blocks"][name]} for name in names}
-    fd = distance(run, ds, cfg.fd_images, cfg.fd_steps, device) if cfg.fd_images else None
+    fd = distance(run, ds, cfg.fd_images, cfg.fd_steps, device, kind=cfg.fd_features) if cfg.fd_images else None
     card = {"arm": arm, "seed": own.seed, **asked, "config": asdict(own), "fd": fd,
             "held_out": [{k: row[k] for k in ("images", "loss", "loss_by_t")} for row in held], "train_images": [row["images"] for row in lines],
             "blocks": blocks, "alarms": sum(bool(row.get("alarm")) for row in lines),
             "images_per_s": statistics.median(row["images_per_s"] for row in lines), **versions()}
     write_text(file, json.dumps(card, indent=1) + "\n")
     return card
+
+
+def references(cfg: Config, own: distill.Config, ds: Any, device: torch.device) -> dict[str, Any]:
+    """FD of the teacher's own images, and of training images against others: what the arms' FD is to be held against. Kept in a file."""
+    file, teacher = Path(cfg.out) / "references.json", rows_of(Path(own.out) / own.name, "start")[0]["init"]["teacher"]
+    asked = {"fingerprint": teacher, "fd_images": cfg.fd_images, "fd_steps": cfg.fd_steps, "fd_features": cfg.fd_features}
+    if file.exists() and asked.items() <= (found := json.loads(file.read_text())).items():
+        return found
+    vae, n = vae_from_meta(open_unet(Path(own.out) / own.name).meta["vae"]).to(device), min(cfg.fd_images, len(ds) // 2)
+    halves = [features_of(ds.images(range(low, low + n)), vae, cfg.fd_features, device) for low in (0, n)]
+    found = {**asked, "floor": frechet_from_features(*halves), "floor_images": n,
+             "teacher": distance(own.teacher, ds, cfg.fd_images, cfg.fd_steps, device, kind=cfg.fd_features) if "vae" in open_unet(own.teacher).meta else None}
+    write_text(file, json.dumps(found, indent=1) + "\n")
+    return found
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -162,24 +185,37 @@ def verdict(cards: list[dict[str, Any]]) -> tuple[str, list[str]]:
     return ("supported" if good else "not supported"), reasons
 
 
-def text_report(cards: list[dict[str, Any]], cfg: Config, accuracy: dict[str, Any]) -> str:
+def images_to(cards: list[dict[str, Any]], arm: str, goal: str) -> list[int]:
+    """Images until the held-out loss of each of an arm's runs was down to the last one of the goal's run of its seed; those that got there."""
+    last = {c["seed"]: c["held_out"][-1]["loss"] for c in cards if c["arm"] == goal and c["held_out"]}
+    curves = [[r["images"] for r in c["held_out"] if r["loss"] <= last.get(c["seed"], -math.inf)] for c in cards if c["arm"] == arm]
+    return [curve[0] for curve in curves if curve]
+
+
+def text_report(cards: list[dict[str, Any]], cfg: Config, accuracy: dict[str, Any], hold: dict[str, Any]) -> str:
     """A page that says what was compared and what came out."""
     answer, reasons = verdict(cards)
     arms = [a for a in ARMS if any(c["arm"] == a for c in cards)]
     lines = [f"Assessor-weighted distillation, {len(cards)} runs of {cards[0]['images']:,} images: the hypothesis is {answer.upper()}.", *reasons, "",
-             f"assessor: held-out accuracy {accuracy.get('mean', math.nan):.3f}, chance {accuracy.get('chance', math.nan):.3f}", "",
-             "arm  seeds  held-out loss         FD                    FD - A                images/s  clipped  alarms"]
+             f"assessor: held-out accuracy {accuracy.get('mean', math.nan):.3f}, chance {accuracy.get('chance', math.nan):.3f}"]
+    if hold:
+        own = f"the teacher's own FD {hold['teacher']:.5g}; " if hold["teacher"] is not None else ""
+        lines.append(f"{own}FD of {hold['floor_images']:,} training images against as many others {hold['floor']:.5g}")
+    lines += ["", "arm  seeds  held-out loss         FD                    FD - A                images to A's last loss  images/s  clipped  alarms"]
     for arm in arms:
         own = [c for c in cards if c["arm"] == arm]
         loss, fd = [c["held_out"][-1]["loss"] for c in own if c["held_out"]], [c["fd"] for c in own if c["fd"] is not None]
         mean, error, n = paired(cards, arm, "A", lambda c: c["fd"] if c["fd"] is not None else math.nan)
         clipped = [v for c in own for b in c["blocks"].values() for v in b["clipped"]]
         against = f"{mean:+.4g} ± {error:.2g}" if n and arm != "A" else ""
+        there = images_to(cards, arm, "A")
+        reach = f"{statistics.mean(there):,.0f} ({len(there)} of {len(own)})" if there else ""
         speed, clip = statistics.median(c["images_per_s"] for c in own), statistics.mean(clipped) if clipped else 0.0
-        lines.append(f"{arm:<4} {len(own):>5}  {spread(loss):<20}  {spread(fd):<20}  {against:<20}  {speed:>8.1f}  {clip:>7.2f}  "
+        lines.append(f"{arm:<4} {len(own):>5}  {spread(loss):<20}  {spread(fd):<20}  {against:<20}  {reach:<23}  {speed:>8.1f}  {clip:>7.2f}  "
                      f"{sum(c['alarms'] for c in own):>6}")
-    lines += ["", "± is a standard error over seeds. FD is between generated and training images in the space of the autoencoder's latents at 4×4;",
-              "it is not an Inception FID. images/s include whatever else the machine was doing. E and S are placebos.", ""]
+    space = "the space of the autoencoder's latents at 4×4; it is not an Inception FID" if cfg.fd_features == "latents" else "Inception's space (FID)"
+    lines += ["", f"± is a standard error over seeds. FD is between {cfg.fd_images:,} generated and as many training images in {space}.",
+              "Held-out loss is the EMA's. images/s include whatever else the machine was doing. E and S are placebos.", ""]
     return "\n".join(lines)
 
 
@@ -244,6 +280,13 @@ def check(cfg: Config) -> dict[str, Any]:
         raise UserError("--arms with C need D: C's weights are D's averages.")
     if not cfg.log_every:
         raise UserError("--log-every 0: the report is made from the logs.")
+    if cfg.fd_images == 1 or cfg.fd_images < 0 or cfg.fd_steps < 1:
+        raise UserError(f"--fd-images {cfg.fd_images} --fd-steps {cfg.fd_steps}: wanted 0 images, or 2 and more, and a step at least.")
+    if cfg.fd_images and open_unet(cfg.teacher).cfg.context_dim:                # found now, and not after the first run
+        raise UserError("FD is of samples, and a network that is told what to draw by text cannot be sampled here yet.  Add --fd-images 0: "
+                        "held-out losses only, no verdict.")
+    if cfg.fd_images and cfg.fd_features == "inception":
+        load_inception()
     if any(ARMS[a]["assessor"] in distill.READS for a in cfg.arms):
         if not cfg.assessor_file:
             raise UserError(f"--arms {','.join(cfg.arms)} need --assessor-file.  "
@@ -279,10 +322,11 @@ def ablate(cfg: Config, ranks: Ranks) -> Path | None:
     out = Path(cfg.out)
     make_dir(out)
     answer, reasons = verdict(cards)
-    report = {"verdict": answer, "reasons": reasons, "assessor": accuracy, "config": asdict(cfg), "cards": cards}
+    hold = references(cfg, own, ds, pick_device(cfg.device)) if cfg.fd_images else {}
+    report = {"verdict": answer, "reasons": reasons, "assessor": accuracy, "references": hold, "config": asdict(cfg), "cards": cards}
     write_text(out / "ablation.json", json.dumps(report, indent=1) + "\n")
     plot(cards, out / "ablation.png")
-    write_text(out / "ablation.txt", text_report(cards, cfg, accuracy))
+    write_text(out / "ablation.txt", text_report(cards, cfg, accuracy, hold))
     print((out / "ablation.txt").read_text())
     return out / "ablation.txt"
 

@@ -123,6 +123,7 @@ class AssessorConfig:
     patterns: int = 10                       # a bin, P
     dim: int = 128                           # of z
     belly: float = 2.0                       # hidden width of the projection, times dim
+    head: Literal["linear", "mlp"] = "linear"   # on z; mlp has a hidden layer of 2 dim
     pattern_target: Literal["nearest", "zero"] = "nearest"   # a bin's nearest crystals, softly; or always its pattern 0 (the source's last)
     x_source: Literal["data", "noise"] = "data"   # what the teacher was shown: noised data, or noise at every t (the source's)
 
@@ -137,7 +138,8 @@ class Companion(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.project = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(min(0.5, max(D ** -0.5, 0.2))),
                                      nn.Linear(hidden, D, bias=False))
-        self.t_head, self.p_head, self.place = nn.Linear(D, K), nn.Linear(D, K * P), nn.Linear(D, 1)
+        head = lambda n: nn.Linear(D, n) if cfg.head == "linear" else nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, n))
+        self.t_head, self.p_head, self.place = head(K), head(K * P), nn.Linear(D, 1)
         self.alpha = nn.Parameter(torch.tensor(0.5))
         self.crystals = nn.Parameter(F.normalize(torch.randn(K, P, 5, D), dim=-1))
         for layer in (self.project[0], self.project[3]):
@@ -257,6 +259,7 @@ class Pretrain:
     patterns: int = 10                   # a bin
     dim: int = 128                       # of the companions' vectors
     belly: float = 2.0                   # their hidden width, times dim
+    head: Literal["linear", "mlp"] = "linear"   # what reads bins and patterns out of the vectors
     pattern_target: Literal["nearest", "zero"] = "nearest"   # zero is the source's last version: a bin's pattern 0 for all
     x_source: Literal["data", "noise"] = "data"   # noise is the source's: no image ever enters
     shuffle_time: bool = False           # tell the teacher another sample's time: what can still be read comes from the image
@@ -366,7 +369,7 @@ def pretrain(cfg: Pretrain) -> None:
     rows = torch.randint(T, (cfg.samples,), generator=g)
     held_rows = torch.arange(cfg.profile_samples) * T // cfg.profile_samples
     features, held = see(teacher, vae, ds, rows, cfg, device), see(teacher, vae, ds.heldout, held_rows, cfg, device)
-    shape = AssessorConfig(tap_channels(unet), cfg.bins, cfg.patterns, cfg.dim, cfg.belly, cfg.pattern_target, cfg.x_source)
+    shape = AssessorConfig(tap_channels(unet), cfg.bins, cfg.patterns, cfg.dim, cfg.belly, cfg.head, cfg.pattern_target, cfg.x_source)
     net, weights = fresh_assessor(shape, cfg.seed).to(device), block_weights(unet)
     fit(net, {k: v.to(device) for k, v in features.items()}, bins_of(rows, cfg.bins).to(device), weights, cfg.steps, cfg.batch, cfg.lr, cfg.seed)
     report = examine(net.frozen(), {k: v.to(device) for k, v in held.items()}, bins_of(held_rows, cfg.bins).to(device), weights)

@@ -1,68 +1,116 @@
-"""The distillation's experiments, on a quiet machine:   python benchmarks/distill.py [--gpu] [WORKDIR]
+"""The distillation's experiments:   python benchmarks/distill.py [--gpu] [--work DIR] [--parts teacher,cost,ablation,scratch,progressive]
 
-1. a teacher (ddpm on Stable Diffusion's table) on toy faces, and an assessor of it;
-2. the ablation: arms A, B, C, D, E and S, three seeds each (ablate.py); its report is copied to benchmarks/results/distill/;
-3. progressive distillation of a flow-matching teacher, 8 → 4 → 2 → 1 steps, and FD of teacher and students at each number of steps.
+teacher      a teacher (ddpm on Stable Diffusion's table) on toy faces, and an assessor of it
+cost         a step's time by arm, the arms in turns: what the assessor costs
+ablation     arms A, B, C, D, E and S, three seeds each, students that start as the teacher (ablate.py)
+scratch      arms A to E again, students that start from nothing
+progressive  a flow-matching teacher halved, 8 → 4 → 2 → 1 steps; FD of teacher and students at each number of steps
 
-What has been done is not done again: the same command goes on where it stopped. --gpu trains longer and a larger network.
+Reports and numbers go to benchmarks/results/. What has been done is not done again: the same command goes on where it stopped.
+--gpu trains longer and a larger network, and measures FID.
 """
 
+import argparse
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablate import distance
+import ablate
+import data
+import distill
+import train
 from benchmarks import record
-from ckpt import checkpoints, load_unet
+from benchmarks.race import alternate
+from ckpt import checkpoints, open_unet
 from config import pick_device
-from data import open_dataset
+from run import Ranks
 
 ROOT = Path(__file__).parent.parent
-SIZES = {False: {"model": "tiny", "teacher": 40_000, "student": 20_000, "samples": 12_000, "fd": 1_000, "batch": 16},
-         True: {"model": "toy-281m", "teacher": 2_000_000, "student": 400_000, "samples": 100_000, "fd": 10_000, "batch": 128}}
-REPORT = ("ablation.json", "ablation.png", "ablation.txt")
+CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "fd": 1_000,
+       "features": "latents", "data": []}
+GPU = {**CPU, "model": "toy-281m", "teacher": 2_000_000, "student": 400_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4, "samples": 100_000,
+       "fd": 10_000, "features": "inception", "data": ["--data", "toyfaces:100000"]}
+ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D,E"}
+ROUNDS = 15                                  # of the race of arms, four steps of each in a round
+QUIET = ("--preview-every", 0)
 
 
 def run(script: str, *args: object) -> None:
     subprocess.run([sys.executable, ROOT / script, *map(str, args)], check=True)
 
 
-def progressive(work: Path, size: dict) -> dict[str, dict[str, float]]:
-    """FD by number of Euler steps, of the teacher and of each student at its own."""
-    name = "flow-teacher"
-    run("train.py", "--model", size["model"], "--objective", "fm", "--images", size["teacher"], "--out", work, "--name", name, "--preview-every", 0)
-    run("distill.py", "--mode", "progressive", "--teacher", work / name, "--objective", "fm", "--start-steps", 8, "--end-steps", 1,
-        "--images", size["student"], "--batch", size["batch"], "--lr", 3e-4, "--out", work, "--name", "halved", "--preview-every", 0)
+def teacher(work: Path, size: dict[str, Any]) -> None:
+    run("train.py", "--model", size["model"], "--objective", "ddpm", "--table", "scaled_linear", "--images", size["teacher"], *size["data"],
+        "--out", work, "--name", "teacher", *QUIET)
+    if not (work / "assessor.safetensors").exists():
+        run("distill.py", "pretrain-assessor", "--teacher", work / "teacher", "--out", work / "assessor.safetensors", "--samples", size["samples"])
+
+
+def cost(work: Path, size: dict[str, Any]) -> None:
+    """Steps of vanilla (A), block losses (B) and assessed block losses (D) in turns, at distill.py's default batch."""
+    ranks = Ranks(0, 1, pick_device("auto"))
+    with tempfile.TemporaryDirectory() as out:
+        cfg = ablate.Config(teacher=str(work / "teacher"), assessor_file=str(work / "assessor.safetensors"), out=out)
+        calls, trainers = {}, {}
+        for arm in "ABD":
+            tr = trainers[arm] = distill.setup(ablate.arm_config(cfg, arm, 0), ranks)
+            loader = data.batches(data.Stream(tr.ds, tr.labels, tr.latent_shape, 0), train.positions(tr.cfg, ranks, 0))
+            calls[arm] = lambda tr=tr, loader=loader: float(train.step(tr, loader))                         # float: a GPU has finished then
+        seconds = alternate(calls, ROUNDS, 4)
+    share = (seconds["D"] - seconds["B"]) / seconds["D"]
+    print(f"batch {cfg.batch}: A {seconds['A']:.3f} s, B {seconds['B']:.3f} s, D {seconds['D']:.3f} s a step; the assessor is {share:.1%} of D's")
+    record.write("distill-cost", {"model": size["model"], "batch": cfg.batch, "rounds": ROUNDS, "seconds a step": seconds, "assessor's share of D": share,
+                                  "block losses' share of B": (seconds["B"] - seconds["A"]) / seconds["B"]})
+
+
+def ablation(work: Path, size: dict[str, Any], part: str) -> None:
+    start = ("--init", "scratch", "--lr", size["scratch_lr"]) if part == "scratch" else ("--lr", size["lr"])
+    run("distill.py", "ablate", "--teacher", work / "teacher", "--assessor-file", work / "assessor.safetensors", "--arms", ARMS[part],
+        "--seeds", "0,1,2", "--images", size["student"], "--batch", size["batch"], *start, "--fd-images", size["fd"],
+        "--fd-features", size["features"], "--out", work / part)
+    place = record.RESULTS / "distill" / ("gpu" if size is GPU else "cpu")
+    place.mkdir(parents=True, exist_ok=True)
+    for kind in ("json", "png", "txt"):
+        shutil.copy(work / part / f"ablation.{kind}", place / f"{part}.{kind}")
+
+
+def progressive(work: Path, size: dict[str, Any]) -> None:
+    """FD by number of Euler steps, of the teacher and of each student at its own, over three sets of seeds."""
+    run("train.py", "--model", size["model"], "--objective", "fm", "--images", size["teacher"], *size["data"], "--out", work, "--name", "flow-teacher", *QUIET)
+    run("distill.py", "--mode", "progressive", "--teacher", work / "flow-teacher", "--objective", "fm", "--start-steps", 8, "--end-steps", 1,
+        "--images", size["student"], "--batch", size["batch"], "--lr", size["lr"], "--out", work, "--name", "halved", *QUIET)
     device, rows = pick_device("auto"), {}
-    trained = load_unet(checkpoints(work / name)[-1] / "model.safetensors")[1]["config"]
-    ds = open_dataset(trained["data"], resolution=trained["resolution"])
+    trained = open_unet(checkpoints(work / "flow-teacher")[-1] / "model.safetensors").meta["config"]
+    ds = data.open_dataset(trained["data"], resolution=trained["resolution"])
+
+    def fd(ckpt: Path, steps: int) -> dict[str, Any]:
+        values = [ablate.distance(ckpt, ds, size["fd"], steps, device, "euler", size["features"], seed=i * size["fd"]) for i in range(3)]
+        return {"FD": statistics.mean(values), "error": statistics.stdev(values) / 3 ** 0.5}
     for steps in (8, 4, 2, 1):
-        rows[str(steps)] = {"teacher": distance(work / name, ds, size["fd"], steps, device, "euler")}
-        if steps < 8:
-            rows[str(steps)]["student"] = distance(work / f"halved-{steps}", ds, size["fd"], steps, device, "euler")
-        print(f"{steps} steps: " + ", ".join(f"FD of the {k} {v:.4g}" for k, v in rows[str(steps)].items()), flush=True)
-    return rows
+        rows[str(steps)] = {"teacher": fd(work / "flow-teacher", steps)} | ({"student": fd(work / f"halved-{steps}", steps)} if steps < 8 else {})
+        print(f"{steps} steps: " + ", ".join(f"FD of the {k} {v['FD']:.4g} ± {v['error']:.2g}" for k, v in rows[str(steps)].items()), flush=True)
+    record.write("distill-progressive", {"size": size, "results": rows})
 
 
 def main() -> None:
-    gpu = "--gpu" in sys.argv
-    size, places = SIZES[gpu], [a for a in sys.argv[1:] if not a.startswith("-")]
-    work = Path(places[0] if places else "runs/distill-benchmark")
-    run("train.py", "--model", size["model"], "--objective", "ddpm", "--table", "scaled_linear", "--images", size["teacher"], "--out", work,
-        "--name", "teacher", "--preview-every", 0)
-    if not (work / "assessor.safetensors").exists():
-        run("distill.py", "pretrain-assessor", "--teacher", work / "teacher", "--out", work / "assessor.safetensors", "--samples", size["samples"])
-    run("distill.py", "ablate", "--teacher", work / "teacher", "--assessor-file", work / "assessor.safetensors", "--arms", "A,B,C,D,E,S",
-        "--seeds", "0,1,2", "--images", size["student"], "--batch", size["batch"], "--lr", 3e-4, "--fd-images", size["fd"],
-        "--out", work / "ablation")
-    results = record.RESULTS / "distill"
-    results.mkdir(parents=True, exist_ok=True)
-    for name in REPORT:
-        shutil.copy(work / "ablation" / name, results / name)
-    record.write("distill-progressive", {"size": size, "fd_by_steps": progressive(work, size)})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("runs/distill-benchmark"))
+    parser.add_argument("--parts", default="teacher,cost,ablation,scratch,progressive")
+    args = parser.parse_args()
+    size, parts = GPU if args.gpu else CPU, args.parts.split(",")
+    steps = {"teacher": teacher, "cost": cost, "ablation": lambda w, s: ablation(w, s, "ablation"), "scratch": lambda w, s: ablation(w, s, "scratch"),
+             "progressive": progressive}
+    if unknown := [p for p in parts if p not in steps]:
+        parser.error(f"--parts {unknown[0]}: wanted some of {', '.join(steps)}")
+    for part in parts:
+        steps[part](args.work, size)
 
 
 if __name__ == "__main__":

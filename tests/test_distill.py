@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from config import UserError
 from data import Stream, batches
 from distill import fuse, kd_cosine, v_target
 from files import write_tensors
+from metrics import frechet_from_features
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective, alphas_bar, make_objective, norm, table_time
 from run import Ranks
 from teacher import Teacher, tap_channels, taps
+from test_resume import kill_tree, wait_for
 from timesteps import bins_of, make_sampler
 from vae import pixel
 
@@ -337,6 +341,26 @@ def test_pattern_targets(target):
     assert 0 <= losses["diversity"] <= math.log(12) and losses["cayley"] >= 0.5 * simplex(net.crystals.flatten(0, 1))[1].mean() - 1e-6 and MIN_VOLUME > 0
 
 
+def test_heads_with_a_hidden_layer_learn_what_linear_ones_cannot(tmp_path):
+    """Two bins on a line, interleaved: z (2-d, a projection that is kept as it is) can be cut by a curve only."""
+    z = torch.nn.functional.normalize(torch.tensor([[math.cos(a), math.sin(a)] for a in torch.linspace(0, 2 * math.pi, 201)[:-1].tolist()]), dim=1)
+    bins, right = (torch.arange(200) // 50) % 2, {}
+    for head in ("linear", "mlp"):
+        net = fresh_assessor(AssessorConfig({"mid": 2}, bins=2, patterns=1, dim=2, head=head), 0)
+        companion = net.blocks["mid"]
+        optimizer = torch.optim.AdamW(companion.t_head.parameters(), lr=0.05)
+        for _ in range(300):
+            loss = torch.nn.functional.cross_entropy(companion.t_head(z), bins)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        right[head] = float((companion.t_head(z).argmax(1) == bins).float().mean())
+        net.save(tmp_path / f"{head}.safetensors", {})
+        again = load_assessor(tmp_path / f"{head}.safetensors")
+        assert again.cfg.head == head and torch.equal(again.blocks["mid"].t_head(z), companion.t_head(z))
+    assert right["linear"] < 0.8 < right["mlp"]
+
+
 def test_coherence_of_data_is_by_pairs_of_one_bin():
     c, bins = torch.tensor([0.1, 0.3, 0.9, 0.4]), torch.tensor([2, 2, 5, 2])
     gaps = [0.2, 0.3, 0.1]                                                      # of bin 2; bin 5 has no pair
@@ -507,6 +531,28 @@ def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(home, tmp_path, m
     assert [strip(r) for r in rows(whole)] == [strip(r) for r in rows(cut)] and len(rows(whole)) == 2
 
 
+def test_a_kill_at_any_moment_changes_nothing(home, tmp_path):
+    """SIGKILL, three times at random; the run ends as if nothing had happened. The log's lines and every tensor are the same."""
+    flags = ["--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--assessor", "david", "--local-heads", "--adaptive-t",
+             *(w for k, v in {**FAST, "images": 160, "save_every": 8, "log_every": 24, "name": "r"}.items() for w in (f"--{k.replace('_', '-')}", v))]
+    begin = lambda out: subprocess.Popen([sys.executable, ROOT / "distill.py", *map(str, flags), "--out", out], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    finish = lambda process: (process.communicate()[0], process.returncode)
+    text, code = finish(begin(tmp_path / "whole"))
+    assert code == 0, text
+    moments, run = random.Random(0), tmp_path / "cut" / "r"
+    done = lambda: int(found[-1].name) if (found := checkpoints(run)) else 0
+    for _ in range(3):
+        process, before = begin(tmp_path / "cut"), done()
+        wait_for(lambda: done() > before, process)
+        time.sleep(moments.uniform(0, 0.15))
+        kill_tree(process)
+        assert done() < 160
+    text, code = finish(begin(tmp_path / "cut"))
+    assert code == 0 and "resuming" in text, text
+    strip = lambda line: {k: v for k, v in line.items() if k != "images_per_s"}
+    assert same(tensors(tmp_path / "whole" / "r"), tensors(run)) and [strip(r) for r in rows(tmp_path / "whole" / "r")] == [strip(r) for r in rows(run)]
+
+
 def test_local_heads_learn_and_ranks_only_split_the_work(home, tmp_path):
     """Two ranks of four samples make the step of one rank of eight: λ, KD's gradient and the heads are averaged over ranks."""
     flags = ["--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--assessor", "david", "--local-heads", "--ema", "",
@@ -634,6 +680,10 @@ def test_the_verdict_follows_the_rule():
     answer, reasons = ablate.verdict(cards(better, spoiled))
     assert answer == "not supported" and any("1.060 (above 1.05)" in r for r in reasons)
     assert ablate.verdict(cards(better, seeds=(0, 1)))[0] == "open" == ablate.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
+    curve = lambda arm, s: [{"images": i, "loss": 10 / i + (arm == "B") * (4 - s), "loss_by_t": [1.0]} for i in (1, 2, 4)]
+    curves = [{"arm": arm, "seed": s, "held_out": curve(arm, s)} for arm in "AB" for s in (2, 4)]
+    curves[-1]["held_out"][1]["loss"] = 2.4                                     # B, seed 4, is faster; seed 2 never gets there
+    assert ablate.images_to(curves, "B", "A") == [2] and ablate.images_to(curves, "A", "A") == [4, 4]
     _, reasons = ablate.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
     assert any("an assessor that knows nothing gains too" in r for r in reasons)
 
@@ -649,9 +699,23 @@ def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
     mean = [sum(b["lambda"]) / len(b["lambda"]) for b in by["D"]["blocks"].values()]
     assert by["C"]["config"]["lambdas"] == pytest.approx(mean) and by["C"]["blocks"]["mid"]["lambda"][0] == pytest.approx(mean[2], rel=1e-6)
     assert [len(c["held_out"]) for c in report["cards"]] == [2, 2, 2] and all(c["fd"] > 0 for c in report["cards"])
+    hold, device = report["references"], torch.device("cpu")
+    ds = distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1)
+    assert hold["teacher"] == pytest.approx(ablate.distance(home / "teacher.safetensors", ds, 8, 1, device)) and 0 < hold["floor"] < hold["teacher"]
+    assert by["B"]["fd"] == pytest.approx(ablate.distance(tmp_path / "B-3", ds, 8, 1, device)) != ablate.distance(tmp_path / "B-3", ds, 8, 1, device, seed=8)
     assert "D and B share 1 of the 3 seeds" in (tmp_path / "ablation.txt").read_text()
     again = user(distill.main, *flags)[1]
     assert again.count("finished:") == 3 and "loss" not in again.split("Assessor-weighted")[0]              # nothing is run twice
+
+
+def test_fd_by_inception_is_of_its_features(home, monkeypatch):
+    """Wiring only, with a network that names mean colours; Inception itself is test_fid.py's."""
+    colours = lambda images: images.float().mean((2, 3))
+    monkeypatch.setattr(ablate, "load_inception", lambda device: colours)
+    ds, device = distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1), torch.device("cpu")
+    drawn = ablate.generate(home / "teacher.safetensors", 8, 2, device, "euler", seed=5)[0]
+    wanted = frechet_from_features(colours(drawn), colours(ds.images(range(8))))
+    assert ablate.distance(home / "teacher.safetensors", ds, 8, 2, device, "euler", "inception", seed=5) == pytest.approx(wanted) and wanted > 1
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -724,7 +788,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
 def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
     base = ["ablate", "--teacher", home / "teacher.safetensors", "--out", tmp_path / "out"]
     for args, message in ((["--arms", "A,X"], "--arms X"), (["--arms", "C"], "C need D"), (["--arms", "D"], "need --assessor-file"), (["--seeds", "1,1"], "none twice"),
-                          (["--arms", "A", "--log-every", "0"], "made from the logs")):
+                          (["--arms", "A", "--log-every", "0"], "made from the logs"), (["--arms", "A", "--fd-images", "1"], "--fd-images 1 --fd-steps 10: wanted")):
         code, _, err = user(distill.main, *base, *args)
         assert code == 2 and len(err) == 1 and message in err[0], err
     tensors_, card = read_tensors(home / "a.safetensors")
