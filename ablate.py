@@ -15,6 +15,7 @@ the paired differences, over three seeds or more, and no bin of t has a held-out
 
 import json
 import math
+import signal
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -313,6 +314,8 @@ def ablate(cfg: Config, ranks: Ranks) -> Path | None:
         train.train(own, ranks, distill.setup, distill.FREE)
         if int(checkpoints(Path(own.out) / own.name)[-1].name) < own.images:
             return None
+        signal.signal(signal.SIGINT, signal.default_int_handler)                # train()'s wait for the end of a step, and here is none
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if ranks.rank == 0:
             ds = ds or open_dataset(own.data, stage=own.stage, exclude_tags=own.exclude_tags, resolution=own.resolution, holdout=own.holdout)
             cards.append(card_of(cfg, own, arm, ds, pick_device(cfg.device)))

@@ -1,4 +1,4 @@
-"""The distillation's experiments:   python benchmarks/distill.py [--gpu] [--work DIR] [--parts teacher,cost,ablation,scratch,progressive]
+"""The distillation's experiments:   python benchmarks/distill.py [--size cpu|gpu|dry] [--work DIR] [--parts teacher,cost,ablation,scratch,progressive]
 
 teacher      a teacher (ddpm on Stable Diffusion's table) on toy faces, and an assessor of it
 cost         a step's time by arm, the arms in turns: what the assessor costs
@@ -6,12 +6,15 @@ ablation     arms A, B, C, D, E and S, three seeds each, students that start as 
 scratch      arms A to E again, students that start from nothing
 progressive  a flow-matching teacher halved, 8 → 4 → 2 → 1 steps; FD of teacher and students at each number of steps
 
-Reports and numbers go to benchmarks/results/. What has been done is not done again: the same command goes on where it stopped.
---gpu trains longer and a larger network, and measures FID.
+Reports and numbers go to benchmarks/results/distill/SIZE. What has been done is not done again: the same command goes on where it
+stopped. Size gpu trains a larger network for longer and measures FID; dry shows in miniature that everything runs, and leaves its
+numbers in --work.
 """
 
 import argparse
+import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,24 +35,48 @@ from config import pick_device
 from run import Ranks
 
 ROOT = Path(__file__).parent.parent
-CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "fd": 1_000,
-       "features": "latents", "data": []}
-GPU = {**CPU, "model": "toy-281m", "teacher": 2_000_000, "student": 400_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4, "samples": 100_000,
-       "fd": 10_000, "features": "inception", "data": ["--data", "toyfaces:100000"]}
+CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "steps": 3_000, "fd": 1_000,
+       "features": "latents", "data": "toyfaces"}
+SIZES = {
+    "cpu": CPU,
+    "gpu": {**CPU, "model": "toy-281m", "teacher": 1_000_000, "student": 200_000, "halved": 200_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4, "samples": 100_000,
+            "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
+    "dry": {**CPU, "model": "nano", "teacher": 64, "student": 32, "halved": 32, "samples": 256, "steps": 300, "fd": 32, "data": "toyfaces:200"},
+}
 ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D,E"}
 ROUNDS = 15                                  # of the race of arms, four steps of each in a round
 QUIET = ("--preview-every", 0)
 
 
 def run(script: str, *args: object) -> None:
-    subprocess.run([sys.executable, ROOT / script, *map(str, args)], check=True)
+    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, args)])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:                                                   # let it save
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        sys.exit("stopped.  The same command goes on.")
+    if code:
+        sys.exit(code)
+
+
+def place_of(work: Path, size: dict[str, Any]) -> Path:
+    """Where results of this size belong."""
+    name = next(k for k, v in SIZES.items() if v is size)
+    return work / "results" if name == "dry" else record.RESULTS / "distill" / name
+
+
+def keep(part: str, work: Path, size: dict[str, Any], result: dict[str, Any]) -> None:
+    record.save(place_of(work, size) / f"{part}.json", {**record.context(), **result})
+    print(place_of(work, size) / f"{part}.json")
 
 
 def teacher(work: Path, size: dict[str, Any]) -> None:
-    run("train.py", "--model", size["model"], "--objective", "ddpm", "--table", "scaled_linear", "--images", size["teacher"], *size["data"],
+    run("train.py", "--model", size["model"], "--objective", "ddpm", "--table", "scaled_linear", "--images", size["teacher"], "--data", size["data"],
         "--out", work, "--name", "teacher", *QUIET)
     if not (work / "assessor.safetensors").exists():
-        run("distill.py", "pretrain-assessor", "--teacher", work / "teacher", "--out", work / "assessor.safetensors", "--samples", size["samples"])
+        run("distill.py", "pretrain-assessor", "--teacher", work / "teacher", "--out", work / "assessor.safetensors", "--samples", size["samples"],
+            "--steps", size["steps"])
 
 
 def cost(work: Path, size: dict[str, Any]) -> None:
@@ -65,7 +92,7 @@ def cost(work: Path, size: dict[str, Any]) -> None:
         seconds = alternate(calls, ROUNDS, 4)
     share = (seconds["D"] - seconds["B"]) / seconds["D"]
     print(f"batch {cfg.batch}: A {seconds['A']:.3f} s, B {seconds['B']:.3f} s, D {seconds['D']:.3f} s a step; the assessor is {share:.1%} of D's")
-    record.write("distill-cost", {"model": size["model"], "batch": cfg.batch, "rounds": ROUNDS, "seconds a step": seconds, "assessor's share of D": share,
+    keep("cost", work, size, {"model": size["model"], "batch": cfg.batch, "rounds": ROUNDS, "seconds a step": seconds, "assessor's share of D": share,
                                   "block losses' share of B": (seconds["B"] - seconds["A"]) / seconds["B"]})
 
 
@@ -74,17 +101,16 @@ def ablation(work: Path, size: dict[str, Any], part: str) -> None:
     run("distill.py", "ablate", "--teacher", work / "teacher", "--assessor-file", work / "assessor.safetensors", "--arms", ARMS[part],
         "--seeds", "0,1,2", "--images", size["student"], "--batch", size["batch"], *start, "--fd-images", size["fd"],
         "--fd-features", size["features"], "--out", work / part)
-    place = record.RESULTS / "distill" / ("gpu" if size is GPU else "cpu")
-    place.mkdir(parents=True, exist_ok=True)
-    for kind in ("json", "png", "txt"):
-        shutil.copy(work / part / f"ablation.{kind}", place / f"{part}.{kind}")
+    keep(part, work, size, json.loads((work / part / "ablation.json").read_text()))
+    for kind in ("png", "txt"):
+        shutil.copy(work / part / f"ablation.{kind}", place_of(work, size) / f"{part}.{kind}")
 
 
 def progressive(work: Path, size: dict[str, Any]) -> None:
     """FD by number of Euler steps, of the teacher and of each student at its own, over three sets of seeds."""
-    run("train.py", "--model", size["model"], "--objective", "fm", "--images", size["teacher"], *size["data"], "--out", work, "--name", "flow-teacher", *QUIET)
+    run("train.py", "--model", size["model"], "--objective", "fm", "--images", size["teacher"], "--data", size["data"], "--out", work, "--name", "flow-teacher", *QUIET)
     run("distill.py", "--mode", "progressive", "--teacher", work / "flow-teacher", "--objective", "fm", "--start-steps", 8, "--end-steps", 1,
-        "--images", size["student"], "--batch", size["batch"], "--lr", size["lr"], "--out", work, "--name", "halved", *QUIET)
+        "--images", size["halved"], "--batch", size["batch"], "--lr", size["lr"], "--out", work, "--name", "halved", *QUIET)
     device, rows = pick_device("auto"), {}
     trained = open_unet(checkpoints(work / "flow-teacher")[-1] / "model.safetensors").meta["config"]
     ds = data.open_dataset(trained["data"], resolution=trained["resolution"])
@@ -95,16 +121,16 @@ def progressive(work: Path, size: dict[str, Any]) -> None:
     for steps in (8, 4, 2, 1):
         rows[str(steps)] = {"teacher": fd(work / "flow-teacher", steps)} | ({"student": fd(work / f"halved-{steps}", steps)} if steps < 8 else {})
         print(f"{steps} steps: " + ", ".join(f"FD of the {k} {v['FD']:.4g} ± {v['error']:.2g}" for k, v in rows[str(steps)].items()), flush=True)
-    record.write("distill-progressive", {"size": size, "results": rows})
+    keep("progressive", work, size, {"size": size, "results": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/distill-benchmark"))
     parser.add_argument("--parts", default="teacher,cost,ablation,scratch,progressive")
     args = parser.parse_args()
-    size, parts = GPU if args.gpu else CPU, args.parts.split(",")
+    size, parts = SIZES[args.size], args.parts.split(",")
     steps = {"teacher": teacher, "cost": cost, "ablation": lambda w, s: ablation(w, s, "ablation"), "scratch": lambda w, s: ablation(w, s, "scratch"),
              "progressive": progressive}
     if unknown := [p for p in parts if p not in steps]:

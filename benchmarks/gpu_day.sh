@@ -11,6 +11,8 @@
 #           needs numpy safetensors pillow tqdm
 #   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
 #           needs what encode needs
+#   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID, progressive halving; again = further, many times
+#           needs what encode needs, scipy, matplotlib, and FID's weights (python inception.py --fetch)
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench finishes a section that was
 # cut off, row by row. Where minutes are few, take them in this order: kernels groupnorm attention optimizer step encode train.
@@ -21,7 +23,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
-PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train "
+PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train distill "
 [ $# -gt 0 ] || set -- tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -70,9 +72,14 @@ run_train() {
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
+run_distill() {
+    # at the limit the run that is under way saves
+    part distill 570 "$PYTHON" benchmarks/distill.py --size "$([ -n "$DRY" ] && echo dry || echo gpu)" --work "$OUT/distill"
+}
+
 for name in "$@"; do
     case $name in
-        encode | train) "run_$name" ;;
+        encode | train | distill) "run_$name" ;;
         tests) run_tests gpu tests/gpu; run_tests kernels tests/test_kernels.py; run_tests adamw tests/test_adamw8bit.py ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) run_tests kernels tests/test_kernels.py ;;
