@@ -17,7 +17,7 @@ import json
 import math
 import signal
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,27 +29,30 @@ import distill
 import drawing
 import train
 from assessor import load_assessor
-from ckpt import checkpoints, open_unet
+from ckpt import checkpoints, find_checkpoint, load_unet, open_unet
 from config import UserError, parse, pick_device, versions
 from data import open_dataset, to_float
-from features import look, pooled
+from distill_flags import ASSESSED, DRAWN
+from features import cached_data, look, pooled
 from files import make_dir, write_text
 from inception import load_inception
+from latents import is_cache
 from metrics import frechet_from_features
 from run import Ranks, join_ranks
+from teacher import describe_teacher
 from vae import AnyVAE, vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
-    "A": {"assessor": "none", "block_weight": 0.0}, "B": {"assessor": "none"}, "C": {"assessor": "const"}, "D": {"assessor": "david"},
+    "A": {"assessor": "none", "block_weight": 0.0, "local_heads": False}, "B": {"assessor": "none"}, "C": {"assessor": "const"}, "D": {"assessor": "david"},
     "E": {"assessor": "random"}, "S": {"assessor": "shuffled"}, "F": {"assessor": "david", "adaptive_t": True},
-    "G": {"assessor": "none", "block_weight": 0.0, "shift": 3.0},
+    "G": {"assessor": "none", "block_weight": 0.0, "local_heads": False, "shift": 3.0},
 }
 WORSE, ERRORS, SEEDS = 1.05, 2.0, 3          # the rule: allowed held-out loss by t against B and C; standard errors of FD; seeds at least
 
 
 @dataclass(frozen=True)
 class Config(distill.Config):
-    arms: tuple[str, ...] = ("A", "B", "C", "D", "E")   # of the table above
+    arms: tuple[str, ...] = ("A", "B", "C", "D", "E", "S")   # of the table above
     seeds: tuple[int, ...] = (0, 1, 2)   # each with every arm
     fd_images: int = 1_000               # generated for the Fréchet distance; 0 = none
     fd_steps: int = 10                   # Heun steps of each
@@ -65,8 +68,11 @@ def arm_config(cfg: Config, arm: str, seed: int, lambdas: tuple[float, ...] = ()
     """The distillation an arm is."""
     own = {k: v for k, v in asdict(cfg).items() if k in distill.Config.__dataclass_fields__}
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-    keep = cfg.assessor_file if ARMS[arm]["assessor"] in distill.READS else ""
-    return distill.resolve(distill.Config(**{**own, **ARMS[arm], "assessor_file": keep, "lambdas": lambdas, "name": f"{arm}-{seed}", "seed": seed,
+    if ARMS[arm]["assessor"] not in distill.READS:                              # what only an assessor reads is not for this arm
+        own |= {name: getattr(distill.Config, name) for name in ("assessor_file", *ASSESSED)}
+    own |= {"block_weights": ()} if lambdas else {}
+    own |= {} if "adaptive_t" in ARMS[arm] else {name: getattr(distill.Config, name) for name in DRAWN}
+    return distill.resolve(distill.Config(**{**own, **ARMS[arm], "lambdas": lambdas, "name": f"{arm}-{seed}", "seed": seed,
                                              "eval_every": cfg.eval_every or max(cfg.images // 10, 1)}))
 
 
@@ -77,8 +83,9 @@ def rows_of(run: Path, event: str) -> list[dict[str, Any]]:
 
 def mean_lambdas(run: Path) -> tuple[float, ...]:
     """λ of each block over a whole run, from its log."""
-    rows = [row["blocks"] for row in rows_of(run, "train") if "blocks" in row]
-    return tuple(statistics.mean(row[name]["lambda"] for row in rows) for name in rows[0])
+    rows = rows_of(run, "train")
+    images = [row["images"] - before for row, before in zip(rows, [0] + [row["images"] for row in rows])]   # lines may stand for unequal stretches
+    return tuple(statistics.fmean([row["blocks"][name]["lambda"] for row in rows], images) for name in rows[0]["blocks"])
 
 
 @torch.no_grad()
@@ -113,7 +120,8 @@ def card_of(cfg: Config, own: distill.Config, arm: str, ds: Any, device: torch.d
     """What a finished run came to. Kept beside it, so that FD is computed once."""
     run = Path(own.out) / own.name
     file, last = run / "card.json", checkpoints(run)[-1]
-    asked = {"images": int(last.name), "fd_images": cfg.fd_images, "fd_steps": cfg.fd_steps, "fd_features": cfg.fd_features}
+    weights = load_unet(find_checkpoint(run))[1]["fingerprint"]
+    asked = {"images": int(last.name), "weights": weights, "fd_images": cfg.fd_images, "fd_steps": cfg.fd_steps, "fd_features": cfg.fd_features}
     if file.exists() and asked.items() <= (card := json.loads(file.read_text())).items():
         return card
     held, lines = rows_of(run, "held-out"), rows_of(run, "train")
@@ -122,7 +130,7 @@ def card_of(cfg: Config, own: distill.Config, arm: str, ds: Any, device: torch.d
     fd = distance(run, ds, cfg.fd_images, cfg.fd_steps, device, kind=cfg.fd_features) if cfg.fd_images else None
     card = {"arm": arm, "seed": own.seed, **asked, "config": asdict(own), "fd": fd,
             "held_out": [{k: row[k] for k in ("images", "loss", "loss_by_t")} for row in held], "train_images": [row["images"] for row in lines],
-            "blocks": blocks, "alarms": sum(bool(row.get("alarm")) for row in lines),
+            "blocks": blocks, "block_share": [row["block_share"] for row in lines if "block_share" in row], "alarms": sum(bool(row.get("alarm")) for row in lines),
             "images_per_s": statistics.median(row["images_per_s"] for row in lines), **versions()}
     write_text(file, json.dumps(card, indent=1) + "\n")
     return card
@@ -175,9 +183,15 @@ def verdict(cards: list[dict[str, Any]]) -> tuple[str, list[str]]:
         worst = max(d / o for d, o in zip(by_t(cards, "D"), by_t(cards, other)))
         good = good and holds and worst <= WORSE
         luck = f", which chance alone does in {stdtr(n - 1, -ERRORS):.0%} of such comparisons" if holds else ""
+        level = statistics.mean(c["fd"] for c in cards if c["arm"] == other)
         reasons.append(f"FD of D - {other}: {mean:+.4g} ± {error:.2g} ({n} seeds): {'below' if holds else 'not below'} zero by more than {ERRORS:g} "
-                       f"standard errors{luck}.")
+                       f"standard errors{luck}. With this spread it took a gain of {ERRORS * error / level:.1%} to pass.")
         reasons.append(f"held-out loss of D / {other}, worst bin of t: {worst:.3f} ({'within' if worst <= WORSE else 'above'} {WORSE:g}).")
+    if blocks := [b for c in cards if c["arm"] == "D" for b in c.get("blocks", {}).values()]:
+        clipped, moves = statistics.fmean(v for b in blocks for v in b["clipped"]), statistics.fmean(statistics.pstdev(b["lambda"]) / statistics.fmean(b["lambda"]) for b in blocks)
+        share = statistics.fmean(v for c in cards if c["arm"] == "D" for v in c["block_share"])
+        reasons.append(f"the treatment: D's λ was clipped in {clipped:.0%} of its values and moved by {moves:.1%} of itself over a run (where it does not move, "
+                       f"D is C); the blocks' losses were {share:.1%} of the loss.")
     for placebo in sorted({"E", "S"} & arms):
         mean, error, n = paired(cards, "D", placebo, lambda c: c["fd"])
         beaten = mean < -ERRORS * error
@@ -277,22 +291,34 @@ def check(cfg: Config) -> dict[str, Any]:
         raise UserError(f"--arms {','.join(unknown)}: wanted some of {', '.join(ARMS)}.")
     if not cfg.arms or not cfg.seeds or len({*cfg.arms}) < len(cfg.arms) or len({*cfg.seeds}) < len(cfg.seeds):
         raise UserError(f"--arms {','.join(cfg.arms)} --seeds {','.join(map(str, cfg.seeds))}: wanted at least one of each, none twice.")
+    if taken := [f for f in ("name", "seed", "lambdas", "assessor", "adaptive_t", "mode") if getattr(cfg, f) != getattr(Config, f)]:
+        raise UserError(f"--{taken[0].replace('_', '-')} is what the arms and --seeds say here.  Leave it out.")
+    if not cfg.block_weight or not (cfg.kd_weight or cfg.local_heads):
+        raise UserError(f"--block-weight {cfg.block_weight:g} --kd-weight {cfg.kd_weight:g}: all arms would be one.  Give both a weight above 0.")
+    if "G" in cfg.arms and cfg.shift != 1.0:
+        raise UserError(f"--shift {cfg.shift}: arm G is A with --shift 3.  Leave it out, or G.")
     if "C" in cfg.arms and "D" not in cfg.arms:
         raise UserError("--arms with C need D: C's weights are D's averages.")
     if not cfg.log_every:
         raise UserError("--log-every 0: the report is made from the logs.")
     if cfg.fd_images == 1 or cfg.fd_images < 0 or cfg.fd_steps < 1:
         raise UserError(f"--fd-images {cfg.fd_images} --fd-steps {cfg.fd_steps}: wanted 0 images, or 2 and more, and a step at least.")
-    if cfg.fd_images and open_unet(cfg.teacher).cfg.context_dim:                # found now, and not after the first run
+    if cfg.fd_images and describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)[0].context_dim:   # found now, and not after the first run
         raise UserError("FD is of samples, and a network that is told what to draw by text cannot be sampled here yet.  Add --fd-images 0: "
                         "held-out losses only, no verdict.")
     if cfg.fd_images and cfg.fd_features == "inception":
         load_inception()
-    if any(ARMS[a]["assessor"] in distill.READS for a in cfg.arms):
-        if not cfg.assessor_file:
-            raise UserError(f"--arms {','.join(cfg.arms)} need --assessor-file.  "
-                            f"Make one: python distill.py pretrain-assessor --teacher {cfg.teacher}")
-        found = load_assessor(cfg.assessor_file).meta.get("held_out", {})
+    reading = any(ARMS[a]["assessor"] in distill.READS for a in cfg.arms)
+    if reading and not cfg.assessor_file:
+        raise UserError(f"--arms {','.join(cfg.arms)} need --assessor-file.  Make one: python distill.py pretrain-assessor --teacher {cfg.teacher}")
+    for arm in cfg.arms:
+        for seed in cfg.seeds:
+            arm_config(cfg, arm, seed)
+    if reading:
+        meta = load_assessor(cfg.assessor_file).meta
+        if meta.get("teacher") != load_unet(find_checkpoint(cfg.teacher))[1]["fingerprint"]:
+            raise UserError(f"{cfg.assessor_file} was trained on another teacher's features.  Pretrain one on {cfg.teacher}.")
+        found = meta.get("held_out", {})
         if found.get("mean", 0) < 3 * found.get("chance", 1):
             raise UserError(f"{cfg.assessor_file} reads timesteps with accuracy {found.get('mean', 0):.3f} on held-out images, "
                             f"chance is {found.get('chance', 0):.3f}: "
@@ -304,10 +330,7 @@ def check(cfg: Config) -> dict[str, Any]:
 def ablate(cfg: Config, ranks: Ranks) -> Path | None:
     """Run what has not been run, then report; returns the report's path, or None if it was asked to stop."""
     accuracy, cards, ds = check(cfg), [], None
-    jobs = [(arm, seed) for seed in cfg.seeds for arm in sorted(cfg.arms, key=lambda a: a == "C")]          # C needs D
-    for arm, seed in jobs:                                                      # all of them, before the first one runs
-        arm_config(cfg, arm, seed)
-    for arm, seed in jobs:
+    for arm, seed in ((arm, seed) for seed in cfg.seeds for arm in sorted(cfg.arms, key=lambda a: a == "C")):   # C needs D
         if ranks.rank == 0:
             print(f"---- arm {arm}, seed {seed}", flush=True)
         own = arm_config(cfg, arm, seed, mean_lambdas(Path(cfg.out) / f"D-{seed}") if arm == "C" else ())
@@ -317,7 +340,7 @@ def ablate(cfg: Config, ranks: Ranks) -> Path | None:
         signal.signal(signal.SIGINT, signal.default_int_handler)                # train()'s wait for the end of a step, and here is none
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if ranks.rank == 0:
-            ds = ds or open_dataset(own.data, stage=own.stage, exclude_tags=own.exclude_tags, resolution=own.resolution, holdout=own.holdout)
+            ds = ds or open_dataset(cached_data(own.data) if is_cache(own.data) else own.data, stage=own.stage, exclude_tags=own.exclude_tags, resolution=own.resolution, holdout=own.holdout)
             cards.append(card_of(cfg, own, arm, ds, pick_device(cfg.device)))
         ranks.barrier()
     if ranks.rank:
@@ -336,7 +359,6 @@ def ablate(cfg: Config, ranks: Ranks) -> Path | None:
 
 def main(argv: list[str]) -> None:
     cfg, dry_run = parse(Config, __doc__, argv)
-    distill.resolve(distill.Config(**{k: v for k, v in asdict(replace(cfg, lambdas=())).items() if k in distill.Config.__dataclass_fields__}))
     if dry_run:
         check(cfg)
         print(json.dumps(asdict(cfg), indent=1))

@@ -78,7 +78,10 @@ def cantor(x: Tensor, alpha: Tensor | float = 0.5, tau: float = 0.25, levels: in
 def simplex(points: Tensor) -> tuple[Tensor, Tensor]:
     """4-simplices (…, 5, D) -> volume (…) by Cayley and Menger, V² = -det / 9216, and the variation (std / mean) of their ten
     squared edges (…). A flat one has volume 0 and finite gradients."""
-    squared = (points[..., :, None, :] - points[..., None, :, :]).square().sum(-1)                          # (…, 5, 5)
+    centred = points - points[..., :1, :]                                       # squared edges from a Gram matrix: a quarter of the time
+    gram = centred @ centred.mT                                                                             # (…, 5, 5)
+    own = gram.diagonal(dim1=-2, dim2=-1)
+    squared = own[..., :, None] + own[..., None, :] - 2 * gram
     matrix = F.pad(squared, (1, 0, 1, 0), value=1.0)
     matrix[..., 0, 0] = 0
     i, j = torch.triu_indices(5, 5, 1, device=points.device)
@@ -145,12 +148,15 @@ class Companion(nn.Module):
         for layer in (self.project[0], self.project[3]):
             nn.init.xavier_uniform_(layer.weight, gain=0.5)
 
-    def forward(self, features: Tensor, bins: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, bins: Tensor, staircase: bool = True) -> dict[str, Tensor]:
         """features (B, C) or (B, C, H, W), bins (B,) -> z (B, D), t_logits (B, K), p_logits (B, K·P), cantor (B,). The bins reach
-        cantor only."""
+        cantor only, which is left out without `staircase`."""
         z = F.normalize(self.project((pool(features) - self.mean) / self.std), dim=-1)
-        x = bins / max(self.cfg.bins - 1, 1) + 0.3 * torch.tanh(self.place(z)[:, 0])   # not over the batch's largest bin, as the source
-        return {"z": z, "t_logits": self.t_head(z), "p_logits": self.p_head(z), "cantor": cantor(x, self.alpha)}
+        out = {"z": z, "t_logits": self.t_head(z), "p_logits": self.p_head(z)}
+        if staircase:
+            x = bins / max(self.cfg.bins - 1, 1) + 0.3 * torch.tanh(self.place(z)[:, 0])   # not over the batch's largest bin, as the source
+            out["cantor"] = cantor(x, self.alpha)
+        return out
 
     def losses(self, features: Tensor, bins: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The six terms of pretraining, unweighted. The source's Gram term is the constant 1 (five centred points have rank 4): left out."""
@@ -186,11 +192,11 @@ class Assessor(nn.Module):
         self.register_buffer("accuracy", torch.zeros(cfg.bins))                 # the profile: per bin, averaged over blocks
         self.register_buffer("entropy", torch.ones(cfg.bins))
 
-    def forward(self, features: dict[str, Tensor], bins: Tensor) -> dict[str, dict[str, Tensor]]:
+    def forward(self, features: dict[str, Tensor], bins: Tensor, staircase: bool = True) -> dict[str, dict[str, Tensor]]:
         """{block: features (B, C, H, W) or (B, C)}, bins (B,) -> {block: what Companion returns}. Every block must be there."""
         if features.keys() != self.blocks.keys():
             raise UserError(f"the assessor reads {', '.join(self.blocks)}; got features of {', '.join(features) or 'nothing'}.")
-        return {name: companion(features[name], bins) for name, companion in self.blocks.items()}
+        return {name: companion(features[name], bins, staircase) for name, companion in self.blocks.items()}
 
     @torch.no_grad()
     def assess(self, features: dict[str, Tensor], bins: Tensor, coherence: str = "alpha") -> dict[str, Tensor]:
@@ -201,7 +207,7 @@ class Assessor(nn.Module):
         """
         with torch.autocast(bins.device.type, enabled=False):
             found = {}
-            for name, out in self(features, bins).items():
+            for name, out in self(features, bins, coherence == "data").items():
                 coh = self.blocks[name].alpha if coherence == "alpha" else \
                     (-same_bin_gap(out["cantor"], bins, distinct=True) / CANTOR_WIDTH).exp()
                 found[name] = torch.stack([F.cross_entropy(out["t_logits"], bins), entropy(out["p_logits"]).mean(), coh])
@@ -265,10 +271,12 @@ class Pretrain:
     shuffle_time: bool = False           # tell the teacher another sample's time: what can still be read comes from the image
     samples: int = 20_000                # noised images the teacher is shown
     profile_samples: int = 2_500         # … of held-out images, spread evenly over time: accuracy and the sampler's profile
+    stage: Literal["standard", "fine", "stage2"] = "standard"   # without --data, the teacher's, like the next two
+    exclude_tags: tuple[str, ...] = ()   # …
     holdout: float = 0.02                # share of the images that are held out
     steps: int = 3_000                   # of AdamW
     batch: int = 256                     # of it
-    lr: float = 1e-3                     # at the start, falling to 0 as a cosine
+    lr: float = 5e-3                     # at the start, falling to 0 as a cosine
     seed: int = 0                        # of weights, order, noise
     dtype: Literal["auto", "fp32", "bf16"] = "auto"   # of the teacher
     device: str = "auto"                 # auto | cpu | cuda
@@ -353,12 +361,14 @@ def pretrain(cfg: Pretrain) -> None:
                               ("steps", 1, 1e9), ("batch", 1, 1e6)):
         if not least <= getattr(cfg, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {least:g} to {most:g}.")
+    if cfg.profile_samples < cfg.bins:
+        raise UserError(f"--profile-samples {cfg.profile_samples}: wanted {cfg.bins} at least, one a bin.")
     device, out = pick_device(cfg.device), Path(cfg.out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out {cfg.out}: wanted a name that ends in .safetensors.")
     if out.exists():
         raise UserError(f"{out} exists.  Give another --out, or remove it first.")
-    ds = open_dataset(cfg.data, resolution=cfg.resolution, holdout=cfg.holdout)
+    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
     if not len(ds.heldout):
         raise UserError(f"--holdout {cfg.holdout} of {cfg.data} leaves no image to measure the assessor on.  Raise it.")
     make_dir(out.parent)

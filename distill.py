@@ -35,16 +35,16 @@ from assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_a
 from ckpt import checkpoints, fingerprint, load_strict, load_unet
 from config import UserError, autocast, cli, parse
 from data import open_dataset
+from distill_flags import resolve
 from latents import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, norm
 from run import Ranks, check_disk, join_ranks
 from samplers import time_grid
-from schedules import TABLES
 from settings import objective_of
-from teacher import Teacher, describe_teacher, like_the_teacher, open_teacher, student_config, tap_channels, tapped, taps, teacher_vae, v_target
+from teacher import Teacher, open_teacher, student_config, tap_channels, tapped, taps, teacher_vae, v_target
 from timesteps import TimestepSampler, bins_of, make_sampler
-from vae import vae_from_meta
+from vae import AnyVAE, vae_from_meta
 
 __all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
 
@@ -56,7 +56,7 @@ class Config(train.Config):
     teacher_objective: Literal["", "eps", "v", "x0", "fm"] = ""   # of a file that does not say
     teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # of a file that does not say
     context: str = ""                    # text embeddings, for a teacher that takes text (teacher.py)
-    data: str = ""                       # "" = what the teacher was trained on
+    data: str = ""                       # "" = what the teacher was trained on, with its stage, excluded tags and held-out images
     resolution: int = 0                  # 0 = the teacher's
     vae: str = ""                        # "" = the teacher's
     # the student
@@ -96,57 +96,10 @@ class Config(train.Config):
     importance: bool = False             # weigh samples so that the choice of bins has no effect on the mean
 
 
-FREE = train.FREE - {"accum"}                # λ is of a micro-batch
-BOUNDS = {"block_weight": (0, 1e6), "kd_weight": (0, 1e6), "alpha": (-1e6, 1e6), "beta": (-1e6, 1e6), "delta": (-1e6, 1e6), "lam_min": (0, 1e6),
-          "lam_max": (0, 1e6), "base_jitter": (0, 499), "reliability": (0, 1), "difficulty_gain": (0, 1e6),
-          "start_steps": (2, 1024), "end_steps": (1, 512)}
+FREE = train.FREE - {"accum"} | {"teacher", "assessor_file", "context"}   # λ is of a micro-batch; files may move, their marks are compared
 METRICS = ("lambda", "clipped", "kd", "e_t", "e_p", "coh")
-OWN = ("target", "stratified", "learn_sigma", "aligned", "coupling")   # train.py's, of losses that a teacher's targets replace
 READS = ("david", "random", "shuffled")      # arms that run an assessor
 ALARM = (0.5, 0.15, 0.7)                     # a third of the timesteps has this share of the gradient and so much more than unweighted; or this share
-
-
-def resolve(cfg: Config) -> Config:
-    """Fill in what follows from the teacher, and refuse what cannot run, before anything is read or written."""
-    unet, teacher, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
-    cfg = like_the_teacher(cfg, meta)
-    for name, (low, high) in BOUNDS.items():
-        if not low <= getattr(cfg, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: wanted {low:g} to {high:g}.")
-    if other := [name for name in OWN if getattr(cfg, name) != getattr(train.Config, name)]:
-        raise UserError(f"--{other[0].replace('_', '-')} is train.py's: here the targets come from the teacher.  Leave it out.")
-    if cfg.shift == "auto":
-        raise UserError("--shift auto is train.py's.  Give a number, and its --shift-dir.")
-    if cfg.lam_min > cfg.lam_max:
-        raise UserError(f"--lam-min {cfg.lam_min} is above --lam-max {cfg.lam_max}.  Exchange them.")
-    n, names = len(tap_channels(unet)), ", ".join(tap_channels(unet))
-    for flag, values in (("block-weights", cfg.block_weights), ("lambdas", cfg.lambdas)):
-        if values and (len(values) != n or min(values) < 0):
-            raise UserError(f"--{flag} has {len(values)} numbers, the smallest {min(values)}: wanted {n} from 0, for {names}.")
-    if cfg.lambdas and cfg.assessor != "const":
-        raise UserError(f"--lambdas are for --assessor const, not {cfg.assessor}.")
-    if (cfg.assessor in ("david", "shuffled") or cfg.adaptive_t) and not cfg.assessor_file:
-        raise UserError(f"--assessor {cfg.assessor}{' --adaptive-t' * cfg.adaptive_t} needs --assessor-file.  Make one: python distill.py "
-                        f"pretrain-assessor --teacher {cfg.teacher}")
-    if cfg.objective == "v" and teacher.table:
-        if cfg.table not in ("", teacher.table):
-            raise UserError(f"--table {cfg.table}, but the teacher's schedule is {teacher.table}, and the student's v is on it.  Leave it out.")
-        if cfg.zero_snr and not teacher.zero_snr:
-            raise UserError("--zero-snr, but the teacher's schedule does not end in pure noise, and the student's v is on it.  Leave it out.")
-        cfg = replace(cfg, table=teacher.table, zero_snr=teacher.zero_snr and teacher.table in TABLES)
-    if cfg.mode == "progressive":
-        if cfg.start_steps % cfg.end_steps or (cfg.start_steps // cfg.end_steps).bit_count() != 1 or cfg.start_steps == cfg.end_steps:
-            raise UserError(f"--start-steps {cfg.start_steps} does not become --end-steps {cfg.end_steps} by halving.")
-        if cfg.assessor != "none" or cfg.adaptive_t or cfg.x_source == "noise":
-            raise UserError("--mode progressive has its own times and learns from outputs alone: no --assessor, --adaptive-t, --x-source noise.")
-        cfg = replace(cfg, block_weight=0.0)
-    if cfg.model and cfg.init == "" and PRESETS.get(cfg.model):
-        raise UserError(f"--model {cfg.model} with the teacher's weights: leave --model out for its architecture, or add --init scratch or FILE.")
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
-    arm = cfg.mode if cfg.mode == "progressive" else "vanilla" if not cfg.block_weight else cfg.assessor
-    name = cfg.name or f"{stem}-distill-{cfg.objective}-{arm}"
-    whole = train.resolve(replace(cfg, name=name, model=cfg.model or "nano", init=cfg.init or "teacher"))   # any preset: ours is the teacher's
-    return replace(whole, model=cfg.model, init=cfg.init)
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
@@ -160,10 +113,11 @@ class Distiller(train.Trainer):
     sampler: TimestepSampler | None = None
     tally: dict[str, Tensor] = field(default_factory=dict)                      # sums since the last line of the log
     alarmed: bool = False
+    cleared: int = 0                                                            # non-finite steps after which the heads were cleared
 
     def __post_init__(self) -> None:
         n, device = len(self.weights), self.ranks.device
-        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "times": (train.TIME_BINS,), "thirds": (3, 3)}
+        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "share": (1,), "times": (train.TIME_BINS,), "thirds": (3, 3)}
         self.tally = {k: torch.zeros(shape, dtype=torch.float64, device=device) for k, shape in shapes.items()}
         self.heads, self.head_optimizer = nn.ModuleDict(), None
         if self.cfg.local_heads:                                                # before the first step, with an optimizer of their own
@@ -181,6 +135,9 @@ class Distiller(train.Trainer):
     def forward(self, net: Any, batch: dict[str, Tensor]) -> Loss:
         """The distillation loss on a collated batch. Held-out images (another net than the one that trains) get L_flow alone."""
         cfg, training = self.cfg, net is self.model and torch.is_grad_enabled()
+        if self.cleared != self.skipped:                                        # the last step's gradients were not finite: the heads' go too
+            self.heads.zero_grad(set_to_none=True)
+            self.cleared = self.skipped
         text = self.teacher.text(cfg.seed, batch.get("position"), len(batch["eps"]))
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
         cond = ({"y": batch["y"]} if "y" in batch else {}) | text
@@ -207,7 +164,8 @@ class Distiller(train.Trainer):
             loss = self.objective.loss(answer, goals[0], eps=goals[1], t=t, **cond)
             total = (loss.per_sample * weight).mean() if cfg.importance else loss.loss
             if mine:
-                total = total + cfg.block_weight * self.block_loss(mine, theirs, t, goals)
+                flow, total = total.detach(), total + cfg.block_weight * self.block_loss(mine, theirs, t, goals)
+                self.tally["share"] += finite((total.detach() - flow) / total.detach())
         return Loss(total, loss.per_sample, t)
 
     def times(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -239,8 +197,8 @@ class Distiller(train.Trainer):
         """Σ_b λ_b (kd_weight · KD_b + local_b). No gradient goes through λ."""
         kd = torch.stack([kd_cosine(mine[name], theirs[name]) for name in theirs])
         lam, metrics = self.lambdas(mine, theirs, t)
-        self.tally["blocks"] += torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)
-        self.tally["batches"] += 1
+        self.tally["blocks"] += finite(torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1))
+        self.tally["batches"] += torch.isfinite(kd).all()                       # train.py skips a step that is not finite; so does the log
         terms = self.cfg.kd_weight * kd
         if self.cfg.local_heads:
             goal = self.objective.goal(goals[0], goals[1], t.view(-1, 1, 1, 1))
@@ -255,10 +213,13 @@ class Distiller(train.Trainer):
         if self.assessor is None:
             return self.weights, F.pad(self.weights[:, None], (0, 4))
         bins = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), self.assessor.cfg.bins)
-        found = torch.stack(list(self.assessor.assess(mine, bins, cfg.coherence).values()))                 # (n, 3)
+        assess = lambda features: torch.stack(list(self.assessor.assess(features, bins, cfg.coherence).values()))                # (n, 3)
+        found = assess(mine)
         if cfg.e_t == "excess":
-            found[:, 0] = (found[:, 0] - torch.stack(list(self.assessor.assess(theirs, bins, cfg.coherence).values()))[:, 0]).clamp(min=0)
+            found[:, 0] -= assess(theirs)[:, 0]
         e_t, e_p, coh = (self.ranks.sum(found) / self.ranks.world).unbind(1)
+        if cfg.e_t == "excess":
+            e_t = e_t.clamp(min=0)                                              # of all ranks' samples together
         lam = fuse(e_t, e_p, coh, self.weights, alpha=cfg.alpha, beta=cfg.beta, delta=cfg.delta, lo=cfg.lam_min, hi=cfg.lam_max)
         if cfg.assessor == "shuffled":
             lam = lam.roll(len(lam) // 2)                                       # every block gets another's
@@ -267,12 +228,13 @@ class Distiller(train.Trainer):
     def count(self, t: Tensor, gradient: Tensor, error: Tensor) -> None:
         """Where in time the samples are, the norms (B,) of the loss's gradient at the output, and of the error itself."""
         self.tally["times"].index_add_(0, (t * train.TIME_BINS).long().clamp(max=train.TIME_BINS - 1), torch.ones_like(t, dtype=torch.float64))
+        good = torch.isfinite(gradient) & torch.isfinite(error)
         third = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), 3)
-        self.tally["thirds"].index_add_(1, third, torch.stack([gradient, error, torch.ones_like(error)]).double())
+        self.tally["thirds"].index_add_(1, third, finite(torch.stack([gradient, error, torch.ones_like(error)]) * good))
 
     def step_heads(self) -> None:
         """The local heads' own step, after the network's; ranks share the gradient. One that is not finite is dropped, as there."""
-        grads = [p.grad for p in self.heads.parameters()]
+        grads = [p.grad for p in self.heads.parameters()]                       # all there: heads are built only where their loss counts
         for g in grads:
             g.copy_(self.ranks.sum(g) / self.ranks.world)
         if all(bool(torch.isfinite(g).all()) for g in grads):
@@ -290,6 +252,7 @@ class Distiller(train.Trainer):
         row, names = {"t_drawn": [int(n) for n in sums["times"].tolist()]}, list(self.teacher.blocks)
         if batches := float(sums["batches"]):
             known = METRICS if self.assessor else METRICS[:3]                   # nobody assessed: nothing is said, rather than zero
+            row["block_share"] = float(sums["share"]) / batches                 # of the loss
             row["blocks"] = {name: dict(zip(known, (v / batches).tolist())) for name, v in zip(names, sums["blocks"])}
         used, plain, counts = sums["thirds"]
         if float(used.sum()) > 0 and bool(torch.isfinite(used).all()):
@@ -298,6 +261,7 @@ class Distiller(train.Trainer):
             worst = int(share.argmax())
             moved = share[worst] > ALARM[0] and share[worst] > even[worst] + ALARM[1]
             alarm = "weighting" if moved else "target" if share[worst] > ALARM[2] else ""
+            alarm = "" if self.cfg.mode == "progressive" else alarm             # its times are its steps
             row |= {"gradient_by_third": share.tolist(), "gradient_by_third_unweighted": even.tolist(), "alarm": alarm}
             if alarm and not self.alarmed and self.ranks.rank == 0:
                 why = {"weighting": "The way times are drawn and weighed does it.",
@@ -311,10 +275,14 @@ class Distiller(train.Trainer):
     def state(self) -> dict[str, Tensor]:
         """Local heads with their optimizer, and the half-filled tally."""
         out = {f"tally/{k}": self.ranks.sum(v.clone()).cpu() for k, v in self.tally.items()}
+        out["alarmed/"] = torch.tensor(self.alarmed)
         for name, p in self.heads.named_parameters():
             out[f"heads/{name}"] = p.detach()
             out |= {f"head_{key}/{name}": v for key, v in self.head_optimizer.state.get(p, {}).items()}
         return out
+
+    def by_parts(self) -> str:
+        return "--coherence data" if self.assessor and self.cfg.coherence == "data" else super().by_parts()
 
     def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
         """A progressive student knows the times of its own steps only."""
@@ -326,10 +294,18 @@ class Distiller(train.Trainer):
             kind, name = key.split("/", 1)
             if kind == "tally":
                 self.tally[name].copy_(value if self.ranks.rank == 0 else torch.zeros_like(value))
+            elif kind == "alarmed":
+                self.alarmed = bool(value)
             elif kind == "heads":
                 params[name].data.copy_(value)
-            else:
-                self.head_optimizer.state[params[name]][kind.removeprefix("head_")] = value.clone()
+            else:                                                               # AdamW counts its steps on the CPU
+                place = "cpu" if kind == "head_step" else self.ranks.device
+                self.head_optimizer.state[params[name]][kind.removeprefix("head_")] = value.to(place, copy=True)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x as float64, with 0 for what is not finite."""
+    return x.double().nan_to_num(0.0, 0.0, 0.0)
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
@@ -349,9 +325,9 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     vae = teacher_vae(cfg, teacher.meta, ds).to(device)
     teacher.check_latents(vae, cfg.resolution)
     unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
-    w = torch.tensor(cfg.block_weights or list(block_weights(teacher.net.cfg).values()), device=device)
-    if cfg.assessor == "const" and cfg.lambdas:
-        w = torch.tensor(cfg.lambdas, device=device)
+    w = torch.tensor(cfg.lambdas or cfg.block_weights or list(block_weights(teacher.net.cfg).values()), device=device)
+    if cfg.assessor not in READS:                                               # λ itself, within the bounds of the others
+        w = w.clamp(cfg.lam_min, cfg.lam_max)
     if cfg.block_weight and tap_channels(unet) != tap_channels(teacher.net.cfg):
         raise UserError(f"--model {cfg.model} has blocks {tap_channels(unet)}, the teacher {tap_channels(teacher.net.cfg)}: they cannot be "
                         "compared.  Choose another student, or --block-weight 0.")
@@ -366,26 +342,32 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     check_disk(cfg, run, num_params(unet))
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
-    start = begin(cfg, teacher, net) if not checkpoints(run) else None
-    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, "teacher": teacher.mark}
+    start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
+    marks = {"teacher": teacher.mark, "assessor": assessor.meta.get("fingerprint") if assessor else None,
+             "context": fingerprint(teacher.texts) if teacher.texts else None}
+    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks}
     # Uniform times, as the source's; train.py's preset for fm is logit_normal.
     objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
     tr = train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
                         assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
-    if tr.init.get("teacher") != teacher.mark:
-        raise UserError(f"{cfg.teacher} is not the teacher that {run} began with (its weights are others).  "
-                        "Put it back, or start under another --name.")
+    for what, mark in marks.items():
+        if tr.init.get(what) != mark:
+            place = {"teacher": cfg.teacher, "assessor": cfg.assessor_file, "context": cfg.context}[what]
+            raise UserError(f"{place} is not the {what} that {run} began with (its contents are others).  Put it back, or start under another --name.")
     return tr
 
 
-def begin(cfg: Config, teacher: Teacher, net: UNet) -> str | None:
+def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
     """Give a new student its first weights; returns where they came from."""
     if cfg.init == "scratch":
         return None
     if cfg.init:
         other, meta = load_unet(cfg.init, dtype=torch.float32)
-        if "vae" in meta and "vae" in teacher.meta and vae_from_meta(meta["vae"]).mark != vae_from_meta(teacher.meta["vae"]).mark:
+        if "vae" in meta and vae_from_meta(meta["vae"]).mark != vae.mark:
             raise UserError(f"--init {cfg.init} was trained on other latents than the teacher.  Start from a network that shares them.")
+        if meta.get("resolution", cfg.resolution) != cfg.resolution:
+            raise UserError(f"--init {cfg.init} was trained at {meta['resolution']} pixels, the teacher at {cfg.resolution}.  "
+                            "Start from a network of its size.")
         load_strict(net, other.state_dict(), f"--init {cfg.init}")
         return cfg.init
     weights = teacher.net.state_dict()
@@ -401,14 +383,18 @@ def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
     if not cfg.assessor_file:                                                   # --assessor random without one
         return fresh_assessor(AssessorConfig(tap_channels(teacher.net.cfg)), cfg.seed).frozen()
     net = load_assessor(cfg.assessor_file)
-    wanted, table = tap_channels(teacher.net.cfg), net.meta.get("objective", {}).get("table")
+    wanted, path = tap_channels(teacher.net.cfg), lambda o: (o.get("table") or "the linear path") + ", zero SNR" * bool(o.get("zero_snr"))
+    theirs, ours = path(net.meta.get("objective", {})), path(asdict(teacher.objective))
     if net.cfg.blocks != wanted:
         raise UserError(f"{cfg.assessor_file} reads blocks {net.cfg.blocks}, the teacher has {wanted}.  Pretrain one for this teacher.")
-    if table != teacher.objective.table:
-        raise UserError(f"{cfg.assessor_file} has its {net.cfg.bins} bins on the schedule {table or 'of the linear path'}, the teacher is on "
-                        f"{teacher.objective.table or 'the linear path'}.  Pretrain one for this teacher.")
+    if theirs != ours:
+        raise UserError(f"{cfg.assessor_file} has its {net.cfg.bins} bins on the schedule {theirs}, the teacher is on {ours}.  Pretrain one for this teacher.")
+    if net.meta.get("pretraining", {}).get("shuffle_time"):
+        raise UserError(f"{cfg.assessor_file} was made with --shuffle-time, as a control: its times are wrong.  Pretrain one without.")
     if net.meta.get("teacher") != teacher.mark:
         print(f"warning: {cfg.assessor_file} was trained on another teacher's features.", flush=True)
+    if net.cfg.x_source != cfg.x_source:
+        print(f"warning: {cfg.assessor_file} knows features of {net.cfg.x_source}, and --x-source is {cfg.x_source}.", flush=True)
     if cfg.assessor == "random":                                                # the placebo: same shape, same standardising, nothing learned
         fresh = fresh_assessor(net.cfg, cfg.seed)
         for name, companion in net.blocks.items():
@@ -427,6 +413,8 @@ def phases(cfg: Config) -> Iterator[Config]:
     while steps > cfg.end_steps:
         steps //= 2
         phase = replace(cfg, name=f"{cfg.name}-{steps}", teacher=teacher, start_steps=2 * steps, end_steps=steps)
+        if steps < cfg.start_steps // 2:                                        # its teacher is the last student, and it starts as that
+            phase = replace(phase, init="", model="", teacher_objective="", teacher_table="")
         yield phase
         if not checkpoints(run := Path(cfg.out) / phase.name) or int(checkpoints(run)[-1].name) < cfg.images:
             return                                                              # it was asked to stop

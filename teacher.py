@@ -170,8 +170,16 @@ def describe_teacher(name: str, objective: str = "", table: str = "") -> tuple[U
 
 
 def like_the_teacher(cfg: Any, meta: dict[str, Any]) -> Any:
-    """A config with data, resolution and classes filled in from the teacher's file, where they are not given."""
+    """A config with data, resolution and classes filled in from the teacher's file, where they are not given.
+
+    With the data come its stage, excluded tags and share of held-out images, so that none of these was in the teacher's training.
+    """
     trained, told = meta.get("config", {}), meta.get("resolution", 0)
+    if not cfg.data:
+        for name in ("stage", "exclude_tags", "holdout"):
+            if name in trained and getattr(cfg, name) == getattr(type(cfg), name):
+                value = trained[name]
+                cfg = replace(cfg, **{name: tuple(value) if isinstance(value, list) else value})
     if cfg.resolution and told and cfg.resolution != told:
         raise UserError(f"--resolution {cfg.resolution}, but the teacher was trained at {told}.  Leave it out.")
     wanted = {"data": cfg.data or trained.get("data", ""), "resolution": cfg.resolution or told,

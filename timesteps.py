@@ -6,7 +6,7 @@ threshold 0.15, profile of 2,500, shift, jitter 5, "adaptive chaos"), not the or
     raw_k  = 1 + gain · (1 - accuracy_k)            of bins whose accuracy reaches the threshold; the others have no say:
              the mean of those (neutral), or 0 (drop: these bins are never drawn)
     p_k    ∝ raw_k · density of the shift at the bin's centre
-    row    = centre_k + a uniform whole number in ± round(jitter · (1 + entropy_k)), inside the schedule
+    row    = centre_k + a uniform whole number in ± round(jitter · (1 + entropy_k)), turned back at the schedule's ends
 
 If no bin is reliable, rows are uniform. 1 / (K p_k) is the weight that would undo the choice of bins.
 """
@@ -45,7 +45,8 @@ class TimestepSampler:
         rest = ((q - edges[k] + self.p[k]) / self.p[k]).clamp(0, 1 - 1e-9)
         centre = (2 * k + 1) * T // (2 * K)
         row = centre + (rest * (2 * self.jitter[k] + 1)).long() - self.jitter[k]
-        return row.clamp(0, T - 1), (1 / (K * self.p[k])).float()
+        row = torch.where(row < 0, -1 - row, row)                               # turned back: clamping would pile rows up at the very ends
+        return torch.where(row > T - 1, 2 * T - 1 - row, row), (1 / (K * self.p[k])).float()
 
 
 def make_sampler(accuracy: Tensor, entropy: Tensor, *, shift: float = 1.0, base_jitter: int = 5, chaos: bool = True, threshold: float = 0.15,

@@ -192,6 +192,10 @@ class Trainer:
     def take_up(self, state: dict[str, Tensor]) -> None:
         """The inverse of state()."""
 
+    def by_parts(self) -> str:
+        """The flag, if one is on, that makes a step depend on how its batch is split over ranks and --accum."""
+        return "--coupling ot" if self.objective.coupling == "ot" else ""       # it pairs noise and data within a micro-batch
+
     def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
         """How its own samples are drawn, where sample() would be told `how`."""
         return how
@@ -280,8 +284,8 @@ def load_state(tr: Trainer) -> None:
         raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
                         f"Restore them, or start again with --init {tr.run} --name NEW.")
     parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
-    if tr.objective.coupling == "ot" and before not in (None, parts):           # ot pairs noise and data within a micro-batch
-        raise UserError(f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and --coupling ot pairs noise and images within such "
+    if (flag := tr.by_parts()) and before not in (None, parts):
+        raise UserError(f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and {flag} compares the images within such "
                         f"a part of a batch.  Resume with {before}.")
     net, model_meta = load_unet(folder / "model.safetensors")
     load_strict(tr.net, net.state_dict(), str(folder))

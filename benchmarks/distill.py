@@ -35,13 +35,13 @@ from config import pick_device
 from run import Ranks
 
 ROOT = Path(__file__).parent.parent
-CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "steps": 3_000, "fd": 1_000,
+CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "assessor": ["--bins", 20, "--patterns", 4, "--dim", 64], "fd": 1_000,
        "features": "latents", "data": "toyfaces"}
 SIZES = {
     "cpu": CPU,
     "gpu": {**CPU, "model": "toy-281m", "teacher": 1_000_000, "student": 200_000, "halved": 200_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4, "samples": 100_000,
-            "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
-    "dry": {**CPU, "model": "nano", "teacher": 64, "student": 32, "halved": 32, "samples": 256, "steps": 300, "fd": 32, "data": "toyfaces:200"},
+            "assessor": [], "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
+    "dry": {**CPU, "model": "nano", "teacher": 64, "student": 32, "halved": 32, "samples": 512, "assessor": ["--bins", 4, "--patterns", 2, "--dim", 16, "--steps", 300], "fd": 32, "data": "toyfaces:200"},
 }
 ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D,E"}
 ROUNDS = 15                                  # of the race of arms, four steps of each in a round
@@ -76,7 +76,7 @@ def teacher(work: Path, size: dict[str, Any]) -> None:
         "--out", work, "--name", "teacher", *QUIET)
     if not (work / "assessor.safetensors").exists():
         run("distill.py", "pretrain-assessor", "--teacher", work / "teacher", "--out", work / "assessor.safetensors", "--samples", size["samples"],
-            "--steps", size["steps"])
+            *size["assessor"])
 
 
 def cost(work: Path, size: dict[str, Any]) -> None:

@@ -248,7 +248,8 @@ def few_samples():
 
 
 def config(home, **fields):
-    return distill.resolve(distill.Config(**{**FAST, "teacher": str(home / "teacher.safetensors"), "assessor_file": str(home / "a.safetensors"), **fields}))
+    reads = {"assessor_file": str(home / "a.safetensors")} if fields.get("assessor") in distill.READS or fields.get("adaptive_t") else {}
+    return distill.resolve(distill.Config(**{**FAST, "teacher": str(home / "teacher.safetensors"), **reads, **fields}))
 
 
 def go(home, out, **fields) -> Path:
@@ -572,7 +573,7 @@ def test_local_heads_learn_and_ranks_only_split_the_work(home, tmp_path):
 
 def test_the_alarm_rings_when_times_are_shifted_and_not_otherwise():
     tr = object.__new__(distill.Distiller)
-    tr.ranks, tr.alarmed, tr.teacher = ALONE, False, stub(lambda: None)
+    tr.ranks, tr.alarmed, tr.teacher, tr.cfg = ALONE, False, stub(lambda: None), distill.Config()
     for counts, gradient, error, wanted in (((30, 30, 30), (1, 1, 1), (1, 1, 1), ""), ((6, 6, 60), (1, 1, 1), (1, 1, 1), "weighting"),
                                             ((30, 30, 30), (9, 1, 1), (1, 1, 1), "weighting"), ((30, 30, 30), (1, 1, 9), (1, 1, 9), "target")):
         tr.tally = {"blocks": torch.zeros(5, 6), "batches": torch.zeros(1), "times": torch.zeros(10), "thirds": torch.zeros(3, 3)}
@@ -733,6 +734,10 @@ def odd(home):
     save_unet(home / "wide.safetensors", wide, meta)
     good, card = read_tensors(home / "a.safetensors")
     write_tensors(home / "damaged.safetensors", {**good, "accuracy": good["accuracy"] + 1}, card)
+    write_tensors(home / "control.safetensors", good, {**card, "pretraining": {**card["pretraining"], "shuffle_time": True}})
+    write_tensors(home / "zero.safetensors", good, {**card, "objective": {**card["objective"], "zero_snr": True}})
+    save_unet(home / "pixel4.safetensors", net, {**meta, "vae": pixel(4).meta()})
+    save_unet(home / "big.safetensors", net, {**meta, "resolution": 64})
     short = {k: v for k, v in good.items() if k != "blocks.mid.alpha"}
     write_tensors(home / "short.safetensors", short, {**card, "fingerprint": fingerprint(short)})
     prefixed = {f"unet.{k}": v for k, v in good.items()}
@@ -752,7 +757,7 @@ BAD = {
     "other vae": (["--vae", "pixel:4"], "makes others"),
     "resolution": (["--resolution", "64"], "the teacher was trained at 32"),
     "bounds": (["--lam-min", "3", "--lam-max", "0.5"], "--lam-min 3.0 is above --lam-max 0.5"),
-    "nan": (["--alpha", "nan"], "--alpha nan: wanted"),
+    "nan": (["--assessor", "david", "--alpha", "nan"], "--alpha nan: wanted"),
     "david without file": (["--assessor", "david", "--assessor-file", ""], "needs --assessor-file"),
     "not an assessor": (["--assessor", "david", "--assessor-file", "HOME/teacher.safetensors"], "holds no assessor"),
     "other bins": (["--assessor", "david", "--teacher", "HOME/linear.safetensors"], "10 bins on the schedule scaled_linear, the teacher is on linear"),
@@ -760,11 +765,26 @@ BAD = {
     "damaged": (["--assessor", "david", "--assessor-file", "HOME/damaged.safetensors"], "do not match their own fingerprint"),
     "missing tensor": (["--assessor", "david", "--assessor-file", "HOME/short.safetensors"], "1 missing: blocks.mid.alpha"),
     "prefix": (["--assessor", "david", "--assessor-file", "HOME/prefixed.safetensors"], "missing"),
-    "lambdas": (["--assessor", "const", "--lambdas", "1,2"], "has 2 numbers"),
+    "lambdas": (["--assessor", "const", "--lambdas", "1,2"], "--lambdas 1.0,2.0: wanted 5 numbers from 0, for down_0, "),
     "lambdas without const": (["--lambdas", "1,1,1,1,1"], "are for --assessor const"),
     "table": (["--table", "cosine"], "the teacher's schedule is scaled_linear"),
     "halving": (["--mode", "progressive", "--start-steps", "6", "--end-steps", "1"], "by halving"),
-    "progressive david": (["--mode", "progressive", "--assessor", "david"], "no --assessor"),
+    "progressive david": (["--mode", "progressive", "--assessor", "david"], "--assessor changes nothing here: it is of --mode flow"),
+    "progressive path": (["--mode", "progressive", "--objective", "fm"], "stays on its teacher's path"),
+    "progressive weight": (["--mode", "progressive", "--block-weight", "3"], "--block-weight changes nothing"),
+    "idle steps": (["--start-steps", "4"], "--start-steps changes nothing"),
+    "idle alpha": (["--alpha", "0.7"], "--alpha changes nothing here: it is of --assessor david"),
+    "idle assessor file": (["--assessor-file", "HOME/a.safetensors"], "--assessor-file changes nothing"),
+    "idle jitter": (["--base-jitter", "1"], "--base-jitter changes nothing here: it is of --adaptive-t"),
+    "idle density": (["--adaptive-t", "--density", "logit_normal"], "--density changes nothing"),
+    "idle direction": (["--shift-dir", "clean"], "--shift-dir changes nothing"),
+    "idle heads": (["--local-heads", "--block-weight", "0"], "--local-heads changes nothing"),
+    "idle weights": (["--assessor", "const", "--lambdas", "1,1,1,1,1", "--block-weights", "1,1,1,1,1", "--assessor-file", ""], "--block-weights changes nothing"),
+    "nan weights": (["--block-weights", "1,1,nan,1,1"], "wanted 5 numbers from 0"),
+    "control": (["--assessor", "david", "--assessor-file", "HOME/control.safetensors"], "as a control"),
+    "zero snr": (["--assessor", "david", "--assessor-file", "HOME/zero.safetensors"], "on the schedule scaled_linear, zero SNR, the teacher is on scaled_linear"),
+    "init latents": (["--init", "HOME/pixel4.safetensors", "--teacher", "HOME/nolatents.safetensors", "--vae", "pixel:8"], "was trained on other latents"),
+    "init size": (["--init", "HOME/big.safetensors"], "was trained at 64 pixels, the teacher at 32"),
     "model": (["--model", "tiny"], "add --init scratch"),
     "blocks": (["--model", "tiny", "--init", "scratch"], "they cannot be compared"),
     "text": (["--context", "x"], "takes no text"),
@@ -777,7 +797,8 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
     args, message = BAD[case]
     args = [w.replace("HOME", str(odd)) for w in args]
-    base = [] if case == "command" else ["--teacher", odd / "teacher.safetensors", "--assessor-file", odd / "a.safetensors", "--out", tmp_path / "out", "--images", 16]
+    reads = ["--assessor-file", odd / "a.safetensors"] if "--assessor" in args or "--adaptive-t" in args else []
+    base = [] if case == "command" else ["--teacher", odd / "teacher.safetensors", *reads, "--out", tmp_path / "out", "--images", 16]
     given = set(args)
     base = [w for i, w in enumerate(base) if w not in given and (i == 0 or base[i - 1] not in given)]
     code, _, err = user(distill.main, *args, *base)
@@ -788,17 +809,26 @@ def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
 def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
     base = ["ablate", "--teacher", home / "teacher.safetensors", "--out", tmp_path / "out"]
     for args, message in ((["--arms", "A,X"], "--arms X"), (["--arms", "C"], "C need D"), (["--arms", "D"], "need --assessor-file"), (["--seeds", "1,1"], "none twice"),
-                          (["--arms", "A", "--log-every", "0"], "made from the logs"), (["--arms", "A", "--fd-images", "1"], "--fd-images 1 --fd-steps 10: wanted")):
+                          (["--arms", "A", "--log-every", "0"], "made from the logs"), (["--arms", "A", "--fd-images", "1"], "--fd-images 1 --fd-steps 10: wanted"),
+                          (["--arms", "A", "--seed", "1"], "--seed is what the arms"), (["--arms", "A", "--mode", "progressive"], "--mode is what the arms"),
+                          (["--arms", "A", "--block-weight", "0"], "all arms would be one"), (["--arms", "A", "--kd-weight", "0"], "all arms would be one"),
+                          (["--arms", "A,G", "--shift", "2"], "arm G is A with --shift 3"), (["--arms", "A", "--teacher", ""], "--teacher is required"),
+                          (["--arms", "A,D", "--assessor-file", home / "a.safetensors", "--alpha", "nan"], "--alpha nan")):
         code, _, err = user(distill.main, *base, *args)
         assert code == 2 and len(err) == 1 and message in err[0], err
     tensors_, card = read_tensors(home / "a.safetensors")
     write_tensors(home / "poor.safetensors", tensors_, {**card, "held_out": {"mean": 0.29, "chance": 0.1}})
     code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "poor.safetensors")
     assert code == 2 and "below three times chance" in err[0]
+    write_tensors(home / "foreign.safetensors", tensors_, {**card, "teacher": "0" * 64})
+    code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "foreign.safetensors")
+    assert code == 2 and "another teacher's features" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--out", home / "a.safetensors")
     assert code == 2 and "exists" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--bins", "1", "--out", tmp_path / "b.safetensors")
     assert code == 2 and "--bins 1" in err[0]
+    code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--profile-samples", "99", "--out", tmp_path / "b.safetensors")
+    assert code == 2 and "--profile-samples 99: wanted 100" in err[0]
 
 
 def test_no_reliable_bin_falls_back_to_uniform_and_says_so(home, tmp_path, capsys):
