@@ -3,7 +3,7 @@
 teacher      a teacher (ddpm on Stable Diffusion's table) on toy faces, and an assessor of it
 cost         a step's time by arm, the arms in turns: what the assessor costs
 ablation     arms A, B, C, D, E and S, three seeds each, students that start as the teacher (ablate.py)
-scratch      arms A to E again, students that start from nothing
+scratch      arms A to D again, students that start from nothing
 progressive  a flow-matching teacher halved, 8 → 4 → 2 → 1 steps; FD of teacher and students at each number of steps
 
 Reports and numbers go to benchmarks/results/distill/SIZE. What has been done is not done again: the same command goes on where it
@@ -43,7 +43,7 @@ SIZES = {
             "assessor": [], "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
     "dry": {**CPU, "model": "nano", "teacher": 64, "student": 32, "halved": 32, "samples": 512, "assessor": ["--bins", 4, "--patterns", 2, "--dim", 16, "--steps", 300], "fd": 32, "data": "toyfaces:200"},
 }
-ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D,E"}
+ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D"}
 ROUNDS = 15                                  # of the race of arms, four steps of each in a round
 QUIET = ("--preview-every", 0)
 

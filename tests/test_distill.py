@@ -194,6 +194,8 @@ def test_the_timestep_sampler():
     assert rows.min() == 0 and rows.max() == 999 and (counts[20:980] > 0).all() and counts[20:980].float().std() < 45   # 1000/11 a row, its edges two bins'
     rows, _ = make_sampler(sure, torch.ones(100), base_jitter=5).draw(torch.full((999,), 0.505, dtype=torch.float64) + torch.arange(999) * 1e-6)
     assert (rows - 505).abs().max() <= 10
+    ends = torch.bincount(make_sampler(sure, torch.ones(100), base_jitter=5).draw(q.double())[0], minlength=1000).double()
+    assert ends[[0, 1, 998, 999]].max() < 2 * ends.median()                     # nothing piles up at the ends
     accuracy = torch.tensor([0.1, 0.9, 0.5, 0.1])
     neutral, drop = (make_sampler(accuracy, torch.zeros(4), unreliable=u) for u in ("neutral", "drop"))
     assert torch.allclose(neutral.p * 5.2, torch.tensor([1.3, 1.1, 1.5, 1.3], dtype=torch.float64)) and drop.p.tolist() == pytest.approx([0, 1.1 / 2.6, 1.5 / 2.6, 0])
@@ -326,6 +328,43 @@ def test_planted_pretraining_learns_what_is_there_and_nothing_that_is_not():
     assert abs(examine(blind.frozen(), noise(held), held, {"mid": 1.0})["mean"] - 1 / 12) < 3 * math.sqrt(1 / 12 * 11 / 12 / 600)
 
 
+def test_what_is_measured_on_held_out_features():
+    """Heads that say the same of everything: bin 2 with probability 0.7, and within a bin two of four patterns."""
+    net = Assessor(AssessorConfig({"a": 6, "b": 6}, bins=5, patterns=4, dim=8)).frozen()
+    p = torch.tensor([0.1, 0.05, 0.7, 0.1, 0.05]).log()
+    planted(None, net.blocks["a"], p, torch.tensor([0.0, 0.0, -1e4, -1e4]).repeat(5))
+    planted(None, net.blocks["b"], p.roll(1), torch.zeros(20))
+    bins = torch.tensor([2, 2, 1, 0, 4, 3, 3, 3, 3, 0])
+    report = examine(net, {k: torch.randn(10, 6) for k in "ab"}, bins, {"a": 3.0, "b": 1.0})
+    a, b = report["blocks"]["a"], report["blocks"]["b"]
+    assert (a["top1"], b["top1"], report["mean"]) == pytest.approx((0.2, 0.4, 0.25)) and (a["within1"], b["within1"]) == pytest.approx((0.7, 0.7))
+    assert (a["ece"], b["ece"]) == pytest.approx((0.5, 0.3), abs=1e-6) and a["by_bin"] == [0, 0, 1, 0, 0] and b["by_bin"] == [0, 0, 0, 1, 0]
+    assert net.accuracy.tolist() == pytest.approx([0, 0, 0.75, 0.25, 0]) and net.entropy.tolist() == pytest.approx([0.75 * 0.5 + 0.25] * 5)
+
+
+@pytest.mark.parametrize("source", ["data", "noise"])
+def test_pretraining_shows_the_teacher_what_x_source_says(home, source):
+    teacher, ds = teacher_file.open_teacher(str(home / "teacher.safetensors")), distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1)
+    rows_, vae = torch.tensor([3, 500, 998]), pixel(8)
+    found = assessor_file.see(teacher, vae, ds, rows_, assessor_file.Pretrain(resolution=32, x_source=source), torch.device("cpu"))
+    batch = next(batches(Stream(ds, None, vae.latent_shape(32), 0), iter([[0, 1, 2]])))
+    a = alphas_bar("scaled_linear")[rows_].sqrt().view(-1, 1, 1, 1)
+    x = batch["eps"] if source == "noise" else (a * vae.encode(batch["image"].float() / 127.5 - 1) + (1 - a ** 2).sqrt() * batch["eps"]).float()
+    with torch.no_grad():
+        _, features = teacher.net(x, rows_.float(), features=tuple(taps(teacher.net.cfg).values()))
+    assert all(torch.allclose(found[k], features[block].mean((2, 3)), rtol=1e-3, atol=1e-3) for k, block in taps(teacher.net.cfg).items())
+
+
+def test_pretraining_is_measured_on_held_out_images_spread_over_time(home, tmp_path, monkeypatch):
+    calls, real = [], assessor_file.see
+    monkeypatch.setattr(assessor_file, "see", lambda teacher, vae, ds, rows, *rest: calls.append((ds, rows)) or real(teacher, vae, ds, rows, *rest))
+    assessor_file.pretrain(assessor_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(tmp_path / "a.safetensors"), bins=4, patterns=2, dim=8,
+                                                  samples=40, profile_samples=20, holdout=0.1, steps=2, batch=8))
+    (train_ds, rows_), (held, spread) = calls
+    assert len(held) == len(train_ds.heldout) > 0 and len(train_ds) + len(held) == 48 and torch.equal(spread, torch.arange(20) * 50)
+    assert len(rows_) == 40 and len(rows_.unique()) > 30
+
+
 @pytest.mark.parametrize("target", ["nearest", "zero"])
 def test_pattern_targets(target):
     """zero: always pattern 0 of the bin, as in the source. nearest: the bin's own crystals nearest to z, and no other bin's."""
@@ -339,6 +378,8 @@ def test_pattern_targets(target):
     ce = (torch.nn.functional.cross_entropy(net(x, bins)["t_logits"], bins) - (wanted * logp).sum(1).mean()) / 2
     losses = net.losses(x, bins)
     assert losses["ce"].item() == pytest.approx(ce.item(), rel=1e-5) and losses["feature"].item() == pytest.approx(0, abs=1e-6)
+    pattern = near.argmax(1) if target == "nearest" else torch.zeros(5, dtype=torch.long)
+    assert losses["rose"].item() == pytest.approx(rose_loss(rose_scores(z, net.crystals.flatten(0, 1)), bins * 4 + pattern).item(), rel=1e-5)
     assert 0 <= losses["diversity"] <= math.log(12) and losses["cayley"] >= 0.5 * simplex(net.crystals.flatten(0, 1))[1].mean() - 1e-6 and MIN_VOLUME > 0
 
 
@@ -457,6 +498,106 @@ def test_vanilla_is_mse_to_the_teachers_v_by_an_independent_loop(home, tmp_path)
         wanted = (out - v).square().flatten(1).mean(1)
     got = tr.forward(tr.model, batch)
     assert got.per_sample.tolist() == pytest.approx(wanted.tolist(), rel=1e-3) and got.loss.item() == pytest.approx(wanted.mean().item(), rel=1e-3)
+
+
+def test_the_whole_loss_with_every_setting_off_its_default_written_out(home, tmp_path):
+    w = [0.5, 0.6, 0.7, 0.8, 0.9]
+    cfg = config(home, out=str(tmp_path), assessor="david", local_heads=True, block_weight=0.3, kd_weight=0.7, alpha=0.9, beta=0.4, delta=0.6, lam_min=0.1, lam_max=0.95,
+                 coherence="data", e_t="excess", block_weights=tuple(w), adaptive_t=True, importance=True, shift=2.0, shift_dir="clean", base_jitter=30,
+                 adaptive_chaos=False, reliability=0.8, unreliable="drop", difficulty_gain=2.0, x_source="noise")
+    tr = distill.setup(cfg, ALONE)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():                                                       # a student that has left its teacher
+        for p in tr.net.parameters():
+            p.add_(0.3 * p.abs().mean() * torch.randn(p.shape, generator=noise))
+    batch = next(batches(Stream(tr.ds, None, tr.latent_shape, cfg.seed), iter([list(range(8))])))
+    judge, teacher = load_assessor(home / "a.safetensors"), load_unet(home / "teacher.safetensors")[0]
+    drawn = make_sampler(judge.accuracy, judge.entropy, shift=0.5, base_jitter=30, chaos=False, threshold=0.8, unreliable="drop", gain=2.0)
+    row, importance = drawn.draw(batch["q"])
+    assert 0 < int(drawn.reliable.sum()) < 10 and importance.unique().numel() > 2
+    a, x = alphas_bar("scaled_linear")[row].sqrt().float().view(-1, 1, 1, 1), batch["eps"]
+    s, names = (1 - a ** 2).sqrt(), taps(teacher.cfg)
+    look = lambda net: net(x, row.float(), features=tuple(names.values()))
+    mean = lambda h, k: h[names[k]].mean((2, 3))
+    with torch.no_grad():
+        (theirs, h), (mine, g) = look(teacher), look(tr.net)
+        v = (theirs - s * x) / a
+        total, bins, expected = (importance * (mine - v).square().flatten(1).mean(1)).mean(), row * 10 // 1000, []
+        for k, weight in zip(names, w):
+            (now, then), F = (judge.blocks[k](mean(features, k), bins) for features in (g, h)), torch.nn.functional
+            e_t = (F.cross_entropy(now["t_logits"], bins) - F.cross_entropy(then["t_logits"], bins)).clamp(min=0)
+            p = now["p_logits"].softmax(1)
+            e_p = -(p * p.log()).sum(1).mean() / math.log(30)
+            pairs = [abs(now["cantor"][i] - now["cantor"][j]) for i in range(8) for j in range(8) if i != j and bins[i] == bins[j]]
+            coh = math.exp(-float(sum(pairs)) / len(pairs) / 0.1) if pairs else 1.0
+            lam = min(max(weight * (1 + 0.9 * float(e_t) + 0.4 * float(e_p) + 0.6 * (1 - coh)), 0.1), 0.95)
+            kd = 1 - F.cosine_similarity(mean(g, k), mean(h, k)).mean()
+            local = (tr.heads[k](g[names[k]]) - F.interpolate(v, g[names[k]].shape[2:], mode="bilinear")).square().mean()
+            total, expected = total + 0.3 * lam * (0.7 * kd + local), [*expected, lam]
+    assert pairs and len({round(lam, 4) for lam in expected}) > 2
+    assert tr.forward(tr.model, batch).loss.item() == pytest.approx(total.item(), rel=1e-3)
+    assert tr.report()["blocks"]["mid"]["lambda"] == pytest.approx(expected[2], rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace_in_heads_or_log(home, tmp_path):
+    tr = distill.setup(config(home, out=str(tmp_path), assessor="david", local_heads=True), ALONE)
+    batch = next(batches(Stream(tr.ds, None, tr.latent_shape, 0), iter([list(range(8))])))
+    before = {k: p.clone() for k, p in tr.heads.named_parameters()}
+    train.step(tr, iter([{**batch, "eps": batch["eps"] * math.nan}]))
+    assert tr.skipped == 1 and all(torch.equal(p, before[k]) for k, p in tr.heads.named_parameters())
+    json.dumps(tr.report(), allow_nan=False)
+    train.step(tr, iter([batch]))
+    assert all(torch.isfinite(p).all() and not torch.equal(p, before[k]) for k, p in tr.heads.named_parameters())
+    row = tr.report()
+    json.dumps(row, allow_nan=False)
+    assert sum(row["t_drawn"]) == 8 and row["blocks"]["mid"]["lambda"] > 0.5
+
+
+def test_ranks_agree_on_what_is_above_the_teachers(home, tmp_path):
+    """excess is of all samples: -1 here and +3 on the other rank are 1 on average, not 1.5."""
+    tr = distill.setup(config(home, out=str(tmp_path), assessor="david", e_t="excess", coherence="data"), ALONE)
+    assert tr.by_parts() == "--coherence data" and replace(tr, cfg=replace(tr.cfg, coherence="alpha")).by_parts() == ""
+    found = torch.tensor([[-1.0, 0.5, 0.5]] * 5)
+    tr.assessor.assess = lambda features, bins, coherence: dict(zip("abcde", found if features == "mine" else torch.zeros(5, 3)))
+
+    class Two:
+        world = 2
+
+        def sum(self, x):
+            return x + torch.tensor([3.0, 0.5, 0.5])
+    tr.ranks = Two()
+    assert tr.lambdas("mine", "theirs", tr.teacher.time(torch.arange(8)))[1][:, 2].tolist() == [1.0] * 5
+
+
+def test_captions_depend_on_seed_and_position_alone():
+    teacher = Teacher(None, EPS, {}, Path("stub"), {"context": torch.arange(5.0).view(5, 1, 1), "y": torch.arange(5.0).view(5, 1)})
+    at = lambda seed, positions: teacher.text(seed, torch.tensor(positions), len(positions))["context"].flatten().tolist()
+    drawn = at(0, list(range(40)))
+    assert len(set(drawn)) == 5 and at(0, [7, 3]) == [drawn[7], drawn[3]] and at(1, list(range(40))) != drawn
+    both = teacher.text(0, torch.arange(40), 40)
+    assert both["y"].flatten().tolist() == drawn and teacher.text(0, None, 3)["context"].flatten().tolist() == [0, 0, 0]
+
+
+def test_the_placebo_knows_the_features_scale_and_nothing_else(home):
+    cfg = config(home, assessor="random")
+    teacher, real = teacher_file.open_teacher(cfg.teacher), load_assessor(home / "a.safetensors")
+    placebo = distill.open_assessor(cfg, teacher)
+    for k, companion in placebo.blocks.items():
+        assert torch.equal(companion.mean, real.blocks[k].mean) and torch.equal(companion.std, real.blocks[k].std) and companion.std.std() > 0
+        assert not torch.equal(companion.t_head.weight, real.blocks[k].t_head.weight)
+    assert not placebo.training and not any(p.requires_grad for p in placebo.parameters())
+
+
+def test_a_student_sees_what_its_teacher_was_trained_on(home, tmp_path):
+    net, meta = load_unet(home / "teacher.safetensors")
+    trained = {"data": "toyfaces:48", "stage": "fine", "exclude_tags": ["glasses"], "holdout": 0.2}
+    save_unet(tmp_path / "fine.safetensors", net, {**meta, "config": trained})
+    like = lambda **fields: distill.resolve(distill.Config(teacher=str(tmp_path / "fine.safetensors"), **fields))
+    found = like()
+    assert (found.stage, found.exclude_tags, found.holdout, found.data) == ("fine", ("glasses",), 0.2, "toyfaces:48")
+    other = like(data="toyfaces:64")
+    assert (other.stage, other.exclude_tags, other.holdout) == ("standard", (), 0.02)
+    assert like(holdout=0.3).holdout == 0.3
 
 
 def test_a_student_that_is_the_teacher_has_kd_zero_and_each_runs_once_a_step(home, tmp_path):
@@ -663,6 +804,23 @@ def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeyp
     assert "finished" in user(distill.main, *flags)[1]
 
 
+def test_a_chain_waits_for_a_phase_that_was_stopped_and_starts_each_from_its_teacher(tmp_path):
+    cfg = distill.Config(mode="progressive", out=str(tmp_path), name="p", teacher="SD", teacher_objective="eps", teacher_table="scaled_linear", init="scratch", model="nano",
+                         start_steps=8, end_steps=1, images=16)
+    chain = distill.phases(cfg)
+    first = next(chain)
+    assert (first.teacher, first.init, first.model, first.teacher_objective, first.start_steps, first.end_steps) == ("SD", "scratch", "nano", "eps", 8, 4)
+    (tmp_path / "p-4" / "ckpt" / f"{8:012d}").mkdir(parents=True)
+    (tmp_path / "p-4" / "ckpt" / f"{8:012d}" / "model.safetensors").touch()
+    assert list(chain) == []                                                    # eight of sixteen images
+    chain = distill.phases(cfg)
+    next(chain)
+    (tmp_path / "p-4" / "ckpt" / f"{8:012d}").rename(tmp_path / "p-4" / "ckpt" / f"{16:012d}")
+    second = next(chain)
+    assert (second.teacher, second.init, second.model, second.teacher_objective, second.teacher_table) == (str(tmp_path / "p-4"), "", "", "", "")
+    assert (second.start_steps, second.end_steps, second.name) == (4, 2, "p-2")
+
+
 # ---- the ablation ---------------------------------------------------------------------------------------------------
 
 def cards(fd, loss=lambda arm, seed: [1.0] * 8, seeds=(0, 1, 2)):
@@ -680,6 +838,11 @@ def test_the_verdict_follows_the_rule():
     spoiled = lambda arm, s: [1.0] * 7 + [1.06 if arm == "D" else 1.0]
     answer, reasons = ablate.verdict(cards(better, spoiled))
     assert answer == "not supported" and any("1.060 (above 1.05)" in r for r in reasons)
+    late = cards(better)
+    for card in late:
+        card["held_out"].insert(0, {"images": 0, "loss": 9.0, "loss_by_t": [9.0 * (1 + (card["arm"] == "D"))] * 8})
+    assert ablate.verdict(late)[0] == "supported"                               # the last evaluation counts
+    assert any("it took a gain of" in r for r in ablate.verdict(late)[1])
     assert ablate.verdict(cards(better, seeds=(0, 1)))[0] == "open" == ablate.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
     curve = lambda arm, s: [{"images": i, "loss": 10 / i + (arm == "B") * (4 - s), "loss_by_t": [1.0]} for i in (1, 2, 4)]
     curves = [{"arm": arm, "seed": s, "held_out": curve(arm, s)} for arm in "AB" for s in (2, 4)]
@@ -687,6 +850,26 @@ def test_the_verdict_follows_the_rule():
     assert ablate.images_to(curves, "B", "A") == [2] and ablate.images_to(curves, "A", "A") == [4, 4]
     _, reasons = ablate.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
     assert any("an assessor that knows nothing gains too" in r for r in reasons)
+
+
+def test_arms_are_what_the_table_says(home):
+    cfg = ablate.Config(teacher=str(home / "teacher.safetensors"), assessor_file=str(home / "a.safetensors"), alpha=0.6, e_t="excess", local_heads=True, base_jitter=7)
+    fields = ("assessor", "block_weight", "adaptive_t", "shift", "local_heads", "alpha", "e_t", "base_jitter")
+    wanted = {"A": ("none", 0.0, False, 1.0, False, 0.5, "abs", 5), "B": ("none", 0.05, False, 1.0, True, 0.5, "abs", 5),
+              "C": ("const", 0.05, False, 1.0, True, 0.5, "abs", 5), "D": ("david", 0.05, False, 1.0, True, 0.6, "excess", 5),
+              "E": ("random", 0.05, False, 1.0, True, 0.6, "excess", 5), "S": ("shuffled", 0.05, False, 1.0, True, 0.6, "excess", 5),
+              "F": ("david", 0.05, True, 1.0, True, 0.6, "excess", 7), "G": ("none", 0.0, False, 3.0, False, 0.5, "abs", 5)}
+    assert ablate.ARMS.keys() == wanted.keys()
+    for arm, values in wanted.items():
+        own = ablate.arm_config(cfg, arm, 4, (1.0, 2.0, 3.0, 2.0, 1.0) if arm == "C" else ())
+        assert tuple(getattr(own, f) for f in fields) == values and own.seed == 4 and own.name == f"{arm}-4"
+        assert own.lambdas == ((1.0, 2.0, 3.0, 2.0, 1.0) if arm == "C" else ())
+
+
+def test_mean_weights_count_images_and_not_lines(tmp_path):
+    lines = [{"event": "train", "images": i, "blocks": {"mid": {"lambda": lam}}} for i, lam in ((160, 1.0), (320, 1.5), (336, 3.0))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"event": "start", "images": 0}, *lines]))
+    assert ablate.mean_lambdas(tmp_path) == pytest.approx(((160 + 240 + 48) / 336,))
 
 
 def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
@@ -765,7 +948,7 @@ BAD = {
     "damaged": (["--assessor", "david", "--assessor-file", "HOME/damaged.safetensors"], "do not match their own fingerprint"),
     "missing tensor": (["--assessor", "david", "--assessor-file", "HOME/short.safetensors"], "1 missing: blocks.mid.alpha"),
     "prefix": (["--assessor", "david", "--assessor-file", "HOME/prefixed.safetensors"], "missing"),
-    "lambdas": (["--assessor", "const", "--lambdas", "1,2"], "--lambdas 1.0,2.0: wanted 5 numbers from 0, for down_0, "),
+    "lambdas": (["--assessor", "const", "--assessor-file", "", "--lambdas", "1,2"], "--lambdas 1.0,2.0: wanted 5 numbers from 0, for down_0, "),
     "lambdas without const": (["--lambdas", "1,1,1,1,1"], "are for --assessor const"),
     "table": (["--table", "cosine"], "the teacher's schedule is scaled_linear"),
     "halving": (["--mode", "progressive", "--start-steps", "6", "--end-steps", "1"], "by halving"),
@@ -848,6 +1031,20 @@ def test_another_teacher_in_the_same_place_is_noticed(home, tmp_path):
     (tmp_path / "x" / "samples" / "final.png").unlink()
     with pytest.raises(UserError, match="is not the teacher"):
         go(home, tmp_path, images=16, name="x", **how)
+
+
+def test_another_assessor_in_the_same_place_is_noticed_and_a_moved_one_is_not(home, tmp_path):
+    weights, card = read_tensors(home / "a.safetensors")
+    write_tensors(tmp_path / "a.safetensors", weights, card)
+    how = dict(assessor="david", images=16, name="x")
+    run = go(home, tmp_path, assessor_file=str(tmp_path / "a.safetensors"), **how)
+    (run / "samples" / "final.png").unlink()
+    go(home, tmp_path, assessor_file=str(home / "a.safetensors"), **how)
+    (run / "samples" / "final.png").unlink()
+    weights["blocks.mid.alpha"] += 1
+    write_tensors(tmp_path / "a.safetensors", weights, {**card, "fingerprint": fingerprint(weights)})
+    with pytest.raises(UserError, match="is not the assessor"):
+        go(home, tmp_path, assessor_file=str(tmp_path / "a.safetensors"), **how)
 
 
 def test_an_architecture_of_its_own(home, tmp_path):
