@@ -2,7 +2,7 @@
 
     python distill.py ablate --teacher RUN --assessor-file assessor.safetensors --arms A,B,C,D,E --seeds 0,1,2 --images 40_000 --out runs/ablation
 
-    A  no block losses (vanilla)                    E  as D, by an assessor that was never trained (placebo)
+    A  no block losses (vanilla)                    E  as D, by an assessor that was never trained (placebo; e_t is chance, so λ is large)
     B  block losses, λ = w                          S  as D, every block with another block's λ (placebo)
     C  block losses, λ = D's mean over the run      F  as D, timesteps drawn by the assessor's profile
     D  block losses, λ by the assessor              G  as A, timesteps shifted by 3 towards noise
@@ -185,13 +185,13 @@ def verdict(cards: list[dict[str, Any]]) -> tuple[str, list[str]]:
         luck = f", which chance alone does in {stdtr(n - 1, -ERRORS):.0%} of such comparisons" if holds else ""
         level = statistics.mean(c["fd"] for c in cards if c["arm"] == other)
         reasons.append(f"FD of D - {other}: {mean:+.4g} ± {error:.2g} ({n} seeds): {'below' if holds else 'not below'} zero by more than {ERRORS:g} "
-                       f"standard errors{luck}. With this spread it took a gain of {ERRORS * error / level:.1%} to pass.")
+                       f"standard errors{luck}. With this spread it took a gain of {100 * ERRORS * error / level:.2g}% to pass.")
         reasons.append(f"held-out loss of D / {other}, worst bin of t: {worst:.3f} ({'within' if worst <= WORSE else 'above'} {WORSE:g}).")
     if blocks := [b for c in cards if c["arm"] == "D" for b in c.get("blocks", {}).values()]:
         clipped, moves = statistics.fmean(v for b in blocks for v in b["clipped"]), statistics.fmean(statistics.pstdev(b["lambda"]) / statistics.fmean(b["lambda"]) for b in blocks)
         share = statistics.fmean(v for c in cards if c["arm"] == "D" for v in c["block_share"])
-        reasons.append(f"the treatment: D's λ was clipped in {clipped:.0%} of its values and moved by {moves:.1%} of itself over a run (where it does not move, "
-                       f"D is C); the blocks' losses were {share:.1%} of the loss.")
+        reasons.append(f"the treatment: D's λ was clipped in {clipped:.0%} of its values and moved by {moves:.1%} of itself between lines of the log "
+                       f"(where it does not move, D is C); the blocks' losses were {share:.1%} of the loss.")
     for placebo in sorted({"E", "S"} & arms):
         mean, error, n = paired(cards, "D", placebo, lambda c: c["fd"])
         beaten = mean < -ERRORS * error
@@ -230,7 +230,7 @@ def text_report(cards: list[dict[str, Any]], cfg: Config, accuracy: dict[str, An
                      f"{sum(c['alarms'] for c in own):>6}")
     space = "the space of the autoencoder's latents at 4×4; it is not an Inception FID" if cfg.fd_features == "latents" else "Inception's space (FID)"
     lines += ["", f"± is a standard error over seeds. FD is between {cfg.fd_images:,} generated and as many training images in {space}.",
-              "Held-out loss is the EMA's. images/s include whatever else the machine was doing. E and S are placebos.", ""]
+              "Held-out loss is the EMA's. images/s include whatever else the machine was doing.", ""]
     return "\n".join(lines)
 
 

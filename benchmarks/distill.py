@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ablate
@@ -35,13 +37,14 @@ from config import pick_device
 from run import Ranks
 
 ROOT = Path(__file__).parent.parent
-CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000, "assessor": ["--bins", 20, "--patterns", 4, "--dim", 64], "fd": 1_000,
-       "features": "latents", "data": "toyfaces"}
+CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000,
+       "assessor": ["--bins", 20, "--patterns", 4, "--dim", 64], "fd": 1_000, "features": "latents", "data": "toyfaces"}
 SIZES = {
     "cpu": CPU,
-    "gpu": {**CPU, "model": "toy-281m", "teacher": 1_000_000, "student": 200_000, "halved": 200_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4, "samples": 100_000,
-            "assessor": [], "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
-    "dry": {**CPU, "model": "nano", "teacher": 64, "student": 32, "halved": 32, "samples": 512, "assessor": ["--bins", 4, "--patterns", 2, "--dim", 16, "--steps", 300], "fd": 32, "data": "toyfaces:200"},
+    "gpu": {**CPU, "model": "toy-281m", "teacher": 1_000_000, "student": 200_000, "halved": 200_000, "batch": 128, "lr": 1e-4, "scratch_lr": 2e-4,
+            "samples": 100_000, "assessor": [], "fd": 10_000, "features": "inception", "data": "toyfaces:100000"},
+    "dry": {**CPU, "model": "nano", "teacher": 1_280, "student": 32, "halved": 32, "samples": 2_048, "fd": 32, "data": "toyfaces:200",
+            "assessor": ["--bins", 20, "--patterns", 2, "--dim", 64, "--steps", 500]},
 }
 ARMS = {"ablation": "A,B,C,D,E,S", "scratch": "A,B,C,D"}
 ROUNDS = 15                                  # of the race of arms, four steps of each in a round
@@ -80,20 +83,23 @@ def teacher(work: Path, size: dict[str, Any]) -> None:
 
 
 def cost(work: Path, size: dict[str, Any]) -> None:
-    """Steps of vanilla (A), block losses (B) and assessed block losses (D) in turns, at distill.py's default batch."""
+    """Steps of vanilla (A), block losses (B) and assessed block losses (D) in turns, at distill.py's default batch; and the assessing alone."""
     ranks = Ranks(0, 1, pick_device("auto"))
     with tempfile.TemporaryDirectory() as out:
         cfg = ablate.Config(teacher=str(work / "teacher"), assessor_file=str(work / "assessor.safetensors"), out=out)
-        calls, trainers = {}, {}
+        calls = {}
         for arm in "ABD":
-            tr = trainers[arm] = distill.setup(ablate.arm_config(cfg, arm, 0), ranks)
+            tr = distill.setup(ablate.arm_config(cfg, arm, 0), ranks)
             loader = data.batches(data.Stream(tr.ds, tr.labels, tr.latent_shape, 0), train.positions(tr.cfg, ranks, 0))
             calls[arm] = lambda tr=tr, loader=loader: float(train.step(tr, loader))                         # float: a GPU has finished then
+        t = tr.teacher.time(torch.arange(cfg.batch) * 1000 // cfg.batch).to(ranks.device)
+        x = torch.randn(cfg.batch, *tr.latent_shape, device=ranks.device)
+        features = tr.teacher.ask(x, t)[2]
+        calls["assessing"] = lambda: tr.lambdas(features, features, t)[0].sum().item()
         seconds = alternate(calls, ROUNDS, 4)
-    share = (seconds["D"] - seconds["B"]) / seconds["D"]
-    print(f"batch {cfg.batch}: A {seconds['A']:.3f} s, B {seconds['B']:.3f} s, D {seconds['D']:.3f} s a step; the assessor is {share:.1%} of D's")
-    keep("cost", work, size, {"model": size["model"], "batch": cfg.batch, "rounds": ROUNDS, "seconds a step": seconds, "assessor's share of D": share,
-                                  "block losses' share of B": (seconds["B"] - seconds["A"]) / seconds["B"]})
+    shares = {"assessing, of D": seconds["assessing"] / seconds["D"], "D over B": seconds["D"] / seconds["B"] - 1, "B over A": seconds["B"] / seconds["A"] - 1}
+    print(f"batch {cfg.batch}: " + ", ".join(f"{k} {v:.4f} s" for k, v in seconds.items()) + "; " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+    keep("cost", work, size, {"model": size["model"], "batch": cfg.batch, "rounds": ROUNDS, "seconds": seconds, "shares": shares})
 
 
 def ablation(work: Path, size: dict[str, Any], part: str) -> None:

@@ -6,6 +6,7 @@ benchmarks/results/*.json say. --check only says whether it is up to date (exit 
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ MAP = {
     "robo.py": "real tagged art, put together from the pictures of robohash",
     "vae.py": "autoencoders of SD, SDXL, Flux 1 and Flux 2, in every layout",
     "distill.py": "a teacher's targets in train.py's loop, blocks weighed by an assessor, progressive halving",
+    "distill_flags.py": "its flags: filled in from the teacher, refused where they cannot run or change nothing",
     "teacher.py": "a frozen network to ask, on its own schedule",
     "assessor.py": "what reads timesteps and patterns out of blocks, and its pretraining",
     "timesteps.py": "timesteps drawn by the assessor's profile",
@@ -59,6 +61,9 @@ MAP = {
     "kernels/dispatch.py": "which path an op takes, said once: KERNELS=auto, triton or torch",
     "kernels/bench.py": "kernels against their peers and against the floor, where you are",
 }
+
+
+ABLATION = {"A": "no block losses", "B": "λ = w", "C": "λ = D's mean", "D": "λ by the assessor", "E": "by an untrained one (placebo)", "S": "by other blocks' (placebo)"}
 
 
 def results(name: str) -> dict:
@@ -167,6 +172,37 @@ def block_fid() -> str:
             f"run at {features} on a CPU; the Fréchet distance is {frechet}.\n\n" + origin(parity) + "\n\n" + origin(speed))
 
 
+def block_distill() -> str:
+    """The ablation's two tables, what an assessor costs, and progressive halving."""
+    mean = lambda values, form: f"{statistics.mean(values):{form}} ± {statistics.stdev(values) / len(values) ** 0.5:.2g}"
+    lines, small = [], []
+    for part, students in (("ablation", "start as the teacher"), ("scratch", "start from nothing")):
+        r = results(f"distill/cpu/{part}")
+        by = {(c["arm"], c["seed"]): c for c in r["cards"]}
+        arms, seeds = dict.fromkeys(c["arm"] for c in r["cards"]), dict.fromkeys(c["seed"] for c in r["cards"])
+        own, b = lambda arm: [by[arm, seed] for seed in seeds], [by["B", seed] for seed in seeds]
+        lines += [f"| students that {students}, {r['cards'][0]['images']:,} images, {len(seeds)} seeds | held-out loss | FD | FD - B's, paired | λ clipped |", "|---|---:|---:|---:|---:|"]
+        for arm in sorted(arms):
+            apart = "" if arm == "B" else mean([c["fd"] - d["fd"] for c, d in zip(own(arm), b)], "+.2f")
+            clipped = [v for c in own(arm) for block in c["blocks"].values() for v in block["clipped"]]
+            lines.append(f"| {arm}: {ABLATION[arm]} | {mean([c['held_out'][-1]['loss'] for c in own(arm)], '.4f')} | {mean([c['fd'] for c in own(arm)], '.2f')} | "
+                         f"{apart} | {f'{statistics.mean(clipped):.0%}' if clipped and arm in 'DES' else ''} |")
+        hold = r["references"]
+        lines += [f"| the teacher; training images against others | | {hold['teacher']:.2f}; {hold['floor']:.2f} | | |", "",
+                  f"**The hypothesis is {r['verdict']}.** {' '.join(reason[0].upper() + reason[1:] for reason in r['reasons'])} "
+                  f"[Report](benchmarks/results/distill/cpu/{part}.txt), [curves](benchmarks/results/distill/cpu/{part}.png).", ""]
+        small += [origin(r), ""]
+    cost, halved = results("distill/cpu/cost"), results("distill/cpu/progressive")
+    lines += [f"± are standard errors over seeds; FD is of {r['references']['fd_images']:,} samples (10 Heun steps) in latents averaged to 4×4. The assessor named the timestep "
+              f"of held-out images with accuracy {r['assessor']['mean']:.2f}, chance {r['assessor']['chance']:.2f}. It costs {cost['shares']['assessing, of D']:.1%} of a "
+              f"step of {cost['model']}, batch {cost['batch']} (the blocks' losses {cost['shares']['B over A']:+.1%} over A).", "",
+              "| progressive halving: FD by Euler steps | " + " | ".join(halved["results"]) + " |", "|---|" + "---:|" * len(halved["results"])]
+    for who in ("teacher", "student"):
+        lines.append(f"| {who} | " + " | ".join(f"{row[who]['FD']:.2f} ± {row[who]['error']:.2g}" if who in row else "" for row in halved["results"].values()) + " |")
+    lines += ["", f"± here over three sets of {halved['size']['fd']:,} samples of one run; {halved['size']['halved']:,} images a halving.", ""]
+    return "\n".join([*lines, *small, origin(cost), "", origin(halved)])
+
+
 def block_kernels() -> str:
     """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
     if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
@@ -195,7 +231,7 @@ def block_kernels() -> str:
 
 def main() -> None:
     path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert, "latents": block_latents, "solvers": block_solvers,
-                                          "protocol": block_protocol, "fid": block_fid}
+                                          "protocol": block_protocol, "fid": block_fid, "distill": block_distill}
     old = new = path.read_text()
     for name, make in blocks.items():
         new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)
