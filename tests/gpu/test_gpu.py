@@ -192,3 +192,33 @@ def test_a_short_run_learns_and_resumes(tmp_path, optim):
     assert done.returncode == 0 and "resuming" in done.stdout and "finished" in done.stdout, done.stderr[-3000:]
     losses = [row["loss"] for row in log() if row["event"] == "train"]
     assert len(losses) >= 20 and losses[-1] < 0.8 * losses[0]
+
+
+def test_distillation_resumes_exactly_and_agrees_with_a_cpu(tmp_path):
+    """A teacher, an assessor and a student with heads: interrupted or not, the same tensors; and the first λ of fp32 are the CPU's."""
+    def run(script, *args):
+        done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    small = ("--batch", 16, "--log-every", 16, "--eval-every", 0, "--preview-every", 0, "--out", tmp_path)
+    run("train.py", "--model", "nano", "--objective", "ddpm", "--table", "scaled_linear", "--data", "toyfaces:256", "--images", 320, "--name", "teacher", *small)
+    judge = tmp_path / "a.safetensors"
+    run("distill.py", "pretrain-assessor", "--teacher", tmp_path / "teacher", "--out", judge, "--bins", 5, "--patterns", 2, "--dim", 16, "--samples", 512,
+        "--profile-samples", 64, "--steps", 100)
+    how = ("--teacher", tmp_path / "teacher", "--assessor", "david", "--assessor-file", judge, "--local-heads", "--images", 160, "--save-every", 80, *small)
+    run("distill.py", *how, "--name", "whole", "--dtype", "fp32")
+    run("distill.py", *how, "--name", "cpu", "--dtype", "fp32", "--device", "cpu")
+    from safetensors.torch import load_file
+    lam = lambda name: [json.loads(line)["blocks"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"blocks"' in line]
+    for block, values in lam("whole")[0].items():
+        assert values["lambda"] == pytest.approx(lam("cpu")[0][block]["lambda"], rel=1e-3) and values["e_t"] == pytest.approx(lam("cpu")[0][block]["e_t"], rel=1e-3)
+    last = sorted((tmp_path / "whole" / "ckpt").iterdir())[-1]
+    whole = {f.name: load_file(f) for f in last.glob("*.safetensors")}
+    for f in last.iterdir():                                                    # as if it had been killed before its end
+        f.unlink()
+    last.rmdir()
+    (tmp_path / "whole" / "samples" / "final.png").unlink()
+    run("distill.py", *how, "--name", "whole", "--dtype", "fp32")
+    again = {f.name: load_file(f) for f in last.glob("*.safetensors")}
+    assert whole.keys() == again.keys()
+    for name, tensors in whole.items():                                         # cuDNN may add in another order
+        assert all(torch.allclose(v.float(), again[name][k].float(), rtol=1e-2, atol=1e-4) for k, v in tensors.items() if "tally" not in k)
