@@ -1,6 +1,6 @@
 """Does the assessor help? Arms that differ in one thing, paired by seed, and a verdict by a rule fixed beforehand.
 
-    python distill.py ablate --teacher RUN --assessor-file assessor.safetensors --arms A,B,C,D,E --seeds 0,1,2 --images 40_000 --out runs/ablation
+    python distill.py ablate --teacher RUN --assessor-file assessor.safetensors --arms A,B,C,D,E,S --seeds 0,1,2 --images 40_000 --out runs/ablation
 
     A  no block losses (vanilla)                    E  as D, by an assessor that was never trained (placebo; e_t is chance, so λ is large)
     B  block losses, λ = w                          S  as D, every block with another block's λ (placebo)
@@ -27,12 +27,11 @@ from torch import Tensor
 
 import distill
 import drawing
-import train
 from assessor import load_assessor
 from ckpt import checkpoints, find_checkpoint, load_unet, open_unet
 from config import UserError, parse, pick_device, versions
 from data import open_dataset, to_float
-from distill_flags import ASSESSED, DRAWN
+from distill_flags import ASSESSED, BLOCKS, DRAWN
 from features import cached_data, look, pooled
 from files import make_dir, write_text
 from inception import load_inception
@@ -43,9 +42,9 @@ from teacher import describe_teacher
 from vae import AnyVAE, vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
-    "A": {"assessor": "none", "block_weight": 0.0, "local_heads": False}, "B": {"assessor": "none"}, "C": {"assessor": "const"}, "D": {"assessor": "david"},
+    "A": {"assessor": "none", "block_weight": 0.0}, "B": {"assessor": "none"}, "C": {"assessor": "const"}, "D": {"assessor": "david"},
     "E": {"assessor": "random"}, "S": {"assessor": "shuffled"}, "F": {"assessor": "david", "adaptive_t": True},
-    "G": {"assessor": "none", "block_weight": 0.0, "local_heads": False, "shift": 3.0},
+    "G": {"assessor": "none", "block_weight": 0.0, "shift": 3.0},
 }
 WORSE, ERRORS, SEEDS = 1.05, 2.0, 3          # the rule: allowed held-out loss by t against B and C; standard errors of FD; seeds at least
 
@@ -68,10 +67,11 @@ def arm_config(cfg: Config, arm: str, seed: int, lambdas: tuple[float, ...] = ()
     """The distillation an arm is."""
     own = {k: v for k, v in asdict(cfg).items() if k in distill.Config.__dataclass_fields__}
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-    if ARMS[arm]["assessor"] not in distill.READS:                              # what only an assessor reads is not for this arm
-        own |= {name: getattr(distill.Config, name) for name in ("assessor_file", *ASSESSED)}
-    own |= {"block_weights": ()} if lambdas else {}
-    own |= {} if "adaptive_t" in ARMS[arm] else {name: getattr(distill.Config, name) for name in DRAWN}
+    arm_is, unset = ARMS[arm], lambda *names: {name: getattr(distill.Config, name) for name in names}       # what is not for this arm
+    own |= unset("assessor_file", *ASSESSED) if arm_is["assessor"] not in distill.READS else {}
+    own |= unset(*BLOCKS) if not arm_is.get("block_weight", 1) else {}
+    own |= unset("block_weights") if lambdas else {}
+    own |= unset("density") if "adaptive_t" in arm_is else unset(*DRAWN)
     return distill.resolve(distill.Config(**{**own, **ARMS[arm], "lambdas": lambdas, "name": f"{arm}-{seed}", "seed": seed,
                                              "eval_every": cfg.eval_every or max(cfg.images // 10, 1)}))
 
@@ -83,7 +83,7 @@ def rows_of(run: Path, event: str) -> list[dict[str, Any]]:
 
 def mean_lambdas(run: Path) -> tuple[float, ...]:
     """λ of each block over a whole run, from its log."""
-    rows = rows_of(run, "train")
+    rows = [row for row in rows_of(run, "train") if "blocks" in row]
     images = [row["images"] - before for row, before in zip(rows, [0] + [row["images"] for row in rows])]   # lines may stand for unequal stretches
     return tuple(statistics.fmean([row["blocks"][name]["lambda"] for row in rows], images) for name in rows[0]["blocks"])
 
@@ -125,12 +125,12 @@ def card_of(cfg: Config, own: distill.Config, arm: str, ds: Any, device: torch.d
     if file.exists() and asked.items() <= (card := json.loads(file.read_text())).items():
         return card
     held, lines = rows_of(run, "held-out"), rows_of(run, "train")
-    names = list(lines[-1].get("blocks", {}))
-    blocks = {name: {m: [row["blocks"][name][m] for row in lines] for m in lines[-1]["blocks"][name]} for name in names}
+    weighed = [row for row in lines if "blocks" in row]                         # a line of steps that were all skipped has none
+    blocks = {name: {m: [row["blocks"][name][m] for row in weighed] for m in block} for name, block in (weighed[-1]["blocks"] if weighed else {}).items()}
     fd = distance(run, ds, cfg.fd_images, cfg.fd_steps, device, kind=cfg.fd_features) if cfg.fd_images else None
     card = {"arm": arm, "seed": own.seed, **asked, "config": asdict(own), "fd": fd,
             "held_out": [{k: row[k] for k in ("images", "loss", "loss_by_t")} for row in held], "train_images": [row["images"] for row in lines],
-            "blocks": blocks, "block_share": [row["block_share"] for row in lines if "block_share" in row], "alarms": sum(bool(row.get("alarm")) for row in lines),
+            "blocks": blocks, "block_share": [row["block_share"] for row in weighed if "block_share" in row], "alarms": sum(bool(row.get("alarm")) for row in lines),
             "images_per_s": statistics.median(row["images_per_s"] for row in lines), **versions()}
     write_text(file, json.dumps(card, indent=1) + "\n")
     return card
@@ -165,6 +165,11 @@ def by_t(cards: list[dict[str, Any]], arm: str) -> list[float]:
     return [statistics.mean(column) for column in zip(*last)]
 
 
+def needed(cards: list[dict[str, Any]], other: str, error: float) -> str:
+    """How large a gain over an arm the seeds' spread could have shown, in percent of its FD."""
+    return f"{100 * ERRORS * error / statistics.mean(c['fd'] for c in cards if c['arm'] == other):.2g}%"
+
+
 def verdict(cards: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """("supported" | "not supported" | "open", the reasons), by the rule in this file's head."""
     arms, reasons = {c["arm"] for c in cards}, []
@@ -183,20 +188,21 @@ def verdict(cards: list[dict[str, Any]]) -> tuple[str, list[str]]:
         worst = max(d / o for d, o in zip(by_t(cards, "D"), by_t(cards, other)))
         good = good and holds and worst <= WORSE
         luck = f", which chance alone does in {stdtr(n - 1, -ERRORS):.0%} of such comparisons" if holds else ""
-        level = statistics.mean(c["fd"] for c in cards if c["arm"] == other)
         reasons.append(f"FD of D - {other}: {mean:+.4g} ± {error:.2g} ({n} seeds): {'below' if holds else 'not below'} zero by more than {ERRORS:g} "
-                       f"standard errors{luck}. With this spread it took a gain of {100 * ERRORS * error / level:.2g}% to pass.")
+                       f"standard errors{luck}; a gain of {needed(cards, other, error)} would have been.")
         reasons.append(f"held-out loss of D / {other}, worst bin of t: {worst:.3f} ({'within' if worst <= WORSE else 'above'} {WORSE:g}).")
-    if blocks := [b for c in cards if c["arm"] == "D" for b in c.get("blocks", {}).values()]:
-        clipped, moves = statistics.fmean(v for b in blocks for v in b["clipped"]), statistics.fmean(statistics.pstdev(b["lambda"]) / statistics.fmean(b["lambda"]) for b in blocks)
-        share = statistics.fmean(v for c in cards if c["arm"] == "D" for v in c["block_share"])
-        reasons.append(f"the treatment: D's λ was clipped in {clipped:.0%} of its values and moved by {moves:.1%} of itself between lines of the log "
-                       f"(where it does not move, D is C); the blocks' losses were {share:.1%} of the loss.")
-    for placebo in sorted({"E", "S"} & arms):
-        mean, error, n = paired(cards, "D", placebo, lambda c: c["fd"])
-        beaten = mean < -ERRORS * error
-        reasons.append(f"FD of D - {placebo} (placebo): {mean:+.4g} ± {error:.2g} ({n} seeds)" + ("." if beaten else
-                       ": what D may gain over B and C, an assessor that knows nothing gains too."))
+    shares = [v for c in cards if c["arm"] == "D" for v in c.get("block_share", [])]
+    if shares:
+        blocks = [b for c in cards if c["arm"] == "D" for b in c["blocks"].values()]
+        clipped = statistics.fmean(v for b in blocks for v in b["clipped"])
+        drift = statistics.fmean(statistics.pstdev(b["lambda"]) / max(statistics.fmean(b["lambda"]), 1e-9) for b in blocks)
+        reasons.append(f"the treatment: D's λ was clipped {clipped:.0%} of the time and drifted by {drift:.1%} of itself over a run; the blocks' losses were "
+                       f"{statistics.fmean(shares):.1%} of the loss.")
+    for placebo, what in (("E", "an assessor that was never trained"), ("S", "giving every block another's weight")):
+        if placebo in arms:
+            mean, error, n = paired(cards, "D", placebo, lambda c: c["fd"])
+            told = "" if mean < -ERRORS * error else f"; D is not better than {what}, by this rule"
+            reasons.append(f"FD of D - {placebo} (placebo): {mean:+.4g} ± {error:.2g} ({n} seeds; a gain of {needed(cards, placebo, error)} would have shown){told}.")
     return ("supported" if good else "not supported"), reasons
 
 
@@ -311,6 +317,10 @@ def check(cfg: Config) -> dict[str, Any]:
     reading = any(ARMS[a]["assessor"] in distill.READS for a in cfg.arms)
     if reading and not cfg.assessor_file:
         raise UserError(f"--arms {','.join(cfg.arms)} need --assessor-file.  Make one: python distill.py pretrain-assessor --teacher {cfg.teacher}")
+    idle = () if reading else ("assessor_file", *ASSESSED)
+    idle += () if any("adaptive_t" in ARMS[a] for a in cfg.arms) else DRAWN
+    if ignored := [name for name in idle if getattr(cfg, name) != getattr(Config, name)]:
+        raise UserError(f"--{ignored[0].replace('_', '-')} changes nothing here: none of the arms {','.join(cfg.arms)} reads it.  Leave it out.")
     for arm in cfg.arms:
         for seed in cfg.seeds:
             arm_config(cfg, arm, seed)
@@ -334,13 +344,13 @@ def ablate(cfg: Config, ranks: Ranks) -> Path | None:
         if ranks.rank == 0:
             print(f"---- arm {arm}, seed {seed}", flush=True)
         own = arm_config(cfg, arm, seed, mean_lambdas(Path(cfg.out) / f"D-{seed}") if arm == "C" else ())
-        train.train(own, ranks, distill.setup, distill.FREE)
-        if int(checkpoints(Path(own.out) / own.name)[-1].name) < own.images:
+        if distill.run(own, ranks) or int(checkpoints(Path(own.out) / own.name)[-1].name) < own.images:
             return None
         signal.signal(signal.SIGINT, signal.default_int_handler)                # train()'s wait for the end of a step, and here is none
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if ranks.rank == 0:
-            ds = ds or open_dataset(cached_data(own.data) if is_cache(own.data) else own.data, stage=own.stage, exclude_tags=own.exclude_tags, resolution=own.resolution, holdout=own.holdout)
+            images = cached_data(own.data) if is_cache(own.data) else own.data
+            ds = ds or open_dataset(images, stage=own.stage, exclude_tags=own.exclude_tags, resolution=own.resolution, holdout=own.holdout)
             cards.append(card_of(cfg, own, arm, ds, pick_device(cfg.device)))
         ranks.barrier()
     if ranks.rank:

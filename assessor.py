@@ -10,7 +10,7 @@ timestep; e_p, how undecided it is about the pattern; coh, its coherence. distil
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from data import Dataset, Stream, open_dataset
 from files import make_dir, write_tensors, write_text
 from latents import latents_of
 from objectives import T, norm
+from settings import embedded_tags
 from teacher import Teacher, describe_teacher, like_the_teacher, open_teacher, tap_channels, teacher_vae
 from timesteps import bins_of
 from vae import AnyVAE
@@ -271,12 +272,12 @@ class Pretrain:
     shuffle_time: bool = False           # tell the teacher another sample's time: what can still be read comes from the image
     samples: int = 20_000                # noised images the teacher is shown
     profile_samples: int = 2_500         # … of held-out images, spread evenly over time: accuracy and the sampler's profile
-    stage: Literal["standard", "fine", "stage2"] = "standard"   # without --data, the teacher's, like the next two
-    exclude_tags: tuple[str, ...] = ()   # …
-    holdout: float = 0.02                # share of the images that are held out
+    stage: Literal["", "standard", "fine", "stage2"] = ""   # "" = the teacher's, or standard with --data
+    exclude_tags: tuple[str, ...] = ()   # with the stage
+    holdout: float | None = None         # share of the images that are held out; if not given, the teacher's, or 0.02 with --data
     steps: int = 3_000                   # of AdamW
     batch: int = 256                     # of it
-    lr: float = 5e-3                     # at the start, falling to 0 as a cosine
+    lr: float = 5e-3                     # at the start, falling to 0 as a cosine; 1e-3 leaves z's heads, whose inputs are unit vectors, flat
     seed: int = 0                        # of weights, order, noise
     dtype: Literal["auto", "fp32", "bf16"] = "auto"   # of the teacher
     device: str = "auto"                 # auto | cpu | cuda
@@ -357,6 +358,7 @@ def pretrain(cfg: Pretrain) -> None:
     """Show the teacher noised images, fit the assessor to what its blocks return, measure it on held-out ones, save."""
     unet, objective, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
     cfg = like_the_teacher(cfg, meta)
+    cfg = replace(cfg, exclude_tags=cfg.exclude_tags or embedded_tags(cfg.data, cfg.stage))
     for name, least, most in (("bins", 2, T), ("patterns", 1, 1000), ("dim", 4, 4096), ("samples", 1, 1e9), ("profile_samples", 1, 1e9),
                               ("steps", 1, 1e9), ("batch", 1, 1e6)):
         if not least <= getattr(cfg, name) <= most:

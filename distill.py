@@ -4,7 +4,7 @@
     python distill.py pretrain-assessor --teacher runs/toyfaces-ddpm-standard --out assessor.safetensors
     python distill.py --teacher runs/toyfaces-ddpm-standard --assessor david --assessor-file assessor.safetensors
     python distill.py --mode progressive --teacher runs/toyfaces-fm-standard --objective fm --start-steps 8 --end-steps 1
-    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --arms A,B,C,D,E --seeds 0,1,2
+    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --arms A,B,C,D,E,S --seeds 0,1,2
 
     loss = L_flow + block_weight · Σ_b λ_b (kd_weight · KD_b [+ local_b])
     λ_b  = clip(w_b (1 + α e_t + β e_p + δ (1 - coh)), 0.5, 3)
@@ -32,17 +32,17 @@ from tqdm import tqdm
 import data
 import train
 from assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor, pretrain)
-from ckpt import checkpoints, fingerprint, load_strict, load_unet
+from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from config import UserError, autocast, cli, parse
 from data import open_dataset
-from distill_flags import resolve
+from distill_flags import READS, resolve
 from latents import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, norm
 from run import Ranks, check_disk, join_ranks
 from samplers import time_grid
 from settings import objective_of
-from teacher import Teacher, open_teacher, student_config, tap_channels, tapped, taps, teacher_vae, v_target
+from teacher import Teacher, open_teacher, read_texts, student_config, tap_channels, tapped, taps, teacher_vae, v_target
 from timesteps import TimestepSampler, bins_of, make_sampler
 from vae import AnyVAE, vae_from_meta
 
@@ -57,6 +57,8 @@ class Config(train.Config):
     teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # of a file that does not say
     context: str = ""                    # text embeddings, for a teacher that takes text (teacher.py)
     data: str = ""                       # "" = what the teacher was trained on, with its stage, excluded tags and held-out images
+    stage: Literal["", "standard", "fine", "stage2"] = ""   # "" = the teacher's, or standard with --data
+    holdout: float | None = None         # share of the images kept for the held-out loss; if not given, the teacher's, or 0.02 with --data
     resolution: int = 0                  # 0 = the teacher's
     vae: str = ""                        # "" = the teacher's
     # the student
@@ -98,7 +100,6 @@ class Config(train.Config):
 
 FREE = train.FREE - {"accum"} | {"teacher", "assessor_file", "context"}   # λ is of a micro-batch; files may move, their marks are compared
 METRICS = ("lambda", "clipped", "kd", "e_t", "e_p", "coh")
-READS = ("david", "random", "shuffled")      # arms that run an assessor
 ALARM = (0.5, 0.15, 0.7)                     # a third of the timesteps has this share of the gradient and so much more than unweighted; or this share
 
 
@@ -164,8 +165,11 @@ class Distiller(train.Trainer):
             loss = self.objective.loss(answer, goals[0], eps=goals[1], t=t, **cond)
             total = (loss.per_sample * weight).mean() if cfg.importance else loss.loss
             if mine:
-                flow, total = total.detach(), total + cfg.block_weight * self.block_loss(mine, theirs, t, goals)
-                self.tally["share"] += finite((total.detach() - flow) / total.detach())
+                blocks, seen = self.block_loss(mine, theirs, t, goals)
+                flow, total = total.detach(), total + cfg.block_weight * blocks
+                good = torch.isfinite(total.detach())                           # train.py skips a step that is not; so does the log
+                for name, value in {"blocks": seen, "batches": torch.ones_like(flow), "share": 1 - flow / total.detach()}.items():
+                    self.tally[name] += finite(value) * good
         return Loss(total, loss.per_sample, t)
 
     def times(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -193,19 +197,17 @@ class Distiller(train.Trainer):
         u = (halfway + column(end - middle) * (b - a) - x) / column(end - t)
         return t, x, (x - column(t) * u, x + (1 - column(t)) * u), features
 
-    def block_loss(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor, goals: Any) -> Tensor:
-        """Σ_b λ_b (kd_weight · KD_b + local_b). No gradient goes through λ."""
+    def block_loss(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor, goals: Any) -> tuple[Tensor, Tensor]:
+        """Σ_b λ_b (kd_weight · KD_b + local_b), and METRICS of each block (n, 6). No gradient goes through λ."""
         kd = torch.stack([kd_cosine(mine[name], theirs[name]) for name in theirs])
         lam, metrics = self.lambdas(mine, theirs, t)
-        self.tally["blocks"] += finite(torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1))
-        self.tally["batches"] += torch.isfinite(kd).all()                       # train.py skips a step that is not finite; so does the log
         terms = self.cfg.kd_weight * kd
         if self.cfg.local_heads:
             goal = self.objective.goal(goals[0], goals[1], t.view(-1, 1, 1, 1))
             with torch.autocast(t.device.type, enabled=False):
                 terms = terms + torch.stack([F.mse_loss(head(mine[name].float()), F.interpolate(goal, mine[name].shape[2:], mode="bilinear"))
                                              for name, head in self.heads.items()])
-        return (lam * terms).sum()
+        return (lam * terms).sum(), torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)
 
     def lambdas(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
         """(λ (n,), what the log shows of each block (n, 5): λ, clipped, and from an assessor e_t, e_p, coh). Ranks agree."""
@@ -326,7 +328,7 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     teacher.check_latents(vae, cfg.resolution)
     unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
     w = torch.tensor(cfg.lambdas or cfg.block_weights or list(block_weights(teacher.net.cfg).values()), device=device)
-    if cfg.assessor not in READS:                                               # λ itself, within the bounds of the others
+    if cfg.assessor not in READS and not cfg.lambdas:                           # λ itself, within the bounds of the others
         w = w.clamp(cfg.lam_min, cfg.lam_max)
     if cfg.block_weight and tap_channels(unet) != tap_channels(teacher.net.cfg):
         raise UserError(f"--model {cfg.model} has blocks {tap_channels(unet)}, the teacher {tap_channels(teacher.net.cfg)}: they cannot be "
@@ -343,18 +345,29 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
     start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
-    marks = {"teacher": teacher.mark, "assessor": assessor.meta.get("fingerprint") if assessor else None,
-             "context": fingerprint(teacher.texts) if teacher.texts else None}
-    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks}
-    # Uniform times, as the source's; train.py's preset for fm is logit_normal.
-    objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
-    tr = train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
+    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.mark, teacher.texts)}
+    objective = objective_of(replace(cfg, shift=shift), vae.latent_shape(cfg.resolution))
+    return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
                         assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
-    for what, mark in marks.items():
-        if tr.init.get(what) != mark:
-            place = {"teacher": cfg.teacher, "assessor": cfg.assessor_file, "context": cfg.context}[what]
-            raise UserError(f"{place} is not the {what} that {run} began with (its contents are others).  Put it back, or start under another --name.")
-    return tr
+
+
+def marks_of(cfg: Config, teacher: str, texts: dict[str, Tensor]) -> dict[str, str | None]:
+    """What a run's targets and weights come from, by content."""
+    return {"teacher": teacher, "assessor": read_tensors(cfg.assessor_file)[1].get("fingerprint") if cfg.assessor_file else None,
+            "context": fingerprint(texts) if texts else None}
+
+
+def run(cfg: Config, ranks: Ranks) -> bool:
+    """train.train of a distillation, begun, taken up or finished; True if it was asked to stop. Files may have moved, but not changed."""
+    folder = Path(cfg.out) / cfg.name
+    if begun := checkpoints(folder):
+        net, meta = load_unet(find_checkpoint(cfg.teacher))
+        before = open_unet(begun[-1] / "model.safetensors").meta["init"]
+        for what, mark in marks_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context)).items():
+            if before.get(what, mark) != mark:                                  # a run that is older than a mark has none
+                raise UserError(f"{getattr(cfg, 'assessor_file' if what == 'assessor' else what) or f'no {what}'} is not the {what} that {folder} began with "
+                                "(its contents are others).  Put it back, or start under another --name.")
+    return train.train(cfg, ranks, setup, FREE)
 
 
 def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
@@ -416,9 +429,10 @@ def phases(cfg: Config) -> Iterator[Config]:
         if steps < cfg.start_steps // 2:                                        # its teacher is the last student, and it starts as that
             phase = replace(phase, init="", model="", teacher_objective="", teacher_table="")
         yield phase
-        if not checkpoints(run := Path(cfg.out) / phase.name) or int(checkpoints(run)[-1].name) < cfg.images:
+        folder = Path(cfg.out) / phase.name
+        if not checkpoints(folder) or int(checkpoints(folder)[-1].name) < cfg.images:
             return                                                              # it was asked to stop
-        teacher = str(run)
+        teacher = str(folder)
 
 
 def main() -> None:
@@ -441,7 +455,8 @@ def main() -> None:
     else:
         ranks = join_ranks(cfg)
         for phase in phases(cfg):
-            train.train(phase, ranks, setup, FREE)
+            if run(phase, ranks):
+                break
         ranks.leave()
 
 

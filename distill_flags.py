@@ -18,6 +18,7 @@ BOUNDS = {"block_weight": (0, 1e6), "kd_weight": (0, 1e6), "alpha": (-1e6, 1e6),
           "lam_max": (0, 1e6), "base_jitter": (0, 499), "reliability": (0, 1), "difficulty_gain": (0, 1e6),
           "start_steps": (2, 1024), "end_steps": (1, 512)}
 OWN = ("target", "stratified", "learn_sigma", "aligned", "coupling")   # train.py's, of losses that a teacher's targets replace
+READS = ("david", "random", "shuffled")                                # arms that run an assessor
 ASSESSED = ("alpha", "beta", "delta", "e_t", "coherence")              # read where an assessor weighs blocks
 DRAWN = ("base_jitter", "adaptive_chaos", "reliability", "unreliable", "difficulty_gain", "importance")
 BLOCKS = ("block_weight", "kd_weight", "local_heads", "block_weights", "lam_min", "lam_max")
@@ -59,6 +60,9 @@ def resolve(cfg: "Config") -> "Config":
             raise UserError(f"--objective {cfg.objective}: a progressive student stays on its teacher's path, {teacher.table or 'the linear one'}.  "
                             f"Use --objective {'v' if teacher.table else 'fm'}.")
         cfg = replace(cfg, block_weight=0.0)
+    if cfg.block_weight and not cfg.kd_weight and not cfg.local_heads:
+        raise UserError("--kd-weight 0 leaves the blocks no loss without --local-heads.  If that is meant: --block-weight 0.")
+    cfg = replace(cfg, density=cfg.density or "uniform")                        # as the source's; train.py's preset for fm is logit_normal
     if cfg.model and cfg.init == "" and PRESETS.get(cfg.model):
         raise UserError(f"--model {cfg.model} with the teacher's weights: leave --model out for its architecture, or add --init scratch or FILE.")
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
@@ -70,15 +74,15 @@ def resolve(cfg: "Config") -> "Config":
 
 def check_idle(cfg: "Config") -> None:
     """Refuse flags that would change nothing."""
-    reads = cfg.assessor in ("david", "random", "shuffled")
-    idle = {} if reads else dict.fromkeys(ASSESSED, "--assessor david, random or shuffled")
+    reads, weighed = cfg.assessor in READS, "--assessor david, random or shuffled"
+    idle = {} if reads else dict.fromkeys(ASSESSED, weighed)
     idle |= {"density": "times that --adaptive-t does not draw"} if cfg.adaptive_t else dict.fromkeys(DRAWN, "--adaptive-t")
-    idle |= {} if reads or cfg.adaptive_t else {"assessor_file": "--assessor david, random or shuffled, and --adaptive-t"}
-    idle |= {} if cfg.block_weight else {"local_heads": "a --block-weight above 0"}
+    idle |= {} if reads or cfg.adaptive_t else {"assessor_file": f"{weighed}, and --adaptive-t"}
+    idle |= {} if cfg.block_weight else dict.fromkeys((*BLOCKS[1:], *ASSESSED), "a --block-weight above 0")
     idle |= {"shift_dir": "a --shift other than 1"} if cfg.shift == 1.0 else {}
     idle |= {"block_weights": "weights without --lambdas"} if cfg.lambdas else {}
     if cfg.mode == "progressive":                                               # it has its own times and learns from outputs alone
-        idle |= dict.fromkeys((*BLOCKS, "assessor", "adaptive_t", "x_source", "shift", "density"), "--mode flow")
+        idle |= dict.fromkeys((*BLOCKS, *ASSESSED, *DRAWN, "assessor", "assessor_file", "adaptive_t", "x_source", "shift", "density"), "--mode flow")
     else:
         idle |= dict.fromkeys(("start_steps", "end_steps"), "--mode progressive")
     for name, owner in idle.items():

@@ -58,10 +58,16 @@ def resolve(cfg: "Config") -> "Config":
     if not tags and cfg.stage == "stage2" and not cfg.init:
         own = Path(cfg.out) / name                                              # once begun, the fine run is no longer needed
         tags = tuple(read_config(own if (own / "config.json").exists() else fine_run(cfg))["exclude_tags"])
-    elif not tags and cfg.stage != "standard" and cfg.data.partition(":")[0] in ("toyfaces", "robohash"):
-        tags = (toyfaces if cfg.data.startswith("toyfaces") else robo).EXCLUDED
+    tags = tags or embedded_tags(cfg.data, cfg.stage)
     place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data          # im/ and im are one
     return replace(cfg, data=place, name=name, exclude_tags=tags)
+
+
+def embedded_tags(data: str, stage: str) -> tuple[str, ...]:
+    """What a stage excludes if nobody says: some tags of the embedded data sets, none of others."""
+    sets = {"toyfaces": toyfaces, "robohash": robo}
+    name = data.partition(":")[0]
+    return sets[name].EXCLUDED if stage != "standard" and name in sets else ()
 
 
 def check_objective(cfg: "Config") -> None:

@@ -172,14 +172,13 @@ def describe_teacher(name: str, objective: str = "", table: str = "") -> tuple[U
 def like_the_teacher(cfg: Any, meta: dict[str, Any]) -> Any:
     """A config with data, resolution and classes filled in from the teacher's file, where they are not given.
 
-    With the data come its stage, excluded tags and share of held-out images, so that none of these was in the teacher's training.
+    With the data come its stage, the tags that excludes, and the share of held-out images.
     """
     trained, told = meta.get("config", {}), meta.get("resolution", 0)
-    if not cfg.data:
-        for name in ("stage", "exclude_tags", "holdout"):
-            if name in trained and getattr(cfg, name) == getattr(type(cfg), name):
-                value = trained[name]
-                cfg = replace(cfg, **{name: tuple(value) if isinstance(value, list) else value})
+    own = {} if cfg.data else trained                                           # of other data, the teacher's stage says nothing
+    if not cfg.stage and own.get("stage", "standard") != "standard":
+        cfg = replace(cfg, exclude_tags=cfg.exclude_tags or tuple(own["exclude_tags"]))
+    cfg = replace(cfg, stage=cfg.stage or own.get("stage", "standard"), holdout=own.get("holdout", 0.02) if cfg.holdout is None else cfg.holdout)
     if cfg.resolution and told and cfg.resolution != told:
         raise UserError(f"--resolution {cfg.resolution}, but the teacher was trained at {told}.  Leave it out.")
     wanted = {"data": cfg.data or trained.get("data", ""), "resolution": cfg.resolution or told,

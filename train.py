@@ -370,8 +370,8 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] | None = None, free: set[str] = FREE) -> None:
-    """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples."""
+def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] | None = None, free: set[str] = FREE) -> bool:
+    """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples. True if one did, also during the samples."""
     stop = StopSignal()                                                         # also while the data is being read
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
@@ -382,7 +382,7 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
         if ranks.rank == 0:
             print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
             print(final)
-        return
+        return False
     tr = (begin or setup)(cfg, ranks)
     if ranks.rank == 0 and (tr.seen or tr.init["path"]):
         print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
@@ -418,6 +418,7 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
                     save(tr)
     bar.close()
     finish(tr, log, final)
+    return stop.asked(ranks)
 
 
 def finish(tr: Trainer, log: Log, final: Path) -> None:

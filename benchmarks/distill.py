@@ -34,6 +34,7 @@ from benchmarks import record
 from benchmarks.race import alternate
 from ckpt import checkpoints, open_unet
 from config import pick_device
+from pictures import save_grid
 from run import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +128,11 @@ def progressive(work: Path, size: dict[str, Any]) -> None:
     for steps in (8, 4, 2, 1):
         rows[str(steps)] = {"teacher": fd(work / "flow-teacher", steps)} | ({"student": fd(work / f"halved-{steps}", steps)} if steps < 8 else {})
         print(f"{steps} steps: " + ", ".join(f"FD of the {k} {v['FD']:.4g} ± {v['error']:.2g}" for k, v in rows[str(steps)].items()), flush=True)
+    drawn = [ablate.generate(ckpt, 16, 1, device, "euler")[0] for ckpt in (work / "flow-teacher", work / "halved-1")]   # one step, the same noise
+    gap = torch.full_like(drawn[0][:4], 255)
+    place_of(work, size).mkdir(parents=True, exist_ok=True)
+    save_grid(torch.cat([torch.cat([side[i:i + 4] for side in (drawn[0], gap[i // 4:i // 4 + 1], drawn[1])]) for i in range(0, 16, 4)]),
+              place_of(work, size) / "one-step.png", columns=9)
     keep("progressive", work, size, {"size": size, "results": rows})
 
 

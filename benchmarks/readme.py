@@ -194,8 +194,9 @@ def block_distill() -> str:
         small += [origin(r), ""]
     cost, halved = results("distill/cpu/cost"), results("distill/cpu/progressive")
     lines += [f"± are standard errors over seeds; FD is of {r['references']['fd_images']:,} samples (10 Heun steps) in latents averaged to 4×4. The assessor named the timestep "
-              f"of held-out images with accuracy {r['assessor']['mean']:.2f}, chance {r['assessor']['chance']:.2f}. It costs {cost['shares']['assessing, of D']:.1%} of a "
-              f"step of {cost['model']}, batch {cost['batch']} (the blocks' losses {cost['shares']['B over A']:+.1%} over A).", "",
+              f"of held-out images with accuracy {r['assessor']['mean']:.2f}, chance {r['assessor']['chance']:.2f}. Assessing takes {cost['shares']['assessing, of D']:.1%} of a "
+              f"step of {cost['model']}, batch {cost['batch']}; a step of D takes {1 + cost['shares']['D over B']:.3f} times one of B, one of B "
+              f"{1 + cost['shares']['B over A']:.3f} times one of A.", "",
               "| progressive halving: FD by Euler steps | " + " | ".join(halved["results"]) + " |", "|---|" + "---:|" * len(halved["results"])]
     for who in ("teacher", "student"):
         lines.append(f"| {who} | " + " | ".join(f"{row[who]['FD']:.2f} ± {row[who]['error']:.2g}" if who in row else "" for row in halved["results"].values()) + " |")

@@ -256,7 +256,7 @@ def config(home, **fields):
 
 def go(home, out, **fields) -> Path:
     cfg = config(home, out=str(out), **fields)
-    train.train(cfg, ALONE, distill.setup, distill.FREE)
+    distill.run(cfg, ALONE)
     return out / cfg.name
 
 
@@ -339,6 +339,10 @@ def test_what_is_measured_on_held_out_features():
     a, b = report["blocks"]["a"], report["blocks"]["b"]
     assert (a["top1"], b["top1"], report["mean"]) == pytest.approx((0.2, 0.4, 0.25)) and (a["within1"], b["within1"]) == pytest.approx((0.7, 0.7))
     assert (a["ece"], b["ece"]) == pytest.approx((0.5, 0.3), abs=1e-6) and a["by_bin"] == [0, 0, 1, 0, 0] and b["by_bin"] == [0, 0, 0, 1, 0]
+    pair = Assessor(AssessorConfig({"a": 6}, bins=2, patterns=1, dim=8)).frozen()
+    confident = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log()
+    pair.forward = lambda features, bins: {"a": {"t_logits": confident, "p_logits": confident}}
+    assert examine(pair, {}, torch.tensor([0, 0, 1, 1]), {"a": 1.0})["blocks"]["a"]["ece"] == pytest.approx((2 * 0.1 + 2 * 0.6) / 4)   # not their difference
     assert net.accuracy.tolist() == pytest.approx([0, 0, 0.75, 0.25, 0]) and net.entropy.tolist() == pytest.approx([0.75 * 0.5 + 0.25] * 5)
 
 
@@ -502,7 +506,7 @@ def test_vanilla_is_mse_to_the_teachers_v_by_an_independent_loop(home, tmp_path)
 
 def test_the_whole_loss_with_every_setting_off_its_default_written_out(home, tmp_path):
     w = [0.5, 0.6, 0.7, 0.8, 0.9]
-    cfg = config(home, out=str(tmp_path), assessor="david", local_heads=True, block_weight=0.3, kd_weight=0.7, alpha=0.9, beta=0.4, delta=0.6, lam_min=0.1, lam_max=0.95,
+    cfg = config(home, out=str(tmp_path), assessor="david", local_heads=True, block_weight=0.3, kd_weight=70.0, alpha=0.9, beta=0.4, delta=0.6, lam_min=0.1, lam_max=0.95,
                  coherence="data", e_t="excess", block_weights=tuple(w), adaptive_t=True, importance=True, shift=2.0, shift_dir="clean", base_jitter=30,
                  adaptive_chaos=False, reliability=0.8, unreliable="drop", difficulty_gain=2.0, x_source="noise")
     tr = distill.setup(cfg, ALONE)
@@ -533,10 +537,11 @@ def test_the_whole_loss_with_every_setting_off_its_default_written_out(home, tmp
             lam = min(max(weight * (1 + 0.9 * float(e_t) + 0.4 * float(e_p) + 0.6 * (1 - coh)), 0.1), 0.95)
             kd = 1 - F.cosine_similarity(mean(g, k), mean(h, k)).mean()
             local = (tr.heads[k](g[names[k]]) - F.interpolate(v, g[names[k]].shape[2:], mode="bilinear")).square().mean()
-            total, expected = total + 0.3 * lam * (0.7 * kd + local), [*expected, lam]
+            total, expected = total + 0.3 * lam * (70.0 * kd + local), [*expected, lam]
     assert pairs and len({round(lam, 4) for lam in expected}) > 2
     assert tr.forward(tr.model, batch).loss.item() == pytest.approx(total.item(), rel=1e-3)
-    assert tr.report()["blocks"]["mid"]["lambda"] == pytest.approx(expected[2], rel=1e-3)
+    row, flow = tr.report(), (importance * (mine - v).square().flatten(1).mean(1)).mean()
+    assert row["blocks"]["mid"]["lambda"] == pytest.approx(expected[2], rel=1e-3) and row["block_share"] == pytest.approx(1 - float(flow / total), rel=1e-2)
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace_in_heads_or_log(home, tmp_path):
@@ -551,6 +556,13 @@ def test_a_step_that_is_not_finite_leaves_no_trace_in_heads_or_log(home, tmp_pat
     row = tr.report()
     json.dumps(row, allow_nan=False)
     assert sum(row["t_drawn"]) == 8 and row["blocks"]["mid"]["lambda"] > 0.5
+    breaks = tr.net.middle_block.register_forward_hook(lambda module, args, out: out * math.nan)
+    train.step(tr, iter([batch]))                                               # half of the blocks are whole
+    breaks.remove()
+    assert tr.tally["batches"].item() == 0 == tr.tally["blocks"].abs().sum() and tr.skipped == 2
+    train.step(tr, iter([batch]))
+    broken = tr.report()["blocks"]
+    assert all(0.5 <= b["lambda"] <= 3 and b["e_t"] < 3 for b in broken.values()) and broken["down_0"]["kd"] < 0.5
 
 
 def test_ranks_agree_on_what_is_above_the_teachers(home, tmp_path):
@@ -564,9 +576,10 @@ def test_ranks_agree_on_what_is_above_the_teachers(home, tmp_path):
         world = 2
 
         def sum(self, x):
-            return x + torch.tensor([3.0, 0.5, 0.5])
-    tr.ranks = Two()
-    assert tr.lambdas("mine", "theirs", tr.teacher.time(torch.arange(8)))[1][:, 2].tolist() == [1.0] * 5
+            return x + torch.tensor([self.other, 0.5, 0.5])
+    for other, wanted in ((3.0, 1.0), (-3.0, 0.0)):
+        tr.ranks, Two.other = Two(), other
+        assert tr.lambdas("mine", "theirs", tr.teacher.time(torch.arange(8)))[1][:, 2].tolist() == [wanted] * 5
 
 
 def test_captions_depend_on_seed_and_position_alone():
@@ -588,6 +601,13 @@ def test_the_placebo_knows_the_features_scale_and_nothing_else(home):
     assert not placebo.training and not any(p.requires_grad for p in placebo.parameters())
 
 
+def test_an_assessor_of_noise_is_warned_of_where_data_is_shown(home, capsys):
+    teacher = teacher_file.open_teacher(str(home / "teacher.safetensors"))
+    for source in ("data", "noise"):
+        distill.open_assessor(config(home, assessor="david", x_source=source), teacher)
+        assert ("knows features of data, and --x-source is noise" in capsys.readouterr().out) == (source == "noise")
+
+
 def test_a_student_sees_what_its_teacher_was_trained_on(home, tmp_path):
     net, meta = load_unet(home / "teacher.safetensors")
     trained = {"data": "toyfaces:48", "stage": "fine", "exclude_tags": ["glasses"], "holdout": 0.2}
@@ -597,7 +617,9 @@ def test_a_student_sees_what_its_teacher_was_trained_on(home, tmp_path):
     assert (found.stage, found.exclude_tags, found.holdout, found.data) == ("fine", ("glasses",), 0.2, "toyfaces:48")
     other = like(data="toyfaces:64")
     assert (other.stage, other.exclude_tags, other.holdout) == ("standard", (), 0.02)
-    assert like(holdout=0.3).holdout == 0.3
+    told = like(stage="standard", holdout=0.02)                                 # what is given stays, also if it is what others have by default
+    assert (told.stage, told.exclude_tags, told.holdout) == ("standard", (), 0.02)
+    assert like(exclude_tags=("smile",)).exclude_tags == ("smile",)
 
 
 def test_a_student_that_is_the_teacher_has_kd_zero_and_each_runs_once_a_step(home, tmp_path):
@@ -642,7 +664,7 @@ def test_gradients_reach_the_blocks_through_kd_and_not_through_lambda(home, tmp_
     theirs = {k: torch.randn_like(v) for k, v in mine.items()}
     t = tr.teacher.time(torch.arange(8) * 100)
     lam, _ = tr.lambdas(mine, theirs, t)
-    tr.block_loss(mine, theirs, t, None).backward()
+    tr.block_loss(mine, theirs, t, None)[0].backward()
     for value, (name, x) in zip(lam, mine.items()):
         y = x.detach().clone().requires_grad_()
         (float(value) * 0.25 * kd_cosine(y, theirs[name])).backward()
@@ -673,10 +695,10 @@ def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(home, tmp_path, m
     assert [strip(r) for r in rows(whole)] == [strip(r) for r in rows(cut)] and len(rows(whole)) == 2
 
 
-def test_a_kill_at_any_moment_changes_nothing(home, tmp_path):
-    """SIGKILL, three times at random; the run ends as if nothing had happened. The log's lines and every tensor are the same."""
+def test_three_kills_change_nothing(home, tmp_path):
+    """SIGKILL, at random moments after a new checkpoint; the run ends as if nothing had happened. The log's lines and every tensor are the same."""
     flags = ["--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--assessor", "david", "--local-heads", "--adaptive-t",
-             *(w for k, v in {**FAST, "images": 160, "save_every": 8, "log_every": 24, "name": "r"}.items() for w in (f"--{k.replace('_', '-')}", v))]
+             *(w for k, v in {**FAST, "images": 320, "save_every": 8, "log_every": 24, "name": "r"}.items() for w in (f"--{k.replace('_', '-')}", v))]
     begin = lambda out: subprocess.Popen([sys.executable, ROOT / "distill.py", *map(str, flags), "--out", out], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     finish = lambda process: (process.communicate()[0], process.returncode)
     text, code = finish(begin(tmp_path / "whole"))
@@ -688,7 +710,7 @@ def test_a_kill_at_any_moment_changes_nothing(home, tmp_path):
         wait_for(lambda: done() > before, process)
         time.sleep(moments.uniform(0, 0.15))
         kill_tree(process)
-        assert done() < 160
+        assert done() < 320
     text, code = finish(begin(tmp_path / "cut"))
     assert code == 0 and "resuming" in text, text
     strip = lambda line: {k: v for k, v in line.items() if k != "images_per_s"}
@@ -726,6 +748,9 @@ def test_the_alarm_rings_when_times_are_shifted_and_not_otherwise():
         share = torch.tensor([n * g for n, g in zip(counts, gradient)], dtype=torch.float64)
         assert row["alarm"] == wanted and row["gradient_by_third"] == pytest.approx((share / share.sum()).tolist()) and sum(row["t_drawn"]) == sum(counts)
         assert tr.tally["thirds"].sum() == 0
+    tr.cfg = replace(tr.cfg, mode="progressive")
+    tr.count(tr.teacher.time(torch.full((8,), 999)), torch.ones(8), torch.ones(8))
+    assert tr.report()["alarm"] == ""                                           # its times are its steps
 
 
 def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
@@ -842,14 +867,19 @@ def test_the_verdict_follows_the_rule():
     for card in late:
         card["held_out"].insert(0, {"images": 0, "loss": 9.0, "loss_by_t": [9.0 * (1 + (card["arm"] == "D"))] * 8})
     assert ablate.verdict(late)[0] == "supported"                               # the last evaluation counts
-    assert any("it took a gain of" in r for r in ablate.verdict(late)[1])
+    assert any("a gain of 0.89% would have been" in r for r in ablate.verdict(late)[1]), ablate.verdict(late)[1]
+    dosed = cards(better)
+    for card in dosed:
+        card |= {"blocks": {"mid": {"clipped": [0.0, 0.5], "lambda": [1.0, 1.2]}}, "block_share": [0.01, 0.03]}
+    assert any("clipped 25% of the time and drifted by 9.1% of itself over a run; the blocks' losses were 2.0% of the loss" in r for r in ablate.verdict(dosed)[1])
+    assert not any("treatment" in r for r in ablate.verdict(late)[1])
     assert ablate.verdict(cards(better, seeds=(0, 1)))[0] == "open" == ablate.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
     curve = lambda arm, s: [{"images": i, "loss": 10 / i + (arm == "B") * (4 - s), "loss_by_t": [1.0]} for i in (1, 2, 4)]
     curves = [{"arm": arm, "seed": s, "held_out": curve(arm, s)} for arm in "AB" for s in (2, 4)]
     curves[-1]["held_out"][1]["loss"] = 2.4                                     # B, seed 4, is faster; seed 2 never gets there
     assert ablate.images_to(curves, "B", "A") == [2] and ablate.images_to(curves, "A", "A") == [4, 4]
     _, reasons = ablate.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
-    assert any("an assessor that knows nothing gains too" in r for r in reasons)
+    assert any("D is not better than an assessor that was never trained" in r for r in reasons)
 
 
 def test_arms_are_what_the_table_says(home):
@@ -888,7 +918,9 @@ def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
     assert hold["teacher"] == pytest.approx(ablate.distance(home / "teacher.safetensors", ds, 8, 1, device)) and 0 < hold["floor"] < hold["teacher"]
     assert by["B"]["fd"] == pytest.approx(ablate.distance(tmp_path / "B-3", ds, 8, 1, device)) != ablate.distance(tmp_path / "B-3", ds, 8, 1, device, seed=8)
     assert "D and B share 1 of the 3 seeds" in (tmp_path / "ablation.txt").read_text()
+    (tmp_path / "references.json").write_text(json.dumps({**hold, "floor": 7.5}))
     again = user(distill.main, *flags)[1]
+    assert json.loads((tmp_path / "ablation.json").read_text())["references"]["floor"] == 7.5                # taken from the file
     assert again.count("finished:") == 3 and "loss" not in again.split("Assessor-weighted")[0]              # nothing is run twice
 
 
@@ -960,6 +992,9 @@ BAD = {
     "idle assessor file": (["--assessor-file", "HOME/a.safetensors"], "--assessor-file changes nothing"),
     "idle jitter": (["--base-jitter", "1"], "--base-jitter changes nothing here: it is of --adaptive-t"),
     "idle density": (["--adaptive-t", "--density", "logit_normal"], "--density changes nothing"),
+    "idle without blocks": (["--assessor", "david", "--block-weight", "0", "--alpha", "2"], "--alpha changes nothing here: it is of a --block-weight above 0"),
+    "no loss for blocks": (["--kd-weight", "0"], "leaves the blocks no loss"),
+    "idle time": (["--objective", "fm", "--t-loc", "1"], "density uniform has none"),
     "idle direction": (["--shift-dir", "clean"], "--shift-dir changes nothing"),
     "idle heads": (["--local-heads", "--block-weight", "0"], "--local-heads changes nothing"),
     "idle weights": (["--assessor", "const", "--lambdas", "1,1,1,1,1", "--block-weights", "1,1,1,1,1", "--assessor-file", ""], "--block-weights changes nothing"),
@@ -996,6 +1031,8 @@ def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
                           (["--arms", "A", "--seed", "1"], "--seed is what the arms"), (["--arms", "A", "--mode", "progressive"], "--mode is what the arms"),
                           (["--arms", "A", "--block-weight", "0"], "all arms would be one"), (["--arms", "A", "--kd-weight", "0"], "all arms would be one"),
                           (["--arms", "A,G", "--shift", "2"], "arm G is A with --shift 3"), (["--arms", "A", "--teacher", ""], "--teacher is required"),
+                          (["--arms", "A,B", "--alpha", "7"], "--alpha changes nothing here: none of the arms A,B"), (["--arms", "A,B", "--assessor-file", "x"], "--assessor-file changes"),
+                          (["--arms", "A,D", "--assessor-file", home / "a.safetensors", "--importance"], "--importance changes nothing"),
                           (["--arms", "A,D", "--assessor-file", home / "a.safetensors", "--alpha", "nan"], "--alpha nan")):
         code, _, err = user(distill.main, *base, *args)
         assert code == 2 and len(err) == 1 and message in err[0], err
@@ -1022,29 +1059,55 @@ def test_no_reliable_bin_falls_back_to_uniform_and_says_so(home, tmp_path, capsy
     assert "none is, so all rows are drawn alike" in capsys.readouterr().out and checkpoints(run)
 
 
-def test_another_teacher_in_the_same_place_is_noticed(home, tmp_path):
+def test_contents_are_compared_and_not_paths_also_of_finished_runs(home, tmp_path):
+    """Another teacher, assessor or placebo in the same place is noticed, before config.json is written; a moved one goes on."""
     net, meta = load_unet(home / "teacher.safetensors")
-    save_unet(tmp_path / "t.safetensors", net, meta)
-    how = dict(teacher=str(tmp_path / "t.safetensors"), block_weight=0.0)
-    go(home, tmp_path, images=16, name="x", **how)
-    save_unet(tmp_path / "t.safetensors", randomize(net, 5), {k: v for k, v in meta.items() if k != "probe"})
-    (tmp_path / "x" / "samples" / "final.png").unlink()
-    with pytest.raises(UserError, match="is not the teacher"):
-        go(home, tmp_path, images=16, name="x", **how)
-
-
-def test_another_assessor_in_the_same_place_is_noticed_and_a_moved_one_is_not(home, tmp_path):
     weights, card = read_tensors(home / "a.safetensors")
-    write_tensors(tmp_path / "a.safetensors", weights, card)
-    how = dict(assessor="david", images=16, name="x")
-    run = go(home, tmp_path, assessor_file=str(tmp_path / "a.safetensors"), **how)
-    (run / "samples" / "final.png").unlink()
-    go(home, tmp_path, assessor_file=str(home / "a.safetensors"), **how)
-    (run / "samples" / "final.png").unlink()
-    weights["blocks.mid.alpha"] += 1
-    write_tensors(tmp_path / "a.safetensors", weights, {**card, "fingerprint": fingerprint(weights)})
-    with pytest.raises(UserError, match="is not the assessor"):
-        go(home, tmp_path, assessor_file=str(tmp_path / "a.safetensors"), **how)
+    here = {"teacher": tmp_path / "t.safetensors", "assessor_file": tmp_path / "a.safetensors"}
+
+    def put(teacher=net, judge=weights):
+        save_unet(here["teacher"], teacher, {k: v for k, v in meta.items() if k != "probe"})
+        write_tensors(here["assessor_file"], judge, {**card, "fingerprint": fingerprint(judge)})
+    other_net, other_judge = randomize(UNet(net.cfg), 5), {**weights, "blocks.mid.alpha": weights["blocks.mid.alpha"] + 1}
+    for assessor in ("david", "random"):
+        how = dict(assessor=assessor, images=16, name=assessor)
+        put()
+        run = go(home, tmp_path, **how, **{k: str(v) for k, v in here.items()})
+        before = (run / "config.json").read_text()
+        for finished in (True, False):
+            if not finished:
+                (run / "samples" / "final.png").unlink()
+            for what, contents in (("teacher", dict(teacher=other_net)), ("assessor", dict(judge=other_judge))):
+                put(**contents)
+                with pytest.raises(UserError, match=f"is not the {what} that"):
+                    go(home, tmp_path, **how, **{k: str(v) for k, v in here.items()})
+                assert (run / "config.json").read_text() == before
+        go(home, tmp_path, **how)                                               # home's, which these were copies of
+        assert (run / "samples" / "final.png").exists()
+
+
+def test_weights_without_an_assessor_stay_in_bounds_and_given_ones_are_kept(home, tmp_path):
+    setup = lambda name, **fields: distill.setup(config(home, out=str(tmp_path), name=name, **fields), ALONE).weights.tolist()
+    assert setup("a", block_weights=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.5, 1.0, 3.0, 1.0, 0.7])
+    assert setup("b", assessor="const", lambdas=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.1, 1.0, 5.0, 1.0, 0.7])
+    assert setup("c", assessor="david", block_weights=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.1, 1.0, 5.0, 1.0, 0.7])   # fuse's w
+
+
+def test_a_stopped_run_says_so_and_no_other_begins(home, tmp_path, monkeypatch):
+    """Also when the signal came while its last pictures were drawn."""
+    begun, cfg = [], config(home, out=str(tmp_path), images=8)
+
+    class Late:
+        def asked(self, ranks):
+            return bool(begun)
+    monkeypatch.setattr(train, "StopSignal", Late)
+    monkeypatch.setattr(train, "finish", lambda tr, log, final: begun.append(tr.seen) or train.save(tr))
+    assert distill.run(cfg, ALONE) is True and begun == [8]
+    begun.clear()
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--teacher", str(home / "teacher.safetensors"), "--mode", "progressive", "--start-steps", "4", "--out", str(tmp_path),
+                                      "--name", "p", "--images", "8", "--batch", "8"])
+    distill.main()
+    assert begun == [8] and not (tmp_path / "p-1").exists()
 
 
 def test_an_architecture_of_its_own(home, tmp_path):
