@@ -346,7 +346,8 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     net = UNet(unet)
     start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
     init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.mark, teacher.texts)}
-    objective = objective_of(replace(cfg, shift=shift), vae.latent_shape(cfg.resolution))
+    # Uniform times, as the source's; train.py's preset for fm is logit_normal.
+    objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
     return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
                         assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
 

@@ -62,7 +62,6 @@ def resolve(cfg: "Config") -> "Config":
         cfg = replace(cfg, block_weight=0.0)
     if cfg.block_weight and not cfg.kd_weight and not cfg.local_heads:
         raise UserError("--kd-weight 0 leaves the blocks no loss without --local-heads.  If that is meant: --block-weight 0.")
-    cfg = replace(cfg, density=cfg.density or "uniform")                        # as the source's; train.py's preset for fm is logit_normal
     if cfg.model and cfg.init == "" and PRESETS.get(cfg.model):
         raise UserError(f"--model {cfg.model} with the teacher's weights: leave --model out for its architecture, or add --init scratch or FILE.")
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
@@ -79,6 +78,7 @@ def check_idle(cfg: "Config") -> None:
     idle |= {"density": "times that --adaptive-t does not draw"} if cfg.adaptive_t else dict.fromkeys(DRAWN, "--adaptive-t")
     idle |= {} if reads or cfg.adaptive_t else {"assessor_file": f"{weighed}, and --adaptive-t"}
     idle |= {} if cfg.block_weight else dict.fromkeys((*BLOCKS[1:], *ASSESSED), "a --block-weight above 0")
+    idle |= {} if cfg.density else dict.fromkeys(("t_loc", "t_scale"), "a --density other than uniform, the default here")
     idle |= {"shift_dir": "a --shift other than 1"} if cfg.shift == 1.0 else {}
     idle |= {"block_weights": "weights without --lambdas"} if cfg.lambdas else {}
     if cfg.mode == "progressive":                                               # it has its own times and learns from outputs alone

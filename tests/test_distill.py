@@ -751,6 +751,9 @@ def test_the_alarm_rings_when_times_are_shifted_and_not_otherwise():
     tr.cfg = replace(tr.cfg, mode="progressive")
     tr.count(tr.teacher.time(torch.full((8,), 999)), torch.ones(8), torch.ones(8))
     assert tr.report()["alarm"] == ""                                           # its times are its steps
+    tr.heads, tr.alarmed = torch.nn.ModuleDict(), False
+    tr.take_up({"alarmed/": torch.tensor(True)})
+    assert tr.alarmed                                                           # a warning is not repeated on resume
 
 
 def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
@@ -994,7 +997,7 @@ BAD = {
     "idle density": (["--adaptive-t", "--density", "logit_normal"], "--density changes nothing"),
     "idle without blocks": (["--assessor", "david", "--block-weight", "0", "--alpha", "2"], "--alpha changes nothing here: it is of a --block-weight above 0"),
     "no loss for blocks": (["--kd-weight", "0"], "leaves the blocks no loss"),
-    "idle time": (["--objective", "fm", "--t-loc", "1"], "density uniform has none"),
+    "idle time": (["--objective", "fm", "--t-loc", "1"], "--t-loc changes nothing here: it is of a --density other than uniform"),
     "idle direction": (["--shift-dir", "clean"], "--shift-dir changes nothing"),
     "idle heads": (["--local-heads", "--block-weight", "0"], "--local-heads changes nothing"),
     "idle weights": (["--assessor", "const", "--lambdas", "1,1,1,1,1", "--block-weights", "1,1,1,1,1", "--assessor-file", ""], "--block-weights changes nothing"),
