@@ -1,5 +1,4 @@
 """Does the assessor help? Arms that differ in one thing, paired by seed, and a verdict by a rule fixed beforehand.
-
     python distill.py ablate --teacher RUN --assessor-file assessor.safetensors --arms A,B,C,D,E,S --seeds 0,1,2 --images 40_000 --out runs/ablation
 
     A  no block losses (vanilla)                    E  as D, by an assessor that was never trained (placebo; e_t is chance, so λ is large)
@@ -51,7 +50,7 @@ WORSE, ERRORS, SEEDS = 1.05, 2.0, 3          # the rule: allowed held-out loss b
 
 @dataclass(frozen=True)
 class Config(distill.Config):
-    arms: tuple[str, ...] = ("A", "B", "C", "D", "E", "S")   # of the table above
+    arms: tuple[str, ...] = ("A", "B", "C", "D", "E", "S")   # A vanilla, B λ = w, C D's mean λ, D assessed, E untrained, S other blocks', F = D + --adaptive-t, G = A + --shift 3
     seeds: tuple[int, ...] = (0, 1, 2)   # each with every arm
     fd_images: int = 1_000               # generated for the Fréchet distance; 0 = none
     fd_steps: int = 10                   # Heun steps of each
@@ -230,13 +229,14 @@ def text_report(cards: list[dict[str, Any]], cfg: Config, accuracy: dict[str, An
         clipped = [v for c in own for b in c["blocks"].values() for v in b["clipped"]]
         against = f"{mean:+.4g} ± {error:.2g}" if n and arm != "A" else ""
         there = images_to(cards, arm, "A")
-        reach = f"{statistics.mean(there):,.0f} ({len(there)} of {len(own)})" if there else ""
+        reach = f"{statistics.mean(there):,.0f} ({len(there)} of {len(own)})" if there else "-"
         speed, clip = statistics.median(c["images_per_s"] for c in own), statistics.mean(clipped) if clipped else 0.0
         lines.append(f"{arm:<4} {len(own):>5}  {spread(loss):<20}  {spread(fd):<20}  {against:<20}  {reach:<23}  {speed:>8.1f}  {clip:>7.2f}  "
                      f"{sum(c['alarms'] for c in own):>6}")
     space = "the space of the autoencoder's latents at 4×4; it is not an Inception FID" if cfg.fd_features == "latents" else "Inception's space (FID)"
     lines += ["", f"± is a standard error over seeds. FD is between {cfg.fd_images:,} generated and as many training images in {space}.",
-              "Held-out loss is the EMA's. images/s include whatever else the machine was doing.", ""]
+              "Held-out loss is the EMA's, last and, for the images to A's, at each evaluation; in brackets, the runs that got there. images/s include whatever",
+              "else the machine was doing. clipped: share of λ at a bound. alarms: log lines where one third of the timesteps had most of the gradient.", ""]
     return "\n".join(lines)
 
 
@@ -251,22 +251,23 @@ def plot(cards: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
     arms = [a for a in ARMS if any(c["arm"] == a for c in cards)]
     colour = dict(zip(ARMS, plt.get_cmap("tab10").colors))
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    base = by_t(cards, arms[0])
+    base, style = by_t(cards, arms[0]), {"C": "--", "S": ":", "E": "-."}       # where lines lie on each other
     for arm in arms:
         own = [c for c in cards if c["arm"] == arm]
         for i, c in enumerate(own):
             label = arm if i == 0 else None
-            axes[0, 0].plot([r["images"] for r in c["held_out"]], [r["loss"] for r in c["held_out"]], color=colour[arm], label=label, alpha=0.8)
+            axes[0, 0].plot([r["images"] for r in c["held_out"]], [r["loss"] for r in c["held_out"]], color=colour[arm], ls=style.get(arm, "-"), label=label, alpha=0.8)
             for axis, metric in ((axes[1, 1], "clipped"), (axes[1, 2], "kd")):
                 if c["blocks"]:
                     curves = [b[metric] for b in c["blocks"].values()]
-                    axis.plot(c["train_images"], [statistics.mean(v) for v in zip(*curves)], color=colour[arm], label=label, alpha=0.8)
+                    axis.plot(c["train_images"], [statistics.mean(v) for v in zip(*curves)], color=colour[arm], ls=style.get(arm, "-"), label=label, alpha=0.8)
         if base and (mine := by_t(cards, arm)):
             middles = [(i + 0.5) / len(base) for i in range(len(base))]
-            axes[0, 1].plot(middles, [a / b for a, b in zip(mine, base)], color=colour[arm], label=arm, marker=".")
+            axes[0, 1].plot(middles, [a / b for a, b in zip(mine, base)], color=colour[arm], ls=style.get(arm, "-"), label=arm, marker=".")
     axes[0, 1].axhline(WORSE, color="grey", lw=0.8, ls=":")
     assessed = next((c for c in cards if c["arm"] == "D"), None)
     for name, b in (assessed["blocks"] if assessed else {}).items():
@@ -275,7 +276,7 @@ def plot(cards: list[dict[str, Any]], path: Path) -> None:
     for arm in arms:
         points = [c["fd"] - first[c["seed"]] for c in cards if c["arm"] == arm and c["fd"] is not None and c["seed"] in first]
         axes[0, 2].scatter([arm] * len(points), points, color=colour[arm])
-    for axis, title, x in ((axes[0, 0], "held-out loss (EMA)", "images"),
+    for axis, title, x in ((axes[0, 0], "held-out loss (EMA), a line a seed", "images"),
                            (axes[0, 1], f"last held-out loss by t, relative to {arms[0]}", "t (1 = noise)"),
                            (axes[0, 2], f"FD above {arms[0]}'s, a point a seed", "arm"), (axes[1, 0], "λ by block, arm D, first seed", "images"),
                            (axes[1, 1], "share of λ clipped", "images"), (axes[1, 2], "KD = 1 - cos, mean over blocks", "images")):
@@ -283,6 +284,8 @@ def plot(cards: list[dict[str, Any]], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     axes[0, 0].set_yscale("log")
+    for formatted in (axes[0, 0].yaxis.set_major_formatter, axes[0, 0].yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)
@@ -313,7 +316,10 @@ def check(cfg: Config) -> dict[str, Any]:
         raise UserError("FD is of samples, and a network that is told what to draw by text cannot be sampled here yet.  Add --fd-images 0: "
                         "held-out losses only, no verdict.")
     if cfg.fd_images and cfg.fd_features == "inception":
-        load_inception()
+        try:
+            load_inception()
+        except UserError as error:
+            raise UserError(f"{error}  (Here that is --fd-features latents.)") from None
     reading = any(ARMS[a]["assessor"] in distill.READS for a in cfg.arms)
     if reading and not cfg.assessor_file:
         raise UserError(f"--arms {','.join(cfg.arms)} need --assessor-file.  Make one: python distill.py pretrain-assessor --teacher {cfg.teacher}")
@@ -340,9 +346,12 @@ def check(cfg: Config) -> dict[str, Any]:
 def ablate(cfg: Config, ranks: Ranks) -> Path | None:
     """Run what has not been run, then report; returns the report's path, or None if it was asked to stop."""
     accuracy, cards, ds = check(cfg), [], None
-    for arm, seed in ((arm, seed) for seed in cfg.seeds for arm in sorted(cfg.arms, key=lambda a: a == "C")):   # C needs D
+    if ranks.rank == 0 and {"B", "C", "D"} <= {*cfg.arms} and len(cfg.seeds) < SEEDS:
+        print(f"note: {len(cfg.seeds)} seeds are compared, but the rule decides from {SEEDS} on.", flush=True)
+    jobs = [(arm, seed) for seed in cfg.seeds for arm in sorted(cfg.arms, key=lambda a: a == "C")]          # C needs D
+    for i, (arm, seed) in enumerate(jobs):
         if ranks.rank == 0:
-            print(f"---- arm {arm}, seed {seed}", flush=True)
+            print(f"---- run {i + 1} of {len(jobs)}: arm {arm}, seed {seed}", flush=True)
         own = arm_config(cfg, arm, seed, mean_lambdas(Path(cfg.out) / f"D-{seed}") if arm == "C" else ())
         if distill.run(own, ranks) or int(checkpoints(Path(own.out) / own.name)[-1].name) < own.images:
             return None

@@ -1,6 +1,5 @@
 """The assessor ("David", after AbstractPhil's GeoDavidCollective): small classifiers that read a timestep out of a U-Net's blocks.
-
-    python distill.py pretrain-assessor --teacher RUN --out assessor.safetensors
+    python distill.py pretrain-assessor --teacher RUN --out assessor.safetensors       # some minutes; an interrupted one starts again
 
 One companion a block, none sees another's. A block's features, averaged over space, become a unit vector z; heads on it name
 the timestep's bin and one of P patterns within it; 4-simplices ("crystals", one a class, five vertices) and a soft Cantor
@@ -228,7 +227,7 @@ def load_assessor(path: Path | str) -> Assessor:
     """An assessor as it was saved, frozen: every tensor must be there, fit, and match the fingerprint."""
     tensors, meta = read_tensors(path)
     if meta.get("kind") != "assessor":
-        raise UserError(f"{path} holds no assessor (it looks like a {meta.get('kind', 'U-Net')} file).  "
+        raise UserError(f"{path} holds no assessor (its kind: {meta.get('kind', 'U-Net')}).  "
                         "Make one: python distill.py pretrain-assessor")
     try:
         cfg = AssessorConfig(**meta["assessor"])
@@ -314,7 +313,7 @@ def fit(net: Assessor, features: dict[str, Tensor], bins: Tensor, weights: dict[
     history, device = [], bins.device
     with torch.random.fork_rng(devices=[]):                                     # dropout
         torch.manual_seed(seed)
-        for step in tqdm(range(steps), desc="assessor", disable=None, leave=False):
+        for step in (bar := tqdm(range(steps), desc="assessor", disable=None, leave=False)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             some = torch.randint(len(bins), (batch,), generator=g).to(device)
@@ -324,6 +323,8 @@ def fit(net: Assessor, features: dict[str, Tensor], bins: Tensor, weights: dict[
             loss.backward()
             optimizer.step()
             history.append(loss.detach())
+            if bar.disable and (step + 1) % max(steps // 5, 1) == 0:            # no terminal: a line now and then instead of a bar
+                print(f"{step + 1:>11,} of {steps:,} steps  loss {float(loss.detach()):.4f}", flush=True)
     return torch.stack(history).tolist() if history else []
 
 
@@ -369,10 +370,13 @@ def pretrain(cfg: Pretrain) -> None:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {cfg.out}: wanted a name that ends in .safetensors.")
     if out.exists():
-        raise UserError(f"{out} exists.  Give another --out, or remove it first.")
+        if read_tensors(out)[1].get("pretraining") == json.loads(json.dumps(asdict(cfg))):
+            return print(f"finished: {out} was made by this command.")
+        raise UserError(f"{out} exists, by other flags.  Give another --out, or remove it first.")
     ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout)
     if not len(ds.heldout):
         raise UserError(f"--holdout {cfg.holdout} of {cfg.data} leaves no image to measure the assessor on.  Raise it.")
+    print(ds.report, flush=True)
     make_dir(out.parent)
     teacher = open_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, device)
     vae = teacher_vae(cfg, teacher.meta, ds).to(device)

@@ -165,7 +165,7 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
 def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     meta, path = read_meta(box), box.path
     if "unet" not in meta:
-        raise UserError(f"{path} holds no U-Net (it looks like a {meta.get('kind', 'different')} file).")
+        raise UserError(f"{path} holds no U-Net (its kind: {meta.get('kind', 'another')}).")
     try:
         for key, kind in KINDS.items():
             if key in meta and not isinstance(meta[key], kind):

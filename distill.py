@@ -1,10 +1,9 @@
 """Distil a teacher into a student of another objective, with an assessor that weighs the blocks.   The same command again resumes.
-
     python distill.py --teacher runs/toyfaces-ddpm-standard                       # eps -> v, as the source does; --objective fm: a flow
-    python distill.py pretrain-assessor --teacher runs/toyfaces-ddpm-standard --out assessor.safetensors
+    python distill.py pretrain-assessor --teacher runs/toyfaces-ddpm-standard --out assessor.safetensors                     # has a --help
     python distill.py --teacher runs/toyfaces-ddpm-standard --assessor david --assessor-file assessor.safetensors
     python distill.py --mode progressive --teacher runs/toyfaces-fm-standard --objective fm --start-steps 8 --end-steps 1
-    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --arms A,B,C,D,E,S --seeds 0,1,2
+    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --seeds 0,1,2        # has a --help
 
     loss = L_flow + block_weight · Σ_b λ_b (kd_weight · KD_b [+ local_b])
     λ_b  = clip(w_b (1 + α e_t + β e_p + δ (1 - coh)), 0.5, 3)
@@ -21,7 +20,7 @@ import sys
 import weakref
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -72,7 +71,7 @@ class Config(train.Config):
     mode: Literal["flow", "progressive"] = "flow"   # progressive: one step of the student is two of the teacher
     start_steps: int = 8                 # progressive: the first teacher's
     end_steps: int = 1                   # progressive: the last student's; halved from one to the other, a run each
-    assessor: Literal["none", "david", "random", "shuffled", "const"] = "none"   # λ: w | assessed | untrained | of other blocks | --lambdas
+    assessor: Literal["none", "david", "random", "shuffled", "const"] = "none"   # λ: none, w; david, assessed; random, by an untrained one; shuffled, other blocks'; const, --lambdas
     assessor_file: str = ""              # from pretrain-assessor
     block_weight: float = 0.05           # of the blocks' losses; 0 = vanilla
     kd_weight: float = 0.25              # of a block's KD
@@ -418,22 +417,21 @@ def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
     return net
 
 
-def phases(cfg: Config) -> Iterator[Config]:
+def phases(cfg: Config) -> list[Config]:
     """A progressive run as one run for each halving, each the next one's teacher; any other config as it is."""
     if cfg.mode != "progressive":
-        yield cfg
-        return
-    steps, teacher = cfg.start_steps, cfg.teacher
-    while steps > cfg.end_steps:
-        steps //= 2
-        phase = replace(cfg, name=f"{cfg.name}-{steps}", teacher=teacher, start_steps=2 * steps, end_steps=steps)
-        if steps < cfg.start_steps // 2:                                        # its teacher is the last student, and it starts as that
-            phase = replace(phase, init="", model="", teacher_objective="", teacher_table="")
-        yield phase
-        folder = Path(cfg.out) / phase.name
-        if not checkpoints(folder) or int(checkpoints(folder)[-1].name) < cfg.images:
-            return                                                              # it was asked to stop
-        teacher = str(folder)
+        return [cfg]
+    chain, steps = [], cfg.start_steps // 2
+    while steps >= cfg.end_steps:
+        phase = replace(cfg, name=f"{cfg.name}-{steps}", start_steps=2 * steps, end_steps=steps)
+        if chain:                                                               # its teacher is the last student, and it starts as that
+            phase = replace(phase, teacher=str(Path(cfg.out) / chain[-1].name), init="", model="", teacher_objective="", teacher_table="")
+        chain, steps = [*chain, phase], steps // 2
+    begun = [bool(checkpoints(Path(cfg.out) / phase.name)) for phase in chain]
+    if True in begun and not all(begun[:begun.index(True)]):                    # found now, and not after the first phase was trained
+        raise UserError(f"{Path(cfg.out) / chain[begun.index(True)].name} is of another chain: {chain[0].name}, which should come first, is not there.  "
+                        "Repeat that chain's --start-steps, or start under another --name.")
+    return chain
 
 
 def main() -> None:
@@ -446,7 +444,7 @@ def main() -> None:
     if command not in ("train", "pretrain-assessor"):
         raise UserError(f"command {command!r} is not one of train, pretrain-assessor, ablate.  See --help.")
     kind = Pretrain if command == "pretrain-assessor" else Config
-    cfg, dry_run = parse(kind, __doc__, argv)
+    cfg, dry_run = parse(kind, sys.modules[kind.__module__].__doc__, argv)
     if kind is Config:
         cfg = resolve(cfg)
     if dry_run:

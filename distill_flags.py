@@ -47,6 +47,8 @@ def resolve(cfg: "Config") -> "Config":
     if (cfg.assessor in ("david", "shuffled") or cfg.adaptive_t) and not cfg.assessor_file:
         raise UserError(f"--assessor {cfg.assessor}{' --adaptive-t' * cfg.adaptive_t} needs --assessor-file.  Make one: python distill.py "
                         f"pretrain-assessor --teacher {cfg.teacher}")
+    if cfg.assessor_file and not Path(cfg.assessor_file).is_file():
+        raise UserError(f"no assessor at {cfg.assessor_file}: wanted a file that pretrain-assessor wrote.")
     if cfg.objective == "v" and teacher.table:
         if cfg.table not in ("", teacher.table):
             raise UserError(f"--table {cfg.table}, but the teacher's schedule is {teacher.table}, and the student's v is on it.  Leave it out.")

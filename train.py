@@ -405,7 +405,7 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
                 bar.set_postfix(loss=loss)
                 if bar.disable and ranks.rank == 0:                             # no terminal: a line a report instead of a bar
                     print(f"{tr.seen:>11,} images  loss {loss}  {row['images_per_s']:.1f} images/s  "
-                          f"{(cfg.images - tr.seen) / row['images_per_s']:.0f} s left", flush=True)
+                          f"{max(cfg.images - tr.seen, 0) / row['images_per_s']:.0f} s left", flush=True)
             with clock.paused():
                 looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
                 if looks and len(tr.ds.heldout):

@@ -405,7 +405,7 @@ def load_vae(name_or_path: Path | str, family: str | None = None, latent_layout:
     box = open_weights(path)
     meta = read_meta(box) if META in box.meta else {"kind": "vae"}
     if meta.get("kind") != "vae":
-        raise UserError(f"{path} holds no autoencoder (it looks like a {meta.get('kind', 'U-Net')} file).")
+        raise UserError(f"{path} holds no autoencoder (its kind: {meta.get('kind', 'U-Net')}).")
     own = meta.get("family") or meta.get("name")
     if own and (said.get("family", own) != own or "basis" in box and said):
         raise UserError(f"{path} says it is {own}, got {' '.join(said.values())}.  Leave it out.")

@@ -832,21 +832,18 @@ def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeyp
     assert "finished" in user(distill.main, *flags)[1]
 
 
-def test_a_chain_waits_for_a_phase_that_was_stopped_and_starts_each_from_its_teacher(tmp_path):
+def test_a_chain_starts_each_phase_from_its_teacher_and_is_not_mixed_with_another(tmp_path):
     cfg = distill.Config(mode="progressive", out=str(tmp_path), name="p", teacher="SD", teacher_objective="eps", teacher_table="scaled_linear", init="scratch", model="nano",
                          start_steps=8, end_steps=1, images=16)
-    chain = distill.phases(cfg)
-    first = next(chain)
+    first, second, third = distill.phases(cfg)
     assert (first.teacher, first.init, first.model, first.teacher_objective, first.start_steps, first.end_steps) == ("SD", "scratch", "nano", "eps", 8, 4)
-    (tmp_path / "p-4" / "ckpt" / f"{8:012d}").mkdir(parents=True)
-    (tmp_path / "p-4" / "ckpt" / f"{8:012d}" / "model.safetensors").touch()
-    assert list(chain) == []                                                    # eight of sixteen images
-    chain = distill.phases(cfg)
-    next(chain)
-    (tmp_path / "p-4" / "ckpt" / f"{8:012d}").rename(tmp_path / "p-4" / "ckpt" / f"{16:012d}")
-    second = next(chain)
     assert (second.teacher, second.init, second.model, second.teacher_objective, second.teacher_table) == (str(tmp_path / "p-4"), "", "", "", "")
-    assert (second.start_steps, second.end_steps, second.name) == (4, 2, "p-2")
+    assert (second.start_steps, second.end_steps, second.name, third.teacher, third.end_steps) == (4, 2, "p-2", str(tmp_path / "p-2"), 1)
+    (tmp_path / "p-4" / "ckpt" / f"{8:012d}").mkdir(parents=True)
+    assert len(distill.phases(cfg)) == 3
+    with pytest.raises(UserError, match="p-4 is of another chain: p-8"):
+        distill.phases(replace(cfg, start_steps=16))
+    assert [p.name for p in distill.phases(distill.Config(name="x"))] == ["x"]
 
 
 # ---- the ablation ---------------------------------------------------------------------------------------------------
@@ -1047,7 +1044,12 @@ def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
     code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "foreign.safetensors")
     assert code == 2 and "another teacher's features" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--out", home / "a.safetensors")
-    assert code == 2 and "exists" in err[0]
+    assert code == 2 and "exists, by other flags" in err[0]
+    code, out, _ = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--out", home / "a.safetensors", "--bins", 10, "--patterns", 3, "--dim", 24,
+                        "--samples", 1024, "--profile-samples", 200, "--holdout", 0.1, "--steps", 200, "--batch", 64, "--lr", 1e-2)
+    assert code == 0 and "was made by this command" in out                      # the fixture's
+    code, _, err = user(distill.main, "--teacher", home / "teacher.safetensors", "--assessor", "david", "--assessor-file", home, "--dry-run")
+    assert code == 2 and "no assessor at" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--bins", "1", "--out", tmp_path / "b.safetensors")
     assert code == 2 and "--bins 1" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--profile-samples", "99", "--out", tmp_path / "b.safetensors")

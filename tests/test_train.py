@@ -433,7 +433,7 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path, user, 
     (["--ckpt", "nowhere"], "no checkpoint at nowhere"), ([], "--ckpt is required"), (["--ckpt", "RUN", "--labels", "cat"], "without classes"),
     (["--ckpt", "RUN", "--cfg", "2"], "needs --labels"), (["--ckpt", "RUN", "--steps", "0"], "wanted at least 1"),
     (["--ckpt", "RUN", "--seed", "99999999999999999999"], "wanted 0 to"),
-    (["--ckpt", "STATE"], "holds no U-Net (it looks like a training state file)"), (["--ckpt", "VAE"], "looks like a vae file"),
+    (["--ckpt", "STATE"], "holds no U-Net (its kind: training state)"), (["--ckpt", "VAE"], "holds no U-Net (its kind: vae)"),
     (["--ckpt", "RUN", "--method", "heum"], "Closest: heun"), (["--ckpt", "FILE"], "is a Python pickle"),
 ])
 def test_bad_input_to_the_sampler(tmp_path, user, args, message):
