@@ -353,8 +353,8 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
 
 def marks_of(cfg: Config, teacher: str, texts: dict[str, Tensor]) -> dict[str, str | None]:
     """What a run's targets and weights come from, by content."""
-    return {"teacher": teacher, "assessor": read_tensors(cfg.assessor_file)[1].get("fingerprint") if cfg.assessor_file else None,
-            "context": fingerprint(texts) if texts else None}
+    judge = read_tensors(cfg.assessor_file)[1].get("fingerprint") if cfg.assessor_file else "made for the run" if cfg.assessor == "random" else None
+    return {"teacher": teacher, "assessor": judge, "context": fingerprint(texts) if texts else None}
 
 
 def run(cfg: Config, ranks: Ranks) -> bool:
@@ -364,7 +364,7 @@ def run(cfg: Config, ranks: Ranks) -> bool:
         net, meta = load_unet(find_checkpoint(cfg.teacher))
         before = open_unet(begun[-1] / "model.safetensors").meta["init"]
         for what, mark in marks_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context)).items():
-            if before.get(what, mark) != mark:                                  # a run that is older than a mark has none
+            if before.get(what) not in (None, mark):                            # a run that is older than a mark has none
                 raise UserError(f"{getattr(cfg, 'assessor_file' if what == 'assessor' else what) or f'no {what}'} is not the {what} that {folder} began with "
                                 "(its contents are others).  Put it back, or start under another --name.")
     return train.train(cfg, ranks, setup, FREE)

@@ -1087,6 +1087,9 @@ def test_contents_are_compared_and_not_paths_also_of_finished_runs(home, tmp_pat
                 with pytest.raises(UserError, match=f"is not the {what} that"):
                     go(home, tmp_path, **how, **{k: str(v) for k, v in here.items()})
                 assert (run / "config.json").read_text() == before
+        if assessor == "random":
+            with pytest.raises(UserError, match="no assessor is not the assessor that"):
+                go(home, tmp_path, **how, assessor_file="")
         go(home, tmp_path, **how)                                               # home's, which these were copies of
         assert (run / "samples" / "final.png").exists()
 
