@@ -129,10 +129,10 @@ def progressive(work: Path, size: dict[str, Any]) -> None:
         rows[str(steps)] = {"teacher": fd(work / "flow-teacher", steps)} | ({"student": fd(work / f"halved-{steps}", steps)} if steps < 8 else {})
         print(f"{steps} steps: " + ", ".join(f"FD of the {k} {v['FD']:.4g} ± {v['error']:.2g}" for k, v in rows[str(steps)].items()), flush=True)
     drawn = [ablate.generate(ckpt, 16, 1, device, "euler")[0] for ckpt in (work / "flow-teacher", work / "halved-1")]   # one step, the same noise
-    gap = torch.full_like(drawn[0][:4], 255)
+    gap = torch.full_like(drawn[0][:1], 255)
     place_of(work, size).mkdir(parents=True, exist_ok=True)
-    save_grid(torch.cat([torch.cat([side[i:i + 4] for side in (drawn[0], gap[i // 4:i // 4 + 1], drawn[1])]) for i in range(0, 16, 4)]),
-              place_of(work, size) / "one-step.png", columns=9)
+    rows_of_nine = [torch.cat([drawn[0][i:i + 4], gap, drawn[1][i:i + 4]]) for i in range(0, 16, 4)]
+    save_grid(torch.cat(rows_of_nine), place_of(work, size) / "one-step.png", columns=9)
     keep("progressive", work, size, {"size": size, "results": rows})
 
 

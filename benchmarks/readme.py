@@ -189,7 +189,7 @@ def block_distill() -> str:
                          f"{apart} | {f'{statistics.mean(clipped):.0%}' if clipped and arm in 'DES' else ''} |")
         hold = r["references"]
         lines += [f"| the teacher; training images against others | | {hold['teacher']:.2f}; {hold['floor']:.2f} | | |", "",
-                  f"**The hypothesis is {r['verdict']}.** {' '.join(reason[0].upper() + reason[1:] for reason in r['reasons'])} "
+                  f"**The hypothesis is {r['verdict']}.** {' '.join(w[0].upper() + w[1:] for w in r['reasons'] if w.startswith(('FD of D - B', 'FD of D - C', 'the tr')))} "
                   f"[Report](benchmarks/results/distill/cpu/{part}.txt), [curves](benchmarks/results/distill/cpu/{part}.png).", ""]
         small += [origin(r), ""]
     cost, halved = results("distill/cpu/cost"), results("distill/cpu/progressive")
