@@ -28,21 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
+import data.dataset as data
 import train
-from assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor, pretrain)
-from ckpt import checkpoints, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
-from config import UserError, autocast, cli, parse
-from data import open_dataset
+from distillation.assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor, pretrain)
+from harness.run import checkpoints
+from ckpt.unets import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
+from harness.cli import UserError, cli, parse
+from harness.ranks import autocast
+from data.dataset import open_dataset
 from distill_flags import READS, resolve
-from latents import latents_of
+from data.cache import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, norm
-from run import Ranks, check_disk, join_ranks
+from harness.ranks import Ranks, join_ranks
+from harness.run import check_disk
 from samplers import time_grid
 from settings import objective_of
-from teacher import Teacher, open_teacher, read_texts, student_config, tap_channels, tapped, taps, teacher_vae, v_target
-from timesteps import TimestepSampler, bins_of, make_sampler
+from distillation.teacher import Teacher, open_teacher, read_texts, student_config, tap_channels, tapped, taps, teacher_vae, v_target
+from distillation.timesteps import TimestepSampler, bins_of, make_sampler
 from vae import AnyVAE, vae_from_meta
 
 __all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
@@ -218,7 +221,7 @@ class Distiller(train.Trainer):
         found = assess(mine)
         if cfg.e_t == "excess":
             found[:, 0] -= assess(theirs)[:, 0]
-        e_t, e_p, coh = (self.ranks.sum(found) / self.ranks.world).unbind(1)
+        e_t, e_p, coh = (self.ranks.all_reduce(found) / self.ranks.world).unbind(1)
         if cfg.e_t == "excess":
             e_t = e_t.clamp(min=0)                                              # of all ranks' samples together
         lam = fuse(e_t, e_p, coh, self.weights, alpha=cfg.alpha, beta=cfg.beta, delta=cfg.delta, lo=cfg.lam_min, hi=cfg.lam_max)
@@ -237,7 +240,7 @@ class Distiller(train.Trainer):
         """The local heads' own step, after the network's; ranks share the gradient. One that is not finite is dropped, as there."""
         grads = [p.grad for p in self.heads.parameters()]                       # all there: heads are built only where their loss counts
         for g in grads:
-            g.copy_(self.ranks.sum(g) / self.ranks.world)
+            g.copy_(self.ranks.all_reduce(g) / self.ranks.world)
         if all(bool(torch.isfinite(g).all()) for g in grads):
             self.head_optimizer.param_groups[0]["lr"] = train.learning_rate(self.seen - self.cfg.batch, self.cfg)
             self.head_optimizer.step()
@@ -247,7 +250,7 @@ class Distiller(train.Trainer):
 
     def report(self) -> dict[str, Any]:
         """For the training line: each block's λ, share of clipped, KD, e_t, e_p, coh; times drawn; shares of the gradient by third."""
-        sums = {k: self.ranks.sum(v.clone()).cpu() for k, v in self.tally.items()}
+        sums = {k: self.ranks.all_reduce(v.clone()).cpu() for k, v in self.tally.items()}
         for v in self.tally.values():
             v.zero_()
         row, names = {"t_drawn": [int(n) for n in sums["times"].tolist()]}, list(self.teacher.blocks)
@@ -275,7 +278,7 @@ class Distiller(train.Trainer):
 
     def state(self) -> dict[str, Tensor]:
         """Local heads with their optimizer, and the half-filled tally."""
-        out = {f"tally/{k}": self.ranks.sum(v.clone()).cpu() for k, v in self.tally.items()}
+        out = {f"tally/{k}": self.ranks.all_reduce(v.clone()).cpu() for k, v in self.tally.items()}
         out["alarmed/"] = torch.tensor(self.alarmed)
         for name, p in self.heads.named_parameters():
             out[f"heads/{name}"] = p.detach()
@@ -439,7 +442,7 @@ def main() -> None:
     if argv and not argv[0].startswith("-"):
         command, *argv = argv
     if command == "ablate":
-        from ablate import main as ablate_main                                  # here, for it builds on this file
+        from experiments.ablate import main as ablate_main                                  # here, for it builds on this file
         return ablate_main(argv)
     if command not in ("train", "pretrain-assessor"):
         raise UserError(f"command {command!r} is not one of train, pretrain-assessor, ablate.  See --help.")

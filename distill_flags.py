@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import settings
-from config import UserError
+from harness.cli import UserError
 from model import PRESETS
-from schedules import TABLES
-from teacher import describe_teacher, like_the_teacher, tap_channels
+from diffusion.schedules import TABLES
+from distillation.teacher import describe_teacher, like_the_teacher, tap_channels
 
 if TYPE_CHECKING:
     from distill import Config

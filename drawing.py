@@ -20,13 +20,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ckpt import find_checkpoint, load_unet
-from config import UserError, autocast, closest, parse, pick_device
-from coupling import enlarged
-from files import make_dir
+from ckpt.unets import find_checkpoint, load_unet
+from harness.cli import UserError, closest, parse
+from harness.ranks import autocast, pick_device
+from diffusion.coupling import enlarged
+from harness.files import make_dir
 from model import UNetConfig
 from objectives import Net, Objective, make_objective
-from pictures import read_mask, read_picture, save_grid, save_npz, save_png, to_uint8
+from data.images import read_picture
+from harness.pictures import save_grid, save_npz, save_png, to_uint8
 from samplers import DETERMINISTIC, METHODS, Predict, begin, draw, edit, generators, guided, invert, sample, slerp, time_grid
 from vae import AnyVAE, load_vae, vae_from_meta
 
@@ -76,6 +78,18 @@ class Config:
     num_heads: int = 0                 # attention heads …
     num_head_channels: int = 0         # … or channels a head
     attention_order: Literal["", "legacy", "new"] = ""   # of the qkv rows
+
+
+def read_mask(path: str, like: tuple[str, ...], resolution: int) -> Tensor:
+    """A mask file as bool (1, 1, resolution, resolution), white = True, resized and cropped as the images `like` it, whose size it must have."""
+    mask = read_picture(path, resolution).float().mean(0) > 127
+    sizes = {}
+    for name in (path, *like):
+        with Image.open(name) as file:
+            sizes[name] = f"{file.width}×{file.height}"
+        if sizes[name] != sizes[path]:
+            raise UserError(f"--mask {path} is {sizes[path]}, but {name} is {sizes[name]}.  Make them the same size.")
+    return mask[None, None]
 
 
 def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor | None:

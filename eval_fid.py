@@ -24,16 +24,18 @@ from torch import Tensor
 
 import drawing
 import samplers
-from config import UserError, cli, closest, parse, precision, versions
-from features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
+from harness.cli import UserError, cli, closest, parse
+from harness.ranks import precision
+from harness.run import versions
+from metrics.features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
                       read_chunk, short, split_spec)
-from files import make_dir, write_text
-from inception import FIDInception, cache_folder, load_inception
-from latents import is_cache
-from metrics import (Statistics, frechet, frechet_distance, frechet_from_features, frechet_infinity, jackknife, kernel_distance, load_statistics,
+from harness.files import make_dir, write_text
+from metrics.inception import FIDInception, cache_folder, load_inception
+from data.cache import is_cache
+from metrics.distances import (Statistics, frechet, frechet_distance, frechet_from_features, frechet_infinity, jackknife, kernel_distance, load_statistics,
                      memorisation, precision_recall, save_statistics)
-from pictures import to_uint8
-from run import PATIENCE, Ranks, join_ranks
+from harness.pictures import to_uint8
+from harness.ranks import PATIENCE, Ranks, join_ranks
 
 __all__ = ["FIDInception", "frechet_distance", "frechet_from_features", "kernel_distance", "precision_recall"]
 LOW = 2048                                   # images; below this Inception's covariance has not full rank
@@ -124,7 +126,7 @@ def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: 
         networks = f" × {calls / nfe:g} networks" if calls != nfe else ""       # guidance
         print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE{networks} = {todo * calls:,.0f} network evaluations: about "
               f"{span(seconds * todo / ranks.world)} on {ranks.world} rank{'s' * (ranks.world > 1)}, with their features", flush=True)
-    ranks.share(announce)
+    ranks.broadcast(announce)
 
     def produce(chunk: range) -> Tensor:
         seeds = [cfg.seed + i for i in chunk]
@@ -323,7 +325,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> dict[str, Any]:
               "the same number.  Look at the floor and at the kernel distance.", file=sys.stderr)
     if cfg.save_stats and ranks.rank == 0:
         save_statistics(Path(cfg.save_stats), sum(ref.parts[1:], ref.parts[0]), {"features": extractor.id, **about})
-    metrics = ranks.share(lambda: measure(fake, ref, held, name_of(extractor), pairs=cfg.pairs, infinity=cfg.infinity))
+    metrics = ranks.broadcast(lambda: measure(fake, ref, held, name_of(extractor), pairs=cfg.pairs, infinity=cfg.infinity))
     measured = {**extractor.id, "n": fake.n, "reference": about.get("reference", spec), "reference hash": about.get("hash"),
                 "filter": about.get("filter", ""), "reference images": ref.n, "holdout": about.get("holdout"),
                 "size": list(size or about.get("size", ())), "pairs": cfg.pairs}

@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt import fingerprint
-from config import UserError
+from ckpt.unets import fingerprint
+from harness.cli import UserError
 
 
 def text(tensor: Tensor) -> str:

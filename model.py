@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from blocks import GROUPS, AttentionBlock, Downsample, ResBlock, SpatialTransformer, Upsample, norm_act, timestep_embedding, zero
-from config import UserError, closest
+from harness.cli import UserError, closest
 
 # From, to; 0 to 65536 where nothing is said. Far beyond any network: a damaged file must end in a message, not in hours of building.
 LIMITS = {"in_channels": (1, 65536), "out_channels": (1, 65536), "model_channels": (1, 65536), "channel_mult": (2 ** -16, 65536),

@@ -26,8 +26,8 @@ from typing import Any, Callable, Literal, NamedTuple, get_args, get_origin
 import torch
 from torch import Tensor
 
-from coupling import add_noise, ot_permutation
-from schedules import T, TABLES, alphas_bar, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile  # noqa: F401
+from diffusion.coupling import add_noise, ot_permutation
+from diffusion.schedules import T, TABLES, alphas_bar, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile  # noqa: F401
 
 Net = Callable[..., Tensor]                  # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
 EDGE = 1e-3                                  # how near eps may come to t = 1, and x0 to t = 0, where no table ends before

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import cli
+from harness.cli import cli
 from objectives import Net, Objective
-from solvers import METHODS, dopri5, native_grid, norm64, time_grid   # noqa: F401 - the grids are imported from here too
+from diffusion.solvers import METHODS, dopri5, native_grid, norm64, time_grid   # noqa: F401 - the grids are imported from here too
 
 Predict = Callable[..., tuple]             # (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u[, v]); v: a learned variance, or None
 DETERMINISTIC = ("euler", "heun", "midpoint", "rk4", "ab2", "lms4", "ddim")     # can be walked backwards

@@ -4,17 +4,17 @@ import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import robo
-import toyfaces
-from config import UserError, closest
+import data.robohash as robo
+import data.toyfaces as toyfaces
+from harness.cli import UserError, closest
 from kernels import dispatch
-from latents import is_cache
+from data.cache import is_cache
 from model import PRESETS
 from objectives import Objective, make_objective
-from run import fine_run, read_config
-from schedules import resolution_shift
+from harness.run import checkpoints, read_config
+from diffusion.schedules import resolution_shift
 
 if TYPE_CHECKING:
     from train import Config
@@ -61,6 +61,24 @@ def resolve(cfg: "Config") -> "Config":
     tags = tags or embedded_tags(cfg.data, cfg.stage)
     place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data          # im/ and im are one
     return replace(cfg, data=place, name=name, exclude_tags=tags)
+
+
+def fine_run(cfg: Any) -> Path:
+    """The run that stage2 starts from: under --out, stage=fine, same data, objective, model and (if given) tags."""
+    found = []
+    for run in sorted(p.parent for p in Path(cfg.out).glob("*/config.json")):
+        other = read_config(run)
+        same = all(other.get(k) == getattr(cfg, k) for k in ("data", "objective", "model", "resolution"))
+        tags = not cfg.exclude_tags or sorted(other.get("exclude_tags", ())) == sorted(cfg.exclude_tags)
+        if same and tags and other.get("stage") == "fine" and checkpoints(run):
+            found.append(run)
+    if not found:
+        tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
+        raise UserError(f"--stage stage2 starts from a fine run of the same data, objective and model, and {cfg.out}/ has none.  Make it "
+                        f"with: python train.py --data {cfg.data} --objective {cfg.objective} --model {cfg.model} --stage fine{tags}")
+    if len(found) > 1:
+        raise UserError(f"--stage stage2 could start from any of {', '.join(map(str, found))}.  Choose with --init, and give --exclude-tags.")
+    return found[0]
 
 
 def embedded_tags(data: str, stage: str) -> tuple[str, ...]:

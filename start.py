@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckpt import find_checkpoint, load_unet, open_unet
-from config import UserError
-from data import Dataset, to_float
-from files import META, open_weights
-from latents import cache_vae, is_cache, self_check
+from ckpt.unets import find_checkpoint, load_unet, open_unet
+from harness.cli import UserError
+from data.dataset import Dataset
+from data.images import to_float
+from harness.files import META
+from ckpt.containers import open_weights
+from data.cache import cache_vae, is_cache, self_check
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective
-from run import read_config
+from harness.run import read_config
 from vae import VAE, AnyVAE, enough, fit_pca, load_noted, load_vae, pixel, psnr, vae_from_meta
 
 if TYPE_CHECKING:

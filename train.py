@@ -22,21 +22,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-from ckpt import checkpoints, fingerprint, load_strict, load_unet, read_tensors
-from config import UserError, autocast, cli, parse, versions
-from coupling import upsampled
-from data import Dataset, Stream, open_dataset, to_float
-from ema import EMA
-from files import make_dir, write_text
+import data.dataset as data
+from harness.run import checkpoints
+from ckpt.unets import fingerprint, load_strict, load_unet, read_tensors
+from harness.cli import UserError, cli, parse
+from harness.ranks import autocast
+from harness.run import versions
+from diffusion.coupling import upsampled
+from data.dataset import Dataset, Stream, open_dataset
+from data.images import to_float
+from harness.ema import EMA
+from harness.files import make_dir, write_text
 from kernels.adamw8bit import AdamW8bit
-from latents import latents_of
+from data.cache import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective
-from run import (Log, Ranks, Speed, StopSignal, append, check_config, check_disk, fine_run, first_nonfinite, join_ranks,
-                 lock, save_checkpoint)
-from pictures import save_grid
-from schedules import stratify
+from harness.run import (
+    Log, Speed, StopSignal, append, check_config, check_disk, first_nonfinite, lock,
+)
+from harness.ranks import Ranks, join_ranks
+from settings import fine_run
+from ckpt.unets import save_checkpoint
+from harness.pictures import save_grid
+from diffusion.schedules import stratify
 from settings import objective_of, resolve
 from start import check_aligned, make_vae, start_from, vae_moved
 from vae import AnyVAE, load_noted, save_vae, vae_from_meta
@@ -214,7 +222,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     init_net, init_meta = start_from(cfg, start) if start else (None, None)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-    vae = vae_from_meta(ranks.share(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
+    vae = vae_from_meta(ranks.broadcast(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
     unet = replace(PRESETS[cfg.model], in_channels=vae.channels * (1 + (objective.coupling == "lowres")),
                    out_channels=vae.channels * (1 + objective.learn_sigma), num_classes=len(classes))
@@ -262,7 +270,7 @@ def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Obj
 
 def save(tr: Trainer) -> None:
     """Rank 0 writes; the loss meter is summed over ranks so that the next log line is exact after a resume."""
-    meter, own = tr.ranks.sum(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.state()
+    meter, own = tr.ranks.all_reduce(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.state()
     if tr.ranks.rank == 0:
         names = {id(p): n for n, p in tr.net.named_parameters()}
         state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder import decoder, encoder
-from ckpt import check_shapes, fingerprint, load_strict, some
-from config import UserError, cli, closest
-from files import META, Container, open_weights, read_meta, write_tensors
-from hub import origin, resolve
-from layouts import parts
+from ckpt.unets import check_shapes, fingerprint, load_strict, some
+from harness.cli import UserError, cli, closest
+from harness.files import META, Container, read_meta, write_tensors
+from ckpt.containers import open_weights
+from ckpt.hub import origin, resolve
+from ckpt.layouts import parts
 from linear import LinearVAE, enough, fit_pca, linear_from_meta, pixel, psnr, text   # noqa: F401  this file is where the rest of the code finds them
 
 
@@ -420,5 +421,5 @@ def load_vae(name_or_path: Path | str, family: str | None = None, latent_layout:
 
 
 if __name__ == "__main__":
-    from encode import main                                                     # which builds on this file
+    from data.encode import main                                                     # which builds on this file
     cli(main)

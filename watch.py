@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-import data
-from config import autocast
-from files import make_dir
-from latents import latents_of
-from pictures import save_grid, to_uint8
+import data.dataset as data
+from harness.ranks import autocast
+from harness.files import make_dir
+from data.cache import latents_of
+from harness.pictures import save_grid, to_uint8
 from samplers import draw, generators, guided, sample
 
 HELD_OUT = 64                            # images of the held-out loss, at most
@@ -53,7 +53,7 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
         loss = tr.forward(net, batch)
         sums.index_add_(0, torch.tensor([b for _, b in chunk]), loss.per_sample.double().cpu())
     tr.net.train()
-    by_t = (tr.ranks.sum(sums.to(tr.ranks.device)) / max(n, 1)).tolist()
+    by_t = (tr.ranks.all_reduce(sums.to(tr.ranks.device)) / max(n, 1)).tolist()
     return {"event": "held-out", "images": tr.seen, "of": name, "n": n, "loss": sum(by_t) / bins, "loss_by_t": by_t}
 
 
@@ -79,7 +79,7 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
             s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **tr.drawn(how))
         images[tr.ranks.rank::tr.ranks.world] = to_uint8(tr.vae.decode(s.x)).int()
     tr.net.train()
-    return tr.ranks.sum(images).to(torch.uint8)                                 # the others' rows are zero
+    return tr.ranks.all_reduce(images).to(torch.uint8)                                 # the others' rows are zero
 
 
 def preview(tr: Any) -> Path:
@@ -99,8 +99,8 @@ class FID:
 
     def __init__(self, tr: Any):
         import eval_fid                                                         # here, for most runs do without
-        from features import extract, fit_extractor, look, open_images
-        from inception import cache_folder, load_inception
+        from metrics.features import extract, fit_extractor, look, open_images
+        from metrics.inception import cache_folder, load_inception
         self.eval, self.look, self.announced, alike = eval_fid, look, False, tr.cfg.fid_features
         images = open_images(eval_fid.default_ref(asdict(tr.cfg), tr.cfg.name), tr.cfg.resolution)
         self.extractor = load_inception(device=tr.ranks.device) if alike == "inception" else fit_extractor(images)
@@ -123,12 +123,12 @@ class FID:
                 seconds = (time.perf_counter() - start) * FID_IMAGES / len(images)
                 print(f"{self.names[0]}: {FID_IMAGES:,} samples of 10 Heun steps each time, about {self.eval.span(seconds)}", flush=True)
             self.announced = True
-        y = tr.ranks.sum(torch.cat(parts)).double().cpu()
+        y = tr.ranks.all_reduce(torch.cat(parts)).double().cpu()
 
         def distances() -> list[float]:
-            from metrics import Statistics, frechet, kernel_distance
+            from metrics.distances import Statistics, frechet, kernel_distance
             kid = kernel_distance(self.eval.some(self.ref.stored, FID_IMAGES), y)
             return [frechet(self.ref.best(), y if len(y) < y.shape[1] else Statistics.of(y)), *kid]
-        fid, kid, error = tr.ranks.share(distances)
+        fid, kid, error = tr.ranks.broadcast(distances)
         return {"event": "fid", "images": tr.seen, "of": name, self.names[0]: fid, self.names[1]: kid, f"{self.names[1]} error": error,
                 **({"floor": self.floor["frechet"], "floor n": self.floor["n"]} if self.floor else {}), "seconds": time.perf_counter() - start}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import record
-from ckpt import checkpoints, load_unet, read_tensors
+from harness.run import checkpoints
+from ckpt.unets import load_unet, read_tensors
 
 IMAGES, SEEDS = 4800, (0, 1, 2)
 

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import layouts
+import ckpt.layouts as layouts
 from benchmarks import record
-from ckpt import convert, save_unet
-from examine import verify
-from files import stream_tensors
+from ckpt.unets import convert, save_unet
+from ckpt.examine import verify
+from harness.files import stream_tensors
 from model import PRESETS, UNet
 
 

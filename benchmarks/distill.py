@@ -26,16 +26,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ablate
-import data
+import experiments.ablate as ablate
+import data.dataset as data
 import distill
 import train
 from benchmarks import record
 from benchmarks.race import alternate
-from ckpt import checkpoints, open_unet
-from config import pick_device
-from pictures import save_grid
-from run import Ranks
+from harness.run import checkpoints
+from ckpt.unets import open_unet
+from harness.ranks import pick_device
+from harness.pictures import save_grid
+from harness.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 CPU = {"model": "tiny", "teacher": 100_000, "student": 20_000, "halved": 40_000, "batch": 16, "lr": 3e-4, "scratch_lr": 2e-3, "samples": 12_000,

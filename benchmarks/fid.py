@@ -23,16 +23,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fid_peers
 from benchmarks import record
-from config import UserError, cli
-from inception import FIDInception, load_inception
-from metrics import Statistics, frechet, frechet_from_features, kernel_distance
-from sources import open_source
+from harness.cli import UserError, cli
+from metrics.inception import FIDInception, load_inception
+from metrics.distances import Statistics, frechet, frechet_from_features, kernel_distance
+from data.sources import open_source
 
 ROUNDS = 3
 SOURCE = """
 import sys, resource; sys.path.insert(0, sys.argv[1])
 import torch
-from metrics import gather
+from metrics.distances import gather
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 chunk = torch.rand(256, 2048)
 gather(iter([chunk] * 8)); before = peak()

@@ -15,12 +15,12 @@ sys.path[0] = str(Path(__file__).parent.parent)
 import numpy as np
 import torch
 
-import encode
-import latents
+import data.encode as encode
+import data.cache as latents
 from benchmarks import record
-from data import Stream, batches, open_dataset
-from sources import held_hash
-from tags import TagTable
+from data.dataset import Stream, batches, open_dataset
+from data.sources import held_hash
+from data.tags import TagTable
 
 N, SHAPE, READS, ROUNDS = 20_000, (32, 32, 32), 4000, 9
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from layouts import diffusers_config, to_foreign
+from ckpt.layouts import diffusers_config, to_foreign
 from model import UNet
 
 

@@ -16,14 +16,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval_fid
-import robo
-import toyfaces
+import data.robohash as robo
+import data.toyfaces as toyfaces
 from benchmarks import record
-from config import UserError, cli, parse
+from harness.cli import UserError, cli, parse
 from eval_fid import GROUPS, Side, default_ref, measure, side, table
-from features import extract, open_images, split_spec
-from inception import cache_folder
-from run import PATIENCE, Ranks, join_ranks, read_config
+from metrics.features import extract, open_images, split_spec
+from metrics.inception import cache_folder
+from harness.ranks import PATIENCE, Ranks, join_ranks
+from harness.run import read_config
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,17 @@ def assess(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         one = replace(cfg, ckpt=run)
         gen = eval_fid.open_generator(one, ranks.device)
         fake = side(eval_fid.sample_features(one, gen, extractor, cfg.n, cache, ranks), ranks, GROUPS)
-        rows = {key: ranks.share(lambda: measure(fake, ref, stored.select(fresh[key]), name, pairs=cfg.pairs))
+        rows = {key: ranks.broadcast(lambda: measure(fake, ref, stored.select(fresh[key]), name, pairs=cfg.pairs))
                 for key, ref in references.items()}
         out[Path(run).name] = {"trained on": own[config["stage"]], "sampled": gen.sampled, "fingerprint": gen.subject["fingerprint"], "metrics": rows}
     r = np.random.default_rng(0)
     copies = side(stored.select(r.permutation(train.index)[:min(cfg.n, len(train))]), ranks, GROUPS)
     out["a copier"] = {"trained on": "all", "metrics": {
-        "all": ranks.share(lambda: measure(copies, whole, stored.select(held_out.index), name, pairs=cfg.pairs))}}
+        "all": ranks.broadcast(lambda: measure(copies, whole, stored.select(held_out.index), name, pairs=cfg.pairs))}}
     half = np.isin(held_out.index, r.permutation(held_out.index)[::2])          # real images that nobody trained on must not be flagged
     if half.sum() > 9:
         fresh_side, others = side(stored.select(held_out.index[half]), ranks), stored.select(held_out.index[~half])
-        rows = {"all": ranks.share(lambda: measure(fresh_side, whole, others, name, pairs=cfg.pairs))}
+        rows = {"all": ranks.broadcast(lambda: measure(fresh_side, whole, others, name, pairs=cfg.pairs))}
         out["fresh images"] = {"trained on": "", "metrics": rows}
     return out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from config import versions
+from harness.run import versions
 
 RESULTS = Path(__file__).parent / "results"
 

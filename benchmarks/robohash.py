@@ -15,10 +15,10 @@ sys.path[0] = str(Path(__file__).parent.parent)      # in place of this folder, 
 import torch
 from PIL import Image
 
-import robo
-import sources
+import data.robohash as robo
+import data.sources as sources
 from benchmarks import record
-from data import Dataset, Stream, batches, open_dataset
+from data.dataset import Dataset, Stream, batches, open_dataset
 
 ROUNDS, KITTENS, OWN = 5, 400, 3             # OWN = images of assemble() a round, it takes its time
 BATCH = 16

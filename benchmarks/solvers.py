@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import drawing
 from benchmarks import record
-from config import cli, parse, pick_device
+from harness.cli import cli, parse
+from harness.ranks import pick_device
 from eval_fid import default_ref
-from features import fit_extractor, open_images
-from metrics import frechet_from_features
-from pictures import to_uint8
+from metrics.features import fit_extractor, open_images
+from metrics.distances import frechet_from_features
+from harness.pictures import to_uint8
 from samplers import begin, draw, generators, sample, time_grid
 
 CALLS = (6, 12, 24, 48)                      # network calls a sample

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import toyfaces
+import data.toyfaces as toyfaces
 from benchmarks import record
-from ckpt import find_checkpoint, load_unet
-from data import open_dataset, to_float
+from ckpt.unets import find_checkpoint, load_unet
+from data.dataset import open_dataset
+from data.images import to_float
 from objectives import Objective
-from pictures import save_grid, to_uint8
+from harness.pictures import save_grid, to_uint8
 from samplers import draw, generators, guided, sample
 from vae import vae_from_meta
 

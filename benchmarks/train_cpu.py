@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
+import data.dataset as data
 import train
 from benchmarks import record
 from benchmarks.race import alternate
 from benchmarks.peer_unet import peer_unet
 from model import PRESETS, UNet, UNetConfig
-from run import Ranks
+from harness.ranks import Ranks
 
 ROUNDS, STEPS = 9, 4                         # a round = STEPS steps of each side in turn
 CASES = {

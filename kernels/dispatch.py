@@ -9,7 +9,7 @@ from typing import Any, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from config import UserError, closest
+from harness.cli import UserError, closest
 
 try:
     import triton

@@ -27,7 +27,7 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture
 def user(monkeypatch, capsys):
     """user(train.main, "--lr", "x") -> (exit code, stdout, stderr lines), in this process."""
-    from config import cli
+    from harness.cli import cli
 
     def run(main, *args):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])

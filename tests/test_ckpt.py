@@ -15,22 +15,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import ckpt
-import examine
-import files
-import layouts
-import run
+import ckpt.unets as ckpt
+import ckpt.examine as examine
+import harness.files as files
+import ckpt.layouts as layouts
+import harness.run as run
 import drawing
 import train
-from ckpt import checkpoints, convert, find_checkpoint, fingerprint, load_unet, read_tensors, save_unet
-from config import UserError
+from harness.run import checkpoints
+from ckpt.unets import convert, find_checkpoint, fingerprint, load_unet, read_tensors, save_unet
+from harness.cli import UserError
 from conftest import ROOT, randomize
-from examine import inspect, verify
-from files import META, text_meta, write_tensors
+from ckpt.examine import inspect, verify
+from harness.files import META, text_meta, write_tensors
 from model import PRESETS, UNet, UNetConfig
 from objectives import make_objective
-from probe import probe
-from run import save_checkpoint
+from ckpt.probe import probe
+from ckpt.unets import save_checkpoint
 from vae import pixel
 
 CFG = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), attention=(0, 1), num_classes=3)
@@ -640,7 +641,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-import ckpt
+import ckpt.unets as ckpt
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 base = status("VmRSS:")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from coupling import lowres_coupling, ot_permutation, resize, upsampled
+from diffusion.coupling import lowres_coupling, ot_permutation, resize, upsampled
 from objectives import make_objective
 from samplers import sample
 

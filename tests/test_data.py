@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import toyfaces
-from config import UserError
-from data import Stream, batches, classes_of, index_at, open_dataset, rng
-from images import decode
-from tags import normalize_tag, split_tags
+import data.toyfaces as toyfaces
+from harness.cli import UserError
+from data.dataset import Stream, batches, classes_of, index_at, open_dataset, rng
+from data.images import decode
+from data.tags import normalize_tag, split_tags
 from vae import fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 
 ROOT = Path(__file__).parent.parent
@@ -283,8 +283,8 @@ def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
     script = f"""if True:
         import sys, sources
-        from config import cli
-        from data import Stream, batches, open_dataset
+        from harness.cli import cli
+        from data.dataset import Stream, batches, open_dataset
         sources.IN_MEMORY = 0
         ds = open_dataset({str(tmp_path)!r}, resolution=16, holdout=0)
         loader = batches(Stream(ds, None, (2, 4, 4), 0), iter([list(range(8))] * 99), workers=2)

@@ -15,28 +15,29 @@ import torch
 from conftest import randomize
 from safetensors.torch import load_file, save_file
 
-import ablate
-import assessor as assessor_file
+import experiments.ablate as ablate
+import distillation.assessor as assessor_file
 import distill
 import drawing
 import samplers
-import teacher as teacher_file
+import distillation.teacher as teacher_file
 import train
 import watch
-from assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, examine, fit, fresh_assessor, load_assessor,
+from distillation.assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, examine, fit, fresh_assessor, load_assessor,
                       rose_loss, rose_scores, same_bin_gap, simplex)
-from ckpt import checkpoints, convert, fingerprint, load_unet, read_tensors, save_unet
-from config import UserError
-from data import Stream, batches
+from harness.run import checkpoints
+from ckpt.unets import convert, fingerprint, load_unet, read_tensors, save_unet
+from harness.cli import UserError
+from data.dataset import Stream, batches
 from distill import fuse, kd_cosine, v_target
-from files import write_tensors
-from metrics import frechet_from_features
+from harness.files import write_tensors
+from metrics.distances import frechet_from_features
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective, alphas_bar, make_objective, norm, table_time
-from run import Ranks
-from teacher import Teacher, tap_channels, taps
+from harness.ranks import Ranks
+from distillation.teacher import Teacher, tap_channels, taps
 from test_resume import kill_tree, wait_for
-from timesteps import bins_of, make_sampler
+from distillation.timesteps import bins_of, make_sampler
 from vae import pixel
 
 ALONE, ROOT = Ranks(0, 1, torch.device("cpu")), Path(__file__).parent.parent

@@ -15,17 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-import encode
-import latents
+import data.encode as encode
+import data.cache as latents
 import train
-from ckpt import read_tensors
-from config import UserError
+from ckpt.unets import read_tensors
+from harness.cli import UserError
 from conftest import ROOT
-from data import open_dataset
-from encode import Encode
-from latents import cache_vae, from_raw, open_cache, self_check, verify
-from run import Ranks
-from sources import open_source
+from data.dataset import open_dataset
+from data.encode import Encode
+from data.cache import cache_vae, from_raw, open_cache, self_check, verify
+from harness.ranks import Ranks
+from data.sources import open_source
 from test_latents import files
 from test_vae import small
 from vae import load_vae, save_vae
@@ -306,7 +306,7 @@ def test_the_bar_counts_the_images_of_this_rank_batch_by_batch(weights, tmp_path
 
 
 def test_an_image_damaged_while_encoding_is_one_line(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("sources.IN_MEMORY", 0)
+    monkeypatch.setattr("data.sources.IN_MEMORY", 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "im").mkdir()
     for i in range(9):

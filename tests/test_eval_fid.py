@@ -16,15 +16,15 @@ from PIL import Image
 import drawing
 import eval_fid
 import train
-from ckpt import find_checkpoint, load_unet, save_unet
-from config import UserError
+from ckpt.unets import find_checkpoint, load_unet, save_unet
+from harness.cli import UserError
 from conftest import ROOT, randomize
 from eval_fid import compare, default_ref
-from features import CHUNK, Pca, compute, extract, fit_extractor, open_images, short, split_spec
+from metrics.features import CHUNK, Pca, compute, extract, fit_extractor, open_images, short, split_spec
 from linear import fit_pca
-from metrics import Statistics, frechet, kernel_distance
+from metrics.distances import Statistics, frechet, kernel_distance
 from objectives import make_objective
-from run import Ranks
+from harness.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

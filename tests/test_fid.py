@@ -15,14 +15,14 @@ from PIL import Image, ImageFilter
 
 import eval_fid
 import fid_peers
-import inception
-from config import UserError
+import metrics.inception as inception
+from harness.cli import UserError
 from eval_fid import FIDInception, frechet_distance, frechet_from_features, kernel_distance, precision_recall
-from features import look
-from inception import KNOWN, find_weights, load_inception, preprocess
-from metrics import (Statistics, frechet, frechet_infinity, gather, jackknife, load_statistics, matrix_root, memorisation, save_statistics)
-from run import Ranks
-from sources import open_source
+from metrics.features import look
+from metrics.inception import KNOWN, find_weights, load_inception, preprocess
+from metrics.distances import (Statistics, frechet, frechet_infinity, gather, jackknife, load_statistics, matrix_root, memorisation, save_statistics)
+from harness.ranks import Ranks
+from data.sources import open_source
 
 
 def normal(n, d=8, seed=0, scale=1.0, shift=0.0):
@@ -472,7 +472,7 @@ def worse(image, how, amount):
 
 @pytest.mark.parametrize("how, amounts", [("blur", (0.7, 1.5, 3)), ("jpeg", (70, 30, 8)), ("noise", (10, 30, 70))])
 def test_both_distances_grow_with_the_damage(how, amounts):
-    from features import Pca
+    from metrics.features import Pca
     from linear import fit_pca
     source = open_source("toyfaces:120", 64)
     pixels = [source.pixel(i) for i in range(120)]

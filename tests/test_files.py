@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import files
-from ckpt import fingerprint, load_unet, save_unet
-from config import UserError
+import harness.files as files
+from ckpt.unets import fingerprint, load_unet, save_unet
+from harness.cli import UserError
 from conftest import randomize
-from examine import inspect
-from files import META, open_weights, read_meta, stream_tensors, write_tensors
-from hub import origin, resolve
+from ckpt.examine import inspect
+from harness.files import META, read_meta, stream_tensors, write_tensors
+from ckpt.containers import open_weights
+from ckpt.hub import origin, resolve
 from model import UNet, UNetConfig
 
 CFG = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention=(1,), num_heads=2)

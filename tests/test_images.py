@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-import images
+import data.images as images
 from conftest import ROOT
-from data import open_dataset
-from images import BadImage, cut, decode, read_strip
+from data.dataset import open_dataset
+from data.images import BadImage, cut, decode, read_strip
 
 RED, BLUE = (230, 20, 30), (20, 30, 230)
 
@@ -231,7 +231,7 @@ MEMORY = """
 import re, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import images
+import data.images as images
 # not ru_maxrss, which a process has from its parent at first
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 threads, paths = int(sys.argv[1]), sys.argv[2:]

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-import encode
-import latents
+import data.encode as encode
+import data.cache as latents
 import vae as vae_file
-from config import UserError
-from data import Stream, batches, open_dataset
-from latents import cache_vae, from_raw, open_cache, self_check, verify
-from sources import held_hash, open_source
-from tags import TagTable
+from harness.cli import UserError
+from data.dataset import Stream, batches, open_dataset
+from data.cache import cache_vae, from_raw, open_cache, self_check, verify
+from data.sources import held_hash, open_source
+from data.tags import TagTable
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "toyfaces:50", "--resolution", "32", "--batch", "4"]
@@ -161,7 +161,7 @@ def test_a_flipped_bit_anywhere_is_found(cache, tmp_path):
 @pytest.mark.parametrize("name, text", [("plan.json", "{"), ("plan.json", "[]"), ("manifest.json", "{"), ("manifest.json", '{"plan": {"version": 1}}'),
                                         ("manifest.json", "[" * 10 ** 5), ("plan.json", "\xff")])
 def test_damaged_json_is_one_line_and_written_again(cache, tmp_path, monkeypatch, name, text):
-    from run import Ranks
+    from harness.ranks import Ranks
     monkeypatch.setattr(encode, "SHARD", 3 * 2 * 32 * 16)
     copy = copy_of(cache, tmp_path)
     again = lambda: encode.encode(encode.Encode(out=str(copy), data="toyfaces:50", resolution=32, batch=4), Ranks(0, 1, torch.device("cpu")))
@@ -179,7 +179,7 @@ def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
     out = tmp_path / "c"
     out.mkdir()
     (out / ".plan.json.123.tmp").write_text("{")
-    from run import lock
+    from harness.run import lock
     held = lock(out)
     done = run(*SMALL, "--out", out)
     assert done.returncode == 2 and "another process is writing to" in done.text.splitlines()[-1]
@@ -225,7 +225,7 @@ def test_rounding_of_large_latents_is_not_taken_for_damage(tmp_path, monkeypatch
     """bf16 keeps 50 as far as 0.125 away; what is further away still shows."""
     monkeypatch.setattr(encode, "raw_latents", raw := lambda vae, images: 13 * vae.encode(images) + 0.123)
     monkeypatch.setattr(latents, "raw_latents", raw)
-    from run import Ranks
+    from harness.ranks import Ranks
     encode.encode(encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype), Ranks(0, 1, torch.device("cpu")))
     assert verify(tmp_path / "c") == []
     source = open_cache(str(tmp_path / "c"), 32)
@@ -252,7 +252,7 @@ def test_a_shard_that_goes_away_is_one_line(cache, tmp_path, workers):
 def test_latents_that_do_not_fit_fp16_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "raw_latents", lambda vae, images: images.mean((2, 3), keepdim=True) * 1e6)
     cfg = encode.Encode(out=str(tmp_path / "c"), data="toyfaces:3", vae="pixel", resolution=32)
-    from run import Ranks
+    from harness.ranks import Ranks
     with pytest.raises(UserError, match="the latents of toyface-00000. do not fit fp16.*--dtype bf16"):
         encode.encode(cfg, Ranks(0, 1, torch.device("cpu")))
     encode.encode(encode.Encode(out=str(tmp_path / "b"), data="toyfaces:3", vae="pixel", resolution=32, dtype="bf16"), Ranks(0, 1, torch.device("cpu")))
@@ -279,7 +279,7 @@ import gc, json, re, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
-from data import Stream, open_dataset
+from data.dataset import Stream, open_dataset
 opened, images = [], 0
 for _ in range(3 * (len(sys.argv) > 2)):
     ds = stream = None

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import randomize
-from config import UserError
-from layouts import (DEFAULTS, LAYOUTS, detect, diffusers_config, foreign_names, foreign_shapes, from_diffusers_config, guided_diffusion,
+from harness.cli import UserError
+from ckpt.layouts import (DEFAULTS, LAYOUTS, detect, diffusers_config, foreign_names, foreign_shapes, from_diffusers_config, guided_diffusion,
                      native_shapes, parts, reorder_attention, strip_prefix, target_of, to_foreign, to_native, unet_map)
 from model import PRESETS, UNet, UNetConfig, infer_config, num_params, timestep_embedding
 
@@ -225,7 +225,7 @@ def test_toy_diffusions_call_builds_its_281m_unet():
 
 def test_shim_loads_a_guided_diffusion_state_dict_from_torch_load(tmp_path):
     """The published usage, at 1/8 width; the names written out from guided-diffusion's constructor, not taken from ours."""
-    from layouts import guided_diffusion as UNetModel
+    from ckpt.layouts import guided_diffusion as UNetModel
     call = TOY_CALL | {"model_channels": 32}
     n, mult, names = 2, call["channel_mult"], ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
     res = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import UserError
+from harness.cli import UserError
 from conftest import randomize
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu, group_norm_silu_ref

@@ -9,9 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
-import data
+import data.dataset as data
 import train
-from ckpt import checkpoints, load_unet
+from harness.run import checkpoints
+from ckpt.unets import load_unet
 from objectives import EDGE, PRESETS, T, TABLES, Objective, alphas_bar, loss_weight, make_objective, norm, posterior, table_row, table_time
 from samplers import sample
 
@@ -535,7 +536,7 @@ def test_a_flag_may_be_a_number_or_a_word(user):
 
 
 def test_psu_needs_pixels(tmp_path, user):
-    import encode
+    import data.encode as encode
     encode.encode(encode.Encode(str(tmp_path / "cache"), data="toyfaces:48", vae="pixel:8", resolution=32), ALONE)
     args = ["--data", tmp_path / "cache", "--model", "nano", "--resolution", 32, "--objective", "cfm",
             "--images", 8, "--batch", 8, "--out", tmp_path / "runs"]

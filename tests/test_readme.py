@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import ckpt
+import ckpt.unets as ckpt
 import drawing
-import encode
+import data.encode as encode
 import train
-from config import parse
+from harness.cli import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

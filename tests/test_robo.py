@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import robo
-import sources
+import data.robohash as robo
+import data.sources as sources
 import train
-from config import UserError
-from data import Stream, batches, index_at, open_dataset
+from harness.cli import UserError
+from data.dataset import Stream, batches, index_at, open_dataset
 
 try:
     importlib.metadata.distribution("robohash")

@@ -11,16 +11,16 @@ from scipy import integrate
 
 import drawing
 import samplers
-from ckpt import load_unet, save_unet
-from config import UserError
+from ckpt.unets import load_unet, save_unet
+from harness.cli import UserError
 from conftest import randomize
 from drawing import pick_labels
 from fields import exact, gaussian, mixture, noise
-from images import decode
+from data.images import decode
 from linear import pixel
 from model import UNet, UNetConfig
 from objectives import T, alphas_bar, make_objective
-from pictures import to_uint8
+from harness.pictures import to_uint8
 from samplers import METHODS, begin, draw, edit, generators, guided, invert, native_grid, sample, slerp, time_grid
 
 FM = make_objective("fm")

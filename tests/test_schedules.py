@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from schedules import DENSITIES, T, TABLES, alphas_bar, norm, resolution_shift, sample_t, shift_time, stratify, table_row, table_time, time_quantile
+from diffusion.schedules import DENSITIES, T, TABLES, alphas_bar, norm, resolution_shift, sample_t, shift_time, stratify, table_row, table_time, time_quantile
 
 CURVES = [(table, zero) for table in TABLES for zero in (False, True)]
 

@@ -11,7 +11,7 @@ from scipy import integrate
 from fields import delta, exact, gaussian, mixture, noise, triple
 from objectives import T, alphas_bar, make_objective, norm, table_row, table_time
 from samplers import draw, generators, sample
-from solvers import DOPRI_A, METHODS, log_snr, native_grid, norm64, table_rows, time_grid
+from diffusion.solvers import DOPRI_A, METHODS, log_snr, native_grid, norm64, table_rows, time_grid
 
 FIXED = tuple(m for m in METHODS if m != "dopri5")
 NOISY = {"ddim": {"eta": 0.7}, "ddpm": {}, "euler_ancestral": {}, "dpmpp_2m_sde": {}, "sde": {}}        # options that draw noise
@@ -610,7 +610,7 @@ def test_dopri5_integrates_polynomials_of_degree_four_in_t_exactly():
 
 
 def test_the_tableau_is_consistent():
-    from solvers import DOPRI_C, DOPRI_E
+    from diffusion.solvers import DOPRI_C, DOPRI_E
     assert all(sum(a) == pytest.approx(c, abs=1e-14) for a, c in zip(DOPRI_A, DOPRI_C))
     assert sum(DOPRI_E) == pytest.approx(0, abs=1e-15)
     for power in range(1, 5):                                                   # quadrature of t^(power - 1) … by the fifth-order weights

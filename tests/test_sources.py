@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-import sources
+import data.sources as sources
 import train
-from config import UserError
-from data import Stream, batches, open_dataset
-from run import Ranks
-from tags import Captions
+from harness.cli import UserError
+from data.dataset import Stream, batches, open_dataset
+from harness.ranks import Ranks
+from data.tags import Captions
 
 
 def picture(i, width=60, height=40):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import UserError
-from data import open_dataset, rng
-from tags import Captions, TagTable, compile_tags
+from harness.cli import UserError
+from data.dataset import open_dataset, rng
+from data.tags import Captions, TagTable, compile_tags
 
 TAGS = ["glasses", "cat ears", "albedo (overlord)", "character:nova", "dungeons & dragons", ":)", "!!", "smile", "frown", "(o) (o)"]
 VOCABULARY = Counter({tag: 1 for tag in TAGS})
@@ -173,7 +173,7 @@ def test_tags_from_csv(tmp_path):
 
 @pytest.mark.parametrize("block", [2 ** 17, 2, 1])
 def test_a_tag_table_is_its_lists_and_counts_as_they_do(monkeypatch, block):
-    monkeypatch.setattr("tags.BLOCK", block)
+    monkeypatch.setattr("data.tags.BLOCK", block)
     lists = [("b", "a"), (), ("a",), ("c", "b", "a"), ()]
     table = TagTable.of(lists)
     assert [table[i] for i in range(5)] == lists == list(table) and len(table) == 5

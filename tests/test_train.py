@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import run as run_module
+import harness.run as run_module
 import drawing
 import train
 import watch
-from ckpt import checkpoints, convert, fingerprint, load_unet, save_unet
-from config import UserError
-from data import Stream
-from ema import EMA
+from harness.run import checkpoints
+from ckpt.unets import convert, fingerprint, load_unet, save_unet
+from harness.cli import UserError
+from data.dataset import Stream
+from harness.ema import EMA
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective
 from train import Config, Ranks, due, learning_rate, resolve

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 import drawing
 import train
 import vae as vae_py
-from ckpt import read_tensors, save_unet
-from config import UserError
+from ckpt.unets import read_tensors, save_unet
+from harness.cli import UserError
 from conftest import randomize
-from files import open_weights, write_tensors
+from ckpt.containers import open_weights
+from harness.files import write_tensors
 from model import PRESETS, UNet
 from vae import FAMILIES, VAE, VAEConfig, load_vae, save_vae, vae_from_meta, vae_map
 
@@ -474,9 +475,10 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
 
 @pytest.fixture(scope="module")
 def kittens():
-    import robo
-    from config import UserError
-    from data import open_dataset, to_float
+    import data.robohash as robo
+    from harness.cli import UserError
+    from data.dataset import open_dataset
+    from data.images import to_float
     try:
         robo.art_folder()
     except UserError as error:

@@ -1,0 +1,296 @@
+"""From one frozen dataclass to a command line, and from a user's mistake to one line on stderr.
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float = flag(2e-4, "peak learning rate", low=0, high=1e3)
+        weight: Literal["uniform", "min_snr"] = flag("uniform", "per sample")
+        gamma: float = flag(5.0, "caps the SNR", above=0, of="--weight min_snr")
+        ema: tuple[float, ...] = flag((), "widths, comma separated")
+
+    cfg, dry_run = parse(Config, __doc__)      # --lr 1e-4 --ema 0.05,0.1
+
+A flag is declared once: default, help, range, and with what other flags it has an effect.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the user can mend, as one line: what it is, what it got, what it wanted, what to do.
+
+        UserError("--batch 250", wanted="a multiple of 32", do="Try --batch 256.")
+        -> --batch 250: wanted a multiple of 32.  Try --batch 256.
+    """
+
+    def __init__(self, what: str, *, got: str = "", wanted: str = "", do: str = ""):
+        message = what
+        if got:
+            message += f": got {got}"
+        if wanted:
+            message += f", wanted {wanted}" if got else f": wanted {wanted}"
+        if not message.endswith((".", "?", "!")):
+            message += "."
+        if do:
+            message += f"  {do.strip()}"
+        super().__init__(message)
+
+
+def cli(main: Callable[[], None], crash: int = 1) -> None:
+    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2;
+    a bug keeps its traceback and exits with `crash`."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except (UserError, OSError, MemoryError) as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" [rank {rank}]"
+        message = " ".join(explain(error).split("\n"))
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        if crash == 1:  # as Python itself does it
+            raise
+        traceback.print_exc()
+        sys.exit(crash)
+
+
+def explain(error: Exception) -> str:
+    """The line that a user sees of an error."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}."
+    return str(error) or "out of memory"
+
+
+def closest(word: str, options: Iterable[str], n: int = 3) -> str:
+    """"  Closest: a, b." to stand behind a sentence, or be an error's `do`; "" when nothing is near."""
+    near = difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
+    return f"  Closest: {', '.join(near)}." if near else ""
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    of: str | tuple[str, ...] = (),
+    off: Any = None,
+    head: str = "",
+) -> Any:
+    """A field of a Config. Without a default it is required.
+
+    low, high: the range of its numbers, ends included; above: what they have to exceed.
+    of: the flags with which it has an effect, all of them: "--init" (that flag is on),
+        "not --invert" (it is off), "--weight min_snr | soft_min_snr" (it has one of these values).
+    off: the value that switches this flag off, where that is not 0, false or empty.
+    head: a heading before it in --help.
+    """
+    of = (of,) if isinstance(of, str) else of
+    metadata = {"help": help, "low": low, "high": high, "above": above, "of": of, "off": off}
+    return dataclasses.field(default=default, metadata={**metadata, "head": head})
+
+
+def flag_like(cls: type, name: str, default: Any, help: str | None = None) -> Any:
+    """The flag `name` of another Config with a default, and perhaps a help text, of its own."""
+    told = dict(field_of(cls, name).metadata)
+    if help is not None:
+        told["help"] = help
+    return dataclasses.field(default=default, metadata=told)
+
+
+def field_of(cls: type, name: str) -> dataclasses.Field:
+    return next(field for field in dataclasses.fields(cls) if field.name == name)
+
+
+def dashed(name: str) -> str:
+    """A field's name as it is typed: lr_decay -> --lr-decay."""
+    return f"--{name.replace('_', '-')}"
+
+
+def shown(value: Any) -> str:
+    """A flag's value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tuple[Any, bool]:
+    """Read `--field value`, `--field=value`, `--flag`, `--no-flag` into cls(...).
+
+    Returns (config, whether --dry-run was given). Types come from the annotations: int, float, str,
+    bool, Literal[…] (choices), tuple[T, ...] (comma separated) and `X | Y`: the first that fits,
+    where None means not given. `--help` prints one screen and exits.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    known = [dashed(name)[2:] for name in fields] + ["help", "dry-run"]
+    words = list(sys.argv[1:] if argv is None else argv)
+    given, dry_run = {}, False
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(usage(cls, doc))
+            sys.exit(0)
+        key, equals, value = word[2:].partition("=")
+        name = key.replace("-", "_")
+        if word == "--dry-run":
+            dry_run = True
+        elif not word.startswith("--"):
+            raise UserError(
+                f"unexpected argument {word!r}",
+                wanted="every option written as --name value",
+                do="See --help.",
+            )
+        elif name in fields and hints[name] is bool and not equals:
+            given[name] = True
+        elif name.startswith("no_") and hints.get(name[3:]) is bool and not equals:
+            given[name[3:]] = False
+        elif name not in fields:
+            raise UserError(f"unknown flag --{key}", do=f"{closest(key, known)}  See --help.")
+        elif not equals and (not words or words[0].startswith("--")):
+            raise UserError(f"--{key} needs a value", do=f"Write --{key} VALUE, or see --help.")
+        else:
+            given[name] = convert(key, value if equals else words.pop(0), hints[name])
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in given:
+            raise UserError(f"{dashed(name)} is required", do="See --help.")
+    cfg = cls(**given)
+    check_flags(cfg)
+    return cfg, dry_run
+
+
+def convert(key: str, text: str, kind: Any) -> Any:
+    """One command-line string to the annotated type, or a UserError that names the flag."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):  # float | None, float | Literal["auto"]
+        words = [word for part in inner for word in typing.get_args(part)]
+        if text in words:
+            return text
+        try:
+            return convert(key, text, inner[0])
+        except UserError:
+            wanted = " or ".join([inner[0].__name__, *words])
+            raise wrong_value(key, text, wanted) from None
+    if origin is typing.Literal:
+        if text not in inner:
+            choices = ", ".join(filter(None, inner))
+            raise UserError(
+                f"--{key} {text!r} is not one of {choices}",
+                do=closest(text, inner) or f"Choose one of {choices}.",
+            )
+        return text
+    if origin is tuple:
+        parts = [part.strip() for part in text.split(",")]
+        return tuple(convert(key, part, inner[0]) for part in parts if part)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise wrong_value(key, text, "true or false")
+        return text.lower() == "true"
+    try:
+        if kind is int and re.fullmatch(r"\d+e\d+", text):  # 2e7 reads well; int() takes 20_000_000
+            return int(float(text))
+        return kind(text)
+    except (ValueError, OverflowError):
+        raise wrong_value(key, text, kind.__name__) from None
+
+
+def wrong_value(key: str, text: str, wanted: str) -> UserError:
+    return UserError(f"--{key} takes {wanted}, got {text!r}", do=f"Write --{key} VALUE; see --help.")
+
+
+# ---- what the declarations say ------------------------------------------------------------------
+
+
+def check_flags(cfg: Any) -> None:
+    """Refuse numbers out of range, and flags that would change nothing."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        check_range(field, value)
+        if value == field.default:
+            continue
+        for condition in field.metadata.get("of", ()):
+            if not holds(cfg, condition):
+                raise UserError(
+                    f"{dashed(field.name)} changes nothing here: it is of {condition}",
+                    do="Leave it out.",
+                )
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+    low, high, above = (field.metadata.get(key) for key in ("low", "high", "above"))
+    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    if (low, high, above) == (None, None, None):
+        return
+    inside = all(
+        (low is None or n >= low)  # NaN fails every comparison
+        and (high is None or n <= high)
+        and (above is None or n > above)
+        and math.isfinite(n)
+        for n in numbers
+    )
+    if not inside:
+        wanted = range_text(low, high, above)
+        raise UserError(f"{dashed(field.name)} {shown(value)}", wanted=wanted, do="See --help.")
+
+
+def range_text(low: float | None, high: float | None, above: float | None) -> str:
+    """"1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    if low is not None:
+        return f"at least {low:g}"
+    if above is not None and high is not None:
+        return f"more than {above:g}, up to {high:g}"
+    return f"more than {above:g}" if above is not None else f"at most {high:g}"
+
+
+def holds(cfg: Any, condition: str) -> bool:
+    """Is a condition of flag(of=…) true of a config?"""
+    negated, words = condition.startswith("not "), condition.removeprefix("not ")
+    name, _, values = words.removeprefix("--").partition(" ")
+    name = name.replace("-", "_")
+    value, off = getattr(cfg, name), field_of(type(cfg), name).metadata.get("off")
+    if values:
+        true = str(value) in values.split(" | ")
+    else:
+        true = bool(value) and value != off
+    return true != negated
+
+
+def usage(cls: type, doc: str | None) -> str:
+    """The --help screen: the first paragraph of the script's docstring, then a line for each flag
+    with its default, its choices and its help."""
+    hints = typing.get_type_hints(cls)
+    lines = [(doc or "").strip().split("\n\n")[0], ""]
+    for field in dataclasses.fields(cls):
+        if head := field.metadata.get("head"):
+            lines.append(f"{head}:")
+        text, kind = field.metadata.get("help", ""), hints[field.name]
+        if typing.get_origin(kind) is typing.Literal and "|" not in text:
+            choices = " | ".join(choice for choice in typing.get_args(kind) if choice)
+            text = f"{choices}: {text}".removesuffix(": ")
+        default = "" if field.default is None else shown(field.default)
+        if field.default is dataclasses.MISSING:
+            default = "required"
+        lines.append(f"  {dashed(field.name):<17} {default:<10} {text}".rstrip())
+    lines.append(f"  {'--dry-run':<17} {'':<10} print the resolved config and stop")
+    return "\n".join(lines)

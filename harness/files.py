@@ -1,0 +1,226 @@
+"""Tensors on disk: reading any weight file by what it holds, not by what it is called; writing safetensors, atomically.
+
+    box = open_weights("model.ckpt")             # safetensors | torch pickle, zip or legacy | shards with an index
+    box["out.2.weight"]                          # read now, alone; box.shape(name) and box.dtype(name) need no read
+    stream_tensors(path, {name: (dtype, shape)}, meta, get)     # one tensor in memory at a time
+
+A pickle is opened by torch's weights_only reader, which builds tensors and plain containers and runs nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from harness.cli import UserError
+
+META = "twinpath"
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+          "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
+          "F64": torch.float64, "I64": torch.int64}                             # in the order of safetensors' own list
+HEADER_LIMIT = 100_000_000                   # bytes; safetensors' own
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def make_dir(path: Path) -> None:
+    """Create a folder we can write to, or say why not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder.") from None
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside path, hidden and of this process: no name that a user's own file has. Names end at 255 bytes."""
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file to write in path's place: a reader sees the old file or the new one, never a half.
+
+    It is synced and renamed when the block ends, and removed when the block fails.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # on an error; a disk may be full because of it
+    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return (flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)).numpy()      # an empty one may have stride 0
+
+
+def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta: Mapping[str, str],
+                   get: Callable[[str], Tensor], check: Callable[[Path], None] = lambda path: None) -> None:
+    """A safetensors file of get(name) for each name, asked for one by one; atomic. check(file) may refuse what was written.
+
+    Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that of safetensors' own
+    writer, by type, widest first, then by name, so that every tensor is aligned.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(meta)} if meta else {}
+    labels, rank, offset = {v: k for k, v in DTYPES.items()}, list(DTYPES.values()), 0
+    names = sorted(header, key=lambda name: (-rank.index(header[name][0]), name))
+    for name in names:
+        dtype, shape = header[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        table[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    try:
+        with atomic(path) as temporary:
+            with open(temporary, "wb") as file:
+                file.write(len(head).to_bytes(8, "little") + head)
+                for name in names:
+                    tensor = get(name)
+                    got = (tensor.dtype, tuple(tensor.shape))
+                    assert got == (header[name][0], tuple(header[name][1])), f"{name}: {got}"
+                    file.write(raw_bytes(tensor))
+                    del tensor  # before the next one is made
+            check(temporary)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.  No file was replaced.") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], check: Callable[[Path], None] = lambda path: None) -> None:
+    """Tensors + JSON metadata as one safetensors file, atomically."""
+    stream_tensors(path, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, text_meta(meta), tensors.__getitem__, check)
+
+
+def text_meta(meta: dict[str, Any]) -> dict[str, str]:
+    """Our JSON as safetensors metadata, with a checksum: it decides what the weights mean."""
+    text = json.dumps(meta)
+    return {"format": "pt", META: text, f"{META}_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_ours(box: "Container") -> bool:
+    """Either key is enough: with one of them damaged, the file must not pass for a foreign one, which nothing protects."""
+    return META in box.meta or f"{META}_sha256" in box.meta
+
+
+def read_meta(box: "Container") -> dict[str, Any]:
+    """The inverse. Older files have no checksum."""
+    text, mark = box.meta.get(META, ""), box.meta.get(f"{META}_sha256")
+    renamed = any(re.fullmatch(r"[0-9a-f]{64}", str(value)) for key, value in box.meta.items())  # a checksum under a damaged name
+    if hashlib.sha256(text.encode()).hexdigest() != mark and (renamed or mark):
+        raise UserError(f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged.")
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{box.path}: the metadata is damaged ({error}).") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{box.path}: the metadata is damaged (a JSON {type(meta).__name__}, wanted an object).")
+    return meta
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+class Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]               # a tensor of its own memory
+
+
+class Container(Mapping[str, Tensor]):
+    """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without reading."""
+
+    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any],
+                 emas: Mapping[str, Mapping[str, Entry]] = {}, beside: Mapping[str, int] = {}):
+        self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
+        self.emas, self.beside = dict(emas), dict(beside)                       # of a pickle: EMAs under their own names; tensors not taken
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.table[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.table[name].shape
+
+    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (entry.dtype, entry.shape) for name, entry in self.table.items()}
+
+    def over(self, table: Mapping[str, Entry]) -> "Container":
+        """The same file seen through another table: other names, other shapes, fewer tensors."""
+        return Container(self.path, self.kind, table, self.meta, self.emas, self.beside)
+
+
+def open_safetensors(path: Path) -> Container:
+    """The header is checked by safetensors itself; tensors are then read with plain reads, for mapped pages count as memory."""
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        table = {}
+        for name, entry in header.items():
+            dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            table[name] = Entry(dtype, shape, partial(read_range, path, start, dtype, shape))
+    except KeyError as error:
+        raise UserError(f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}.") from None
+    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one.") from None
+    return Container(path, "safetensors", table, meta)
+
+
+def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """One tensor from its place in a file. A large one gets pages of its own, for malloc keeps up to 64 MB of what it is given back."""
+    size = dtype.itemsize * math.prod(shape)
+    if size < 1 << 20:
+        data = torch.empty(size, dtype=torch.uint8)
+    else:
+        data = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view):                                                 # a read returns at most 2 GiB
+            n = file.readinto(view[done:])
+            if not n:
+                raise UserError(f"{path} became shorter while it was read.  Is something still writing it?")
+            done += n
+    return data.view(dtype).view(shape)
