@@ -40,6 +40,7 @@ from harness.ranks import PATIENCE, Ranks, join_ranks
 __all__ = ["FIDInception", "frechet_distance", "frechet_from_features", "kernel_distance", "precision_recall"]
 LOW = 2048                                   # images; below this Inception's covariance has not full rank
 DRAWN = 10_000                               # images of --ckpt, if nobody says
+FID_IMAGES = 2_048                           # samples of an FID in training: enough to see it fall, too few for a table
 GROUPS = 10                                  # of the jackknife
 HELD = 10                                    # held-out images; fewer say nothing of memorisation
 NAMES = {"inception": ("FID", "KID"), "pca": ("FD-pca", "KD-pca")}
@@ -207,6 +208,65 @@ def measure(fake: Side, ref: Side, held: Stored | None, name: str, *, pairs: int
         memory = memorisation(y, (chunk for _, chunk in ref.stored.batches()), some(held, pairs))
         out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
     return out
+
+
+# ---- in training ----------------------------------------------------------------------------------------------------
+
+class FID:
+    """FID of a run while it trains, on fixed seeds, to the run's own training images.
+
+    trained: the run's config as a dict; name: what an error calls the run. Every rank calls. The reference's features are
+    extracted here, once, before training.
+    """
+
+    def __init__(self, trained: dict[str, Any], name: str, ranks: Ranks):
+        self.ranks, self.announced = ranks, False
+        images = open_images(default_ref(trained, name), trained["resolution"])
+        kind = trained["fid_features"]
+        if kind == "inception":
+            self.extractor = load_inception(device=ranks.device)
+        else:
+            self.extractor = fit_extractor(images)
+        train, _ = images.split(trained["holdout"])
+        self.ref = side(extract(train, self.extractor, cache_folder() / "features", ranks), ranks)
+        self.names = [metric + short(FID_IMAGES) for metric in NAMES[kind]]
+        self.floor = floor(self.ref, FID_IMAGES, FID_IMAGES)
+
+    def __call__(self, draw: Callable[[list[int]], Tensor], seen: int, of: str) -> dict[str, Any]:
+        """A row of the log, after `seen` images, of the weights named `of`. Every rank calls.
+
+        draw(seeds) -> uint8 (B, 3, H, W) of all seeds, on every rank; each rank extracts the features of its share.
+        """
+        start = time.perf_counter()
+        group = 64 * self.ranks.world
+        parts = []
+        for lo in range(0, FID_IMAGES, group):
+            parts.append(self.features(draw(list(range(lo, min(lo + group, FID_IMAGES))))))
+            if not self.announced and self.ranks.rank == 0:
+                seconds = (time.perf_counter() - start) * FID_IMAGES / len(parts[0])
+                print(f"{self.names[0]}: {FID_IMAGES:,} samples each time, about {span(seconds)}", flush=True)
+            self.announced = True
+        y = self.ranks.all_reduce(torch.cat(parts)).double().cpu()
+        fid, kid, error = self.ranks.broadcast(lambda: self.distances(y))
+        row = {"event": "fid", "images": seen, "of": of, self.names[0]: fid, self.names[1]: kid, f"{self.names[1]} error": error}
+        if self.floor:
+            row |= {"floor": self.floor["frechet"], "floor n": self.floor["n"]}
+        return {**row, "seconds": time.perf_counter() - start}
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, d): this rank's rows are the features of its share of the images, the others are zero."""
+        share = slice(self.ranks.rank, None, self.ranks.world)
+        own = images[share]
+        seen = look(self.extractor, lambda part: own[part.start:part.stop], range(len(own)), self.ranks.device)
+        rows = seen.new_zeros(len(images), seen.shape[1], device=self.ranks.device)
+        rows[share] = seen.to(rows)
+        return rows
+
+    def distances(self, y: Tensor) -> list[float]:
+        """[Fréchet distance, kernel distance, its standard error] of features (N, d)."""
+        kid = kernel_distance(some(self.ref.stored, FID_IMAGES), y)
+        generated = y if len(y) < y.shape[1] else Statistics.of(y)
+        return [frechet(self.ref.best(), generated), *kid]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ from harness.pictures import save_grid
 from diffusion.schedules import stratify
 from settings import objective_of, resolve
 from start import check_aligned, make_vae, start_from, vae_moved
+from eval_fid import FID
 from vae import AnyVAE, load_noted, save_vae, vae_from_meta
-from watch import FID, draw_samples, ema_net, held_out_loss, preview
+from watch import draw_samples, ema_net, held_out_loss, preview
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,7 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
     tr = (begin or setup)(cfg, ranks)
     if ranks.rank == 0 and (tr.seen or tr.init["path"]):
         print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
-    fid = FID(tr) if cfg.fid_every else None
+    fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
     clock = Speed(tr.seen)
     workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
@@ -419,7 +420,8 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
                 if looks and len(tr.ds.heldout):
                     log.write(held_out_loss(tr))
                 if fid and (due(tr.seen, cfg.fid_every, cfg.batch) or tr.seen >= cfg.images):
-                    log.write(fid(tr))
+                    name, net = ema_net(tr)
+                    log.write(fid(lambda seeds: draw_samples(tr, net, seeds, method="heun", steps=10), tr.seen, name))
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):

@@ -1,10 +1,9 @@
-"""What a run shows of itself while it trains: the loss on held-out images, samples from fixed seeds, and if asked its FID.
+"""What a run shows of itself while it trains: the loss on held-out images and samples from fixed seeds.
 
 Every rank takes its share of both, so none waits for another.
 """
 
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from harness.pictures import save_grid, to_uint8
 from samplers import draw, generators, guided, sample
 
 HELD_OUT = 64                            # images of the held-out loss, at most
-FID_IMAGES = 2_048                       # samples of an FID in training: enough to see it fall, too few for a table
 
 
 def ema_net(tr: Any) -> tuple[str, Any]:
@@ -92,43 +90,3 @@ def preview(tr: Any) -> Path:
         make_dir(path.parent)
         save_grid(torch.cat(rows), path, columns=8)
     return path
-
-
-class FID:
-    """FID of the first EMA to the run's own training images, on fixed seeds. The reference is looked at once, before training."""
-
-    def __init__(self, tr: Any):
-        import eval_fid                                                         # here, for most runs do without
-        from metrics.features import extract, fit_extractor, look, open_images
-        from metrics.inception import cache_folder, load_inception
-        self.eval, self.look, self.announced, alike = eval_fid, look, False, tr.cfg.fid_features
-        images = open_images(eval_fid.default_ref(asdict(tr.cfg), tr.cfg.name), tr.cfg.resolution)
-        self.extractor = load_inception(device=tr.ranks.device) if alike == "inception" else fit_extractor(images)
-        stored = extract(images.split(tr.cfg.holdout)[0], self.extractor, cache_folder() / "features", tr.ranks)
-        self.ref = eval_fid.side(stored, tr.ranks)
-        self.names = [name + eval_fid.short(FID_IMAGES) for name in eval_fid.NAMES[alike]]
-        self.floor = eval_fid.floor(self.ref, FID_IMAGES, FID_IMAGES)
-
-    def __call__(self, tr: Any) -> dict[str, Any]:
-        """A line of the log; every rank draws and looks at its share."""
-        name, net = ema_net(tr)
-        start, group, parts = time.perf_counter(), 64 * tr.ranks.world, []
-        for lo in range(0, FID_IMAGES, group):
-            images = draw_samples(tr, net, list(range(lo, min(lo + group, FID_IMAGES))), method="heun", steps=10)
-            mine = images[tr.ranks.rank::tr.ranks.world]
-            mine = self.look(self.extractor, lambda part: mine[part.start:part.stop], range(len(mine)), tr.ranks.device).to(tr.ranks.device)
-            parts.append(mine.new_zeros(len(images), mine.shape[1]))
-            parts[-1][tr.ranks.rank::tr.ranks.world] = mine
-            if not self.announced and tr.ranks.rank == 0:
-                seconds = (time.perf_counter() - start) * FID_IMAGES / len(images)
-                print(f"{self.names[0]}: {FID_IMAGES:,} samples of 10 Heun steps each time, about {self.eval.span(seconds)}", flush=True)
-            self.announced = True
-        y = tr.ranks.all_reduce(torch.cat(parts)).double().cpu()
-
-        def distances() -> list[float]:
-            from metrics.distances import Statistics, frechet, kernel_distance
-            kid = kernel_distance(self.eval.some(self.ref.stored, FID_IMAGES), y)
-            return [frechet(self.ref.best(), y if len(y) < y.shape[1] else Statistics.of(y)), *kid]
-        fid, kid, error = tr.ranks.broadcast(distances)
-        return {"event": "fid", "images": tr.seen, "of": name, self.names[0]: fid, self.names[1]: kid, f"{self.names[1]} error": error,
-                **({"floor": self.floor["frechet"], "floor n": self.floor["n"]} if self.floor else {}), "seconds": time.perf_counter() - start}

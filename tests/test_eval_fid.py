@@ -343,8 +343,7 @@ def test_the_protocol_measures_subsets_and_flags_a_copier(run, cache):
 # ---- in training ----------------------------------------------------------------------------------------------------
 
 def test_a_run_can_log_its_own_fid(cache, tmp_path, monkeypatch, user):
-    import watch
-    monkeypatch.setattr(watch, "FID_IMAGES", 24)
+    monkeypatch.setattr(eval_fid, "FID_IMAGES", 24)
     fields = dict(model="nano", data="toyfaces:60", resolution=32, batch=8, images=16, holdout=0.2, preview_every=0, eval_every=0, save_every=0, log_every=0,
                   fid_every=8, fid_features="pca", out=str(tmp_path))
     train.train(cfg := train.resolve(train.Config(**fields, name="with")), ALONE)
