@@ -53,24 +53,29 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (UserError, OSError, MemoryError) as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" [rank {rank}]"
-        message = " ".join(explain(error).split("\n"))
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if is_for_user(error):
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" [rank {rank}]"
+            message = " ".join(explain(error).split("\n"))
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+            sys.exit(2)
         if crash == 1:  # as Python itself does it
             raise
         traceback.print_exc()
         sys.exit(crash)
 
 
+def is_for_user(error: Exception) -> bool:
+    """Can the user mend it? Rooms that know nothing of UserError mark theirs with `for_user`."""
+    return isinstance(error, (UserError, OSError, MemoryError)) or getattr(error, "for_user", False)
+
+
 def explain(error: Exception) -> str:
-    """The line that a user sees of an error."""
+    """The line that a user sees of an error (see is_for_user)."""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}."
