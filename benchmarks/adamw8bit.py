@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import record
+from harness import record
 from harness.run import checkpoints
 from ckpt.unets import load_unet, read_tensors
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import ckpt.layouts as layouts
-from benchmarks import record
+from harness import record
 from ckpt.unets import convert, save_unet
 from ckpt.examine import verify
 from harness.files import stream_tensors

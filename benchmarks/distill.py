@@ -30,7 +30,7 @@ import experiments.ablate as ablate
 import data.dataset as data
 import distill
 import train
-from benchmarks import record
+from harness import record
 from benchmarks.race import alternate
 from harness.run import checkpoints
 from ckpt.unets import open_unet

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fid_peers
-from benchmarks import record
+from harness import record
 from harness.cli import UserError, cli
 from metrics.inception import FIDInception, load_inception
 from metrics.distances import Statistics, frechet, frechet_from_features, kernel_distance

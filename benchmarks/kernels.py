@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record
+from harness import record
 from benchmarks.race import CUDA, DEVICE, STREAM, finish, left_out, race, release, spread
 from harness.cli import UserError, cli, closest, parse
 from harness.ranks import autocast

@@ -17,7 +17,7 @@ import torch
 
 import data.encode as encode
 import data.cache as latents
-from benchmarks import record
+from harness import record
 from data.dataset import Stream, batches, open_dataset
 from data.sources import held_hash
 from data.tags import TagTable

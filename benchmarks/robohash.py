@@ -17,7 +17,7 @@ from PIL import Image
 
 import data.robohash as robo
 import data.sources as sources
-from benchmarks import record
+from harness import record
 from data.dataset import Dataset, Stream, batches, open_dataset
 
 ROUNDS, KITTENS, OWN = 5, 400, 3             # OWN = images of assemble() a round, it takes its time

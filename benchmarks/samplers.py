@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import race as races
-from benchmarks import record
+from harness import record
 from benchmarks.race import DEVICE, race
 from model import PRESETS, UNet
 from objectives import make_objective

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import drawing
-from benchmarks import record
+from harness import record
 from harness.cli import cli, parse
 from harness.ranks import pick_device
 from eval_fid import default_ref

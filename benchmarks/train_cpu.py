@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data.dataset as data
 import train
-from benchmarks import record
+from harness import record
 from benchmarks.race import alternate
 from benchmarks.peer_unet import peer_unet
 from model import PRESETS, UNet, UNetConfig

@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import record
+from harness import record
 from benchmarks.race import alternate
 from vae import VAE, VAEConfig, vae_map
 

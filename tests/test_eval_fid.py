@@ -324,7 +324,7 @@ def test_cards_that_differ_do_not_share_a_table(run, cache, user):
 # ---- the source's protocol ------------------------------------------------------------------------------------------
 
 def test_the_protocol_measures_subsets_and_flags_a_copier(run, cache):
-    from benchmarks import protocol
+    from experiments import protocol
     cfg = protocol.Config(runs=(str(run),), n=40, features="pca", method="euler", steps=2)
     result = protocol.assess(cfg, ALONE)
     mine = result[run.name]
@@ -418,7 +418,7 @@ def test_a_network_of_classes_without_labels_is_said_to_draw_without(tmp_path, c
 
 
 def test_random_weights_never_pass_for_fid_in_the_protocol(run, cache, monkeypatch):
-    from benchmarks import protocol
+    from experiments import protocol
 
     class Made:
         id = {"features": "inception", "weights": "random:0"}
