@@ -286,7 +286,7 @@ class Distiller(train.Trainer):
         return out
 
     def by_parts(self) -> str:
-        return "--coherence data" if self.assessor and self.cfg.coherence == "data" else super().by_parts()
+        return "--coherence data" if self.assessor and self.cfg.coherence == "data" else ""
 
     def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
         """A progressive student knows the times of its own steps only."""
@@ -305,6 +305,33 @@ class Distiller(train.Trainer):
             else:                                                               # AdamW counts its steps on the CPU
                 place = "cpu" if kind == "head_step" else self.ranks.device
                 self.head_optimizer.state[params[name]][kind.removeprefix("head_")] = value.to(place, copy=True)
+
+
+class AsLoss:
+    """What the training loop calls a loss, of a Distiller."""
+
+    def __init__(self, tr: Distiller):
+        self.tr = weakref.proxy(tr)                                             # a cycle would keep the folder's lock
+
+    def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
+        return self.tr.forward(net, batch)
+
+    def report(self) -> dict[str, Any]:
+        return self.tr.report()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tr.state()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.tr.take_up(state)
+
+    @property
+    def per_part(self) -> str:
+        return self.tr.by_parts()
+
+    @property
+    def drawing(self) -> dict[str, Any] | None:
+        return self.tr.drawn({}) or None
 
 
 def finite(x: Tensor) -> Tensor:
@@ -350,7 +377,7 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.mark, teacher.texts)}
     # Uniform times, as the source's; train.py's preset for fm is logit_normal.
     objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
-    return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, Distiller, teacher=teacher, weights=w, sampler=sampler,
+    return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, AsLoss, Distiller, teacher=teacher, weights=w, sampler=sampler,
                         assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
 
 

@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Callable, ClassVar, Iterator, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data.dataset as data
 from harness.run import checkpoints
 from ckpt.unets import fingerprint, load_strict, load_unet, read_tensors
-from harness.cli import UserError, cli, parse
+from harness.cli import UserError, cli, flag, parse
 from harness.ranks import autocast
 from harness.run import versions
 from diffusion.coupling import upsampled
@@ -53,68 +53,150 @@ from watch import draw_samples, ema_net, held_out_loss, preview
 
 
 @dataclass(frozen=True)
-class Config:
-    # data
-    data: str = "toyfaces"               # toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name | a latent cache
-    stage: Literal["standard", "fine", "stage2"] = "standard"   # all | without --exclude-tags | only those, from the fine run
-    exclude_tags: tuple[str, ...] = ()   # a,b or "a & !(b | c*)"  (embedded data: some; stage2: what its fine run excluded)
-    classes: tuple[str, ...] = ()        # tags to condition on, * and ? allowed: "* hair"; none = unconditional
-    label_drop: float = 0.1              # share of labels dropped, for guidance
-    resolution: int = 64                 # pixels
-    crop: Literal["center", "random"] = "center"   # of images that are not square
-    flip: bool = False                   # mirror half of the images
-    holdout: float = 0.02                # share of the images kept for the held-out loss
-    # model and objective
-    model: str = "tiny"                  # tiny | toy-281m | toy-281m-attn | adm-64 …
-    vae: str = "pca"                     # pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file
-    init: str = ""                       # U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]
-    objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = "fm"   # what the network learns to say; cfm = from low resolution to high
-    target: Literal["", "u", "eps", "v", "x0"] = ""   # its output, if not the objective's own
-    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""   # noise schedule of ddpm, v, x0; gvp (a continuous cosine) also of fm
-    zero_snr: bool = False               # v, x0: the table's last row becomes pure noise
-    density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = ""   # of training times
-    t_loc: float | None = None           # its centre: logit_normal 0, gaussian 0.5, lognormal -1.2
-    t_scale: float | None = None         # its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29
-    stratified: bool = False             # training times spread evenly over each batch
-    shift: float | Literal["auto"] = 1.0   # of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32
-    loss: Literal["mse", "l1", "huber"] = "mse"   # per element
-    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = "uniform"   # per sample, by its time
-    gamma: float = 5.0                   # of min_snr and soft_min_snr
-    learn_sigma: bool = False            # ddpm, v, x0: also learn the reverse steps' variance
-    aligned: bool = False                # ddpm, v, x0: flow matching's loss on what they imply, to fine-tune an --init
-    coupling: Literal["none", "ot"] = "none"   # ot = noise goes to the nearest images of its micro-batch (of equal label)
-    lowres: int = 2                      # cfm: how many times smaller the low resolution is
-    upsample: Literal["psu", "bilinear", "nearest"] = "psu"   # cfm: psu enlarges pixels, the others latents
-    noise_aug: float = 0.5883            # cfm: noise's standard deviation where its path starts
-    # optimisation; progress is counted in images
-    images: int = 40_000                 # images shown in all, rounded up to whole batches
-    batch: int = 16                      # global; split over ranks and --accum
-    accum: int = 1                       # micro-batches a step
-    optim: Literal["adamw", "adamw8bit"] = "adamw"   # adamw8bit keeps its moments in 2 bytes a parameter
-    lr: float = 2e-3                     # peak
-    decay: Literal["constant", "cosine"] = "cosine"   # after the warm-up
-    warmup: float = 0.05                 # share of --images
-    weight_decay: float = 0.01           # AdamW
-    clip: float = 1.0                    # global gradient norm; 0 = off
-    ema: tuple[float, ...] = (0.05, 0.1)   # power-EMA widths, relative to the run's length (Karras et al. 2024); none = off
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"   # auto = bf16 on GPUs that have it
-    compile: bool = False                # torch.compile
-    seed: int = 0                        # of weights, order, noise, times
-    # the run
-    out: str = "runs"                    # where runs live
-    name: str = ""                       # default <data>-<objective>-<stage>
-    resume: bool = True                  # --no-resume = refuse to continue an existing run
-    log: tuple[str, ...] = ()            # tensorboard,wandb beside log.jsonl
-    log_every: int = 1_280               # images, like the next three; 0 = never
-    eval_every: int = 10_000             # held-out loss
-    preview_every: int = 10_000          # sample previews, raw and EMA
-    save_every: int = 10_000             # checkpoints
-    fid_every: int = 0                   # images; FID of 2,048 samples to the training images, into the log; 0 = never
-    fid_features: Literal["inception", "pca"] = "inception"   # pca: FD-pca, instant, needs no weights
-    keep: int = 2                        # newest checkpoints kept
-    keep_every: int = 0                  # images; also keep checkpoints at its multiples; 0 = none
-    workers: int = -1                    # loader processes; -1 = none for data in memory on a CPU, else up to 8
-    device: str = "auto"                 # auto | cpu | cuda
+class Data:
+    """Which images, and which tags of them."""
+
+    data: str = flag(
+        "toyfaces",
+        "toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name | a latent cache",
+        head="data",
+    )
+    stage: Literal["standard", "fine", "stage2"] = flag(
+        "standard", "all | without --exclude-tags | only those, from the fine run"
+    )
+    exclude_tags: tuple[str, ...] = flag(
+        (), 'a,b or "a & !(b | c*)"  (embedded data: some; stage2: what its fine run excluded)'
+    )
+    classes: tuple[str, ...] = flag(
+        (), 'tags to condition on, * and ? allowed: "* hair"; none = unconditional'
+    )
+    label_drop: float = flag(0.1, "share of labels dropped, for guidance", low=0, high=1)
+    resolution: int = flag(64, "pixels", low=1, high=8192)
+    crop: Literal["center", "random"] = flag("center", "of images that are not square")
+    flip: bool = flag(False, "mirror half of the images")
+    holdout: float = flag(0.02, "share of the images kept for the held-out loss", low=0, high=0.9)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How the weights are found. Progress is counted in images."""
+
+    images: int = flag(
+        40_000, "images shown in all, rounded up to whole batches", low=1, high=1e12,
+        head="optimisation",
+    )
+    batch: int = flag(16, "global; split over ranks and --accum", low=1, high=1e6)
+    accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
+    optim: Literal["adamw", "adamw8bit"] = flag(
+        "adamw", "adamw8bit keeps its moments in 2 bytes a parameter"
+    )
+    lr: float = flag(2e-3, "peak", low=0, high=1e3)
+    decay: Literal["constant", "cosine"] = flag("cosine", "after the warm-up")
+    warmup: float = flag(0.05, "share of --images", low=0, high=1)
+    weight_decay: float = flag(0.01, "AdamW", low=0, high=1e3)
+    clip: float = flag(1.0, "global gradient norm; 0 = off", low=0, high=1e9)
+    ema: tuple[float, ...] = flag(
+        (0.05, 0.1),
+        "power-EMA widths, relative to the run's length (Karras et al. 2024); none = off",
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
+    compile: bool = flag(False, "torch.compile")
+    seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, and what it writes how often. The `every` flags count images; 0 = never."""
+
+    out: str = flag("runs", "where runs live", head="the run")
+    name: str = flag("", "default <data>-<objective>-<stage>")
+    resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
+    log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
+    log_every: int = flag(1_280, "images, like the next three; 0 = never", low=0, high=1e12)
+    eval_every: int = flag(10_000, "held-out loss", low=0, high=1e12)
+    preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0, high=1e12)
+    save_every: int = flag(10_000, "checkpoints", low=0, high=1e12)
+    fid_every: int = flag(
+        0, "images; FID of 2,048 samples to the training images, into the log; 0 = never",
+        low=0, high=1e12,
+    )
+    fid_features: Literal["inception", "pca"] = flag(
+        "inception", "pca: FD-pca, instant, needs no weights"
+    )
+    keep: int = flag(2, "newest checkpoints kept", low=1, high=1e6)
+    keep_every: int = flag(
+        0, "images; also keep checkpoints at its multiples; 0 = none", low=0, high=1e12
+    )
+    workers: int = flag(
+        -1, "loader processes; -1 = none for data in memory on a CPU, else up to 8",
+        low=-1, high=128,
+    )
+    device: str = flag("auto", "auto | cpu | cuda")
+
+
+@dataclass(frozen=True)
+class Config(Run, Optim, Data):
+    """The flags of this script: the bases', and which network learns to say what."""
+
+    model: str = flag(
+        "tiny", "tiny | toy-281m | toy-281m-attn | adm-64 …", head="model and objective"
+    )
+    vae: str = flag(
+        "pca",
+        "pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file",
+    )
+    init: str = flag(
+        "", "U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]"
+    )
+    objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = flag(
+        "fm", "what the network learns to say; cfm = from low resolution to high"
+    )
+    target: Literal["", "u", "eps", "v", "x0"] = flag(
+        "", "its output, if not the objective's own"
+    )
+    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = flag(
+        "", "noise schedule of ddpm, v, x0; gvp (a continuous cosine) also of fm"
+    )
+    zero_snr: bool = flag(False, "v, x0: the table's last row becomes pure noise")
+    density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = flag(
+        "", "of training times"
+    )
+    t_loc: float | None = flag(
+        None, "its centre: logit_normal 0, gaussian 0.5, lognormal -1.2", low=-10, high=10
+    )
+    t_scale: float | None = flag(
+        None, "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29", low=-1, high=10
+    )
+    stratified: bool = flag(False, "training times spread evenly over each batch")
+    shift: float | Literal["auto"] = flag(
+        1.0, "of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32",
+        low=1e-3, high=1e3,
+    )
+    loss: Literal["mse", "l1", "huber"] = flag("mse", "per element")
+    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag(
+        "uniform", "per sample, by its time"
+    )
+    gamma: float = flag(
+        5.0, "of min_snr and soft_min_snr", low=1e-3, high=1e6,
+        of="--weight min_snr | soft_min_snr",
+    )
+    learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
+    aligned: bool = flag(
+        False, "ddpm, v, x0: flow matching's loss on what they imply, to fine-tune an --init"
+    )
+    coupling: Literal["none", "ot"] = flag(
+        "none", "ot = noise goes to the nearest images of its micro-batch (of equal label)"
+    )
+    lowres: int = flag(
+        2, "cfm: how many times smaller the low resolution is", low=2, high=64,
+        of="--objective cfm",
+    )
+    upsample: Literal["psu", "bilinear", "nearest"] = flag(
+        "psu", "cfm: psu enlarges pixels, the others latents", of="--objective cfm"
+    )
+    noise_aug: float = flag(
+        0.5883, "cfm: noise's standard deviation where its path starts", of="--objective cfm"
+    )
 
 
 # Fields that may change when a run is resumed: they do not change what is computed.
@@ -144,33 +226,24 @@ def due(seen: int, every: int, batch: int) -> bool:
 # ---- setting up -----------------------------------------------------------------------------------------------------
 
 @dataclass
-class Trainer:
-    """Everything a step needs."""
+class ObjectiveLoss:
+    """The loss of a run: its objective's, on the latents of a batch. Another one (distill.py's) has the same attributes."""
+
     cfg: Config
     ranks: Ranks
-    run: Path
-    ds: Dataset
     vae: AnyVAE
     objective: Objective
-    net: UNet                                # the bare module: what is saved
-    model: torch.nn.Module                   # net inside torch.compile and DistributedDataParallel: what is trained
-    optimizer: torch.optim.Optimizer
-    ema: EMA
-    classes: list[str]
-    labels: Any                              # (n,) or None
-    init: dict[str, Any]                     # where the weights started
-    held: Any                                # rank 0's lock on the folder
-    seen: int = 0
-    skipped: int = 0                         # non-finite steps, in all
-    bad: int = 0                             # … in a row
-    meter: Tensor = field(default_factory=lambda: torch.zeros(2, TIME_BINS, dtype=torch.float64))   # loss sum, count by t
+
+    # How the run's samples are drawn, as arguments of sample(); None = as those of any network.
+    drawing: ClassVar[dict[str, Any] | None] = None
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.vae.latent_shape(self.cfg.resolution)
+    def per_part(self) -> str:
+        """The flag, if one is on, that makes a step depend on how its batch is split over ranks and --accum."""
+        return "--coupling ot" if self.objective.coupling == "ot" else ""       # it pairs noise and data within a micro-batch
 
-    def forward(self, net: Any, batch: dict[str, Tensor]) -> Loss:
-        """The objective's loss on a collated batch: everything random comes with the batch."""
+    def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
+        """Everything random comes with the collated batch."""
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
         cond = {"y": batch["y"]} if "y" in batch else {}
         q = batch.get("q")
@@ -189,25 +262,44 @@ class Trainer:
         images = to_float(batch["image"]) if "image" in batch else None
         return upsampled(images, x0, self.vae.encode, self.objective.lowres, self.objective.upsample)
 
-    # What a loop with another loss adds (distill.py). Every rank calls these.
     def report(self) -> dict[str, Any]:
-        """More for the training line of the log."""
+        """More for the training line of the log. Every rank calls it."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
-        """More tensors that an exact resume needs."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """More tensors that an exact resume needs, equal on every rank. Every rank calls it."""
         return {}
 
-    def take_up(self, state: dict[str, Tensor]) -> None:
-        """The inverse of state()."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state_dict()."""
 
-    def by_parts(self) -> str:
-        """The flag, if one is on, that makes a step depend on how its batch is split over ranks and --accum."""
-        return "--coupling ot" if self.objective.coupling == "ot" else ""       # it pairs noise and data within a micro-batch
 
-    def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
-        """How its own samples are drawn, where sample() would be told `how`."""
-        return how
+@dataclass
+class Trainer:
+    """Everything a step needs."""
+    cfg: Config
+    ranks: Ranks
+    run: Path
+    ds: Dataset
+    vae: AnyVAE
+    objective: Objective
+    net: UNet                                # the bare module: what is saved
+    model: torch.nn.Module                   # net inside torch.compile and DistributedDataParallel: what is trained
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    classes: list[str]
+    labels: Any                              # (n,) or None
+    init: dict[str, Any]                     # where the weights started
+    held: Any                                # rank 0's lock on the folder
+    loss: Any = None                         # called as loss(net, batch) -> Loss; see ObjectiveLoss
+    seen: int = 0
+    skipped: int = 0                         # non-finite steps, in all
+    bad: int = 0                             # … in a row
+    meter: Tensor = field(default_factory=lambda: torch.zeros(2, TIME_BINS, dtype=torch.float64))   # loss sum, count by t
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.vae.latent_shape(self.cfg.resolution)
 
 
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
@@ -247,8 +339,12 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
 
 
 def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Objective, net: UNet, classes: list[str], labels: Any,
-             init: dict[str, Any], kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
-    """Begin the run's folder and put its parts together: from here on something is written. `more` goes to `kind`."""
+             init: dict[str, Any], make_loss: Callable[[Trainer], Any] | None = None, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+    """Begin the run's folder and put its parts together: from here on something is written.
+
+    make_loss(trainer) returns an object like ObjectiveLoss. It may keep parts of the trainer, but not the trainer: a cycle would hold the
+    folder's lock.
+    """
     run, held = Path(cfg.out) / cfg.name, None
     if ranks.rank == 0:
         make_dir(run)
@@ -262,6 +358,7 @@ def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Obj
     optimizer = AdamW8bit(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay) if cfg.optim == "adamw8bit" else \
         torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     trainer = kind(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held, **more)
+    trainer.loss = make_loss(trainer) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     if checkpoints(run):
         load_state(trainer)
     return trainer
@@ -271,7 +368,7 @@ def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Obj
 
 def save(tr: Trainer) -> None:
     """Rank 0 writes; the loss meter is summed over ranks so that the next log line is exact after a resume."""
-    meter, own = tr.ranks.all_reduce(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.state()
+    meter, own = tr.ranks.all_reduce(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.loss.state_dict()
     if tr.ranks.rank == 0:
         names = {id(p): n for n, p in tr.net.named_parameters()}
         state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}
@@ -293,7 +390,7 @@ def load_state(tr: Trainer) -> None:
         raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
                         f"Restore them, or start again with --init {tr.run} --name NEW.")
     parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
-    if (flag := tr.by_parts()) and before not in (None, parts):
+    if (flag := tr.loss.per_part) and before not in (None, parts):
         raise UserError(f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and {flag} compares the images within such "
                         f"a part of a batch.  Resume with {before}.")
     net, model_meta = load_unet(folder / "model.safetensors")
@@ -302,7 +399,7 @@ def load_state(tr: Trainer) -> None:
         for name, value in load_unet(folder / f"ema-{width}.safetensors")[0].state_dict().items():
             weights[name].copy_(value)
     meter = state.pop("meter")
-    tr.take_up({k.removeprefix("own/"): state.pop(k) for k in list(state) if k.startswith("own/")})
+    tr.loss.load_state_dict({k.removeprefix("own/"): state.pop(k) for k in list(state) if k.startswith("own/")})
     tr.meter = meter if tr.ranks.rank == 0 else torch.zeros_like(meter)         # it was summed over ranks
     params = dict(tr.net.named_parameters())
     for key, value in state.items():
@@ -335,7 +432,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
             tr.model.require_backward_grad_sync = i == cfg.accum - 1            # all-reduce once a step, not once a micro-batch
         if tr.net.cfg.dropout:
             torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))   # masks too are a function of position
-        loss = tr.forward(tr.model, batch)
+        loss = tr.loss(tr.model, batch)
         (loss.loss / cfg.accum).backward()
         bins = (loss.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         update = torch.stack([loss.per_sample.detach().double(), torch.ones_like(loss.t, dtype=torch.float64)])
@@ -361,7 +458,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
 def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
     """Say where a non-finite loss or gradient came from; after MAX_BAD in a row save the batch and stop."""
     tr.skipped, tr.bad = tr.skipped + 1, tr.bad + 1
-    where = [first_nonfinite(tr.net, lambda net: tr.forward(net, batch)) for batch in batches]
+    where = [first_nonfinite(tr.net, lambda net: tr.loss(net, batch)) for batch in batches]
     where = next((w for w in where if w), "another rank's batch")
     row = {"event": "non-finite", "images": tr.seen, "where": where, "in_a_row": tr.bad, "rank": tr.ranks.rank}
     if tr.ranks.rank == 0:
@@ -379,7 +476,7 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] | None = None, free: set[str] = FREE) -> bool:
+def train(cfg: Config, ranks: Ranks, setup: Callable[[Config, Ranks], Trainer] = setup, free: set[str] = FREE) -> bool:
     """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples. True if one did, also during the samples."""
     stop = StopSignal()                                                         # also while the data is being read
     run = Path(cfg.out) / cfg.name
@@ -392,7 +489,7 @@ def train(cfg: Config, ranks: Ranks, begin: Callable[[Config, Ranks], Trainer] |
             print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
             print(final)
         return False
-    tr = (begin or setup)(cfg, ranks)
+    tr = setup(cfg, ranks)
     if ranks.rank == 0 and (tr.seen or tr.init["path"]):
         print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
     fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None

@@ -33,7 +33,7 @@ def ema_net(tr: Any) -> tuple[str, Any]:
 def held_out_loss(tr: Any) -> dict[str, Any]:
     """Loss of the first EMA on fixed (image, t, noise): 8 t a held-out image, every rank its share. Also by t."""
     if tr.objective.coupling == "ot":                                           # it would pair by who else is in the chunk
-        tr = replace(tr, objective=replace(tr.objective, coupling="none"))
+        tr = replace(tr, loss=replace(tr.loss, objective=replace(tr.objective, coupling="none")))
     held, name, net = tr.ds.heldout, *ema_net(tr)
     n, bins = min(len(held), HELD_OUT), 8
     sums = torch.zeros(bins, dtype=torch.float64)
@@ -48,7 +48,7 @@ def held_out_loss(tr: Any) -> dict[str, Any]:
                  "t": torch.tensor([(b + 0.5) / bins for _, b in chunk])}
         if labels is not None:
             batch["y"] = labels[[i for i, _ in chunk]]
-        loss = tr.forward(net, batch)
+        loss = tr.loss(net, batch)
         sums.index_add_(0, torch.tensor([b for _, b in chunk]), loss.per_sample.double().cpu())
     tr.net.train()
     by_t = (tr.ranks.all_reduce(sums.to(tr.ranks.device)) / max(n, 1)).tolist()
@@ -68,13 +68,13 @@ def draw_samples(tr: Any, net: Any, seeds: list[int], **how: Any) -> Tensor:
             ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
             views = [ds.view(s % len(ds)) for s in mine]
             batch = {key: torch.stack([view[key] for view in views]).to(x.device) for key in views[0]}
-            cond["concat"] = tr.low_resolution(batch, latents_of(tr.vae, batch))
+            cond["concat"] = tr.loss.low_resolution(batch, latents_of(tr.vae, batch))
             if y is not None:                                                   # they have classes of their own
                 labels = data.classes_of(ds, tr.classes)[1]
                 cond["y"] = torch.tensor([int(labels[s % len(ds)]) for s in mine], device=x.device)
             start = tr.objective.source(cond["concat"], x)
         with autocast(tr.ranks.device, tr.cfg.dtype):
-            s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **tr.drawn(how))
+            s = sample(guided(tr.objective, net), start, seeds=mine, t_start=tr.objective.t_max, cond=cond or None, **(tr.loss.drawing or how))
         images[tr.ranks.rank::tr.ranks.world] = to_uint8(tr.vae.decode(s.x)).int()
     tr.net.train()
     return tr.ranks.all_reduce(images).to(torch.uint8)                                 # the others' rows are zero

@@ -160,8 +160,7 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
             dry_run = True
         elif not word.startswith("--"):
             raise UserError(
-                f"unexpected argument {word!r}",
-                wanted="every option written as --name value",
+                f"unexpected argument {word!r}: every option is written --name value",
                 do="See --help.",
             )
         elif name in fields and hints[name] is bool and not equals:

@@ -141,7 +141,7 @@ class Log:
         norm = float(norm) if torch.isfinite(norm) else None                    # JSON has no NaN
         row = {"event": "train", "images": tr.seen, "loss": sum(sums) / sum(counts) if sum(counts) else None,
                "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)], "grad_norm": norm, "lr": lr,
-               "images_per_s": clock.rate(tr.seen), "skipped": tr.skipped, **tr.report()}
+               "images_per_s": clock.rate(tr.seen), "skipped": tr.skipped, **tr.loss.report()}
         self.write(row)
         return row
 

@@ -570,7 +570,7 @@ def test_stratified_times_do_not_know_how_the_batch_was_split(tmp_path, monkeypa
         parts = []
         for rank in range(world):
             groups = train.positions(replace(cfg, accum=accum), train.Ranks(rank, world, torch.device("cpu")), 0)
-            parts.append([(batch["position"], tr.forward(tr.net, batch).t) for batch in data.batches(stream, groups)])
+            parts.append([(batch["position"], tr.loss(tr.net, batch).t) for batch in data.batches(stream, groups)])
         position, t = (torch.cat(v) for v in zip(*(pair for part in parts for pair in part)))
         return t[position.argsort()]
     whole = times(1, 1)
