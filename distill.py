@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import data.dataset as data
 import train
-from distillation.assessor import (Assessor, AssessorConfig, Pretrain, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor, pretrain)
+from distillation.assessor import Assessor, AssessorConfig, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor
+from distillation.pretrain import Pretrain, pretrain
 from harness.run import checkpoints
 from ckpt.unets import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from harness.cli import UserError, cli, parse
@@ -374,7 +375,7 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
     start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
-    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.mark, teacher.texts)}
+    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.fingerprint, teacher.texts)}
     # Uniform times, as the source's; train.py's preset for fm is logit_normal.
     objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
     return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, AsLoss, Distiller, teacher=teacher, weights=w, sampler=sampler,
@@ -434,7 +435,7 @@ def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
         raise UserError(f"{cfg.assessor_file} has its {net.cfg.bins} bins on the schedule {theirs}, the teacher is on {ours}.  Pretrain one for this teacher.")
     if net.meta.get("pretraining", {}).get("shuffle_time"):
         raise UserError(f"{cfg.assessor_file} was made with --shuffle-time, as a control: its times are wrong.  Pretrain one without.")
-    if net.meta.get("teacher") != teacher.mark:
+    if net.meta.get("teacher") != teacher.fingerprint:
         print(f"warning: {cfg.assessor_file} was trained on another teacher's features.", flush=True)
     if net.cfg.x_source != cfg.x_source:
         print(f"warning: {cfg.assessor_file} knows features of {net.cfg.x_source}, and --x-source is {cfg.x_source}.", flush=True)

@@ -1,39 +1,56 @@
-"""The teacher of a distillation: a frozen U-Net under its own noise schedule, asked what it sees at a point of the linear path.
+"""The teacher of a distillation: a frozen U-Net under its own noise schedule, asked what it sees at
+a point of the linear path.
 
     teacher = open_teacher("runs/toyfaces-ddpm-standard")
-    x0, eps, features = teacher.ask(x, t)                # its opinion at x on the linear path at t, and what its blocks returned
+    x0, eps, features = teacher.ask(x, t)    # its opinion at x on the linear path at t (B,)
 
-The features are those of the last block of each level and of the middle one: down_0 … mid … up_0 …, as Stable Diffusion's U-Net
-has nine. A network that is told what to draw by text needs --context FILE: safetensors with "context" (n, tokens, dim), the
-encoder's output for n captions, and for SDXL "y" (n, dim). Sample p of a run gets a caption that depends on (seed, p) alone.
+The features are those of the last block of each level and of the middle one: down_0 … mid … up_0 …,
+as Stable Diffusion's U-Net has nine. A network that is told what to draw by text needs --context
+FILE: safetensors with "context" (n, tokens, dim), the encoder's output for n captions, and for SDXL
+"y" (n, dim). Sample p of a run gets a caption that depends on (seed, p) alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ckpt.unets import find_checkpoint, load_unet, open_unet, with_table
-from harness.cli import UserError
-from data.dataset import Dataset, rng
 from ckpt.containers import open_weights
-from data.cache import is_cache, self_check
 from ckpt.layouts import target_of
+from ckpt.unets import find_checkpoint, load_unet, open_unet, with_table
+from data.cache import is_cache, self_check
+from data.dataset import Dataset, rng
+from diffusion.schedules import TABLES, T, norm, table_time
+from harness.cli import UserError
 from model import UNet, UNetConfig
 from objectives import Net, Objective, make_objective
-from diffusion.schedules import TABLES, T, norm, table_time
 from vae import AnyVAE, load_vae, vae_from_meta
 
-A_MIN = 1e-3                                 # v* divides by the signal's share a: below this, by this
+# v* divides by the signal's share a of the mix; where that is smaller, by this.
+A_MIN = 1e-3
+LEAVE_IT = "Leave it out."
+
+
+# ---- its blocks ----------------------------------------------------------------------------------
 
 
 def taps(cfg: UNetConfig) -> dict[str, str]:
-    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass. A level's last block includes its resampling."""
-    levels, each = len(cfg.channel_mult), cfg.num_res_blocks + 1
-    down = {f"down_{i}": f"input_blocks.{min((i + 1) * each, levels * each - 1)}" for i in range(levels)}
-    return {**down, "mid": "middle_block", **{f"up_{i}": f"output_blocks.{(i + 1) * each - 1}" for i in range(levels)}}
+    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass.
+
+    A level's last block includes its resampling.
+    """
+    levels = len(cfg.channel_mult)
+    each = cfg.num_res_blocks + 1
+    blocks = {}
+    for i in range(levels):
+        blocks[f"down_{i}"] = f"input_blocks.{min((i + 1) * each, levels * each - 1)}"
+    blocks["mid"] = "middle_block"
+    for i in range(levels):
+        blocks[f"up_{i}"] = f"output_blocks.{(i + 1) * each - 1}"
+    return blocks
 
 
 def tap_channels(cfg: UNetConfig) -> dict[str, int]:
@@ -41,33 +58,41 @@ def tap_channels(cfg: UNetConfig) -> dict[str, int]:
     return dict(zip(taps(cfg), (*cfg.channels, cfg.channels[-1], *reversed(cfg.channels))))
 
 
-def tapped(net: Callable, blocks: dict[str, str], seen: dict[str, Tensor]) -> Net:
-    """The net, leaving what its blocks returned in `seen` under the taps' names; a learned variance is cut off."""
+def tapped(net: Callable, blocks: dict[str, str], found: dict[str, Tensor]) -> Net:
+    """The net, leaving what its blocks returned in `found` under the taps' names; a learned
+    variance is cut off."""
+
     def run(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         out, features = net(x, t, features=tuple(blocks.values()), **cond)
-        seen.update({name: features[block] for name, block in blocks.items()})
-        return out[:, :x.shape[1]]
+        found.update({name: features[block] for name, block in blocks.items()})
+        return out[:, : x.shape[1]]
+
     return run
 
 
 def v_target(x_t: Tensor, eps_hat: Tensor, a: Tensor | float, s: Tensor | float) -> Tensor:
-    """v* = a eps - s x0 of a network that says eps_hat at x_t = a x0 + s eps, a² + s² = 1 (Salimans & Ho 2022).
+    """v* = a eps - s x0 of a network that says eps_hat at x_t = a x0 + s eps, a² + s² = 1
+    (Salimans & Ho 2022).
 
-    With x0 = (x_t - s eps) / a it is (eps - s x_t) / a; where a < 1e-3 the division is by 1e-3. a, s broadcast against
-    x_t (B, C, H, W).
+    With x0 = (x_t - s eps) / a it is (eps - s x_t) / a; where a < 1e-3 the division is by 1e-3.
+    a, s broadcast against x_t (B, C, H, W).
     """
     a = a.clamp(min=A_MIN) if isinstance(a, Tensor) else max(a, A_MIN)
     return (eps_hat - s * x_t) / a
 
 
+# ---- the network ---------------------------------------------------------------------------------
+
+
 @dataclass
 class Teacher:
     """A frozen network and how to ask it."""
+
     net: UNet
     objective: Objective
-    meta: dict[str, Any]                     # of its file
+    meta: dict[str, Any]  # of its file
     path: Path
-    texts: dict[str, Tensor]                 # "context" (n, M, D), "y" (n, D); {} for a network that takes no text
+    texts: dict[str, Tensor]  # "context" (n, M, D), "y" (n, D); {} of one that takes no text
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -75,38 +100,64 @@ class Teacher:
         return taps(self.net.cfg)
 
     @property
+    def fingerprint(self) -> str:
+        """Of its weights."""
+        return self.meta["fingerprint"]
+
+    @property
     def limits(self) -> tuple[float, float]:
-        """The smallest and largest t its schedule has, as fp32 has them."""
+        """The smallest and the largest t of its schedule, as fp32 has them."""
         o = self.objective
-        return tuple(table_time(o.table, torch.tensor([0, T - 1]), o.zero_snr).float().tolist()) if o.table in TABLES else (o.t_min, o.t_max)
+        if o.table not in TABLES:
+            return o.t_min, o.t_max
+        low, high = table_time(o.table, torch.tensor([0, T - 1]), o.zero_snr).float().tolist()
+        return low, high
+
+    def within(self, t: Tensor) -> Tensor:
+        """Times (B,), and beyond its schedule the end of that."""
+        return t.clamp(*self.limits)
 
     def row(self, t: Tensor) -> Tensor:
-        """Linear-path times (B,) -> the number in [0, 1000] its network is fed, float64: bins are counted on this scale."""
+        """Linear-path times (B,) -> the number in [0, 1000] its network is fed, float64: bins are
+        counted on this scale."""
         return self.objective.row(t)
 
     def time(self, rows: Tensor) -> Tensor:
-        """The inverse, for whole rows (B,); fp32. Without a table a row stands for the middle of its thousandth."""
+        """The inverse, for whole rows (B,); fp32.
+
+        Without a table a row stands for the middle of its thousandth.
+        """
         o = self.objective
         if o.table in TABLES:
             return table_time(o.table, rows, o.zero_snr).float()
-        return (table_time(o.table, rows + 0.5) if o.table else (rows.double() + 0.5) / T).float()
+        if o.table:
+            return table_time(o.table, rows + 0.5).float()
+        return ((rows.double() + 0.5) / T).float()
 
-    @property
-    def mark(self) -> str:
-        """Its weights' fingerprint."""
-        return self.meta["fingerprint"]
-
-    def check_latents(self, vae: Any, resolution: int) -> None:
+    def check_latents(self, vae: AnyVAE, resolution: int) -> None:
         """The student sees what the teacher knows: same latents, same size."""
-        if vae.channels != self.net.cfg.in_channels:
-            raise UserError(f"--vae {vae.name} makes {vae.channels} channels, but the teacher {self.path} takes {self.net.cfg.in_channels}.")
-        side, factor = vae.latent_shape(resolution)[1], 2 ** (len(self.net.cfg.channel_mult) - 1)
+        channels = self.net.cfg.in_channels
+        if vae.channels != channels:
+            raise UserError(
+                f"--vae {vae.name} makes {vae.channels} channels, but the teacher {self.path} "
+                f"takes {channels}",
+                do="Name the autoencoder it was trained with.",
+            )
+        side = vae.latent_shape(resolution)[1]
+        factor = 2 ** (len(self.net.cfg.channel_mult) - 1)
         if side % factor:
-            raise UserError(f"--resolution {resolution} gives {side}×{side} latents, which the teacher cannot divide by {factor}.  "
-                            f"Use a multiple of {vae.factor * factor}.")
+            raise UserError(
+                f"--resolution {resolution} gives {side}×{side} latents, which the teacher cannot "
+                f"divide by {factor}",
+                do=f"Use a multiple of {vae.factor * factor}.",
+            )
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor, source: str = "data") -> Tensor:
-        """The linear path's point at t (B,). source "noise" is the published system's: unit noise, in the network's own units, at every t."""
+        """The linear path's point at t (B,).
+
+        source "noise" is the published system's: unit noise, in the network's own units, at
+        every t.
+        """
         w = t.view(-1, 1, 1, 1)
         if source == "noise":
             return eps * norm(w) if self.objective.table else eps
@@ -117,124 +168,216 @@ class Teacher:
         if not self.texts:
             return {}
         count = len(self.texts["context"])
-        rows = [0] * n if positions is None else [int(rng(seed, "text", int(p)).integers(count)) for p in positions]
+        rows = [0] * n
+        if positions is not None:
+            rows = [int(rng(seed, "text", int(p)).integers(count)) for p in positions]
         return {key: bank[rows] for key, bank in self.texts.items()}
 
     @torch.no_grad()
     def ask(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(x0, eps, features) at x (B, C, H, W) on the linear path at t (B,); one pass through the network."""
-        seen: dict[str, Tensor] = {}
-        net, w = tapped(self.net, self.blocks, seen), t.view(-1, 1, 1, 1)
+        """(x0, eps, features) at x (B, C, H, W) on the linear path at t (B,), by one pass through
+        the network."""
+        features: dict[str, Tensor] = {}
+        net = tapped(self.net, self.blocks, features)
         if self.objective.target != "eps":
             x0, eps, _ = self.objective.predict(net, x, t, **cond)
-        else:                                                                   # in VP's coordinates, where the guard is
-            a, s, x_vp = (1 - w) / norm(w), w / norm(w), x / norm(w)
-            v = v_target(x_vp, self.objective.call(net, x, t, **cond), a, s)
-            x0, eps = a * x_vp - s * v, s * x_vp + a * v
-        return x0, eps, seen
+            return x0, eps, features
+        # In VP's coordinates, where v_target guards the division.
+        w = t.view(-1, 1, 1, 1)
+        a, s, x_vp = (1 - w) / norm(w), w / norm(w), x / norm(w)
+        v = v_target(x_vp, self.objective.call(net, x, t, **cond), a, s)
+        return a * x_vp - s * v, s * x_vp + a * v, features
 
 
-def teacher_objective(meta: dict[str, Any], path: str, objective: str = "", table: str = "") -> Objective:
-    """What a file's network says and on which schedule: from the file, or told where the file is silent."""
+# ---- what a teacher's file says, and what it does not --------------------------------------------
+
+
+def describe_teacher(
+    name: str, objective: str = "", table: str = ""
+) -> tuple[UNetConfig, Objective, dict[str, Any]]:
+    """A teacher's config, objective and metadata, without reading its weights."""
+    if not name:
+        raise UserError(
+            "--teacher is required",
+            do="Name a run, a file, a diffusers folder or hf:org/name[/file].",
+        )
+    source = open_unet(name)
+    cfg, meta = source.cfg, source.meta
+    told = meta.get("objective")
+    if isinstance(told, dict) and told.get("coupling") == "lowres":
+        raise UserError(
+            f"{name} was trained to enlarge pictures (cfm): its path does not begin in noise, "
+            "so it is no teacher here",
+            do="Choose another.",
+        )
+    if cfg.out_channels not in (cfg.in_channels, 2 * cfg.in_channels):
+        raise UserError(
+            f"{name} takes {cfg.in_channels} channels and gives {cfg.out_channels}",
+            wanted="as many, or twice (a learned variance)",
+            do="Choose another.",
+        )
+    return cfg, teacher_objective(meta, name, objective, table), meta
+
+
+def teacher_objective(
+    meta: dict[str, Any], path: str, objective: str = "", table: str = ""
+) -> Objective:
+    """What a file's network says and on which schedule: from the file, or from the flags where the
+    file is silent."""
     if isinstance(meta.get("objective"), dict):
         own = Objective(**meta["objective"])
-        if objective not in ("", "fm" if own.target == "u" else own.target) or table not in ("", own.table):
-            raise UserError(f"--teacher-objective {objective or 'not given'}, --teacher-table {table or 'not given'}, but {path} says it is "
-                            f"{own.target} on {own.table or 'the linear path'}.  Leave them out.")
+        target = "fm" if own.target == "u" else own.target
+        if objective not in ("", target) or table not in ("", own.table):
+            raise UserError(
+                f"--teacher-objective {objective or 'not given'}, "
+                f"--teacher-table {table or 'not given'}, but {path} says it is "
+                f"{own.target} on {own.table or 'the linear path'}",
+                do="Leave them out.",
+            )
         return own
     target = target_of(meta) or objective
     if not target:
-        raise UserError(f"{path} does not say what its network was trained to output.  "
-                        "Add --teacher-objective eps, v, x0 or fm (Stable Diffusion 1: eps).")
+        raise UserError(
+            f"{path} does not say what its network was trained to output",
+            do="Add --teacher-objective eps, v, x0 or fm (Stable Diffusion 1: eps).",
+        )
     if objective not in ("", target):
-        raise UserError(f"--teacher-objective {objective}, but {path} says {target}.  Leave it out.")
+        raise UserError(f"--teacher-objective {objective}, but {path} says {target}", do=LEAVE_IT)
     if target == "fm":
         return make_objective("fm")
     if not table:
-        raise UserError(f"{path} was trained to output {target}, and that needs its noise schedule.  Add --teacher-table linear, cosine or "
-                        "scaled_linear (Stable Diffusion).")
+        raise UserError(
+            f"{path} was trained to output {target}, and that needs its noise schedule",
+            do="Add --teacher-table linear, cosine or scaled_linear (Stable Diffusion).",
+        )
     return Objective(**with_table({**meta, "objective": target}, table, path))
 
 
-def describe_teacher(name: str, objective: str = "", table: str = "") -> tuple[UNetConfig, Objective, dict[str, Any]]:
-    """A teacher's config, objective and metadata, without reading its weights."""
-    if not name:
-        raise UserError("--teacher is required: a run, a file, a diffusers folder, hf:org/name[/file].")
-    source = open_unet(name)
-    if isinstance(source.meta.get("objective"), dict) and source.meta["objective"].get("coupling") == "lowres":
-        raise UserError(f"{name} was trained to enlarge pictures (cfm): its path does not begin in noise, so it is no teacher here.  Choose another.")
-    if source.cfg.out_channels not in (source.cfg.in_channels, 2 * source.cfg.in_channels):
-        raise UserError(f"{name} takes {source.cfg.in_channels} channels and gives {source.cfg.out_channels}: wanted as many, or twice "
-                        "(a learned variance).")
-    return source.cfg, teacher_objective(source.meta, name, objective, table), source.meta
-
-
 def like_the_teacher(cfg: Any, meta: dict[str, Any]) -> Any:
-    """A config with data, resolution and classes filled in from the teacher's file, where they are not given.
+    """A config with data, resolution and classes filled in from the teacher's file, where they are
+    not given.
 
     With the data come its stage, the tags that excludes, and the share of held-out images.
     """
-    trained, told = meta.get("config", {}), meta.get("resolution", 0)
-    own = {} if cfg.data else trained                                           # of other data, the teacher's stage says nothing
-    if not cfg.stage and own.get("stage", "standard") != "standard":
-        cfg = replace(cfg, exclude_tags=cfg.exclude_tags or tuple(own["exclude_tags"]))
-    cfg = replace(cfg, stage=cfg.stage or own.get("stage", "standard"), holdout=own.get("holdout", 0.02) if cfg.holdout is None else cfg.holdout)
-    if cfg.resolution and told and cfg.resolution != told:
-        raise UserError(f"--resolution {cfg.resolution}, but the teacher was trained at {told}.  Leave it out.")
-    wanted = {"data": cfg.data or trained.get("data", ""), "resolution": cfg.resolution or told,
-              "classes": cfg.classes or tuple(meta.get("classes", ()))}
-    for name in ("data", "resolution"):
-        if not wanted[name]:
-            raise UserError(f"--{name} is required: the teacher's file does not say on what it was trained.")
-    if "vae" not in meta and cfg.vae in ("", "pca"):                            # pca is fitted anew to every data set
-        raise UserError("--vae is required: the teacher's file does not say which latents it knows.  "
-                        "Name the autoencoder: pixel, pixel:N, sd … or FILE.")
-    return replace(cfg, **wanted)
+    trained = meta.get("config", {})
+    resolution = meta.get("resolution", 0)
+    if cfg.resolution and resolution and cfg.resolution != resolution:
+        raise UserError(
+            f"--resolution {cfg.resolution}, but the teacher was trained at {resolution}",
+            do=LEAVE_IT,
+        )
+    cfg = replace(
+        stage_like(cfg, {} if cfg.data else trained),
+        data=cfg.data or trained.get("data", ""),
+        resolution=cfg.resolution or resolution,
+        classes=cfg.classes or tuple(meta.get("classes", ())),
+    )
+    if not cfg.data:
+        raise UserError(
+            "--data is required: the teacher's file does not say on what it was trained",
+            do="Name what it was trained on.",
+        )
+    if not cfg.resolution:
+        raise UserError(
+            "--resolution is required: the teacher's file does not say on what it was trained",
+            do="Give the size of its images in pixels.",
+        )
+    # pca is fitted anew to every data set, so it does not count.
+    if "vae" not in meta and cfg.vae in ("", "pca"):
+        raise UserError(
+            "--vae is required: the teacher's file does not say which latents it knows",
+            do="Name the autoencoder: pixel, pixel:N, sd … or FILE.",
+        )
+    return cfg
+
+
+def stage_like(cfg: Any, trained: dict[str, Any]) -> Any:
+    """A config with the stage, its excluded tags and the held-out share that a network was trained
+    with; {} = of other data, where they say nothing."""
+    stage = trained.get("stage", "standard")
+    if not cfg.stage and stage != "standard":
+        cfg = replace(cfg, exclude_tags=cfg.exclude_tags or tuple(trained["exclude_tags"]))
+    holdout = trained.get("holdout", 0.02) if cfg.holdout is None else cfg.holdout
+    return replace(cfg, stage=cfg.stage or stage, holdout=holdout)
+
+
+# ---- opening -------------------------------------------------------------------------------------
+
+
+def open_teacher(
+    name: str,
+    objective: str = "",
+    table: str = "",
+    context: str = "",
+    device: torch.device = torch.device("cpu"),
+) -> Teacher:
+    """A frozen teacher on a device."""
+    cfg, described, _ = describe_teacher(name, objective, table)
+    path = find_checkpoint(name)
+    net, meta = load_unet(path, dtype=torch.float32)
+    texts = {k: v.to(device) for k, v in read_texts(cfg, context).items()}
+    return Teacher(net.to(device).eval().requires_grad_(False), described, meta, path, texts)
 
 
 def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
-    """The autoencoder whose latents the teacher knows. --vae names it where the teacher's file does not, or says where it lies now."""
+    """The autoencoder whose latents the teacher knows. --vae names it where the teacher's file does
+    not, or says where it lies now."""
     if "vae" not in meta:
         vae = load_vae(cfg.vae)
     else:
         vae = vae_from_meta(meta["vae"], cfg.vae if "family" in meta["vae"] else "")
         if cfg.vae and (cfg.vae == "pca" or load_vae(cfg.vae).mark != vae.mark):
-            raise UserError(f"the teacher knows the latents of {vae.name}, and --vae {cfg.vae} makes others.  Leave --vae out.")
+            raise UserError(
+                f"the teacher knows the latents of {vae.name}, and --vae {cfg.vae} makes others",
+                do="Leave --vae out.",
+            )
     if is_cache(cfg.data):
         self_check(ds.source, vae)
     return vae
 
 
-def open_teacher(name: str, objective: str = "", table: str = "", context: str = "", device: torch.device = torch.device("cpu")) -> Teacher:
-    """A frozen teacher on a device."""
-    cfg, obj, _ = describe_teacher(name, objective, table)
-    path = find_checkpoint(name)
-    net, meta = load_unet(path, dtype=torch.float32)
-    texts = {k: v.to(device) for k, v in read_texts(cfg, context).items()}
-    return Teacher(net.to(device).eval().requires_grad_(False), obj, meta, path, texts)
-
-
 def read_texts(cfg: UNetConfig, file: str) -> dict[str, Tensor]:
-    """The text embeddings a network of this config is fed: {"context": (n, M, D)} and, if it takes vectors, "y" (n, D)."""
-    wanted = {"context": (3, cfg.context_dim)} | ({"y": (2, cfg.vector_dim)} if cfg.vector_dim else {})
+    """The text embeddings a network of this config is fed: {"context": (n, M, D)} and, if it takes
+    vectors, "y" (n, D)."""
     if not cfg.context_dim:
         if file:
-            raise UserError(f"--context {file}, but the teacher takes no text.  Leave it out.")
+            raise UserError(f"--context {file}, but the teacher takes no text", do=LEAVE_IT)
         return {}
+    wanted = {"context": (3, cfg.context_dim)}
+    form = f"context (n, tokens, {cfg.context_dim})"
+    if cfg.vector_dim:
+        wanted["y"] = (2, cfg.vector_dim)
+        form += f" and y (n, {cfg.vector_dim})"
     if not file:
-        raise UserError(f"the teacher is told what to draw by text.  Add --context FILE: safetensors with 'context' (n, tokens, {cfg.context_dim})"
-                        f"{f' and y (n, {cfg.vector_dim})' * bool(cfg.vector_dim)}, the text encoder's output for n captions.")
+        raise UserError(
+            "the teacher is told what to draw by text",
+            do=f"Add --context FILE: safetensors with {form}, the text encoder's output for n "
+            "captions.",
+        )
     box = open_weights(file)
     shapes = {name: box.shape(name) for name in box}
-    fits = shapes.keys() == wanted.keys() and all((len(shapes[k]), shapes[k][-1]) == v for k, v in wanted.items())
-    if not fits or len({s[0] for s in shapes.values()}) != 1:
-        raise UserError(f"{file} holds {', '.join(f'{k} {v}' for k, v in shapes.items())}: wanted context (n, tokens, {cfg.context_dim})"
-                        f"{f' and y (n, {cfg.vector_dim})' * bool(cfg.vector_dim)}.")
+    fits = shapes.keys() == wanted.keys() and all(
+        (len(shapes[name]), shapes[name][-1]) == shape for name, shape in wanted.items()
+    )
+    if not fits or len({shape[0] for shape in shapes.values()}) != 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise UserError(
+            f"{file} holds {found}", wanted=form, do="Write the text encoder's output so."
+        )
     return {name: box[name].float() for name in wanted}
 
 
+# ---- its student ---------------------------------------------------------------------------------
+
+
 def student_config(teacher: UNetConfig, preset: UNetConfig | None) -> UNetConfig:
-    """The student's network: the teacher's without a learned variance, or a preset with its inputs and classes."""
+    """The student's network: the teacher's without a learned variance, or a preset with its inputs
+    and classes."""
     if preset is None:
         return replace(teacher, out_channels=teacher.in_channels)
-    return replace(preset, in_channels=teacher.in_channels, out_channels=teacher.in_channels, num_classes=teacher.num_classes)
+    return replace(
+        preset,
+        in_channels=teacher.in_channels,
+        out_channels=teacher.in_channels,
+        num_classes=teacher.num_classes,
+    )

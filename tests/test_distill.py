@@ -16,15 +16,16 @@ from conftest import randomize
 from safetensors.torch import load_file, save_file
 
 import experiments.ablate as ablate
-import distillation.assessor as assessor_file
+import distillation.pretrain as pretrain_file
 import distill
 import drawing
 import samplers
 import distillation.teacher as teacher_file
 import train
 import watch
-from distillation.assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, examine, fit, fresh_assessor, load_assessor,
+from distillation.assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, fresh_assessor, load_assessor,
                       rose_loss, rose_scores, same_bin_gap, simplex)
+from distillation.pretrain import examine, fit
 from harness.run import checkpoints
 from ckpt.unets import convert, fingerprint, load_unet, read_tensors, save_unet
 from harness.cli import UserError
@@ -237,7 +238,7 @@ def home(tmp_path_factory):
     net = randomize(UNet(replace(PRESETS["nano"], in_channels=192, out_channels=192)), 1)
     net.time_embed[2].weight.data.mul_(12)
     save_unet(home / "teacher.safetensors", net, {"objective": asdict(EPS), "vae": vae.meta(), "resolution": 32, "config": {"data": "toyfaces:48"}, "classes": []})
-    assessor_file.pretrain(assessor_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(home / "a.safetensors"), bins=10, patterns=3, dim=24,
+    pretrain_file.pretrain(pretrain_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(home / "a.safetensors"), bins=10, patterns=3, dim=24,
                                                   samples=1024, profile_samples=200, holdout=0.1, steps=200, batch=64, lr=1e-2))
     return home
 
@@ -351,7 +352,7 @@ def test_what_is_measured_on_held_out_features():
 def test_pretraining_shows_the_teacher_what_x_source_says(home, source):
     teacher, ds = teacher_file.open_teacher(str(home / "teacher.safetensors")), distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1)
     rows_, vae = torch.tensor([3, 500, 998]), pixel(8)
-    found = assessor_file.see(teacher, vae, ds, rows_, assessor_file.Pretrain(resolution=32, x_source=source), torch.device("cpu"))
+    found = pretrain_file.features(teacher, vae, ds, rows_, pretrain_file.Pretrain(resolution=32, x_source=source), torch.device("cpu"))
     batch = next(batches(Stream(ds, None, vae.latent_shape(32), 0), iter([[0, 1, 2]])))
     a = alphas_bar("scaled_linear")[rows_].sqrt().view(-1, 1, 1, 1)
     x = batch["eps"] if source == "noise" else (a * vae.encode(batch["image"].float() / 127.5 - 1) + (1 - a ** 2).sqrt() * batch["eps"]).float()
@@ -361,9 +362,9 @@ def test_pretraining_shows_the_teacher_what_x_source_says(home, source):
 
 
 def test_pretraining_is_measured_on_held_out_images_spread_over_time(home, tmp_path, monkeypatch):
-    calls, real = [], assessor_file.see
-    monkeypatch.setattr(assessor_file, "see", lambda teacher, vae, ds, rows, *rest: calls.append((ds, rows)) or real(teacher, vae, ds, rows, *rest))
-    assessor_file.pretrain(assessor_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(tmp_path / "a.safetensors"), bins=4, patterns=2, dim=8,
+    calls, real = [], pretrain_file.features
+    monkeypatch.setattr(pretrain_file, "features", lambda teacher, vae, ds, rows, *rest: calls.append((ds, rows)) or real(teacher, vae, ds, rows, *rest))
+    pretrain_file.pretrain(pretrain_file.Pretrain(teacher=str(home / "teacher.safetensors"), out=str(tmp_path / "a.safetensors"), bins=4, patterns=2, dim=8,
                                                   samples=40, profile_samples=20, holdout=0.1, steps=2, batch=8))
     (train_ds, rows_), (held, spread) = calls
     assert len(held) == len(train_ds.heldout) > 0 and len(train_ds) + len(held) == 48 and torch.equal(spread, torch.arange(20) * 50)
@@ -425,7 +426,7 @@ def test_a_shuffled_time_leaves_only_what_the_image_shows(home, tmp_path):
     how = dict(teacher=str(home / "teacher.safetensors"), bins=10, patterns=2, dim=16, samples=512, profile_samples=200, holdout=0.1, steps=60, batch=64, lr=1e-2)
     found = {}
     for shuffle in (False, True):
-        assessor_file.pretrain(assessor_file.Pretrain(**how, out=str(tmp_path / f"{shuffle}.safetensors"), shuffle_time=shuffle))
+        pretrain_file.pretrain(pretrain_file.Pretrain(**how, out=str(tmp_path / f"{shuffle}.safetensors"), shuffle_time=shuffle))
         found[shuffle] = json.loads((tmp_path / f"{shuffle}.json").read_text())["held_out"]["mean"]
     assert found[True] < 0.18 < 0.25 < found[False]
 
