@@ -106,7 +106,8 @@ def flag(
 
     low, high: the range of its numbers, ends included; above: what they have to exceed.
     of: the flags with which it has an effect, all of them: "--init" (that flag is on),
-        "not --invert" (it is off), "--weight min_snr | soft_min_snr" (it has one of these values).
+        "not --invert" (it is off), "--weight min_snr | soft_min_snr" (it has one of these values),
+        "--this or --that" (one of these conditions holds).
     off: the value that switches this flag off, where that is not 0, false or empty.
     head: a heading before it in --help.
     """
@@ -144,15 +145,33 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
     bool, Literal[…] (choices), tuple[T, ...] (comma separated) and `X | Y`: the first that fits,
     where None means not given. `--help` prints one screen and exits.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    given, dry_run = read_flags([cls], doc, argv)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UserError(f"{dashed(field.name)} is required", do="See --help.")
+    cfg = cls(**given)
+    check_flags(cfg)
+    return cfg, dry_run
+
+
+def read_flags(
+    classes: list[type], doc: str | None = "", argv: list[str] | None = None
+) -> tuple[dict[str, Any], bool]:
+    """({name: value} of the flags that were given, of any of the Configs; whether --dry-run was).
+
+    Where two Configs have a flag of one name, it is the first one's.
+    """
+    hints = {}
+    for cls in reversed(classes):
+        hints |= typing.get_type_hints(cls)
+    fields = {field.name for cls in classes for field in dataclasses.fields(cls)}
     known = [dashed(name)[2:] for name in fields] + ["help", "dry-run"]
     words = list(sys.argv[1:] if argv is None else argv)
     given, dry_run = {}, False
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print(usage(cls, doc))
+            print(usage(classes, doc))
             sys.exit(0)
         key, equals, value = word[2:].partition("=")
         name = key.replace("-", "_")
@@ -173,12 +192,7 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
             raise UserError(f"--{key} needs a value", do=f"Write --{key} VALUE, or see --help.")
         else:
             given[name] = convert(key, value if equals else words.pop(0), hints[name])
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in given:
-            raise UserError(f"{dashed(name)} is required", do="See --help.")
-    cfg = cls(**given)
-    check_flags(cfg)
-    return cfg, dry_run
+    return given, dry_run
 
 
 def convert(key: str, text: str, kind: Any) -> Any:
@@ -226,16 +240,24 @@ def wrong_value(key: str, text: str, wanted: str) -> UserError:
 def check_flags(cfg: Any) -> None:
     """Refuse numbers out of range, and flags that would change nothing."""
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        check_range(field, value)
-        if value == field.default:
+        check_range(field, getattr(cfg, field.name))
+    for name, condition in idle_flags(cfg).items():
+        raise UserError(
+            f"{dashed(name)} changes nothing here: it is of {condition}", do="Leave it out."
+        )
+
+
+def idle_flags(cfg: Any) -> dict[str, str]:
+    """{name: the condition that does not hold} of the flags that are not at their default, but
+    would change nothing."""
+    found = {}
+    for field in dataclasses.fields(cfg):
+        if getattr(cfg, field.name) == field.default:
             continue
         for condition in field.metadata.get("of", ()):
             if not holds(cfg, condition):
-                raise UserError(
-                    f"{dashed(field.name)} changes nothing here: it is of {condition}",
-                    do="Leave it out.",
-                )
+                found.setdefault(field.name, condition)
+    return found
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
@@ -269,6 +291,8 @@ def range_text(low: float | None, high: float | None, above: float | None) -> st
 
 def holds(cfg: Any, condition: str) -> bool:
     """Is a condition of flag(of=…) true of a config?"""
+    if " or " in condition:
+        return any(holds(cfg, part) for part in condition.split(" or "))
     negated, words = condition.startswith("not "), condition.removeprefix("not ")
     name, _, values = words.removeprefix("--").partition(" ")
     name = name.replace("-", "_")
@@ -280,12 +304,17 @@ def holds(cfg: Any, condition: str) -> bool:
     return true != negated
 
 
-def usage(cls: type, doc: str | None) -> str:
+def usage(classes: list[type], doc: str | None) -> str:
     """The --help screen: the first paragraph of the script's docstring, then a line for each flag
     with its default, its choices and its help."""
-    hints = typing.get_type_hints(cls)
+    hints, fields = {}, {}
+    for cls in reversed(classes):
+        hints |= typing.get_type_hints(cls)
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            fields.setdefault(field.name, field)
     lines = [(doc or "").strip().split("\n\n")[0], ""]
-    for field in dataclasses.fields(cls):
+    for field in fields.values():
         if head := field.metadata.get("head"):
             lines.append(f"{head}:")
         text, kind = field.metadata.get("help", ""), hints[field.name]
