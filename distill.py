@@ -38,7 +38,7 @@ from harness.cli import UserError, cli, parse
 from harness.ranks import autocast
 from data.dataset import open_dataset
 from distill_flags import READS, resolve
-from data.cache import latents_of
+from data.dataset import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, norm
 from harness.ranks import Ranks, join_ranks

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import data.robohash as robo
-import data.toyfaces as toyfaces
 from harness.cli import UserError, closest
 from kernels import dispatch
 from data.cache import is_cache
+from data.sources import embedded_tags
 from model import PRESETS
 from objectives import Objective, make_objective
 from harness.run import checkpoints, read_config
@@ -79,13 +78,6 @@ def fine_run(cfg: Any) -> Path:
     if len(found) > 1:
         raise UserError(f"--stage stage2 could start from any of {', '.join(map(str, found))}.  Choose with --init, and give --exclude-tags.")
     return found[0]
-
-
-def embedded_tags(data: str, stage: str) -> tuple[str, ...]:
-    """What a stage excludes if nobody says: some tags of the embedded data sets, none of others."""
-    sets = {"toyfaces": toyfaces, "robohash": robo}
-    name = data.partition(":")[0]
-    return sets[name].EXCLUDED if stage != "standard" and name in sets else ()
 
 
 def check_objective(cfg: "Config") -> None:

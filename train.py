@@ -34,7 +34,7 @@ from data.images import to_float
 from harness.ema import EMA
 from harness.files import make_dir, write_text
 from kernels.adamw8bit import AdamW8bit
-from data.cache import latents_of
+from data.dataset import latents_of
 from model import PRESETS, UNet, num_params
 from objectives import Loss, Objective
 from harness.run import (

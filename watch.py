@@ -14,7 +14,7 @@ from torch.func import functional_call
 import data.dataset as data
 from harness.ranks import autocast
 from harness.files import make_dir
-from data.cache import latents_of
+from data.dataset import latents_of
 from harness.pictures import save_grid, to_uint8
 from samplers import draw, generators, guided, sample
 

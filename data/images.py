@@ -1,13 +1,16 @@
 """From an image file, whatever it is, to RGB pixels of one shape; or a reason in a few words.
 
-    strip = read_strip(path, 64, wide=1)     # uint8 (64, 64, 3): shorter side resized (Lanczos), the middle of the longer
-    strip = read_strip(path, 64, wide=4)     # (64, 64 … 256, 3) or (64 … 256, 64, 3): what a random crop chooses from
-    cut(strip, 0.25)                         # (64, 64, 3), a quarter of the way along
+    strip = read_strip(path, 64, wide=1)   # uint8 (64, 64, 3): shorter side resized (Lanczos),
+                                           # the middle of the longer
+    strip = read_strip(path, 64, wide=4)   # (64, 64 … 256, 3) or (64 … 256, 64, 3): what a random
+                                           # crop chooses from
+    cut(strip, 0.25)                       # (64, 64, 3), a quarter of the way along
 
-What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Files without an ending are looked into, those
-with an ending that no image has are not (a.jpg.part is not yet one). Of an animation the first frame counts.
-Transparency goes on white; EXIF rotations are applied; 16 bits become 8; CMYK is converted by formula. Colour profiles are
-ignored: values are taken for sRGB. An image of more than MAX_PIXELS is refused by its header, and threads wait while IN_FLIGHT
+What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Files without an
+ending are looked into, those with an ending that no image has are not (a.jpg.part is not yet one).
+Of an animation the first frame counts. Transparency goes on white; EXIF rotations are applied;
+16 bits become 8; CMYK is converted by formula. Colour profiles are ignored: values are taken for
+sRGB. An image of more than MAX_PIXELS is refused by its header, and threads wait while IN_FLIGHT
 pixels are being decoded, so that memory stays below about 1 GB however many they are.
 """
 
@@ -16,39 +19,53 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from harness.cli import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")                 # the only decoders that are let near a downloaded file
+# The only decoders that are let near a downloaded file.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
-OTHERS = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".ico", ".exr", ".dng", ".apng")   # named, not read
-MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0", re.S)      # of FORMATS
-OTHER_MAGIC = {"TIFF": rb"II\*\0|MM\0\*", "HEIC or AVIF": rb"....ftyp(avi|hei|hev|mif|msf)", "JPEG XL": rb"\0\0\0\x0cJXL ",
-               "JPEG 2000": rb"\0\0\0\x0cjP  ", "PSD": rb"8BPS"}                                 # named, not read
-MAX_PIXELS = 89_478_485                      # Pillow's own line: a quarter of a GiB of RGB
-LARGE = 16_000_000                           # pixels; an image above is decoded while no other is
-IN_FLIGHT = 64_000_000                       # pixels; decoding takes up to 9 bytes for each: a palette's index, RGBA, the same multiplied
-WIDE = 4                                     # of a longer side, so many times the shorter are kept for random crops
-ORIENTATION = 0x0112
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # those are refused here, by name
-Image.core.set_block_size(2 ** 29)           # a large image in one piece: malloc keeps smaller ones for the next, 64 MB a thread
+# Endings and first bytes of images that are named in a report, not read.
+OTHERS = (
+    ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".ico",
+    ".exr", ".dng", ".apng",
+)  # fmt: skip
+OTHER_MAGIC = {
+    "TIFF": rb"II\*\0|MM\0\*",
+    "HEIC or AVIF": rb"....ftyp(avi|hei|hev|mif|msf)",
+    "JPEG XL": rb"\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  ",
+    "PSD": rb"8BPS",
+}
+# First bytes of FORMATS.
+MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0", re.S)
+MAX_PIXELS = 89_478_485  # Pillow's own line: a quarter of a GiB of RGB
+LARGE = 16_000_000  # pixels; an image above is decoded while no other is
+# Pixels. Decoding takes up to 9 bytes for each: a palette's index, RGBA, the same multiplied.
+IN_FLIGHT = 64_000_000
+WIDE = 4  # of a longer side, so many times the shorter are kept for random crops
+ORIENTATION = 0x0112  # EXIF's tag
 
-room = threading.Condition()
-in_flight = 0                                # pixels being decoded in this process
+gate = threading.Condition()
+in_flight = 0  # pixels being decoded in this process
+
+
+class BadImage(Exception):
+    """Why a file is no image that can be used, in a few words."""
 
 
 def sniff(path: Path) -> str:
-    """"image" for a file that begins like one we read, a reason for one that we do not, "" for what is no image."""
+    """ "image" for a file that begins like one we read, a reason for one that we do not, "" for
+    what is no image."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -56,88 +73,130 @@ def sniff(path: Path) -> str:
         return error.strerror or "cannot be opened"
     if MAGIC.match(head):
         return "image"
-    return next((f"{kind} files are not read" for kind, magic in OTHER_MAGIC.items() if re.match(magic, head, re.S)), "")
+    for kind, magic in OTHER_MAGIC.items():
+        if re.match(magic, head, re.S):
+            return f"{kind} files are not read"
+    return ""
 
 
-class BadImage(Exception):
-    """Why a file is no image that can be used, in a few words."""
+# ---- decoding -----------------------------------------------------------------------------------
 
 
 def read_strip(source: Path | bytes, resolution: int, wide: int = 1) -> np.ndarray:
-    """uint8 (h, w, 3): one side is `resolution`, the other from that to `wide` times it. BadImage says what is wrong."""
+    """uint8 (h, w, 3): one side is `resolution`, the other from that to `wide` times it.
+    BadImage says what is wrong."""
+    set_up_pillow()
     try:
-        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise BadImage(f"{file.width}×{file.height} is over {MAX_PIXELS // 10 ** 6} megapixels")
-            pixels = file.width * file.height
-            file.draft(None, (4 * resolution, 4 * resolution))                  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty
-            if file.format == "JPEG" and "progressive" not in file.info and pixels <= LARGE:
-                pixels = file.width * file.height                               # the others are held at full size
+        file = source if isinstance(source, Path) else BytesIO(source)
+        with Image.open(file, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise BadImage(f"{image.width}×{image.height} is over {megapixels()}")
+            # A JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty.
+            image.draft(None, (4 * resolution, 4 * resolution))
+            baseline = image.format == "JPEG" and "progressive" not in image.info
+            if baseline and pixels <= LARGE:  # the others are held at full size
+                pixels = image.width * image.height
             with taken(IN_FLIGHT if pixels > LARGE else pixels):
-                return shrink(file, resolution, wide)
+                return shrink(image, resolution, wide)
     except (BadImage, MemoryError):
         raise
-    except Exception as error:                                                  # damaged bytes can mean anything to a decoder
+    except Exception as error:  # damaged bytes can mean anything to a decoder
         raise BadImage(reason(error, source)) from None
+
+
+@lru_cache
+def set_up_pillow() -> None:
+    """What decoding wants of Pillow, once in a process."""
+    # Images that large are refused by read_strip, by name.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    # A large image lies in one piece: smaller ones are kept by malloc for the next, 64 MB a thread.
+    Image.core.set_block_size(2**29)
 
 
 @contextlib.contextmanager
 def taken(pixels: int) -> Iterator[None]:
     """Wait until so many more may be decoded."""
     global in_flight
-    with room:
-        room.wait_for(lambda: in_flight + pixels <= IN_FLIGHT)
+    with gate:
+        gate.wait_for(lambda: in_flight + pixels <= IN_FLIGHT)
         in_flight += pixels
     try:
         yield
     finally:
-        with room:
+        with gate:
             in_flight -= pixels
-            room.notify_all()
+            gate.notify_all()
+
+
+def megapixels() -> str:
+    return f"{MAX_PIXELS // 10**6} megapixels"
 
 
 def reason(error: Exception, source: Path | bytes) -> str:
     """A few words for what a decoder said."""
-    size = len(source) if isinstance(source, bytes) else os.path.getsize(source) if os.path.exists(source) else -1
-    if size == 0:
+    if isinstance(source, bytes):
+        empty = not source
+    else:
+        empty = os.path.exists(source) and not os.path.getsize(source)
+    if empty:
         return "empty"
     if isinstance(error, UnidentifiedImageError):
         return f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     if isinstance(error, Image.DecompressionBombError):
-        return f"over {MAX_PIXELS // 10 ** 6} megapixels"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    return text[:80] or type(error).__name__
+        return f"over {megapixels()}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:80]
+    return " ".join(str(error).split())[:80] or type(error).__name__
 
 
 def shrink(file: Image.Image, resolution: int, wide: int) -> np.ndarray:
     """Decode an opened image and resize the part of it that is kept."""
-    file.load()                                                                 # first: a second attempt at damaged rows raises nothing
+    file.load()  # first: a second attempt at damaged rows raises nothing
     turn = orientation(file)
-    if file.mode.startswith("I;16") or file.mode == "I":                        # 16-bit grey: convert() would clip it at 255
-        image = Image.fromarray((np.asarray(file) >> 8).clip(0, 255).astype(np.uint8))
-    else:
-        mode = "RGBA" if "A" in file.getbands() or "transparency" in file.info else "RGB"
-        image = file if file.mode == mode else file.convert(mode)
+    image = to_8_bits(file)
     scale = resolution / min(image.size)
     whole = [max(round(side * scale), resolution) for side in image.size]
     kept = [min(side, wide * resolution) for side in whole]
-    start = [(side - part) // 2 for side, part in zip(whole, kept)]             # in pixels of the resized whole, hence no blur by half a pixel
+    # Where the kept part starts, in pixels of the resized whole: hence no blur by half a pixel.
+    start = [(side - part) // 2 for side, part in zip(whole, kept)]
     step = [have / side for have, side in zip(image.size, whole)]
-    box = (start[0] * step[0], start[1] * step[1],
-           min((start[0] + kept[0]) * step[0], image.width), min((start[1] + kept[1]) * step[1], image.height))
-    image = image.resize(kept, Image.Resampling.LANCZOS, box)
+    left, top = start[0] * step[0], start[1] * step[1]
+    right = min((start[0] + kept[0]) * step[0], image.width)
+    bottom = min((start[1] + kept[1]) * step[1], image.height)
+    image = image.resize(kept, Image.Resampling.LANCZOS, (left, top, right, bottom))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    return np.asarray(image if turn is None else image.transpose(turn))
+    return np.asarray(turned(image.convert("RGB"), turn))
 
 
-def orientation(file: Image.Image) -> Image.Transpose | None:
-    """How to turn a decoded image upright. A picture with unreadable EXIF is still a picture."""
+def to_8_bits(file: Image.Image) -> Image.Image:
+    """An opened image as L, RGB or RGBA."""
+    if file.mode.startswith("I;16") or file.mode == "I":
+        # 16-bit grey: convert() would clip it at 255.
+        return Image.fromarray((np.asarray(file) >> 8).clip(0, 255).astype(np.uint8))
+    transparent = "A" in file.getbands() or "transparency" in file.info
+    mode = "RGBA" if transparent else "RGB"
+    return file if file.mode == mode else file.convert(mode)
+
+
+def orientation(file: Image.Image) -> int:
+    """EXIF's number for how to turn a decoded image upright; 1 = not at all. A picture with
+    unreadable EXIF is still a picture."""
     try:
-        return TURNS.get(file.getexif().get(ORIENTATION))
-    except Exception:                                                           # see read_strip
-        return None
+        return file.getexif().get(ORIENTATION, 1)
+    except Exception:  # see read_strip
+        return 1
+
+
+def turned(image: Image.Image, turn: int) -> Image.Image:
+    """Turned after resizing, when there is less to turn."""
+    image.info.clear()  # only `turn` counts: Pillow writes the rest of the EXIF again, and may fail
+    image.getexif()[ORIENTATION] = turn
+    return ImageOps.exif_transpose(image)
+
+
+# ---- what others use ----------------------------------------------------------------------------
 
 
 def cut(strip: np.ndarray, where: float | None = None) -> np.ndarray:
@@ -145,20 +204,24 @@ def cut(strip: np.ndarray, where: float | None = None) -> np.ndarray:
     H, W = strip.shape[:2]
     side, slack = min(H, W), abs(H - W)
     start = slack // 2 if where is None else int(where * (slack + 1))
-    return strip[start:start + side, :side] if H > W else strip[:side, start:start + side]
+    if H > W:
+        return strip[start : start + side, :side]
+    return strip[:side, start : start + side]
 
 
 def decode(path: Path, resolution: int) -> np.ndarray:
-    """An image file to (resolution, resolution, 3) uint8: RGB over white, shorter side resized, centre crop."""
+    """An image file to (resolution, resolution, 3) uint8: RGB over white, shorter side resized,
+    centre crop."""
     return read_strip(path, resolution)
 
 
 def read_picture(path: str, resolution: int) -> Tensor:
     """An image file as uint8 (3, resolution, resolution): shorter side resized, centre crop."""
     try:
-        return torch.from_numpy(decode(Path(path), resolution).copy()).permute(2, 0, 1)
+        pixels = decode(Path(path), resolution)
     except BadImage as error:
-        raise UserError(f"{path}: {error}.  Give an image.") from None
+        raise UserError(f"{path}: {error}", do="Give an image.") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 def to_float(images: Tensor) -> Tensor:

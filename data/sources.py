@@ -1,12 +1,15 @@
-"""Where images come from: the embedded sets, a folder, parquet files, a dataset on the Hub. Every image is used or named.
+"""Where images come from: the embedded sets, a folder, parquet files, a dataset on the Hub. Every
+image is used or named.
 
-    source = open_source("robohash:2000", 64)        # or toyfaces[:count], DIR, FILE.parquet, hf:org/name[/folder][@revision]
+    source = open_source("robohash:2000", 64)   # or toyfaces[:count], DIR, FILE.parquet,
+                                                # hf:org/name[/folder][@revision]
     source.pixel(0), source.tags[0], source.names[0]
-    source.unreadable                                # name -> why
+    source.unreadable                           # name -> why
 
-A folder may be nested and linked. Files without an ending are used if their first bytes are those of an image; any other file
-that is no image by its name is counted. Tags lie in tags.jsonl, metadata.jsonl, metadata.csv or in a.txt beside a.png. Parquet
-files have an image column (bytes, or Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption: text or lists.
+A folder may be nested and linked. Files without an ending are used if their first bytes are those
+of an image; any other file that is no image by its name is counted. Tags lie in tags.jsonl,
+metadata.jsonl, metadata.csv or in a.txt beside a.png. Parquet files have an image column (bytes, or
+Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption: text or lists.
 """
 
 import bisect
@@ -15,39 +18,44 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import data.robohash as robo
+import data.robohash as robohash
 import data.toyfaces as toyfaces
-from harness.cli import UserError
 from ckpt.hub import HUB, explained
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from data.tags import COLUMNS, TABLES, TagTable, printable, read_tags, tags_of
+from harness.cli import UserError
 
-IN_MEMORY = 2_000_000_000                    # bytes of decoded pixels kept; larger data sets are decoded again when used
+IN_MEMORY = 2_000_000_000  # bytes of decoded pixels kept; larger sets are decoded again when used
+AT_A_TIME = 1024  # images that are handed to the threads; they accept any number, memory does not
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
-TEXT = r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*>"           # as Arrow spells its types
-Load = Callable[[int], np.ndarray]           # number of an image -> uint8 (h, w, 3), see images.read_strip
+# Text, and lists of it, as Arrow spells its types.
+TEXT = r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*>"
+TEXTS = rf"{TEXT}|(large_)?list(_view)?<\w+: ({TEXT})>"
+Load = Callable[[int], np.ndarray]  # number of an image -> uint8 (h, w, 3), see images.read_strip
 
 
 @dataclass
 class Source:
     """All readable images of a spec, before any stage is cut out of them."""
+
     names: list[str]
     tags: list[tuple[str, ...]]
     resolution: int
-    unreadable: dict[str, str]               # name -> why
-    pixels: Sequence[np.ndarray] | None      # n strips, uint8 (h, w, 3); None = load(i) makes one when asked
+    unreadable: dict[str, str]  # name -> why
+    pixels: Sequence[np.ndarray] | None  # n strips, uint8 (h, w, 3); None = load(i) makes one
     load: Load | None
-    hash: str                                # of names, tags and contents
-    crop: str = "center"                     # "random": strips are longer than a square, for positions to choose from
+    hash: str  # of names, tags and contents
+    crop: str = "center"  # "random": strips are longer than a square, for positions to choose from
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -59,12 +67,19 @@ class Source:
         return held_hash(self.names)
 
     def pixel(self, i: int, where: float | None = None) -> np.ndarray:
-        """uint8 (resolution, resolution, 3): the middle, or the square at `where` in [0, 1) along the longer side."""
+        """uint8 (resolution, resolution, 3): the middle, or the square at `where` in [0, 1) along
+        the longer side."""
         try:
-            return cut(self.pixels[i] if self.pixels is not None else self.load(i), where)
+            return cut(self.strip(i), where)
         except BadImage as error:
-            raise UserError(f"{printable(self.names[i])}: {error}; it could be read when the data was opened.  Restore it, and run the same "
-                            "command again.") from None
+            raise UserError(
+                f"{printable(self.names[i])}: {error}; it could be read when the data was opened",
+                do="Restore it, and run the same command again.",
+            ) from None
+
+    def strip(self, i: int) -> np.ndarray:
+        """uint8 (h, w, 3): all that is kept of image i."""
+        return self.pixels[i] if self.pixels is not None else self.load(i)
 
 
 def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
@@ -77,7 +92,11 @@ def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
     if root.is_file() and root.suffix == ".parquet":
         return open_parquet(root.parent, Found(parquet=[root]), resolution, crop)
     if not root.is_dir():
-        raise UserError(f"no data at {root}: wanted a folder of images, a parquet file, hf:org/name, toyfaces or robohash.")
+        raise UserError(
+            f"no data at {root}",
+            wanted="a folder of images, a parquet file, hf:org/name, toyfaces or robohash",
+            do="Check --data.",
+        )
     found = find_files(root)
     if found.parquet and not found.names:
         return open_parquet(root, found, resolution, crop)
@@ -85,60 +104,114 @@ def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
 
 
 def held_hash(names: Sequence[str]) -> np.ndarray:
-    """(n,) uint32 by which images are held out: a function of the name alone, so the same in every stage."""
-    return np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") for name in names], dtype=np.uint32)
+    """(n,) uint32 by which images are held out: a function of the name alone, so the same in every
+    stage."""
+    hashes = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
+    return np.array([int.from_bytes(digest[:4], "big") for digest in hashes], dtype=np.uint32)
 
 
 def content_hash(names: list[str], tags: list[tuple[str, ...]], contents: list[str]) -> str:
     return hashlib.sha256(json.dumps([names, tags, contents]).encode()).hexdigest()
 
 
-def survey(load: Load, names: list[str], resolution: int, what: str) -> tuple[list[int], dict[str, str], list[str], list[np.ndarray] | None]:
-    """Decode everything once -> (which can be read, name and reason of the others, hashes, the pixels if they fit in memory)."""
-    good, bad, hashes, size = [], {}, [], 0
-    kept: list[np.ndarray] | None = [] if len(names) * resolution * resolution * 3 <= IN_MEMORY else None   # strips can be longer
+# ---- reading everything once --------------------------------------------------------------------
 
-    def read(i: int) -> tuple[str, np.ndarray | None] | str:
+
+class Survey(NamedTuple):
+    good: list[int]  # which images can be read
+    bad: dict[str, str]  # name of the others -> why
+    hashes: list[str]  # of the good ones
+    pixels: list[np.ndarray] | None  # of the good ones, if they fit in memory
+
+
+def survey(load: Load, names: list[str], resolution: int, what: str) -> Survey:
+    """Decode everything once."""
+    good, bad, hashes, size = [], {}, [], 0
+    # Squares at least have to fit; strips can be longer, see below.
+    keep = len(names) * resolution * resolution * 3 <= IN_MEMORY
+    pixels: list[np.ndarray] | None = [] if keep else None
+
+    def read(i: int) -> tuple[str, np.ndarray | None] | BadImage:
         try:
             strip = load(i)
         except BadImage as error:
-            return str(error)
-        return hashlib.sha256(f"{strip.shape}".encode() + strip.tobytes()).hexdigest(), strip if kept is not None else None
+            return error
+        digest = hashlib.sha256(f"{strip.shape}".encode() + strip.tobytes()).hexdigest()
+        return digest, strip if pixels is not None else None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(names), desc=f"reading {what}", unit="img", disable=None, leave=False) as bar:
-        for start in range(0, len(names), 1024):                                # a pool accepts any number of tasks; memory does not
-            for i, result in enumerate(pool.map(read, range(start, min(start + 1024, len(names)))), start):
+    bar = tqdm(total=len(names), desc=f"reading {what}", unit="img", disable=None, leave=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for start in range(0, len(names), AT_A_TIME):
+            numbers = range(start, min(start + AT_A_TIME, len(names)))
+            for i, result in zip(numbers, pool.map(read, numbers)):
                 bar.update()
-                if isinstance(result, str):
-                    bad[names[i]] = result
+                if isinstance(result, BadImage):
+                    bad[names[i]] = str(result)
                     continue
+                digest, strip = result
                 good.append(i)
-                hashes.append(result[0])
-                if kept is not None:
-                    kept.append(result[1])
-                    size += result[1].nbytes
-                    kept = kept if size <= IN_MEMORY else None
+                hashes.append(digest)
+                if pixels is not None:
+                    pixels.append(strip)
+                    size += strip.nbytes
+                    if size > IN_MEMORY:
+                        pixels = None
     if not good:
         first, why = next(iter(bad.items()))
-        raise UserError(f"none of the {len(names):,} images in {what} can be read (first: {printable(first)}: {why}).")
-    return good, bad, hashes, kept
+        raise UserError(
+            f"none of the {len(names):,} images in {what} can be read "
+            f"(first: {printable(first)}: {why})",
+            do="Check --data.",
+        )
+    return Survey(good, bad, hashes, pixels)
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------
+
 
 @dataclass
 class Found:
-    names: list[str] = field(default_factory=list)           # images, relative to the root
+    """The files below a folder; names are relative to it."""
+
+    names: list[str] = field(default_factory=list)  # images
     tables: list[Path] = field(default_factory=list)
-    texts: set[str] = field(default_factory=set)             # .txt files, relative to the root
+    texts: set[str] = field(default_factory=set)  # names of .txt files
     parquet: list[Path] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    unusable: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)  # name -> why
+
+    def add(self, path: Path, name: str) -> None:
+        """Put a file where it belongs: by its ending, or without one by its first bytes."""
+        end = path.suffix.lower()
+        if end in EXTENSIONS:
+            if path.is_file():
+                self.names.append(name)
+            else:  # a pipe would be waited for
+                self.unusable[name] = "a link to nothing" if path.is_symlink() else "not a file"
+        elif end in OTHERS:
+            self.unusable[name] = f"{end} files are not read"
+        elif path.name in TABLES:
+            self.tables.append(path)
+        elif end == ".txt":
+            self.texts.add(name)
+        elif end == ".parquet":
+            self.parquet.append(path)
+        elif path.name.lower().endswith(ARCHIVES):
+            self.archives.append(name)
+        else:
+            kind = sniff(path) if not end and path.is_file() else ""
+            if kind == "image":
+                self.names.append(name)
+            elif kind:
+                self.unusable[name] = kind
+            else:
+                self.others.append(name)
 
 
 def find_files(root: Path) -> Found:
-    """Everything below a folder. Links are followed; a folder that is reached twice, or contains itself, is read once."""
+    """Everything below a folder. Links are followed; a folder that is reached twice, or contains
+    itself, is read once."""
     found, visited = Found(), {os.path.realpath(root)}
 
     def locked(error: OSError) -> None:
@@ -146,31 +219,12 @@ def find_files(root: Path) -> Found:
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=locked):
         folders.sort()
-        fresh = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in visited]
-        visited.update(os.path.realpath(os.path.join(folder, f)) for f in fresh)
-        folders[:] = fresh
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in visited]
+        visited.update(real.values())
         for file in files:
             path = Path(folder, file)
-            name, end = str(path.relative_to(root)), path.suffix.lower()
-            if end in EXTENSIONS and path.is_file():
-                found.names.append(name)
-            elif end in EXTENSIONS:                                             # a pipe would be waited for
-                found.unusable[name] = "a link to nothing" if path.is_symlink() else "not a file"
-            elif end in OTHERS:
-                found.unusable[name] = f"{end} files are not read"
-            elif file in TABLES:
-                found.tables.append(path)
-            elif end == ".txt":
-                found.texts.add(name)
-            elif end == ".parquet":
-                found.parquet.append(path)
-            elif file.lower().endswith(ARCHIVES):
-                found.archives.append(name)
-            elif not end and path.is_file() and (what := sniff(path)):
-                found.names += [name] * (what == "image")
-                found.unusable |= {name: what} if what != "image" else {}
-            else:
-                found.others.append(name)
+            found.add(path, str(path.relative_to(root)))
     found.names.sort()
     found.parquet.sort()
     return found
@@ -178,133 +232,258 @@ def find_files(root: Path) -> Found:
 
 def unused(found: Found, more: dict[str, Iterable[str]]) -> list[str]:
     """A line for each kind of file that is not used, and no image."""
-    kinds = {"archives, not opened: unpack them": found.archives,
-             "other files, no images by name or, without an ending, by content": found.others, **more}
-    return [f"{len(files):,} {what} (first: {printable(min(files))})" for what, files in kinds.items() if files]
+    kinds = {
+        "archives, not opened: unpack them": found.archives,
+        "other files, no images by name or, without an ending, by content": found.others,
+        **more,
+    }
+    return [
+        f"{len(files):,} {what} (first: {printable(min(files))})"
+        for what, files in kinds.items()
+        if files
+    ]
 
 
 def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
+    """A folder of images with their tags beside them."""
     names = found.names
-    sidecars = {str(Path(name).with_suffix(".txt")) for name in [*names, *found.unusable]}
-    notes = unused(found, {"parquet files beside images, not read": {str(p.relative_to(root)) for p in found.parquet},
-                           "text files of no image's name (the tags of a.png lie in a.txt)": found.texts - sidecars})
+    everything = [*names, *found.unusable]
+    sidecars = {str(Path(name).with_suffix(".txt")) for name in everything}
+    parquet = {str(path.relative_to(root)) for path in found.parquet}
+    notes = unused(
+        found,
+        {
+            "parquet files beside images, not read": parquet,
+            "text files of no image's name (the tags of a.png lie in a.txt)": found.texts
+            - sidecars,
+        },
+    )
     if not names:
-        more = [*notes, *(f"{printable(name)}: {why}" for name, why in found.unusable.items())]
-        raise UserError(f"{root} has no images ({', '.join(EXTENSIONS)}), nested folders included.{'  ' * bool(more)}{'; '.join(more[:3])}")
-    load = partial(load_file, root, names, resolution, WIDE if crop == "random" else 1)
-    good, bad, hashes, pixels = survey(load, names, resolution, str(root))
-    tags = read_tags(root, [*names, *found.unusable], found.tables, found.texts)
-    kept = [names[i] for i in good]
+        unusable = [f"{printable(name)}: {why}" for name, why in found.unusable.items()]
+        instead = "; ".join([*notes, *unusable][:3])
+        raise UserError(
+            f"{root} has no images ({', '.join(EXTENSIONS)}), nested folders included",
+            do=f"It has: {instead}" if instead else "Check --data.",
+        )
+    wide = WIDE if crop == "random" else 1
+    seen = survey(FileReader(root, names, resolution, wide), names, resolution, str(root))
+    tags = read_tags(root, everything, found.tables, found.texts)
+    kept = [names[i] for i in seen.good]
     kept_tags = [tags.get(name, ()) for name in kept]
-    return Source(kept, kept_tags, resolution, {**bad, **found.unusable}, pixels, partial(load.func, root, kept, *load.args[2:]),
-                  content_hash(kept, kept_tags, hashes), crop, notes)
+    return Source(
+        kept,
+        kept_tags,
+        resolution,
+        {**seen.bad, **found.unusable},
+        seen.pixels,
+        FileReader(root, kept, resolution, wide),
+        content_hash(kept, kept_tags, seen.hashes),
+        crop,
+        notes,
+    )
 
 
-def load_file(root: Path, names: list[str], resolution: int, wide: int, i: int) -> np.ndarray:
-    return read_strip(root / names[i], resolution, wide)
+@dataclass
+class FileReader:
+    """Loads image number i, the file `names[i]`."""
+
+    root: Path
+    names: list[str]
+    resolution: int
+    wide: int
+
+    def __call__(self, i: int) -> np.ndarray:
+        return read_strip(self.root / self.names[i], self.resolution, self.wide)
+
+
+# ---- the Hub ------------------------------------------------------------------------------------
 
 
 def fetch_dataset(spec: str) -> Path:
-    """hf:org/name[/folder][@revision]: what we can read of a dataset repository, in huggingface_hub's cache."""
+    """hf:org/name[/folder][@revision]: what we can read of a dataset repository, in
+    huggingface_hub's cache."""
     match = HUB.fullmatch(spec)
     if not match:
-        raise UserError(f"{spec!r} is not a dataset on the Hub.  Wanted hf:org/name, hf:org/name/folder or hf:org/name@revision.")
+        raise UserError(
+            f"{spec!r} is not a dataset on the Hub",
+            do="Write hf:org/name, hf:org/name/folder or hf:org/name@revision.",
+        )
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
-        raise UserError(f"{spec} needs a package that is not installed.  pip install huggingface_hub") from None
+        raise UserError(
+            f"{spec} needs a package that is not installed", do="pip install huggingface_hub"
+        ) from None
     repo, folder, revision = match.groups()
     below = f"{folder.rstrip('/')}/" if folder else ""
-    ends = [f"*{e}" for end in (*EXTENSIONS, ".parquet", ".txt") for e in (end, end.upper())] + [f"*{table}" for table in TABLES]
+    endings = [*EXTENSIONS, ".parquet", ".txt"]
+    patterns = [f"{below}*{e}" for end in endings for e in (end, end.upper())]
+    patterns += [f"{below}*{table}" for table in TABLES]
     with explained(spec, f"datasets/{repo}"):
         try:
-            root = hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[below + end for end in ends])
+            root = hub.snapshot_download(
+                repo, repo_type="dataset", revision=revision, allow_patterns=patterns
+            )
         except (OfflineModeIsEnabled, LocalEntryNotFoundError):
-            raise UserError(f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set).  "
-                            f"Fetch it first where there is a network: hf download --repo-type dataset {repo}"
-                            + f" --revision {revision}" * bool(revision)) from None
+            command = f"hf download --repo-type dataset {repo}"
+            if revision:
+                command += f" --revision {revision}"
+            raise UserError(
+                f"{spec} is not in the local cache, and the Hub cannot be reached "
+                "(offline, or HF_HUB_OFFLINE is set)",
+                do=f"Fetch it first where there is a network: {command}",
+            ) from None
     if not (Path(root) / below).is_dir():
-        raise UserError(f"{spec}: no images, parquet files or tags below {below or 'it'}.  Its files: "
-                        f"https://huggingface.co/datasets/{repo}/tree/main")
+        raise UserError(
+            f"{spec}: no images, parquet files or tags below {below or 'it'}",
+            do=f"Its files: https://huggingface.co/datasets/{repo}/tree/main",
+        )
     return Path(root) / below
 
 
-# ---- parquet --------------------------------------------------------------------------------------------------------
+# ---- parquet ------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """A row group of a parquet file."""
+
+    first: int  # row of the data set
+    path: Path
+    number: int  # in the file
+    column: str  # of the images
+
 
 def parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet files need a package that is not installed.  pip install pyarrow") from None
+        raise UserError(
+            "parquet files need a package that is not installed", do="pip install pyarrow"
+        ) from None
     return pyarrow.parquet
 
 
 def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source:
-    """Images in columns. Those that memory does not hold are read again a row group at a time, best in order."""
-    groups, tags, names = [], [], []                                            # groups: (first row, file, number in it, column)
-    notes = unused(found, {"files of tags beside parquet, not read": {str(p.relative_to(root)) for p in found.tables} | found.texts})
+    """Images in columns. Those that memory does not hold are read again a row group at a time,
+    best in order."""
+    tables = {str(path.relative_to(root)) for path in found.tables}
+    notes = unused(found, {"files of tags beside parquet, not read": tables | found.texts})
+    groups: list[Group] = []
+    names: list[str] = []
+    tags: list[tuple[str, ...]] = []
     for path in found.parquet:
-        try:
-            with parquet().ParquetFile(path) as file:
-                image, text, note = columns_of(path, file.schema_arrow)
-                notes += [note] if note else []
-                for number in range(file.num_row_groups):
-                    groups.append((len(names), path, number, image))
-                    rows = file.metadata.row_group(number).num_rows
-                    start = len(names) - next(first for first, where, *_ in groups if where == path)
-                    names += [f"{path.relative_to(root)}:{start + k}" for k in range(rows)]
-                    values = file.read_row_group(number, [text]).column(0).to_pylist() if text else [None] * rows
-                    tags += [row_tags(name, text, value) for name, value in zip(names[-rows:], values)]
-        except (OSError, ValueError, TypeError) as error:                       # Arrow's own errors are these
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path} is damaged or not a parquet file ({' '.join(str(error).split())[:120]}).  Copy it again.") from None
+        note, more_groups, more_tags = read_parquet(path, str(path.relative_to(root)), len(names))
+        if note:
+            notes.append(note)
+        groups += more_groups
+        names += [f"{path.relative_to(root)}:{row}" for row in range(len(more_tags))]
+        tags += more_tags
     if not names:
-        raise UserError(f"the parquet files in {root} have no rows.")
-    every = ParquetRows(groups, list(range(len(names))), resolution, WIDE if crop == "random" else 1)
-    good, bad, hashes, pixels = survey(every, names, resolution, str(root))
-    kept, kept_tags = [names[i] for i in good], [tags[i] for i in good]
-    return Source(kept, kept_tags, resolution, {**bad, **found.unusable}, pixels, ParquetRows(groups, good, resolution, every.wide),
-                  content_hash(kept, kept_tags, hashes), crop, notes)
+        raise UserError(f"the parquet files in {root} have no rows", do="Check --data.")
+    wide = WIDE if crop == "random" else 1
+    every = ParquetRows(groups, list(range(len(names))), resolution, wide)
+    seen = survey(every, names, resolution, str(root))
+    kept = [names[i] for i in seen.good]
+    kept_tags = [tags[i] for i in seen.good]
+    return Source(
+        kept,
+        kept_tags,
+        resolution,
+        {**seen.bad, **found.unusable},
+        seen.pixels,
+        ParquetRows(groups, seen.good, resolution, wide),
+        content_hash(kept, kept_tags, seen.hashes),
+        crop,
+        notes,
+    )
+
+
+def read_parquet(
+    path: Path, name: str, first: int
+) -> tuple[str, list[Group], list[tuple[str, ...]]]:
+    """(what is to be said, row groups, tags of each row) of a file whose rows are the data set's
+    from `first` on."""
+    groups: list[Group] = []
+    tags: list[tuple[str, ...]] = []
+    try:
+        with parquet().ParquetFile(path) as file:
+            image, text, note = columns_of(path, file.schema_arrow)
+            for number in range(file.num_row_groups):
+                groups.append(Group(first + len(tags), path, number, image))
+                values = [None] * file.metadata.row_group(number).num_rows
+                if text:
+                    values = file.read_row_group(number, [text]).column(0).to_pylist()
+                for value in values:
+                    tags.append(row_tags(f"{name}:{len(tags)}", text, value))
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as error:  # Arrow's own errors are these
+        raise UserError(
+            f"{path} is damaged or not a parquet file ({' '.join(str(error).split())[:120]})",
+            do="Copy it again.",
+        ) from None
+    return note, groups, tags
 
 
 def row_tags(name: str, column: str | None, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
     try:
-        return () if value is None else tags_of(value)
+        return tags_of(value)
     except ValueError as error:
-        raise UserError(f"{printable(name)}, column {column}: {error}, got {str(value)[:60]!r}.") from None
+        raise UserError(
+            f"{printable(name)}, column {column}: {error}, got {str(value)[:60]!r}",
+            do="Mend this row, or rename the column, which then is not read.",
+        ) from None
 
 
 def columns_of(path: Path, schema: Any) -> tuple[str, str | None, str]:
     """The column of images, that of tags, and what is to be said about it."""
     types = {name: str(schema.field(name).type) for name in schema.names}
-    images = [name for name, kind in types.items() if kind in ("binary", "large_binary") or kind.startswith("struct<") and "bytes: " in kind]
+    images = [name for name, kind in types.items() if holds_bytes(kind)]
     if len(images) != 1 and "image" not in images:
-        raise UserError(f"{path}: which column holds the images?  Wanted one of bytes, or one named image, got "
-                        f"{', '.join(f'{name} ({kind[:40]})' for name, kind in types.items())}.")
-    texts = [c for c in COLUMNS if re.fullmatch(rf"{TEXT}|(large_)?list(_view)?<\w+: ({TEXT})>", types.get(c, ""))]
-    other = [f"{c} ({types[c][:40]})" for c in COLUMNS if c in types and c not in texts]
-    note = f"{path.name}: no tags are read from the column {other[0]}, which is not text or lists of it" if other and not texts else ""
+        got = ", ".join(f"{name} ({kind[:40]})" for name, kind in types.items())
+        raise UserError(
+            f"{path}: which column holds the images?  Wanted one of bytes, or one named image, "
+            f"got {got}",
+            do="Rename the column of images to image.",
+        )
+    present = [column for column in COLUMNS if column in types]
+    texts = [column for column in present if re.fullmatch(TEXTS, types[column])]
+    note = ""
+    if present and not texts:
+        column = f"{present[0]} ({types[present[0]][:40]})"
+        note = (
+            f"{path.name}: no tags are read from the column {column}, which is not text or lists "
+            "of it"
+        )
     return "image" if "image" in images else images[0], next(iter(texts), None), note
+
+
+def holds_bytes(kind: str) -> bool:
+    """Is this an Arrow type of bytes, or of Hugging Face's {"bytes", "path"}?"""
+    return kind in ("binary", "large_binary") or (kind.startswith("struct<") and "bytes: " in kind)
 
 
 @dataclass
 class ParquetRows:
     """Loads image number i, the row `rows[i]`."""
-    groups: list[tuple[int, Path, int, str]]
+
+    groups: list[Group]
     rows: list[int]
     resolution: int
     wide: int
 
     def __call__(self, i: int) -> np.ndarray:
-        k = bisect.bisect_right(self.groups, self.rows[i], key=lambda group: group[0]) - 1
-        first, *where = self.groups[k]
-        with reading:                                                           # threads that want one group should read it once
-            group = row_group(*where)
+        row = self.rows[i]
+        k = bisect.bisect_right(self.groups, row, key=lambda group: group.first) - 1
+        first, path, number, column = self.groups[k]
+        with reading:  # threads that want one group should read it once
+            group = row_group(path, number, column)
         if isinstance(group, str):
             raise BadImage(group)
-        value = group[self.rows[i] - first].as_py()
+        value = group[row - first].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise BadImage("no bytes in this row")
@@ -319,42 +498,67 @@ def row_group(path: Path, number: int, column: str) -> Any:
     """The images of a row group, or why it cannot be read."""
     try:
         with parquet().ParquetFile(path) as file:
-            return file.read_row_group(number, [column], use_threads=False).column(0)   # threads do not survive a loader's fork
+            # Arrow's threads do not survive a loader's fork.
+            return file.read_row_group(number, [column], use_threads=False).column(0)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         return f"row group {number} is damaged ({' '.join(str(error).split())[:60]})"
 
 
-# ---- embedded -------------------------------------------------------------------------------------------------------
+# ---- embedded -----------------------------------------------------------------------------------
+
+
+def embedded_tags(data: str, stage: str) -> tuple[str, ...]:
+    """What a stage excludes if nobody says: some tags of the embedded data sets, none of others."""
+    excluded = {"toyfaces": toyfaces.EXCLUDED, "robohash": robohash.EXCLUDED}
+    return () if stage == "standard" else excluded.get(data.partition(":")[0], ())
+
 
 def open_toyfaces(spec: str, resolution: int) -> Source:
     """Draw the embedded faces: deterministic per index, so more of them contain the fewer."""
     n = int(spec.partition(":")[2] or 4096)
     if not n or not 32 <= resolution <= 256:
-        raise UserError(f"{spec} at resolution {resolution}: wanted at least one face, 32 to 256 pixels.")
+        raise UserError(
+            f"{spec} at resolution {resolution}",
+            wanted="at least one face, 32 to 256 pixels",
+            do="Give another --data or --resolution.",
+        )
     faces = [toyfaces.sample_face(i) for i in range(n)]
     bar = tqdm(faces, desc="drawing toyfaces", unit="img", disable=None, leave=False)
     pixels = np.stack([np.asarray(toyfaces.draw(face, resolution)) for face in bar])
-    names, tags = [f"toyface-{i:06d}" for i in range(n)], [tuple(toyfaces.tags(face)) for face in faces]
-    return Source(names, tags, resolution, {}, pixels, None, content_hash(names, tags, [hashlib.sha256(pixels).hexdigest()]))
+    names = [f"toyface-{i:06d}" for i in range(n)]
+    tags = [tuple(toyfaces.tags(face)) for face in faces]
+    contents = content_hash(names, tags, [hashlib.sha256(pixels).hexdigest()])
+    return Source(names, tags, resolution, {}, pixels, None, contents)
 
 
 def open_robohash(spec: str, resolution: int) -> Source:
-    """Kittens from the robohash package, put together now or, if there are too many to keep, when used."""
-    n = int(spec.partition(":")[2] or robo.COUNT)
-    if not n or not robo.SIZES[0] <= resolution <= robo.SIZES[1]:
-        raise UserError(f"{spec} at resolution {resolution}: wanted at least one kitten, {robo.SIZES[0]} to {robo.SIZES[1]} pixels.")
-    art = robo.load_art(resolution)
-    kittens = [robo.sample_kitten(i) for i in range(n)]
-    names, tags = [f"kitten-{i:06d}" for i in range(n)], [tuple(robo.tags(kitten)) for kitten in kittens]
-    keep = n * resolution * resolution * 3 <= IN_MEMORY
-    bar = tqdm(kittens, desc="drawing kittens", unit="img", disable=None, leave=False)
-    pixels = np.stack([art.draw(kitten) for kitten in bar]) if keep else None
-    first = [hashlib.sha256(art.draw(kitten)).hexdigest() for kitten in kittens[:16]]   # the rest follows from art and tags
-    return Source(names, tags, resolution, {}, pixels, partial(draw_kitten, resolution, kittens), content_hash(names, tags, [art.digest(), *first]),
-                  notes=[robo.CREDIT])
+    """Kittens from the robohash package, put together now or, if there are too many to keep, when
+    used."""
+    n = int(spec.partition(":")[2] or robohash.COUNT)
+    low, high = robohash.SIZES
+    if not n or not low <= resolution <= high:
+        raise UserError(
+            f"{spec} at resolution {resolution}",
+            wanted=f"at least one kitten, {low} to {high} pixels",
+            do="Give another --data or --resolution.",
+        )
+    art = robohash.load_art(resolution)
+    kittens = [robohash.sample_kitten(i) for i in range(n)]
+    names = [f"kitten-{i:06d}" for i in range(n)]
+    tags = [tuple(robohash.tags(kitten)) for kitten in kittens]
+    pixels = None
+    if n * resolution * resolution * 3 <= IN_MEMORY:
+        bar = tqdm(kittens, desc="drawing kittens", unit="img", disable=None, leave=False)
+        pixels = np.stack([art.draw(kitten) for kitten in bar])
+    # The first pictures; the rest follows from the art and the tags.
+    first = [hashlib.sha256(art.draw(kitten)).hexdigest() for kitten in kittens[:16]]
+    contents = content_hash(names, tags, [art.digest(), *first])
+    load = partial(draw_kitten, resolution, kittens)
+    notes = [robohash.CREDIT]
+    return Source(names, tags, resolution, {}, pixels, load, contents, notes=notes)
 
 
-def draw_kitten(resolution: int, kittens: list[robo.Kitten], i: int) -> np.ndarray:
-    return robo.load_art(resolution).draw(kittens[i])
+def draw_kitten(resolution: int, kittens: list[robohash.Kitten], i: int) -> np.ndarray:
+    return robohash.load_art(resolution).draw(kittens[i])

@@ -1,14 +1,18 @@
-"""Tags: their spelling, the files they come in, expressions over them, captions made of them.
+"""Tags: their spelling, the files they come in, expressions over them.
 
-An expression picks images: "character:nova", "* hair", "glasses & !cat ears | character:nova", "(smile | frown) & !beret".
+An expression picks images: "character:nova", "* hair", "glasses & !cat ears | character:nova",
+"(smile | frown) & !beret".
 
-    &  |  !          and, or, not; ! binds tightest, | least. & and | stand between spaces, ! before what it negates
-    ( )              group. Booru tags have parentheses of their own, so a pair inside a tag belongs to the tag, as in
-                     "albedo (overlord) & solo"; those that do not belong to a tag that exists group, as in "(a | b) & c"
-    *  ?             any letters, one letter; the expression then means any of the tags that fit
-    " "              around a tag that would read as something else: '"!" | "salt & pepper" | !"!!"'
+    &  |  !      and, or, not; ! binds tightest, | least. & and | stand between spaces, ! before
+                 what it negates
+    ( )          group. Booru tags have parentheses of their own, so a pair inside a tag belongs to
+                 the tag, as in "albedo (overlord) & solo"; those that do not belong to a tag that
+                 exists group, as in "(a | b) & c"
+    *  ?         any letters, one letter; the expression then means any of the tags that fit
+    " "          around a tag that would read as something else: '"!" | "salt & pepper" | !"!!"'
 
-What is a tag as a whole means that tag. Within a longer expression, signs alone are never a tag unless quoted.
+What is a tag as a whole means that tag. Within a longer expression, signs alone are never a tag
+unless quoted.
 """
 
 import csv
@@ -18,23 +22,22 @@ import json
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from harness.cli import UserError, closest
 
 TABLES = ("tags.jsonl", "metadata.jsonl", "metadata.csv")
-BLOCK = 2 ** 17                              # images
-COLUMNS = ("tags", "text", "caption")        # where tags are looked for, in this order
-Test = Callable[["TagTable"], np.ndarray]    # which images fit, (n,) bool
+BLOCK = 2**17  # images
+COLUMNS = ("tags", "text", "caption")  # where tags are looked for, in this order
+Test = Callable[["TagTable"], np.ndarray]  # which images fit, (n,) bool
 
 
 class TagTable(Sequence):
-    """The tags of n images as numbers: image i has vocabulary[k] for k in ids[starts[i]:starts[i + 1]], in its order."""
+    """The tags of n images as numbers: image i has vocabulary[k] for k in
+    ids[starts[i]:starts[i + 1]], in its order."""
 
     def __init__(self, vocabulary: Sequence[str], starts: np.ndarray, ids: np.ndarray):
         self.vocabulary, self.starts, self.ids = list(vocabulary), starts, ids
@@ -43,7 +46,8 @@ class TagTable(Sequence):
     def of(cls, lists: Sequence[Sequence[str]]) -> "TagTable":
         number: dict[str, int] = {}
         ids = [number.setdefault(tag, len(number)) for tags in lists for tag in tags]
-        return cls(list(number), np.cumsum([0, *map(len, lists)]), np.array(ids, dtype=np.int32))
+        starts = np.cumsum([0, *map(len, lists)])
+        return cls(list(number), starts, np.array(ids, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -51,29 +55,36 @@ class TagTable(Sequence):
     def __getitem__(self, i: int) -> tuple[str, ...]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return tuple(self.vocabulary[k] for k in self.ids[self.starts[i]:self.starts[i + 1]])
+        ids = self.ids[self.starts[i] : self.starts[i + 1]]
+        return tuple(self.vocabulary[k] for k in ids)
 
     def lengths(self) -> np.ndarray:
         """(n,): tags an image."""
         return np.diff(self.starts)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """(images, where their tags start and the last ones end, ids) a few at a time: of ten million tags, numpy makes 80 MB more than once."""
+        """(images, where their tags start and the last ones end, ids) a few at a time: of ten
+        million tags, numpy makes 80 MB more than once."""
         for first in range(0, len(self), BLOCK):
-            starts = self.starts[first:first + BLOCK + 1]
-            yield slice(first, first + len(starts) - 1), starts - starts[0], self.ids[starts[0]:starts[-1]]
+            starts = self.starts[first : first + BLOCK + 1]
+            images = slice(first, first + len(starts) - 1)
+            yield images, starts - starts[0], self.ids[starts[0] : starts[-1]]
 
     def counts(self, index: np.ndarray | None = None) -> Counter:
         """How many images have each tag; of the images `index` only."""
-        chosen, n = np.full(len(self), index is None), np.zeros(len(self.vocabulary), np.int64)
-        chosen[slice(0) if index is None else index] = True
+        chosen = np.full(len(self), index is None)
+        if index is not None:
+            chosen[index] = True
+        n = np.zeros(len(self.vocabulary), np.int64)
         for images, starts, ids in self.blocks():
-            n += np.bincount(ids[np.repeat(chosen[images], np.diff(starts))], minlength=len(n))
+            used = np.repeat(chosen[images], np.diff(starts))
+            n += np.bincount(ids[used], minlength=len(n))
         return Counter({tag: int(k) for tag, k in zip(self.vocabulary, n) if k})
 
     def any_of(self, tags: Iterable[str]) -> np.ndarray:
         """(n,) bool: which images have one of these."""
-        tags, out = set(tags), np.zeros(len(self), bool)
+        tags = set(tags)
+        out = np.zeros(len(self), bool)
         wanted = np.fromiter((tag in tags for tag in self.vocabulary), bool, len(self.vocabulary))
         for images, starts, ids in self.blocks():
             before = np.concatenate([[0], np.cumsum(wanted[ids], dtype=np.int32)])
@@ -83,7 +94,8 @@ class TagTable(Sequence):
 
 def normalize_tag(tag: str) -> str:
     """One spelling of a booru tag: 'Albedo_\\(Overlord\\)' -> 'albedo (overlord)'."""
-    return re.sub(r"\s+", " ", re.sub(r"\\([()])", r"\1", tag).replace("_", " ")).strip().lower()
+    unescaped = re.sub(r"\\([()])", r"\1", tag)
+    return re.sub(r"\s+", " ", unescaped.replace("_", " ")).strip().lower()
 
 
 def split_tags(text: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,148 +104,219 @@ def split_tags(text: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(t for t in map(normalize_tag, parts) if t))
 
 
-# ---- expressions ----------------------------------------------------------------------------------------------------
+# ---- patterns -----------------------------------------------------------------------------------
+
 
 def matching(pattern: str, vocabulary: Counter) -> list[str]:
     """The tags a pattern names: itself, or all that fit its * and ?."""
     pattern = normalize_tag(pattern)
-    if pattern in vocabulary or "*" not in pattern and "?" not in pattern:
-        return [pattern] * (pattern in vocabulary)
-    return sorted(t for t in vocabulary if fnmatch.fnmatchcase(t, pattern.replace("[", "[[]")))
+    if pattern in vocabulary:
+        return [pattern]
+    if "*" not in pattern and "?" not in pattern:
+        return []
+    literal = pattern.replace("[", "[[]")  # brackets are no pattern here
+    return sorted(tag for tag in vocabulary if fnmatch.fnmatchcase(tag, literal))
 
 
 def match_tags(pattern: str, vocabulary: Counter, what: str, images: int) -> list[str]:
-    """… of which there have to be some: none is an error with the nearest tags."""
+    """The tags a pattern names. None is an error with the nearest tags."""
     hits = matching(pattern, vocabulary)
     if not hits:
         pattern = normalize_tag(pattern)
-        raise UserError(f"{what}: {pattern!r} matches 0 of {images:,} images.{closest(pattern, vocabulary)}")
+        raise UserError(
+            f"{what}: {pattern!r} matches 0 of {images:,} images",
+            do=closest(pattern, vocabulary) or "The report of the data set lists its tags.",
+        )
     return hits
 
 
-QUOTED = re.compile(r'(?<![^\s!(])"([^"]*)"(?![^\s)])')                        # apart from what is around it, but for ! and parentheses
-DEPTH = 50                                   # of parentheses and negations within each other
-Token = tuple[str, bool]                     # "&" "|" "!" "(" ")" or a tag, and whether it is a tag
+# ---- expressions --------------------------------------------------------------------------------
+
+# A tag in quotes: apart from what is around it, but for ! and parentheses.
+QUOTED = re.compile(r'(?<![^\s!(])"([^"]*)"(?![^\s)])')
+DEPTH = 50  # of parentheses and negations within each other
+SIGNS = 3 * DEPTH  # in a row
+Token = tuple[str, bool]  # "&" "|" "!" "(" ")" or a tag, and whether it is a tag
 
 
-def tokens(text: str, known: Callable[[str], bool], fail: Callable[[str], UserError]) -> Iterator[Token]:
-    """The signs and tags of an expression, in order."""
-    for i, part in enumerate(QUOTED.split(text)):
-        if i % 2:                                                               # every second one was quoted
-            yield part, True
-            continue
-        for j, term in enumerate(re.split(r"(?:^|\s+)([&|])(?=\s|$)", part)):   # … is an operator
-            yield from [(term, False)] if j % 2 else read_term(term.strip(), known, fail)
+def compile_tags(text: str, vocabulary: Counter, what: str, images: int) -> tuple[Test, list[str]]:
+    """An expression -> (test of all images, the tags it names).
+
+    `what` the expression belongs to and the number of `images` are for the error messages.
+    """
+    parser = Parser(text, vocabulary, what, images)
+    test = parser.either(0)
+    if parser.words:
+        raise parser.unexpected("'&', '|' or the end")
+    return test, parser.named
 
 
-def read_term(term: str, known: Callable[[str], bool], fail: Callable[[str], UserError]) -> list[Token]:
-    """A tag and the signs around it: of the parentheses, as few are taken off as leave a tag that exists."""
-    before, after = len(re.match(r"[!(\s]*", term)[0]), len(re.search(r"[)\s]*$", term)[0])
-    if max(before, after) > 3 * DEPTH:
-        raise fail(f"{max(before, after)} signs in a row came where at most {3 * DEPTH} were wanted")
-    first = term.rfind("!", 0, before) + 1                                      # a ! before a tag always negates
-    ways = sorted(((a, b) for a in range(first, before + 1) for b in range(after + 1) if a + b < len(term)), key=sum)
-    rest = {way: word for way in ways if (word := term[way[0]:len(term) - way[1]].strip()).strip("!() ")}
-    fits = {rest[way]: way for way in reversed(ways) if way in rest and known(rest[way])}
-    if len(fits) > 1:
-        raise fail(f"{term!r} can mean any of the tags {', '.join(map(repr, fits))}; put the one in double quotes")
-    # none exists: the one whose parentheses are in pairs is what the error is about
-    a, b = next(iter(fits.values()), None) or next((way for way in rest if balanced(rest[way])), (before, after if before < len(term) else 0))
-    signs = [[(sign, False) for sign in part if sign in "!()"] for part in (term[:a], term[len(term) - b:])]
-    return signs[0] + ([(rest[a, b], True)] if (a, b) in rest else []) + signs[1]
+class Parser:
+    """An expression on its way to a Test: `words` are still to be read, `named` are the tags that
+    were met. Each of either(), both() and one() reads a part of the expression."""
+
+    def __init__(self, text: str, vocabulary: Counter, what: str, images: int):
+        self.text, self.vocabulary, self.what, self.images = text, vocabulary, what, images
+        self.named: list[str] = []
+        self.words = [(text, True)] if self.known(text) else list(self.tokens())
+
+    def known(self, word: str) -> bool:
+        """Is this a tag, or a pattern that some tags fit?"""
+        if normalize_tag(word) in self.vocabulary:
+            return True
+        return balanced(word) and bool(matching(word, self.vocabulary))
+
+    def fail(self, fault: str) -> UserError:
+        shown = self.text if len(self.text) < 200 else self.text[:200] + " …"
+        return UserError(
+            f"{self.what}: in {shown!r}, {fault}",
+            do="Write, for example, 'glasses & !(smile | frown)'.",
+        )
+
+    def unexpected(self, wanted: str) -> UserError:
+        came = repr(self.words[0][0]) if self.words else "the end"
+        return self.fail(f"{came} came where {wanted} was wanted")
+
+    # from text to words
+
+    def tokens(self) -> Iterator[Token]:
+        """The signs and tags of the expression, in order."""
+        for i, part in enumerate(QUOTED.split(self.text)):
+            if i % 2:  # every second one was quoted
+                yield part, True
+                continue
+            for j, term in enumerate(re.split(r"(?:^|\s+)([&|])(?=\s|$)", part)):
+                if j % 2:  # every second one is an operator
+                    yield term, False
+                else:
+                    yield from self.term(term.strip())
+
+    def term(self, term: str) -> list[Token]:
+        """A tag and the signs around it."""
+        before = len(re.match(r"[!(\s]*", term)[0])
+        after = len(re.search(r"[)\s]*$", term)[0])
+        if max(before, after) > SIGNS:
+            raise self.fail(
+                f"{max(before, after)} signs in a row came where at most {SIGNS} were wanted"
+            )
+        a, b, word = self.split_term(term, before, after)
+        words = [(word, True)] if word else []
+        return signs_in(term[:a]) + words + signs_in(term[len(term) - b :])
+
+    def split_term(self, term: str, before: int, after: int) -> tuple[int, int, str]:
+        """(a, b, word): how many of the characters before and after are signs, and the tag between
+        them, or "".
+
+        As few are taken off as leave a tag that exists. A ! before a tag always negates.
+        """
+        first = term.rfind("!", 0, before) + 1
+        ways = [
+            (a, b) for a in range(first, before + 1) for b in range(after + 1) if a + b < len(term)
+        ]
+        words = {}  # way -> what it leaves, if that is not signs alone
+        for a, b in sorted(ways, key=sum):
+            word = term[a : len(term) - b].strip()
+            if word.strip("!() "):
+                words[a, b] = word
+        fits: dict[str, tuple[int, int]] = {}  # tag that exists -> the least way to it
+        for way, word in reversed(words.items()):
+            if self.known(word):
+                fits[word] = way
+        if len(fits) > 1:
+            tags = ", ".join(map(repr, fits))
+            raise self.fail(
+                f"{term!r} can mean any of the tags {tags}; put the one in double quotes"
+            )
+        for word, way in fits.items():
+            return *way, word
+        # None exists: the one whose parentheses are in pairs is what the error is about.
+        for way, word in words.items():
+            if balanced(word):
+                return *way, word
+        b = after if before < len(term) else 0
+        return before, b, words.get((before, b), "")
+
+    # from words to tests
+
+    def took(self, sign: str) -> bool:
+        """Is this sign next? Then it is taken."""
+        if self.words[:1] != [(sign, False)]:
+            return False
+        self.words.pop(0)
+        return True
+
+    def either(self, depth: int) -> Test:
+        """a & b | c & d"""
+        tests = [self.both(depth)]
+        while self.took("|"):
+            tests.append(self.both(depth))
+        return lambda table: np.any([test(table) for test in tests], axis=0)
+
+    def both(self, depth: int) -> Test:
+        """a & b"""
+        tests = [self.one(depth)]
+        while self.took("&"):
+            tests.append(self.one(depth))
+        return lambda table: np.all([test(table) for test in tests], axis=0)
+
+    def one(self, depth: int) -> Test:
+        """A tag, or something in parentheses, with or without ! before it."""
+        if depth > DEPTH:
+            raise self.fail(f"parentheses and negations lie more than {DEPTH} deep")
+        if self.took("!"):
+            inner = self.one(depth + 1)
+            return lambda table: ~inner(table)
+        if self.took("("):
+            inner = self.either(depth + 1)
+            if not self.took(")"):
+                raise self.unexpected("')'")
+            return inner
+        if not self.words or not self.words[0][1]:
+            raise self.unexpected("a tag")
+        word, _ = self.words.pop(0)
+        hits = frozenset(match_tags(word, self.vocabulary, self.what, self.images))
+        self.named.extend(sorted(hits))
+        return lambda table: table.any_of(hits)
 
 
 def balanced(word: str) -> bool:
     return word.count("(") == word.count(")") and not word.startswith("!")
 
 
-def compile_tags(text: str, vocabulary: Counter, what: str, images: int) -> tuple[Test, list[str]]:
-    """An expression -> (test of all images, the tags it names)."""
-    def known(word: str) -> bool:
-        return normalize_tag(word) in vocabulary or balanced(word) and bool(matching(word, vocabulary))
-
-    def fail(fault: str) -> UserError:
-        shown = repr(text if len(text) < 200 else text[:200] + " …")
-        return UserError(f"{what}: in {shown}, {fault}.  Write, for example, 'glasses & !(smile | frown)'.")
-
-    def unexpected(wanted: str) -> UserError:
-        return fail(f"{repr(words[0][0]) if words else 'the end'} came where {wanted} was wanted")
-
-    def taken(sign: str) -> bool:
-        """Is this sign next? Then it is taken."""
-        return words[:1] == [(sign, False)] and bool(words.pop(0))
-
-    def joined(sign: str, join: Callable, part: Callable[[int], Test], depth: int) -> Test:
-        tests = [part(depth)]
-        while taken(sign):
-            tests.append(part(depth))
-        return lambda table: join([test(table) for test in tests], axis=0)
-
-    def either(depth: int) -> Test:
-        return joined("|", np.any, partial(joined, "&", np.all, one), depth)
-
-    def one(depth: int) -> Test:
-        if depth > DEPTH:
-            raise fail(f"parentheses and negations lie more than {DEPTH} deep")
-        if taken("!"):
-            inner = one(depth + 1)
-            return lambda table: ~inner(table)
-        if taken("("):
-            inner = either(depth + 1)
-            if not taken(")"):
-                raise unexpected("')'")
-            return inner
-        if not words or not words[0][1]:
-            raise unexpected("a tag")
-        hits = frozenset(match_tags(words.pop(0)[0], vocabulary, what, images))
-        named.extend(sorted(hits))
-        return lambda table: table.any_of(hits)
-
-    words = [(text, True)] if known(text) else list(tokens(text, known, fail))
-    named: list[str] = []
-    test = either(0)
-    if words:
-        raise unexpected("'&', '|' or the end")
-    return test, named
+def signs_in(text: str) -> list[Token]:
+    return [(sign, False) for sign in text if sign in "!()"]
 
 
-# ---- captions -------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Captions:
-    """How tags become text, for a network that reads: Stream(..., captions=Captions(drop=0.1, keep=1)) makes a caption for each
-    position, and batches() hands them on as batch["caption"], a list of texts. train.py knows no such network yet, so it has no
-    flag for this; whoever adds one takes the captions out of the batch, encodes them and passes them to the net as context.
-    """
-    shuffle: bool = True
-    drop: float = 0.0                        # share of tags left out
-    keep: int = 0                            # the first n keep their place, and are not left out
-    empty: float = 0.0                       # share of captions left empty, for classifier-free guidance
-
-    def text(self, tags: Sequence[str], r: np.random.Generator) -> str:
-        """Tags, comma separated. All dice are thrown whatever the settings, so that none moves another."""
-        blank, order, out = r.random(), r.permutation(len(tags)), r.random(len(tags))
-        rest = [i for i in (order if self.shuffle else range(len(tags))) if i >= self.keep and out[i] >= self.drop]
-        return "" if blank < self.empty else ", ".join([*tags[:self.keep], *(tags[i] for i in rest)])
+# ---- files --------------------------------------------------------------------------------------
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def read_tags(root: Path, names: Sequence[str], tables: Sequence[Path], sidecars: set[str]) -> dict[str, tuple[str, ...]]:
-    """Tags by image name: from tables with a file_name and tags (or text, caption) in any folder, and from sidecar files
-    (a.png -> a.txt), which win."""
+def read_tags(
+    root: Path, names: Sequence[str], tables: Sequence[Path], sidecars: set[str]
+) -> dict[str, tuple[str, ...]]:
+    """Tags by image name: from tables with a file_name and tags (or text, caption) in any folder,
+    and from sidecar files (a.png -> a.txt), which win."""
     tags: dict[str, tuple[str, ...]] = {}
     for table in sorted(tables):
-        for number, row in (csv_rows if table.suffix == ".csv" else json_rows)(table):
+        rows = csv_rows if table.suffix == ".csv" else json_rows
+        for number, row in rows(table):
             try:
                 key = str((table.parent / row["file_name"]).relative_to(root))
-                tags[key] = tags_of(row[next((c for c in COLUMNS if c in row), "tags")])
+                column = next((c for c in COLUMNS if c in row), "tags")
+                tags[key] = tags_of(row[column])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{table}:{number}: wanted a \"file_name\" below the folder and \"tags\", got {str(row)[:60]!r} "
-                                f"({type(error).__name__}: {error}).") from None
+                raise UserError(
+                    f'{table}:{number}: wanted a "file_name" below the folder and "tags", '
+                    f"got {str(row)[:60]!r} ({type(error).__name__}: {error})",
+                    do="Mend this line.",
+                ) from None
     absent = sorted(tags.keys() - set(names))
     if absent:
-        print(f"warning: tags for {len(absent):,} files that are not there, first {printable(absent[0])}", file=sys.stderr, flush=True)
+        print(
+            f"warning: tags for {len(absent):,} files that are not there, "
+            f"first {printable(absent[0])}",
+            file=sys.stderr,
+            flush=True,
+        )
     for name in names:
         sidecar = str(Path(name).with_suffix(".txt"))
         if sidecar in sidecars:
@@ -243,18 +326,26 @@ def read_tags(root: Path, names: Sequence[str], tables: Sequence[Path], sidecars
 
 def tags_of(value: object) -> tuple[str, ...]:
     """What a table says about one image: text or a list of texts."""
-    if not isinstance(value, (str, list)) or not all(isinstance(tag, str) for tag in value):
+    if isinstance(value, str):
+        return split_tags(value)
+    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
         raise ValueError("tags are text or a list of texts")
     return split_tags(value)
 
 
 def json_rows(table: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(read_text(table).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{table}:{number}: wanted {{\"file_name\": …, \"tags\": …}}, got {line[:60]!r} ({error}).") from None
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f'{table}:{number}: wanted {{"file_name": …, "tags": …}}, '
+                f"got {line[:60]!r} ({error})",
+                do="Mend this line.",
+            ) from None
+        yield number, row
 
 
 def csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
@@ -268,7 +359,10 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).  Save it as UTF-8.") from None
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})",
+            do="Save it as UTF-8.",
+        ) from None
 
 
 def printable(name: str) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data.dataset as data
 from ckpt.unets import read_tensors
-from data.cache import latents_of
+from data.dataset import latents_of
 from data.dataset import Dataset, Stream, open_dataset
 from diffusion.schedules import T, norm
 from distillation.assessor import (
@@ -42,7 +42,7 @@ from harness.cli import UserError, check_flags, flag
 from harness.files import make_dir, write_text
 from harness.ranks import autocast, pick_device
 from harness.run import versions
-from settings import embedded_tags
+from data.sources import embedded_tags
 from vae import AnyVAE
 
 # Of the terms of Companion.losses.

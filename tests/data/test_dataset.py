@@ -20,7 +20,7 @@ from data.images import decode
 from data.tags import normalize_tag, split_tags
 from vae import fit_pca, load_vae, pixel, psnr, save_vae, vae_from_meta
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -282,7 +282,8 @@ def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
     for i in range(8):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
     script = f"""if True:
-        import sys, sources
+        import sys
+        import data.sources as sources
         from harness.cli import cli
         from data.dataset import Stream, batches, open_dataset
         sources.IN_MEMORY = 0

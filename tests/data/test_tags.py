@@ -1,4 +1,4 @@
-"""Tag expressions against Python's own booleans; captions; tables of tags."""
+"""Tag expressions against Python's own booleans; tables of tags."""
 
 import json
 import random
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from harness.cli import UserError
-from data.dataset import open_dataset, rng
-from data.tags import Captions, TagTable, compile_tags
+from data.dataset import open_dataset
+from data.tags import TagTable, compile_tags
 
 TAGS = ["glasses", "cat ears", "albedo (overlord)", "character:nova", "dungeons & dragons", ":)", "!!", "smile", "frown", "(o) (o)"]
 VOCABULARY = Counter({tag: 1 for tag in TAGS})
@@ -127,32 +127,6 @@ def test_stages_by_expression_add_up(tmp_path):
     assert f"stage2 {text!r}: 2 found, 2 used" in stage2.report and f"fine {text!r}: 2 found, 0 used" in fine.report
     both = open_dataset(str(tmp_path), stage="stage2", exclude_tags=("smile", text), resolution=8, holdout=0)   # the comma is an or
     assert list(both.index) == [0, 2, 3]
-
-
-# ---- captions -------------------------------------------------------------------------------------------------------
-
-def test_captions_keep_the_first_and_drop_their_share():
-    tags, how = [f"t{i}" for i in range(10)], Captions(shuffle=True, drop=0.3, keep=2, empty=0.1)
-    texts = [how.text(tags, rng(0, "caption", p)) for p in range(4000)]
-    parts = [text.split(", ") for text in texts if text]
-    assert abs(len(parts) / 4000 - 0.9) < 0.02
-    assert all(p[:2] == ["t0", "t1"] and len(set(p)) == len(p) for p in parts)
-    count = Counter(tag for p in parts for tag in p[2:])
-    assert all(abs(count[t] / len(parts) - 0.7) < 0.03 for t in tags[2:])
-    first = Counter(p[2] for p in parts if len(p) > 2)                          # each of the others is as often the first of them
-    assert min(first.values()) > 0.8 * max(first.values())
-    assert texts == [how.text(tags, rng(0, "caption", p)) for p in range(4000)] != [how.text(tags, rng(1, "caption", p)) for p in range(4000)]
-
-
-def test_one_setting_of_captions_moves_no_other():
-    tags = [f"t{i}" for i in range(8)]
-    plain = [Captions(shuffle=False).text(tags, np.random.default_rng(p)) for p in range(50)]
-    assert set(plain) == {", ".join(tags)}
-    for p in range(50):
-        full, dropped, kept = (how.text(tags, np.random.default_rng(p)).split(", ") for how in (
-            Captions(), Captions(drop=0.4, keep=1), Captions(shuffle=False, drop=0.4, keep=1)))
-        assert [t for t in full if t in dropped[1:]] == dropped[1:] and set(kept) == set(dropped) and kept == sorted(kept)
-    assert Captions(keep=3).text((), np.random.default_rng(0)) == "" and Captions(keep=3).text(("a",), np.random.default_rng(0)) == "a"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
