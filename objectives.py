@@ -2,126 +2,121 @@
 
     objective = make_objective("fm")                       # "ddpm" "v" "x0" "fm" "cfm"
     objective.loss(net, x0).loss.backward()
-    x0, eps, u = objective.predict(net, x, t)              # whatever the network was trained to output
+    x0, eps, u = objective.predict(net, x, t)              # whatever the network was trained to say
 
 Time, everywhere in this project:  t in [0, 1],  t = 0 is data,  t = 1 is noise.
 
     linear path (fm)     xt = (1 - t) x0 + t eps           velocity u = dx/dt = eps - x0
-    VP path (ddpm, v)    xt = a x0 + s eps,  a² + s² = 1   row k of a table of 1000, or gvp, continuous
+    VP path (ddpm, v)    xt = a x0 + s eps,  a² + s² = 1   row k of a table of 1000, or gvp
 
-Both mix the same x0 and eps; they differ by a factor. With t = s / (a + s) the VP point is the linear point divided by
-sqrt((1-t)² + t²), so an objective is three things: the t it trains at, what it feeds the network (a factor on x and a
-number for t), and what it asks for (u, eps, v or x0). Losses at equal t are losses at equal signal-to-noise ratio.
+Both mix the same x0 and eps; they differ by a factor. With t = s / (a + s) the VP point is the
+linear point divided by sqrt((1-t)² + t²), so an objective is three things: the t it trains at, what
+it feeds the network (a factor on x and a number for t), and what it asks for (u, eps, v or x0).
+Losses at equal t are losses at equal signal-to-noise ratio.
 
-An eps or v network becomes a flow in one of two ways. Native: train "fm" on its weights; it is fed 1000 t and asked for u, so
-the loss starts high. Aligned: keep its objective with aligned=True; it goes on saying eps or v of its own rows, only the loss is
-on the u that this implies, so training starts at its full quality. Times end at its table's end, t_max.
+An eps or v network becomes a flow in one of two ways. Native: train "fm" on its weights; it is fed
+1000 t and asked for u, so the loss starts high. Aligned: keep its objective with aligned=True; it
+goes on saying eps or v of its own rows, only the loss is on the u that this implies, so training
+starts at its full quality. Times end at its table's end, t_max.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any, Callable, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from diffusion.coupling import add_noise, ot_permutation
-from diffusion.schedules import T, TABLES, alphas_bar, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile  # noqa: F401
+from diffusion.schedules import (
+    T, TABLES, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile,
+)
+from diffusion.variance import variational_bound
 
-Net = Callable[..., Tensor]                  # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
-EDGE = 1e-3                                  # how near eps may come to t = 1, and x0 to t = 0, where no table ends before
+__all__ = ["Loss", "Net", "Objective", "PRESETS", "loss_weight", "make_objective", "sample_t"]
+
+# net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
+Net = Callable[..., Tensor]
+# How near eps may come to t = 1, and x0 to t = 0, where no table ends before.
+EDGE = 1e-3
 
 
 class Loss(NamedTuple):
-    loss: Tensor            # () mean of per_sample
-    per_sample: Tensor      # (B,) weighted loss, mean over C, H, W
-    t: Tensor               # (B,) linear-path time
+    loss: Tensor  # () mean of per_sample
+    per_sample: Tensor  # (B,) weighted loss, mean over C, H, W
+    t: Tensor  # (B,) linear-path time
 
 
 @dataclass(frozen=True)
 class Objective:
     """What a network is trained to say. Use make_objective() for the presets."""
+
     name: str
-    target: Literal["u", "eps", "v", "x0"]   # u is the velocity along the objective's own path
-    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""   # "" = the linear path; else a VP schedule (schedules.py)
-    density: Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"] = "uniform"   # of t (linear path, aligned) or of k / 1000 (VP)
-    t_loc: float | None = None               # of the density; None = its own
-    t_scale: float | None = None             # of the density; None = its own
-    shift: float = 1.0                       # of the training times; > 1 = more noise
+    # u is the velocity along the objective's own path.
+    target: Literal["u", "eps", "v", "x0"]
+    # "" = the linear path; else a VP schedule (diffusion/schedules.py).
+    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""
+    # Of t (linear path, aligned) or of k / 1000 (VP); None = the density's own loc and scale.
+    density: Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"] = "uniform"
+    t_loc: float | None = None
+    t_scale: float | None = None
+    shift: float = 1.0  # of the training times; > 1 = more noise
     loss_type: Literal["mse", "l1", "huber"] = "mse"
-    huber_c: float = 0.03                    # pseudo-Huber: c² (sqrt(d²/c² + 1) - 1) · 2 -> d² for small d
+    huber_c: float = 0.03  # pseudo-Huber: c² (sqrt(d²/c² + 1) - 1) · 2 -> d² for small d
     weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = "uniform"
-    gamma: float = 5.0                       # min_snr, soft_min_snr
-    zero_snr: bool = False                   # of a table: its last row is pure noise
-    stratified: bool = False                 # one training time in each of n equal strata of a batch of n
-    learn_sigma: bool = False                # the network also outputs how the variance lies between its bounds, in C more channels
-    aligned: bool = False                    # the loss is on the linear path's velocity that the prediction implies
-    coupling: Literal["none", "ot", "lowres"] = "none"   # coupling.py
-    noise_aug: float = 0.5883                # lowres: noise's standard deviation in the source
-    upsample: Literal["psu", "bilinear", "nearest"] = "psu"   # lowres
-    lowres: int = 2                          # lowres: how many times smaller
+    gamma: float = 5.0  # min_snr, soft_min_snr
+    zero_snr: bool = False  # of a table: its last row is pure noise
+    stratified: bool = False  # one training time in each of n equal strata of a batch of n
+    # The network also says how the variance lies between its bounds, in C more channels.
+    learn_sigma: bool = False
+    aligned: bool = False  # the loss is on the linear path's velocity that the prediction implies
+    coupling: Literal["none", "ot", "lowres"] = "none"  # diffusion/coupling.py
+    noise_aug: float = 0.5883  # lowres: noise's standard deviation in the source
+    upsample: Literal["psu", "bilinear", "nearest"] = "psu"  # lowres
+    lowres: int = 2  # lowres: how many times smaller
 
     def __post_init__(self):
-        for field in fields(self):
-            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
-                raise ValueError(f"{field.name} {getattr(self, field.name)!r} is not one of {', '.join(map(repr, get_args(field.type)))}.")
-        if self.density == "mode" and not -1 <= (1 if self.t_scale is None else self.t_scale) <= 2 / (math.pi - 2):
-            raise ValueError(f"t_scale {self.t_scale:g} of density mode: wanted -1 to 1.75, where it is invertible.")
-        if self.density not in ("uniform", "mode") and self.t_scale is not None and self.t_scale <= 0:
-            raise ValueError(f"t_scale {self.t_scale:g} of density {self.density}: wanted more than 0.")
-        if self.density == "gaussian" and self.t_loc is not None and not 0 <= self.t_loc <= 1:
-            raise ValueError(f"t_loc {self.t_loc:g} of density gaussian: wanted 0 to 1, a time.")
-        if self.zero_snr and self.table not in TABLES:
-            raise ValueError(f"zero_snr changes the last row of a table; {self.table or 'the linear path'} ends in pure noise as it is.")
-        if self.zero_snr and self.target == "eps":
-            raise ValueError("zero_snr with target eps: the last row holds nothing but eps, so predicting it says nothing of x0.  Use v or x0.")
-        if self.target == "u" and self.table in TABLES:
-            raise ValueError(f"target u with table {self.table}: a table's rows are not spaced in any unit of time, so it has no velocity of its own.  "
-                             "Use target v (the velocity per angle), or table gvp.")
-        if self.learn_sigma and (self.table not in TABLES or self.aligned):
-            raise ValueError("learn_sigma learns the variance of steps between a table's rows: it needs a table (linear, cosine, "
-                             "scaled_linear), not aligned.")
-        if self.aligned and self.target == "u":
-            raise ValueError("aligned reads a velocity out of eps, v or x0; target u is one already.")
-        if self.coupling == "lowres" and (self.target != "u" or self.table):
-            raise ValueError("coupling lowres needs target u on the linear path: its starting point is not the unit noise that the "
-                             "others take for granted.")
-        if not 0 <= self.noise_aug <= 1:
-            raise ValueError(f"noise_aug {self.noise_aug:g}: wanted 0 to 1, the noise's standard deviation.")
+        for problem in problems(self):
+            raise ValueError(problem)
 
-    # ---- time ----
+    # ---- time -----------------------------------------------------------------------------------
 
     @property
     def t_max(self) -> float:
-        """Where sampling starts: the last row's t on a VP table (0.9937 for Ho's), else 1; eps, which says nothing of x0
-        there, stops short of it."""
+        """Where sampling starts: the last row's t on a VP table (0.9937 for Ho's), else 1; eps,
+        which says nothing of x0 there, stops short of it."""
         if self.table in TABLES:
             return float(table_time(self.table, torch.tensor(T - 1), self.zero_snr))
         return 1 - EDGE if self.target == "eps" else 1.0
 
     @property
     def t_min(self) -> float:
-        """The smallest t a network is asked about: 0, but where x0 is predicted, which says nothing of eps at 0."""
+        """The smallest t a network is asked about: 0, but where x0 is predicted, which says nothing
+        of eps at 0."""
         if self.target != "x0":
             return 0.0
-        return float(table_time(self.table, torch.tensor(0), self.zero_snr)) if self.table in TABLES else EDGE
+        if self.table in TABLES:
+            return float(table_time(self.table, torch.tensor(0), self.zero_snr))
+        return EDGE
 
     def time(self, q: Tensor) -> Tensor:
         """Uniform q (B,) -> training times t (B,) fp32 on the linear path. VP tables draw whole rows.
 
-        Aligned, the density is of the linear path's own t, scaled to end where the table does: an eps network has seen
-        nothing noisier, and u = (eps - x) / (1 - t) would blow up its errors.
+        Aligned, the density is of the linear path's own t, scaled to end where the table does: an
+        eps network has seen nothing noisier, and u = (eps - x) / (1 - t) would blow up its errors.
         """
         t = shift_time(time_quantile(q, self.density, self.t_loc, self.t_scale), self.shift)
         if self.aligned:
             t = t * self.t_max
+        elif self.table in TABLES:
+            t = table_time(self.table, (t * T).floor(), self.zero_snr)
         elif self.table:
-            t = table_time(self.table, (t * T).floor() if self.table in TABLES else t * T, self.zero_snr)
+            t = table_time(self.table, t * T)
         return t.float().clamp(self.t_min, self.t_max)
 
     def row(self, t: Tensor) -> Tensor:
-        """The number in [0, 1000] a network is fed for linear-path times t, in t's shape, float64."""
+        """The number in [0, 1000] a network is fed for linear-path times t: t's shape, float64."""
         return table_row(self.table, t, self.zero_snr) if self.table else t.double() * T
 
     def prior(self, noise: Tensor) -> Tensor:
@@ -129,78 +124,143 @@ class Objective:
         return noise * norm(torch.tensor(self.t_max))
 
     def source(self, z_up: Tensor, noise: Tensor) -> Tensor:
-        """coupling lowres: where the path starts, from the enlarged low-resolution latents (B, C, H, W)."""
+        """coupling lowres: where the path starts, from the enlarged low-resolution latents
+        (B, C, H, W)."""
         return add_noise(z_up, noise, self.noise_aug)
 
-    # ---- training ----
+    # ---- training -------------------------------------------------------------------------------
 
-    def loss(self, net: Net, x0: Tensor, *, eps: Tensor | None = None, t: Tensor | None = None,
-             generator: torch.Generator | None = None, source: Tensor | None = None, **cond: Any) -> Loss:
+    def loss(
+        self,
+        net: Net,
+        x0: Tensor,
+        *,
+        eps: Tensor | None = None,
+        t: Tensor | None = None,
+        q: Tensor | None = None,
+        position: Tensor | None = None,
+        strata: int = 0,
+        low: Tensor | None = None,
+        source: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **cond: Any,
+    ) -> Loss:
         """One training step's loss for data x0 (B, C, H, W), with noise and times drawn or given.
 
-        `source` replaces the noise by another starting distribution (coupling); only velocities know it.
-        cond["concat"] (B, C', H, W) is put beside x on the network's input channels, the rest goes to it as it is.
+        Times: t (B,), or q (B,), uniform, which the objective turns into its own; stratified, over
+        `strata` consecutive positions of a run, those of q being `position` (B,).
+        low (B, C, H, W), coupling lowres: the enlarged low-resolution latents. The path starts from
+        them and eps, and the network sees them beside x.
+        source (B, C, H, W) replaces eps by another starting distribution; only velocities know it.
+        cond["concat"] (B, C', H, W) is put beside x on the network's input channels, the rest goes
+        to it as it is.
         """
-        drawn_on = generator.device if generator is not None else x0.device
         if t is None:
-            q = torch.rand(len(x0), dtype=torch.float64, generator=generator, device=drawn_on).to(x0.device)
-            t = self.time(stratify(q, torch.arange(len(q), device=q.device), len(q)) if self.stratified else q)
+            t = self.draw_times(x0, q, position, strata, generator)
+        if low is not None:
+            noise = unit_noise(x0, generator) if eps is None else eps
+            source, eps, cond = self.source(low, noise), None, {**cond, "concat": low}
         if source is not None and (self.target != "u" or eps is not None):
             raise ValueError("source= replaces eps= and needs the linear path with target 'u'.")
         if source is None and self.coupling == "lowres":
-            raise ValueError("coupling lowres needs source= and concat= (coupling.lowres_coupling makes them).")
-        if source is None and eps is None:
-            eps = torch.randn(x0.shape, generator=generator, device=drawn_on).to(x0.device)
-        x0, eps, t = x0.float(), (eps if source is None else source).float(), t.float()
-        if self.coupling == "ot" and source is None:
-            eps = eps[ot_permutation(x0, eps, cond.get("y"))]
+            raise ValueError("coupling lowres needs low= (or source= and concat=).")
+        if source is None:
+            source = unit_noise(x0, generator) if eps is None else eps
+            if self.coupling == "ot":
+                source = source[ot_permutation(x0.float(), source.float(), cond.get("y"))]
+        return self.loss_between(net, x0.float(), source.float(), t.float(), cond)
+
+    def draw_times(
+        self,
+        x0: Tensor,
+        q: Tensor | None,
+        position: Tensor | None,
+        strata: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The times of a batch, from q (B,) if it is given."""
+        if q is None:
+            device = x0.device if generator is None else generator.device
+            q = torch.rand(len(x0), dtype=torch.float64, generator=generator, device=device)
+            q = q.to(x0.device)
+        if self.stratified:
+            position = torch.arange(len(q), device=q.device) if position is None else position
+            q = stratify(q, position, strata or len(q))
+        return self.time(q)
+
+    def loss_between(
+        self, net: Net, x0: Tensor, eps: Tensor, t: Tensor, cond: dict[str, Any]
+    ) -> Loss:
+        """The loss at times t (B,) on the lines from x0 to eps (B, C, H, W), all fp32."""
         w = t.view(-1, 1, 1, 1)
         x = (1 - w) * x0 + w * eps
-        out = self.call(net, x, t, **cond)
-        out, sigma = out.split(x.shape[1], 1) if self.learn_sigma else (out, None)
-        error = self.triple(out, x, w)[2] - (eps - x0) if self.aligned else out - self.goal(x0, eps, w)
+        out, sigma = self.call(net, x, t, **cond), None
+        if self.learn_sigma:
+            out, sigma = out.split(x.shape[1], 1)
+        if self.aligned:
+            error = self.triple(out, x, w)[2] - (eps - x0)
+        else:
+            error = out - self.goal(x0, eps, w)
         per_sample = per_element(error, self.loss_type, self.huber_c).flatten(1).mean(1)
         if self.weight != "uniform":
-            per_sample = per_sample * loss_weight(t, "u" if self.aligned else self.what, self.weight, self.gamma)
-        if sigma is not None:                                                   # Nichol & Dhariwal 2021, eq. 16: 0.001 times the sum over T rows
+            what = "u" if self.aligned else self.what
+            per_sample = per_sample * loss_weight(t, what, self.weight, self.gamma)
+        if sigma is not None:
+            # Nichol & Dhariwal 2021, eq. 16: 0.001 times the sum over T rows
             per_sample = per_sample + 0.001 * T * self.variational_bound(error.detach(), sigma, t)
         return Loss(per_sample.mean(), per_sample, t)
 
+    def variational_bound(self, error: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+        """The bound's term in bits per dimension, (B,), for errors of the target and the variance
+        output, each (B, C, H, W). The error comes detached."""
+        x0_error = error.double().square() * x0_share(t, self.target).view(-1, 1, 1, 1)
+        bits = variational_bound(x0_error, sigma, self.row(t), self.table, self.zero_snr)
+        return bits.to(t.dtype)
+
     @property
     def what(self) -> str:
-        """The target; "pi/2 v" for the velocity of gvp, which is that: d(a x0 + s eps)/dk · 1000 = pi/2 (a eps - s x0)."""
+        """The target; "pi/2 v" for the velocity of gvp, which is that:
+        d(a x0 + s eps)/dk · 1000 = pi/2 (a eps - s x0)."""
         return "pi/2 v" if self.target == "u" and self.table else self.target
 
-    def call(self, net: Net, x: Tensor, t: Tensor, concat: Tensor | None = None, **cond: Any) -> Tensor:
-        """Run the network on the linear-path point x at t, in its own coordinates; returns fp32."""
-        x = x / norm(t).view(-1, 1, 1, 1) if self.table else x
-        x = x if concat is None else torch.cat([x, concat.to(x.dtype)], 1)
+    def call(
+        self, net: Net, x: Tensor, t: Tensor, concat: Tensor | None = None, **cond: Any
+    ) -> Tensor:
+        """Run the network on the linear-path point x at t, in its own coordinates; fp32."""
+        if self.table:
+            x = x / norm(t).view(-1, 1, 1, 1)
+        if concat is not None:
+            x = torch.cat([x, concat.to(x.dtype)], 1)
         return net(x, self.row(t).float(), **cond).float()
 
     def goal(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should output; t broadcasts against x0."""
-        if self.what in ("v", "pi/2 v"):                                        # Salimans & Ho 2022: v = a eps - s x0
+        if self.what in ("v", "pi/2 v"):  # Salimans & Ho 2022: v = a eps - s x0
             v = ((1 - t) * eps - t * x0) / norm(t)
             return v if self.what == "v" else math.pi / 2 * v
         return {"u": eps - x0, "eps": eps, "x0": x0}[self.what]
 
-    # ---- reading a network ----
+    # ---- reading a network ----------------------------------------------------------------------
 
-    def predict(self, net: Net, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's opinion at x (B, C, H, W) on the linear path at t (B,): (x0, eps, u), at least fp32."""
+    def predict(
+        self, net: Net, x: Tensor, t: Tensor, **cond: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's opinion at x (B, C, H, W) on the linear path at t (B,): (x0, eps, u), at
+        least fp32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x, w = x.to(wide), t.to(wide).view(-1, 1, 1, 1)
         out = self.call(net, x.float(), t.float(), **cond).to(wide)
-        return self.triple(out[:, :x.shape[1]] if self.learn_sigma else out, x, w)
+        return self.triple(out[:, : x.shape[1]] if self.learn_sigma else out, x, w)
 
     def triple(self, out: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A prediction at the linear path's point x -> (x0, eps, u). t broadcasts against x.
 
-        u and v convert without a division. eps divides by 1 - t and x0 by t; beyond t_max and t_min, where a network is
-        asked about the last point it knows, by what they are there.
+        u and v convert without a division. eps divides by 1 - t and x0 by t; beyond t_max and
+        t_min, where a network is asked about the last point it knows, by what they are there.
         """
         if self.what in ("v", "pi/2 v"):
-            n, v = norm(t), out if self.what == "v" else out / (math.pi / 2)
+            n = norm(t)
+            v = out if self.what == "v" else out / (math.pi / 2)
             x0, eps = ((1 - t) * x / n - t * v) / n, (t * x / n + (1 - t) * v) / n
         elif self.target == "u":
             return x - t * out, x + (1 - t) * out, out
@@ -210,73 +270,96 @@ class Objective:
             x0, eps = out, (x - (1 - t) * out) / t.clamp(min=self.t_min)
         return x0, eps, eps - x0
 
-    def variational_bound(self, error: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-        """The bound's term in bits per dimension, (B,), for errors of the target and the variance output, each (B, C, H, W).
 
-        The step from row k to k - 1 has a variance between its posterior's and beta_k; sigma in [-1, 1] interpolates their
-        logarithms. The term is KL(q(x_k-1 | x_k, x0) || p), and at row 0 the Gaussian -log p(x0 | x_0): guided-diffusion counts
-        8-bit pixels there, which latents are not. The error comes detached, so the mean is not trained by it.
-        """
-        k = self.row(t)
-        low = k.floor().clamp(max=T - 2).long()
-        small, large, gain = (torch.lerp(row[low], row[low + 1], k - low).view(-1, 1, 1, 1)
-                              for row in posterior(self.table, self.zero_snr, t.device))
-        log_var = small + (sigma.double() + 1) / 2 * (large - small)
-        x0_error = error.double().square() * x0_share(t, self.target).view(-1, 1, 1, 1)
-        kl = 0.5 * (log_var - small - 1 + (small - log_var).exp() + gain.square() * x0_error * (-log_var).exp())
-        nll = 0.5 * (math.log(2 * math.pi) + log_var + x0_error * (-log_var).exp())
-        bits = torch.where(k.view(-1, 1, 1, 1) < 0.5, nll, kl) / math.log(2)
-        return bits.flatten(1).mean(1).to(t.dtype)
+def problems(o: Objective) -> Iterator[str]:
+    """What of an objective contradicts itself."""
+    for field in fields(o):
+        value, choices = getattr(o, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            yield f"{field.name} {value!r} is not one of {', '.join(map(repr, choices))}."
+    scale = 1 if o.t_scale is None else o.t_scale
+    if o.density == "mode" and not -1 <= scale <= 2 / (math.pi - 2):
+        yield f"t_scale {scale:g} of density mode: wanted -1 to 1.75, where it is invertible."
+    if o.density not in ("uniform", "mode") and scale <= 0:
+        yield f"t_scale {scale:g} of density {o.density}: wanted more than 0."
+    if o.density == "gaussian" and o.t_loc is not None and not 0 <= o.t_loc <= 1:
+        yield f"t_loc {o.t_loc:g} of density gaussian: wanted 0 to 1, a time."
+    if o.zero_snr and o.table not in TABLES:
+        where = o.table or "the linear path"
+        yield f"zero_snr changes the last row of a table; {where} ends in pure noise as it is."
+    if o.zero_snr and o.target == "eps":
+        yield (
+            "zero_snr with target eps: the last row holds nothing but eps, so predicting it says "
+            "nothing of x0.  Use v or x0."
+        )
+    if o.target == "u" and o.table in TABLES:
+        yield (
+            f"target u with table {o.table}: a table's rows are not spaced in any unit of time, so "
+            "it has no velocity of its own.  Use target v (the velocity per angle), or table gvp."
+        )
+    if o.learn_sigma and (o.table not in TABLES or o.aligned):
+        yield (
+            "learn_sigma learns the variance of steps between a table's rows: it needs a table "
+            "(linear, cosine, scaled_linear), not aligned."
+        )
+    if o.aligned and o.target == "u":
+        yield "aligned reads a velocity out of eps, v or x0; target u is one already."
+    if o.coupling == "lowres" and (o.target != "u" or o.table):
+        yield (
+            "coupling lowres needs target u on the linear path: its starting point is not the unit "
+            "noise that the others take for granted."
+        )
+    if not 0 <= o.noise_aug <= 1:
+        yield f"noise_aug {o.noise_aug:g}: wanted 0 to 1, the noise's standard deviation."
+
+
+def unit_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise in the shape of `like`, drawn where the generator is, fp32."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like.device)
 
 
 def per_element(error: Tensor, kind: str, c: float) -> Tensor:
     """mse, l1 or pseudo-Huber of each element."""
     if kind == "huber":
-        return 2 * c ** 2 * ((error / c).square().add(1).sqrt() - 1)
+        return 2 * c**2 * ((error / c).square().add(1).sqrt() - 1)
     return error.square() if kind == "mse" else error.abs()
 
 
-@lru_cache
-def posterior(table: str, zero_snr: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the steps from row k to k - 1, (1000,) float64 each: log of the posterior's variance (row 0, where it is 0, has
-    row 1's), log beta_k, and how much of an error of x0 reaches the posterior's mean (Ho et al. 2020, eq. 7)."""
-    ab = alphas_bar(table, zero_snr).to(device)
-    before = torch.cat([ab.new_ones(1), ab[:-1]])
-    beta = 1 - ab / before
-    small = beta * (1 - before) / (1 - ab)
-    small[0] = small[1]
-    return small.log(), beta.log(), before.sqrt() * beta / (1 - ab)
+# ---- weights ------------------------------------------------------------------------------------
 
-
-# ---- weights --------------------------------------------------------------------------------------------------------
 
 def x0_share(t: Tensor, target: str) -> Tensor:
-    """|x0 error|² / |target's error|² at the same point, for t (B,), float64: u t², v s², eps (s/a)², x0 1."""
+    """|x0 error|² / |target's error|² at the same point, for t (B,), float64:
+    u t², v s², eps (s/a)², x0 1."""
     p, q = ends(t)
-    return {"u": q, "v": q / (p + q), "pi/2 v": q / (p + q) / (math.pi / 2) ** 2, "eps": q / p, "x0": torch.ones_like(q)}[target]
+    shares = {"u": q, "v": q / (p + q), "eps": q / p, "x0": torch.ones_like(q)}
+    shares["pi/2 v"] = shares["v"] / (math.pi / 2) ** 2
+    return shares[target]
 
 
 def ends(t: Tensor) -> tuple[Tensor, Tensor]:
-    """((1-t)², t²), float64, whose ratio is the SNR. The floor makes 0/0 its limit at t = 0 and t = 1."""
+    """((1-t)², t²), float64, whose ratio is the SNR. The floor makes 0/0 its limit at t = 0, 1."""
     t = t.double()
     return (1 - t).square().clamp(min=1e-30), t.square().clamp(min=1e-30)
 
 
 def loss_weight(t: Tensor, target: str, kind: str, gamma: float = 5.0) -> Tensor:
-    """The weight of a target's squared error at t (B,), in t's dtype. Each is defined once, on the error of x0; the same
-    error of x0 then counts alike whatever the network predicts.
+    """The weight of a target's squared error at t (B,), in t's dtype. Each is defined once, on the
+    error of x0; the same error of x0 then counts alike whatever the network predicts.
 
-    uniform        1 on the target's own error (the only one that means another thing for every target)
-    min_snr        min(SNR, gamma)                      Hang et al. 2023, gamma 5
-    soft_min_snr   SNR gamma / (SNR + gamma)            Crowson et al. 2024, gamma 4
-    debiased       SNR / sqrt(min(SNR, 1000))           Yu et al. 2023: 1 / sqrt(SNR) on eps; the cap is kohya-ss's
-    cosmap         2 / (pi ((1-t)² + t²)) on u          SD3, Esser et al. 2024
+    uniform        1 on the target's own error: it alone means another thing for every target
+    min_snr        min(SNR, gamma)                    Hang et al. 2023, gamma 5
+    soft_min_snr   SNR gamma / (SNR + gamma)          Crowson et al. 2024, gamma 4
+    debiased       SNR / sqrt(min(SNR, 1000))         Yu et al. 2023: 1 / sqrt(SNR) on eps; the cap
+                                                      is kohya-ss's
+    cosmap         2 / (pi ((1-t)² + t²)) on u        SD3, Esser et al. 2024
     """
     p, q = ends(t)
     if kind == "uniform":
         return torch.ones_like(t)
     if kind == "min_snr":
-        on_u = torch.minimum(p, gamma * q)                                      # the weight on x0, times t²: finite everywhere
+        on_u = torch.minimum(p, gamma * q)  # the weight on x0, times t²: finite everywhere
     elif kind == "soft_min_snr":
         on_u = gamma * p * q / (p + gamma * q)
     elif kind == "debiased":
@@ -284,7 +367,8 @@ def loss_weight(t: Tensor, target: str, kind: str, gamma: float = 5.0) -> Tensor
     elif kind == "cosmap":
         on_u = 2 / (math.pi * (p + q))
     else:
-        raise ValueError(f"weight {kind!r} is not one of uniform, min_snr, soft_min_snr, debiased, cosmap.")
+        kinds = "uniform, min_snr, soft_min_snr, debiased, cosmap"
+        raise ValueError(f"weight {kind!r} is not one of {kinds}.")
     return (on_u / q * x0_share(t, target)).to(t.dtype)
 
 
@@ -292,14 +376,15 @@ PRESETS: dict[str, Objective] = {
     "fm": Objective("fm", "u", density="logit_normal"),
     "cfm": Objective("cfm", "u", coupling="lowres"),
     "ddpm": Objective("ddpm", "eps", "linear"),
-    # v and x0 stay regular where eps does not, so they can use the table that reaches (almost) pure noise.
+    # v and x0 stay regular where eps does not: theirs is the table that reaches (almost) pure noise
     "v": Objective("v", "v", "cosine"),
     "x0": Objective("x0", "x0", "cosine"),
 }
 
 
 def make_objective(name: str, **overrides: Any) -> Objective:
-    """A preset by name with fields replaced: make_objective("ddpm", table="cosine", weight="min_snr")."""
+    """A preset by name with fields replaced:
+    make_objective("ddpm", table="cosine", weight="min_snr")."""
     if name not in PRESETS:
         raise ValueError(f"objective {name!r} is not one of {', '.join(PRESETS)}.")
     return replace(PRESETS[name], **overrides)

@@ -17,12 +17,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-T = 1000                                     # rows of a VP table, and the scale of the time a network is fed
+T = 1000  # rows of a VP table, and the scale of the time a network is fed
 TABLES = ("linear", "cosine", "scaled_linear")
-DENSITIES = {"uniform": (0.0, 1.0), "logit_normal": (0.0, 1.0), "gaussian": (0.5, 0.2), "mode": (0.0, 1.29), "lognormal": (-1.2, 1.2)}   # loc, scale
+DENSITIES = {
+    "uniform": (0.0, 1.0),
+    "logit_normal": (0.0, 1.0),
+    "gaussian": (0.5, 0.2),
+    "mode": (0.0, 1.29),
+    "lognormal": (-1.2, 1.2),
+}  # loc, scale
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
+
 
 @lru_cache
 def alphas_bar(table: str, zero_snr: bool = False) -> Tensor:
@@ -65,7 +72,7 @@ def table_time(table: str, k: Tensor, zero_snr: bool = False) -> Tensor:
         angle = k.clamp(0, T) * (math.pi / 2 / T)
         return angle.sin() / (angle.sin() + angle.cos())
     logit, k = table_logit(table, k.device, zero_snr), k.clamp(0, T - 1)
-    last = T - 1 - zero_snr                                                     # the last row that is not infinite
+    last = T - 1 - zero_snr  # the last row that is not infinite
     low = k.floor().clamp(max=last - 1).long()
     t = torch.sigmoid(torch.lerp(logit[low], logit[low + 1], (k - low).clamp(max=1)))
     if zero_snr:
@@ -100,6 +107,7 @@ def norm(t: Tensor) -> Tensor:
 
 # ---- training times -------------------------------------------------------------------------------------------------
 
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Multiply the odds t / (1 - t) by `shift` (SD3, Esser et al. 2024 eq. 23). > 1 moves towards noise."""
     return shift * t / (1 + (shift - 1) * t)
@@ -112,7 +120,9 @@ def resolution_shift(height: int, width: int, base: int = 32) -> float:
     return math.sqrt(height * width) / base
 
 
-def time_quantile(q: Tensor, density: str = "uniform", loc: float | None = None, scale: float | None = None) -> Tensor:
+def time_quantile(
+    q: Tensor, density: str = "uniform", loc: float | None = None, scale: float | None = None
+) -> Tensor:
     """Inverse CDF of a density over t: uniform q (n,) in [0, 1] -> t (n,), float64. loc, scale: None = the density's own.
 
     uniform
@@ -123,12 +133,16 @@ def time_quantile(q: Tensor, density: str = "uniform", loc: float | None = None,
     """
     if density not in DENSITIES:
         raise ValueError(f"density {density!r} is not one of {', '.join(DENSITIES)}.")
-    loc, scale = (own if given is None else given for given, own in zip((loc, scale), DENSITIES[density]))
+    loc, scale = (
+        own if given is None else given for given, own in zip((loc, scale), DENSITIES[density])
+    )
     q = q.double()
     if density == "uniform":
         return q
     if density == "mode":
-        return q - scale * (torch.sin(math.pi / 2 * q).square() - q)            # cos²(pi (1-q) / 2) = sin²(pi q / 2)
+        return q - scale * (
+            torch.sin(math.pi / 2 * q).square() - q
+        )  # cos²(pi (1-q) / 2) = sin²(pi q / 2)
     if density == "gaussian":
         low, high = (0.5 * math.erfc((loc - edge) / scale / math.sqrt(2)) for edge in (0, 1))
         return (loc + scale * torch.special.ndtri(low + q * (high - low))).clamp(0, 1)
@@ -141,8 +155,14 @@ def stratify(q: Tensor, position: Tensor, batch: int) -> Tensor:
     return (position % batch + q.double()) / batch
 
 
-def sample_t(n: int, density: str = "uniform", shift: float = 1.0, generator: torch.Generator | None = None,
-             loc: float | None = None, scale: float | None = None) -> Tensor:
+def sample_t(
+    n: int,
+    density: str = "uniform",
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    loc: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Draw n times from a density, then shift them; (n,) fp32."""
     q = torch.rand(n, dtype=torch.float64, generator=generator)
     return shift_time(time_quantile(q, density, loc, scale), shift).float()

@@ -11,15 +11,22 @@ import sys
 import torch
 from torch import Tensor
 
-from objectives import Objective
 from diffusion.schedules import TABLES, T, shift_time, table_row, table_time
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0     # Karras et al. 2022, table 1
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al. 2022, table 1
 
 
 # ---- grids: falling times that end in exactly 0, float64 ------------------------------------------------------------
 
-def time_grid(steps: int, shift: float = 1.0, t_start: float = 1.0, kind: str = "uniform", table: str = "", zero_snr: bool = False) -> Tensor:
+
+def time_grid(
+    steps: int,
+    shift: float = 1.0,
+    t_start: float = 1.0,
+    kind: str = "uniform",
+    table: str = "",
+    zero_snr: bool = False,
+) -> Tensor:
     """steps + 1 times from t_start to 0.  `shift` multiplies the odds t / (1 - t) of t as a share of t_start: > 1 = more steps near the noise.
 
     uniform: evenly in t | karras: in sigma^(1/7), sigma = t / (1 - t) (Karras et al. 2022, eq. 5) | logsnr: in log sigma |
@@ -31,20 +38,41 @@ def time_grid(steps: int, shift: float = 1.0, t_start: float = 1.0, kind: str = 
         raise ValueError(f"steps is {steps}: wanted at least 1.")
     if kind in ("trailing", "leading", "linspace"):
         if table not in TABLES or shift != 1.0:
-            raise ValueError(f"grid {kind!r} is made of rows of a VP table, unshifted: got table {table!r}, shift {shift:g}.")
-        times = table_time(table, table_rows(steps, kind, round(float(table_row(table, torch.tensor(t_start), zero_snr))) + 1), zero_snr)
+            raise ValueError(
+                f"grid {kind!r} is made of rows of a VP table, unshifted: got table {table!r}, shift {shift:g}."
+            )
+        times = table_time(
+            table,
+            table_rows(
+                steps, kind, round(float(table_row(table, torch.tensor(t_start), zero_snr))) + 1
+            ),
+            zero_snr,
+        )
         return torch.cat([times, times.new_zeros(1)])
     q = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if kind in ("karras", "logsnr"):
-        low = float(table_time(table, torch.tensor(0), zero_snr)) if table in TABLES else SIGMA_MIN / (1 + SIGMA_MIN)
-        low, high = low / (1 - low), SIGMA_MAX if t_start == 1 else min(t_start / (1 - t_start), SIGMA_MAX)
+        low = (
+            float(table_time(table, torch.tensor(0), zero_snr))
+            if table in TABLES
+            else SIGMA_MIN / (1 + SIGMA_MIN)
+        )
+        low, high = (
+            low / (1 - low),
+            SIGMA_MAX if t_start == 1 else min(t_start / (1 - t_start), SIGMA_MAX),
+        )
         w = torch.linspace(0, 1, steps, dtype=torch.float64)
-        low = min(low, high / 2)                                                # a start below the smallest sigma: still falling
-        sigma = torch.lerp(*(torch.tensor(v, dtype=torch.float64) ** (1 / RHO) for v in (high, low)), w) ** RHO if kind == "karras" \
+        low = min(low, high / 2)  # a start below the smallest sigma: still falling
+        sigma = (
+            torch.lerp(*(torch.tensor(v, dtype=torch.float64) ** (1 / RHO) for v in (high, low)), w)
+            ** RHO
+            if kind == "karras"
             else high * (low / high) ** w
+        )
         q[1:-1] = (sigma / (1 + sigma))[1:] / t_start
     elif kind != "uniform":
-        raise ValueError(f"grid {kind!r} is not one of uniform, karras, logsnr, trailing, leading, linspace.")
+        raise ValueError(
+            f"grid {kind!r} is not one of uniform, karras, logsnr, trailing, leading, linspace."
+        )
     return t_start * shift_time(q, shift)
 
 
@@ -60,9 +88,12 @@ def table_rows(steps: int, spacing: str = "trailing", rows: int = T) -> Tensor:
     return torch.linspace(0, rows - 1, steps, dtype=torch.float64).round().flip(0)
 
 
-def native_grid(objective: Objective, steps: int, spacing: str = "trailing") -> Tensor:
-    """Times of `steps` evenly spaced rows of an objective's VP table, then 0: (steps + 1,) float64."""
-    return time_grid(steps, 1.0, objective.t_max, spacing, objective.table, objective.zero_snr)
+def native_grid(
+    t_max: float, table: str, zero_snr: bool, steps: int, spacing: str = "trailing"
+) -> Tensor:
+    """Times of `steps` evenly spaced rows of a VP table that ends at t_max, then 0: (steps + 1,)
+    float64."""
+    return time_grid(steps, 1.0, t_max, spacing, table, zero_snr)
 
 
 def steps_of(grid: Tensor) -> zip:
@@ -81,6 +112,7 @@ def log_snr(t: float) -> float:
 
 
 # ---- Runge–Kutta and Adams–Bashforth on u: from t to r once per step; a forker can read and change one alone --------
+
 
 def euler(predict, x, grid, noise):
     """First order; on the linear path this is DDIM with eta = 0."""
@@ -126,7 +158,7 @@ def rk4(predict, x, grid, noise):
 
 def ab2(predict, x, grid, noise):
     """Second order, one call a step: Adams–Bashforth on an uneven grid. The first step is Heun's."""
-    before = None                                                               # (step, u) of the last one
+    before = None  # (step, u) of the last one
     for t, r in steps_of(grid):
         h, u = r - t, predict(x, t)[2]
         if before:
@@ -144,13 +176,19 @@ def lms4(predict, x, grid, noise):
     times, us = [], []
     for t, r in steps_of(grid):
         times, us = [*times, t][-4:], [*us, predict(x, t)[2]][-4:]
-        nodes = [(t + r) / 2 + s * (r - t) / math.sqrt(12) for s in (-1, 1)]    # Gauss: exact for the cubic through all four
-        weights = [(r - t) / 2 * sum(math.prod((g - b) / (a - b) for b in times if b != a) for g in nodes) for a in times]
+        nodes = [
+            (t + r) / 2 + s * (r - t) / math.sqrt(12) for s in (-1, 1)
+        ]  # Gauss: exact for the cubic through all four
+        weights = [
+            (r - t) / 2 * sum(math.prod((g - b) / (a - b) for b in times if b != a) for g in nodes)
+            for a in times
+        ]
         x = x + sum(w * u for w, u in zip(weights, us))
         yield x
 
 
 # ---- exponential integrators in lambda, on x0 -----------------------------------------------------------------------
+
 
 def dpmpp_2m(predict, x, grid, noise):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), second order, one call a step."""
@@ -162,15 +200,15 @@ def dpmpp_2m_sde(predict, x, grid, noise, eta=1.0):
     before, x0_before = None, None
     for t, r in steps_of(grid):
         x0 = predict(x, t)[0]
-        decay = (r / t * ((1 - t) / (1 - r))) ** eta                            # e^(-eta h), h = lambda_r - lambda_t
+        decay = (r / t * ((1 - t) / (1 - r))) ** eta  # e^(-eta h), h = lambda_r - lambda_t
         keep = r / t * decay
         ahead = x0
-        if before and r > 0:                                                    # h_before may be infinite: then nothing is extrapolated
+        if before and r > 0:  # h_before may be infinite: then nothing is extrapolated
             h, h_before = log_snr(r) - log_snr(t), log_snr(t) - log_snr(before)
             ahead = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = keep * x + (1 - r - (1 - t) * keep) * ahead
         if eta and r > 0:
-            x = x + r * math.sqrt(max(1 - decay ** 2, 0.0)) * noise(x)
+            x = x + r * math.sqrt(max(1 - decay**2, 0.0)) * noise(x)
         before, x0_before = t, x0
         yield x
 
@@ -183,7 +221,11 @@ def unipc(predict, x, grid, noise):
         m = predict(x, t)[0]
         if correct:
             x = correct(m)
-        h, slope, c = log_snr(r) - log_snr(t), None, (0.0, 0.5)                 # c: weights of slope and of m_r - m_t in the corrector
+        h, slope, c = (
+            log_snr(r) - log_snr(t),
+            None,
+            (0.0, 0.5),
+        )  # c: weights of slope and of m_r - m_t in the corrector
         if before and before < 1 and r > 0:
             q = h / (log_snr(t) - log_snr(before))
             slope = q * (m - m_before)
@@ -198,10 +240,12 @@ def unipc(predict, x, grid, noise):
 
         def correct(m_r, base=base, gain=gain, start=start, slope=slope, c=c):
             return base + gain * (c[1] * (m_r - start) + (0 if slope is None else c[0] * slope))
+
         yield x
 
 
 # ---- stochastic -----------------------------------------------------------------------------------------------------
+
 
 def ddim(predict, x, grid, noise, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16) in VP's coordinates; eta = 0 is Euler, eta = 1 is DDPM (small).
@@ -216,9 +260,15 @@ def ddim(predict, x, grid, noise, eta=0.0):
             x = x + (r - t) * predict(x, t)[2]
         else:
             x0, eps = predict(x, t)[:2]
-            s_t, s_r, a_ratio = t / norm64(t), r / norm64(r), (1 - t) / norm64(t) * norm64(r) / (1 - r)
-            sd = eta * (s_r / s_t) * math.sqrt(max(1 - a_ratio ** 2, 0.0))      # of z, in VP units
-            x = (1 - r) * x0 + norm64(r) * (math.sqrt(max(s_r ** 2 - sd ** 2, 0.0)) * eps + sd * noise(x))
+            s_t, s_r, a_ratio = (
+                t / norm64(t),
+                r / norm64(r),
+                (1 - t) / norm64(t) * norm64(r) / (1 - r),
+            )
+            sd = eta * (s_r / s_t) * math.sqrt(max(1 - a_ratio**2, 0.0))  # of z, in VP units
+            x = (1 - r) * x0 + norm64(r) * (
+                math.sqrt(max(s_r**2 - sd**2, 0.0)) * eps + sd * noise(x)
+            )
         yield x
 
 
@@ -231,16 +281,23 @@ def ddpm(predict, x, grid, noise, variance="small"):
     for t, r in steps_of(grid):
         x0, _, _, *v = predict(x, t)
         if variance == "learned" and (not v or v[0] is None):
-            raise ValueError("variance 'learned' needs a network that outputs one: twice the channels of its input.")
+            raise ValueError(
+                "variance 'learned' needs a network that outputs one: twice the channels of its input."
+            )
         s2_t, s2_r = (t / norm64(t)) ** 2, (r / norm64(r)) ** 2
         a_r, a_ratio = (1 - r) / norm64(r), (1 - t) / norm64(t) * norm64(r) / (1 - r)
-        beta = 1 - a_ratio ** 2
+        beta = 1 - a_ratio**2
         mean = a_r * beta / s2_t * x0 + a_ratio * s2_r / s2_t * x / norm64(t)
         if r > 0:
             large = math.sqrt(beta)
             small = large * math.sqrt(s2_r / s2_t)
-            sd = small if variance == "small" else large if variance == "large" else \
-                torch.exp((v[0] + 1) / 2 * math.log(large) + (1 - v[0]) / 2 * math.log(small))
+            sd = (
+                small
+                if variance == "small"
+                else large
+                if variance == "large"
+                else torch.exp((v[0] + 1) / 2 * math.log(large) + (1 - v[0]) / 2 * math.log(small))
+            )
             mean = mean + sd * noise(x)
         x = norm64(r) * mean
         yield x
@@ -253,7 +310,7 @@ def euler_ancestral(predict, x, grid, noise, eta=1.0):
         d = r * (1 + (r / t - 1) * eta)
         scale = (1 - r) / (1 - d)
         x = scale * (x + (d - t) * predict(x, t)[2])
-        sd = math.sqrt(max(r ** 2 - (scale * d) ** 2, 0.0))
+        sd = math.sqrt(max(r**2 - (scale * d) ** 2, 0.0))
         if eta and sd:
             x = x + sd * noise(x)
         yield x
@@ -275,15 +332,29 @@ def sde(predict, x, grid, noise, eta=1.0):
 
 # Dormand & Prince 1980. The error weights are Shampine's (as torchdiffeq's), 2/3 of the classical difference.
 DOPRI_C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
-DOPRI_A = ((), (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
-           (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-           (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-           (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
-DOPRI_E = (35 / 384 - 1951 / 21600, 0, 500 / 1113 - 22642 / 50085, 125 / 192 - 451 / 720,
-           -2187 / 6784 + 12231 / 42400, 11 / 84 - 649 / 6300, -1 / 60)
+DOPRI_A = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+DOPRI_E = (
+    35 / 384 - 1951 / 21600,
+    0,
+    500 / 1113 - 22642 / 50085,
+    125 / 192 - 451 / 720,
+    -2187 / 6784 + 12231 / 42400,
+    11 / 84 - 649 / 6300,
+    -1 / 60,
+)
 
 
-def dopri5(predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=1000, whole_batch=False):
+def dopri5(
+    predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=1000, whole_batch=False
+):
     """Adaptive fifth order; every sample keeps its own t and step, so it does not depend on its batch.
 
     Steps are clamped to end at sqrt(machine epsilon), never beyond: one Euler step from there to 0 errs by less than
@@ -293,9 +364,13 @@ def dopri5(predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=
     """
     B, end = len(x), min(torch.finfo(x.dtype).eps ** 0.5, t_start / 2)
     out, calls_each = x.clone(), torch.zeros(B, dtype=torch.long, device=x.device)
-    rows = torch.arange(B, device=x.device)                                     # still on their way
+    rows = torch.arange(B, device=x.device)  # still on their way
     t = torch.full((B,), float(t_start), dtype=torch.float64, device=x.device)
-    calls, rms, lost = 0, rms_of_all if whole_batch else rms_of_each, []         # lost: t of rows that end early
+    calls, rms, lost = (
+        0,
+        rms_of_all if whole_batch else rms_of_each,
+        [],
+    )  # lost: t of rows that end early
 
     def u(x, t):
         nonlocal calls
@@ -309,24 +384,40 @@ def dopri5(predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=
         k = [k1]
         for c, a in zip(DOPRI_C[1:], DOPRI_A[1:]):
             new = x - per_row(h, x) * sum(w * ki for w, ki in zip(a, k) if w)
-            k.append(u(new, (t - c * h).clamp(min=end)))                        # the last stage is the solution
+            k.append(u(new, (t - c * h).clamp(min=end)))  # the last stage is the solution
         error = per_row(h, x) * sum(w * ki for w, ki in zip(DOPRI_E, k) if w)
         ratio = rms(error, atol + rtol * torch.maximum(x.abs(), new.abs())).nan_to_num(nan=math.inf)
-        accept = (ratio <= 1) | ((h < 1e-9) & torch.isfinite(ratio))            # too small to shrink: take it
+        accept = (ratio <= 1) | ((h < 1e-9) & torch.isfinite(ratio))  # too small to shrink: take it
         moved = accept.view(-1, *[1] * (x.ndim - 1))
-        x, k1, t = torch.where(moved, new, x), torch.where(moved, k[-1], k1), torch.where(accept, t - h, t)
+        x, k1, t = (
+            torch.where(moved, new, x),
+            torch.where(moved, k[-1], k1),
+            torch.where(accept, t - h, t),
+        )
         factor = (0.9 * power(ratio.clamp(min=1e-10), -0.2)).clamp(max=10.0)
         h = h * torch.where(accept, factor.clamp(min=1.0), factor.clamp(min=0.2))
         arrived = t <= end * 1.0001
-        done = arrived | (h < 1e-12)                                            # not finite however small the step
-        out[rows[done]], lost = x[done] - per_row(t[done], x) * k1[done], lost + t[done & ~arrived].tolist()
-        rows, x, k1, t, h = rows[~done], x[~done], k1[~done], t[~done], h[~done].minimum(t[~done] - end)
+        done = arrived | (h < 1e-12)  # not finite however small the step
+        out[rows[done]], lost = (
+            x[done] - per_row(t[done], x) * k1[done],
+            lost + t[done & ~arrived].tolist(),
+        )
+        rows, x, k1, t, h = (
+            rows[~done],
+            x[~done],
+            k1[~done],
+            t[~done],
+            h[~done].minimum(t[~done] - end),
+        )
         if callback:
             callback(1 - float(t.max()) if len(t) else 1.0, x)
     out[rows], lost = x - per_row(t, x) * k1, lost + t.tolist()
     if lost:
-        print(f"warning: dopri5 stopped after {calls} calls with {len(lost)} of {B} samples unfinished (t up to "
-              f"{max(lost):.3f}); they end in one Euler step. Raise max_nfe or loosen rtol.", file=sys.stderr)
+        print(
+            f"warning: dopri5 stopped after {calls} calls with {len(lost)} of {B} samples unfinished (t up to "
+            f"{max(lost):.3f}); they end in one Euler step. Raise max_nfe or loosen rtol.",
+            file=sys.stderr,
+        )
     return out, calls_each
 
 
@@ -342,7 +433,7 @@ def rms_of_all(v: Tensor, scale: Tensor) -> Tensor:
 
 def power(v: Tensor, p: float) -> Tensor:
     """v (B,) to the power p, number by number: vectorised, its last bit depends on B, and a sample must not."""
-    return v.new_tensor([number ** p for number in v.tolist()])
+    return v.new_tensor([number**p for number in v.tolist()])
 
 
 def per_row(v: Tensor, x: Tensor) -> Tensor:
@@ -361,4 +452,22 @@ def first_step(u, x, t, k1, rtol, atol, rms) -> Tensor:
     return torch.minimum(100 * h0, h1)
 
 
-METHODS = {f.__name__: f for f in (euler, heun, midpoint, rk4, ab2, lms4, ddim, ddpm, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, unipc, sde, dopri5)}
+METHODS = {
+    f.__name__: f
+    for f in (
+        euler,
+        heun,
+        midpoint,
+        rk4,
+        ab2,
+        lms4,
+        ddim,
+        ddpm,
+        euler_ancestral,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        unipc,
+        sde,
+        dopri5,
+    )
+}

@@ -19,10 +19,13 @@ def to_uint8(images: Tensor) -> Tensor:
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """uint8 images (B, 3, H, W) -> one PNG, row by row, on a white 2-pixel grid."""
     B, _, H, W = images.shape
-    columns = columns or math.ceil(B ** 0.5)
+    columns = columns or math.ceil(B**0.5)
     grid = Image.new("RGB", (columns * (W + 2) + 2, -(-B // columns) * (H + 2) + 2), "white")
     for i, image in enumerate(images.cpu()):
-        grid.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (2 + i % columns * (W + 2), 2 + i // columns * (H + 2)))
+        grid.paste(
+            Image.fromarray(image.permute(1, 2, 0).numpy()),
+            (2 + i % columns * (W + 2), 2 + i // columns * (H + 2)),
+        )
     save_png(grid, path)
 
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from diffusion.solvers import native_grid
+
 
 def triple(x, t, x0):
     """What predict returns on the linear path for a given x0."""
@@ -48,3 +50,8 @@ def exact(x, t):
     w = t.view(-1, 1, 1, 1)
     u = 2 * x / (1 + x * x) - 3 / (1 + 60 * (w - 0.5 - 0.1 * x) * (w - 0.5 - 0.1 * x))
     return x - w * u, x + (1 - w) * u, u
+
+
+def rows_grid(objective, steps, spacing="trailing"):
+    """Times of `steps` rows of an objective's own VP table, then 0."""
+    return native_grid(objective.t_max, objective.table, objective.zero_snr, steps, spacing)

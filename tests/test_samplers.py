@@ -15,13 +15,13 @@ from ckpt.unets import load_unet, save_unet
 from harness.cli import UserError
 from conftest import randomize
 from drawing import pick_labels
-from fields import exact, gaussian, mixture, noise
+from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
 from linear import pixel
 from model import UNet, UNetConfig
 from objectives import T, alphas_bar, make_objective
 from harness.pictures import to_uint8
-from samplers import METHODS, begin, draw, edit, generators, guided, invert, native_grid, sample, slerp, time_grid
+from samplers import METHODS, begin, draw, edit, generators, guided, invert, sample, slerp, time_grid
 
 FM = make_objective("fm")
 
@@ -67,7 +67,7 @@ def test_a_vp_network_on_its_own_rows_is_diffusers_ddim(steps):
         rows.append(float(k[0]))
         ab = alphas_bar("linear")[k.long()].view(-1, 1, 1, 1)
         return ((1 - ab).sqrt() * (x - ab.sqrt() * 0.7) / (ab * 0.09 + 1 - ab)).float()
-    grid = native_grid(objective, steps)
+    grid = rows_grid(objective, steps)
     ours = sample(guided(objective, net), begin(objective, x, float(grid[0])), method="ddim", grid=grid).x
     assert rows == scheduler.timesteps.tolist()
     for k in scheduler.timesteps:
@@ -77,7 +77,7 @@ def test_a_vp_network_on_its_own_rows_is_diffusers_ddim(steps):
 
 def test_plain_sampling_of_a_vp_network_begins_with_unit_variance_at_any_row():
     objective, z = make_objective("ddpm"), noise(2, torch.float32)
-    for t in native_grid(objective, 7, "leading")[:-1].tolist():
+    for t in rows_grid(objective, 7, "leading")[:-1].tolist():
         assert torch.allclose(begin(objective, z, t) / math.hypot(1 - t, t), z, atol=1e-6)
     assert torch.equal(begin(objective, z, objective.t_max), objective.prior(z)) and torch.equal(begin(FM, z, 1.0), z)
 
@@ -385,7 +385,7 @@ def test_autoguidance_by_the_same_network_changes_nothing_and_by_another_does(tm
     ("fm", "--cfg 40 --cfg-rescale 0.7 --cfg-interval 0.5,5", {"cfg": 40.0, "rescale": 0.7, "interval": (0.5, 5.0)}, {"grid": time_grid(4)}),
     ("fm", "--cfg 4 --guide-ckpt WEAK", {"cfg": 4.0, "guide": True}, {"grid": time_grid(4)}),
     ("fm", "--method dopri5 --rtol 0.1 --atol 0.1", {}, {"method": "dopri5", "rtol": 0.1, "atol": 0.1}),
-    ("zero", "--grid trailing", {}, {"grid": native_grid(make_objective("v", table="scaled_linear", zero_snr=True), 4)}),
+    ("zero", "--grid trailing", {}, {"grid": rows_grid(make_objective("v", table="scaled_linear", zero_snr=True), 4)}),
     ("zero", "--method ddpm --variance large", {}, {"grid": time_grid(4), "method": "ddpm", "variance": "large", "seeds": [5, 6]}),
 ])
 def test_flags_do_what_the_functions_do(tmp_path, user, name, flags, guidance, how):
@@ -615,9 +615,9 @@ def test_a_cfm_network_enlarges_pictures(tmp_path, user, upsample):
 def test_rows_of_a_zero_snr_table_begin_in_pure_noise():
     objective = make_objective("v", table="scaled_linear", zero_snr=True)
     for spacing in ("trailing", "linspace"):
-        grid = native_grid(objective, 10, spacing)
+        grid = rows_grid(objective, 10, spacing)
         assert grid[0] == 1 and (grid.diff() < 0).all() and grid[-1] == 0
-    rows = [float(objective.row(t)) for t in native_grid(objective, 10)[:-1]]
+    rows = [float(objective.row(t)) for t in rows_grid(objective, 10)[:-1]]
     assert rows == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
     z = noise(2, torch.float32)
     assert torch.equal(begin(objective, z, 1.0), z)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import integrate
 
-from fields import delta, exact, gaussian, mixture, noise, triple
+from fields import delta, exact, gaussian, mixture, noise, triple, rows_grid
 from objectives import T, alphas_bar, make_objective, norm, table_row, table_time
 from samplers import draw, generators, sample
-from diffusion.solvers import DOPRI_A, METHODS, log_snr, native_grid, norm64, table_rows, time_grid
+from diffusion.solvers import DOPRI_A, METHODS, log_snr, norm64, table_rows, time_grid
 
 FIXED = tuple(m for m in METHODS if m != "dopri5")
 NOISY = {"ddim": {"eta": 0.7}, "ddpm": {}, "euler_ancestral": {}, "dpmpp_2m_sde": {}, "sde": {}}        # options that draw noise
@@ -110,7 +110,7 @@ def unit_gaussian(x, t):
 @pytest.mark.parametrize("variance, want", [("large", 0.9999), ("small", 0.991067)])
 def test_final_variance_of_ddpm_for_unit_gaussian_data(variance, want):
     """Ho's table, 1000 rows: large ends at 1 - beta_1, small below it."""
-    grid = native_grid(make_objective("ddpm"), T)
+    grid = rows_grid(make_objective("ddpm"), T)
     first = norm64(float(grid[0]))                                              # the VP state N(0, 1) on the linear path
     mean, sd = moments("ddpm", unit_gaussian, grid, variance=variance)
     one, silence = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(T, 1, 1, 1, 1, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_grids_end_at_zero_and_shift_towards_noise():
     assert time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
     assert time_grid(4, shift=3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert time_grid(3, t_start=0.6).tolist() == pytest.approx([0.6, 0.4, 0.2, 0])
-    assert table_row("linear", native_grid(make_objective("ddpm"), 4)[:-1]).round().tolist() == [999, 749, 499, 249]
+    assert table_row("linear", rows_grid(make_objective("ddpm"), 4)[:-1]).round().tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("kind", ["uniform", "karras", "logsnr"])
@@ -207,7 +207,7 @@ def test_rows_are_those_of_diffusers(spacing, steps):
     scheduler.set_timesteps(steps)
     theirs = [0] if (spacing, steps) == ("linspace", 1) else scheduler.timesteps.tolist()
     assert table_rows(steps, spacing).tolist() == theirs
-    assert table_row("cosine", native_grid(make_objective("v"), steps, spacing)[:-1]).round().tolist() == theirs
+    assert table_row("cosine", rows_grid(make_objective("v"), steps, spacing)[:-1]).round().tolist() == theirs
 
 
 def test_what_a_grid_cannot_be_is_said():
@@ -281,7 +281,7 @@ def test_ddim_is_diffusers(steps, eta, spacing, dtype, tolerance):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=True)
     scheduler.alphas_cumprod = alphas_bar("linear")                             # theirs is a product in fp32
     scheduler.set_timesteps(steps)
-    grid, x, draws = native_grid(make_objective("ddpm"), steps, spacing), noise(4, dtype), noise(4 * steps, dtype, 1).view(steps, 4, 1, 2, 2)
+    grid, x, draws = rows_grid(make_objective("ddpm"), steps, spacing), noise(4, dtype), noise(4 * steps, dtype, 1).view(steps, 4, 1, 2, 2)
     ours = walk("ddim", on_rows(vp_net), x * norm64(float(grid[0])), grid, draws, eta=eta)
     for i, k in enumerate(scheduler.timesteps):
         last = i == steps - 1                                                   # at row 0 theirs would add noise to data
@@ -302,7 +302,7 @@ def test_ddpm_is_diffusers(steps, variance, theirs, dtype, tolerance, monkeypatc
 
     def net(x, k):
         return *vp_net(x, k), torch.cos(5 * x)                                  # a learned variance in [-1, 1]
-    grid, x, draws = native_grid(make_objective("ddpm"), steps), noise(4, dtype), noise(4 * steps, dtype, 1).view(steps, 4, 1, 2, 2)
+    grid, x, draws = rows_grid(make_objective("ddpm"), steps), noise(4, dtype), noise(4 * steps, dtype, 1).view(steps, 4, 1, 2, 2)
     ours = walk("ddpm", on_rows(net), x * norm64(float(grid[0])), grid, draws, variance=variance)
     for i, k in enumerate(scheduler.timesteps):
         # with one step theirs steps from row 999 to "row -1" too, and would still add noise at k > 0
@@ -318,7 +318,7 @@ def test_rising_ddim_is_diffusers_inverse():
     scheduler.alphas_cumprod, steps = alphas_bar("linear"), 50
     scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     scheduler.set_timesteps(steps)
-    grid, x = native_grid(make_objective("ddpm"), steps), noise(4)
+    grid, x = rows_grid(make_objective("ddpm"), steps), noise(4)
     assert scheduler.timesteps.tolist() == table_row("linear", grid[:-1]).round().flip(0).tolist()
     ours = walk("ddim", on_rows(vp_net), x, grid.flip(0)) / norm64(float(grid[0]))
     for k in scheduler.timesteps:
