@@ -40,7 +40,8 @@ from data.dataset import open_dataset
 from distill_flags import READS, resolve
 from data.dataset import latents_of
 from model import PRESETS, UNet, num_params
-from objectives import Loss, norm
+from objectives import Loss
+from diffusion.schedules import norm
 from harness.ranks import Ranks, join_ranks
 from harness.run import check_disk
 from samplers import time_grid

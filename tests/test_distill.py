@@ -34,7 +34,8 @@ from distill import fuse, kd_cosine, v_target
 from harness.files import write_tensors
 from metrics.distances import frechet_from_features
 from model import PRESETS, UNet, UNetConfig
-from objectives import Objective, alphas_bar, make_objective, norm, table_time
+from objectives import Objective, make_objective
+from diffusion.schedules import alphas_bar, norm, table_time
 from harness.ranks import Ranks
 from distillation.teacher import Teacher, tap_channels, taps
 from test_resume import kill_tree, wait_for

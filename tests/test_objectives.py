@@ -13,7 +13,9 @@ import data.dataset as data
 import train
 from harness.run import checkpoints
 from ckpt.unets import load_unet
-from objectives import EDGE, PRESETS, T, TABLES, Objective, alphas_bar, loss_weight, make_objective, norm, posterior, table_row, table_time
+from objectives import EDGE, PRESETS, Objective, loss_weight, make_objective
+from diffusion.schedules import T, TABLES, alphas_bar, norm, table_row, table_time
+from diffusion.variance import posterior
 from samplers import sample
 
 NAMES = tuple(name for name in PRESETS if name != "cfm")                        # cfm: test_coupling.py
@@ -514,7 +516,7 @@ def test_a_run_with_these_flags_leaves_a_checkpoint_that_samples(tmp_path, field
     ("--objective cfm --noise-aug 2", "wanted 0 to 1"), ("--objective cfm --lowres 3", "--resolution 32 is not divisible by --lowres 3"),
     ("--objective cfm --lowres 1", "--lowres 1: wanted 2 to 64"),
     ("--objective cfm --lowres 8 --upsample bilinear", "does not divide the 4×4 latents"),
-    ("--gamma 3", "--gamma changes nothing here: it is of --weight min_snr and soft_min_snr"),
+    ("--gamma 3", "--gamma changes nothing here: it is of --weight min_snr | soft_min_snr"),
     ("--t-loc 1 --density uniform", "density uniform has none"),
     ("--density mode --t-loc 1", "density mode has none"), ("--density mode --t-scale 2", "wanted -1 to 1.75"),
     ("--density logit_normal --t-scale 0", "wanted more than 0"), ("--shift much", "--shift takes float or auto, got 'much'"),

@@ -19,7 +19,8 @@ from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
 from linear import pixel
 from model import UNet, UNetConfig
-from objectives import T, alphas_bar, make_objective
+from diffusion.schedules import T, alphas_bar
+from objectives import make_objective
 from harness.pictures import to_uint8
 from samplers import METHODS, begin, draw, edit, generators, guided, invert, sample, slerp, time_grid
 

@@ -9,7 +9,8 @@ import torch
 from scipy import integrate
 
 from fields import delta, exact, gaussian, mixture, noise, triple, rows_grid
-from objectives import T, alphas_bar, make_objective, norm, table_row, table_time
+from diffusion.schedules import T, alphas_bar, norm, table_row, table_time
+from objectives import make_objective
 from samplers import draw, generators, sample
 from diffusion.solvers import DOPRI_A, METHODS, log_snr, norm64, table_rows, time_grid
 
