@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import Upsample, norm_act
+from model import Upsample, norm_act
 from kernels.attention import attention
 
 

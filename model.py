@@ -1,20 +1,23 @@
-"""The U-Nets of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs") and of Stable Diffusion 1.x, 2.x and XL
-(Rombach et al. 2022; Podell et al. 2023), which is ADM's with cross-attention: one class, under the authors' key names.
+"""The U-Nets of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs") and of Stable Diffusion
+1.x, 2.x and XL (Rombach et al. 2022; Podell et al. 2023), which is ADM's with cross-attention: one
+class, under the authors' key names.
 
     net = UNet(PRESETS["toy-281m"])
-    out = net(x, t)                  # x (B, C, H, W), t (B,) in [0, 1000]  ->  (B, out, H, W)
-    out = UNet(PRESETS["sd15"])(x, t, context=tokens)                          # tokens (B, M, 768) from a text encoder
-    out, h = net(x, t, features=("middle_block",))                             # and what a block returned: h["middle_block"]
+    out = net(x, t)            # x (B, C, H, W), t (B,) in [0, 1000]  ->  (B, out, H, W)
+    out = UNet(PRESETS["sd15"])(x, t, context=tokens)      # tokens (B, M, 768) of a text encoder
+    out, h = net(x, t, features=("middle_block",))         # also what a block returned
 
-A guided-diffusion or LDM state dict with the same config loads as it is, 1×1-convolution projections squeezed (layouts.py).
-Everything runs channels_last.
+A guided-diffusion or LDM state dict with the same config loads as it is, with the 1×1 convolutions
+of its transformers squeezed (ckpt/layouts.py). Everything runs channels_last. Another network joins
+by one line of NETWORKS. This file and kernels/ need nothing else of the repository.
 """
 
+import difflib
 import math
 import re
-from dataclasses import dataclass, fields, replace
-from reprlib import repr as brief                # a damaged file can hold a value of any length and depth
-from typing import Any, Literal, Mapping, get_args, get_origin
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -22,91 +25,290 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from blocks import GROUPS, AttentionBlock, Downsample, ResBlock, SpatialTransformer, Upsample, norm_act, timestep_embedding, zero
-from harness.cli import UserError, closest
+from kernels.attention import attention
+from kernels.groupnorm import group_norm_silu
 
-# From, to; 0 to 65536 where nothing is said. Far beyond any network: a damaged file must end in a message, not in hours of building.
-LIMITS = {"in_channels": (1, 65536), "out_channels": (1, 65536), "model_channels": (1, 65536), "channel_mult": (2 ** -16, 65536),
-          "num_res_blocks": (1, 64), "attention": (0, 64), "middle_attention": (1, 64), "num_classes": (0, 2 ** 24), "dropout": (0, 0.999)}
-MAX_LEVELS, MAX_BLOCKS = 16, 1024
+GROUPS = 32  # of every GroupNorm in the family
+Maybe = Tensor | None
 
+# ---- config -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The shape of a U-Net. Levels are counted from the input: level l works at H / 2^l."""
+
     in_channels: int = 32
     out_channels: int = 32
-    model_channels: int = 64                 # channels at multiplier 1
+    model_channels: int = 64  # channels at multiplier 1
     channel_mult: tuple[float, ...] = (1, 2)
-    num_res_blocks: int = 2                  # residual blocks a level on the way down; one more on the way up
-    attention: tuple[int, ...] = (0, 1)      # per level: 1 = self-attention after each residual block; with context_dim
-                                             # the depth of a transformer there: 2 = two transformer blocks
-    middle_attention: int = 1                # the same for the middle block
-    num_heads: int = 1                       # used when num_head_channels is 0
-    num_head_channels: int = 0               # channels a head; 0 = use num_heads
-    attention_order: Literal["legacy", "new"] = "legacy"   # qkv rows: [head][q,k,v][d] | [q,k,v][head][d]; same shapes!
-    use_scale_shift_norm: bool = True        # FiLM: (1 + scale) · norm + shift; False adds the embedding before the norm
-    resblock_updown: bool = True             # resample inside residual blocks; False = a convolution (or pooling)
-    conv_resample: bool = True               # resblock_updown=False only; False = average pool / nearest, no weights
-    num_classes: int = 0                     # 0 = unconditional. The label -1 stands for "no class" (guidance)
-    vector_dim: int = 0                      # instead of classes: y is a vector (B, vector_dim), as in SDXL (pooled text, sizes)
-    context_dim: int = 0                     # 0 = ADM's self-attention; else transformers that attend to context (B, M, context_dim)
-    linear_projection: bool = True           # of this family's *files*: False = proj_in/out are (C, C, 1, 1) there (SD1.x)
+    num_res_blocks: int = 2  # residual blocks a level on the way down; one more on the way up
+    # Per level: 1 = self-attention after each residual block; with context_dim the depth of a
+    # transformer there (2 = two transformer blocks). Then the same for the middle block.
+    attention: tuple[int, ...] = (0, 1)
+    middle_attention: int = 1
+    num_heads: int = 1  # used when num_head_channels is 0
+    num_head_channels: int = 0  # channels a head; 0 = use num_heads
+    # Rows of qkv: legacy [head][q,k,v][d], new [q,k,v][head][d]. Both have the same shapes!
+    attention_order: Literal["legacy", "new"] = "legacy"
+    use_scale_shift_norm: bool = True  # FiLM: (1 + scale) · norm + shift; False adds before the norm
+    resblock_updown: bool = True  # resample inside residual blocks; False = a layer between them:
+    conv_resample: bool = True  # … a convolution; False = average pooling / nearest, no weights
+    num_classes: int = 0  # 0 = unconditional. The label -1 stands for "no class" (guidance)
+    vector_dim: int = 0  # instead of classes: y is a vector (B, vector_dim), as in SDXL
+    context_dim: int = 0  # 0 = self-attention; else transformers over context (B, M, context_dim)
+    linear_projection: bool = True  # of *files*: False = proj_in/out are (C, C, 1, 1) there (SD1.x)
     dropout: float = 0.0
 
     def __post_init__(self):
-        """Anything may come from a file. ValueError says what is wrong, before anything is built."""
-        for f in fields(self):
-            value, args, (low, high) = getattr(self, f.name), get_args(f.type), LIMITS.get(f.name, (0, 65536))
-            many, kinds = get_origin(f.type) is tuple, (int, float) if float in (f.type, *args) else (int,)
-            values = value if many and type(value) is tuple else (value,)
-            if f.type is bool or get_origin(f.type) is Literal:
-                ok, wanted = type(value) in (bool, str) and value in (args or (True, False)), " or ".join(map(repr, args or (True, False)))
-            else:
-                ok = many == (type(value) is tuple) and all(type(v) in kinds and low <= v <= high for v in values)   # NaN fails too
-                wanted = f"{'a tuple of ' * many}{'numbers' if float in kinds else 'whole numbers'} from {low:g} to {high:g}"
-            if not ok:
-                raise ValueError(f"{f.name} is {brief(value)}: wanted {wanted}.")
-        levels, D, n = len(self.channel_mult), self.num_head_channels, self.num_heads
-        if len(self.attention) != levels or not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"attention has {len(self.attention)} levels, channel_mult {levels}; give one each, for 1 to {MAX_LEVELS} levels.")
-        if (blocks := sum((2 * self.num_res_blocks + 1) * (1 + depth) for depth in self.attention)) > MAX_BLOCKS:
-            raise ValueError(f"num_res_blocks {self.num_res_blocks} and attention {brief(self.attention)} make {blocks} blocks: wanted up to {MAX_BLOCKS}.")
+        """What fits together. Where a config comes from a file, ckpt/ checks types and sizes first."""
+        levels, D, heads = len(self.channel_mult), self.num_head_channels, self.num_heads
+        if len(self.attention) != levels or not levels:
+            raise ValueError(
+                f"attention has {len(self.attention)} levels, channel_mult {levels}; give one each."
+            )
         if not self.context_dim and max(*self.attention, self.middle_attention) > 1:
-            raise ValueError(f"attention is {self.attention}, middle_attention {self.middle_attention}: wanted 0 or 1 without context_dim.")
+            raise ValueError(
+                f"attention is {self.attention}, middle_attention {self.middle_attention}: "
+                "wanted 0 or 1 without context_dim."
+            )
         if self.num_classes and self.vector_dim:
-            raise ValueError(f"num_classes {self.num_classes} and vector_dim {self.vector_dim}: y is either labels or a vector, set one.")
-        for level, C in enumerate(self.channels):
-            if C % GROUPS or not GROUPS <= C <= 65536:
-                raise ValueError(f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups) from {GROUPS} to 65536.")
-            attends = self.attention[level] or level == levels - 1              # the middle block's channels are the last level's
-            if attends and (C % D if D else n < 1 or C % n):
-                raise ValueError(f"level {level}: {C} channels do not split into {f'heads of {D}' if D else f'{n} heads'}.")
+            raise ValueError("y is either labels (num_classes) or a vector (vector_dim), set one.")
+        # The middle block attends, and its channels are the last level's.
+        for level, (C, attends) in enumerate(zip(self.channels, (*self.attention[:-1], 1))):
+            if C % GROUPS or C < GROUPS:
+                raise ValueError(
+                    f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups)."
+                )
+            if attends and (C % D if D else heads < 1 or C % heads):
+                split = f"heads of {D}" if D else f"{heads} heads"
+                raise ValueError(f"level {level}: {C} channels do not split into {split}.")
 
     @property
     def channels(self) -> tuple[int, ...]:
         return tuple(int(m * self.model_channels) for m in self.channel_mult)
 
+    @property
+    def multiple(self) -> int:
+        """What H and W of the input have to be divisible by."""
+        return 2 ** (len(self.channel_mult) - 1)
+
     def head_channels(self, C: int) -> int:
         """Channels a head (D) of an attention block over C channels."""
-        return self.num_head_channels or max(C // self.num_heads, 1)            # a level without attention may be narrower than heads are many
+        # A level without attention may have fewer channels than there are heads.
+        return self.num_head_channels or max(C // self.num_heads, 1)
+
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of t (B,) in [0, 1000] -> (B, dim): cos, then sin; frequencies 10000^(-i/half)."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(max_period) * steps / half)
+    angles = t.float()[:, None] * freqs  # fp32: bf16 rounds t=988.5 to 988
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Zero a layer's parameters, so that its residual branch starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def norm_act(
+    norm: nn.GroupNorm, x: Tensor, scale: Maybe = None, shift: Maybe = None, silu: bool = True
+) -> Tensor:
+    """GroupNorm, FiLM with scale and shift (B, C) if given, SiLU; one kernel."""
+    groups, eps = norm.num_groups, norm.eps
+    return group_norm_silu(x, norm.weight, norm.bias, groups, scale, shift, silu, eps)
+
+
+def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, stride, padding=1)
+
+
+class Downsample(nn.Module):
+    """Halve H and W: a strided convolution `op`, or 2×2 average pooling without weights."""
+
+    def __init__(self, channels: int, conv: bool):
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2) if conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double H and W: nearest neighbour, then a convolution if asked for."""
+
+    def __init__(self, channels: int, conv: bool):
+        super().__init__()
+        self.conv = conv3x3(channels, channels) if conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+RESAMPLE = {"up": Upsample, "down": Downsample}
+
+
+class ResBlock(nn.Module):
+    """norm·silu·conv, + time embedding, norm·silu·dropout·conv, + skip.
+
+    `resample` moves H, W first ("up" | "down"). The embedding, emb = silu(time embedding) (B, E),
+    enters as FiLM on the second norm, or is added before it.
+    """
+
+    def __init__(self, cfg: UNetConfig, channels: int, out: int, resample: str = ""):
+        super().__init__()
+        self.film = cfg.use_scale_shift_norm
+        rows = 2 * out if self.film else out
+        # The names and indices are guided-diffusion's; an Identity holds the place of an
+        # activation that forward() computes.
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(GROUPS, channels), nn.Identity(), conv3x3(channels, out)
+        )
+        self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(4 * cfg.model_channels, rows))
+        dropout, last = nn.Dropout(cfg.dropout), zero(conv3x3(out, out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(GROUPS, out), nn.Identity(), dropout, last)
+        self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+        self.resample = RESAMPLE[resample](channels, False) if resample else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = norm_act(self.in_layers[0], x)
+        h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)  # (B, out, H', W')
+        e = self.emb_layers[1](emb)
+        if self.film:
+            scale, shift = e.chunk(2, dim=1)  # 2 × (B, out)
+            h = norm_act(self.out_layers[0], h, scale, shift)
+        else:
+            h = norm_act(self.out_layers[0], h + e[..., None, None])
+        return self.skip_connection(x) + self.out_layers[3](self.out_layers[2](h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the H·W positions, residual. qkv, proj_out: ADM's 1×1 Conv1d weights."""
+
+    def __init__(self, cfg: UNetConfig, channels: int):
+        super().__init__()
+        self.heads = channels // cfg.head_channels(channels)
+        self.legacy = cfg.attention_order == "legacy"
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = norm_act(self.norm, x, silu=False)
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
+        qkv = F.linear(h, self.qkv.weight[..., 0], self.qkv.bias)  # (B, N, 3C)
+        if self.legacy:
+            q, k, v = qkv.view(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        else:
+            q, k, v = qkv.view(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        h = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)  # q, k, v (B, heads, N, D)
+        h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
+        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B, N, C) to context (B, M, context_dim), or to x without one."""
+
+    def __init__(self, cfg: UNetConfig, channels: int, context_dim: int):
+        super().__init__()
+        self.heads = channels // cfg.head_channels(channels)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        rows = [self.to_q(x), self.to_k(context), self.to_v(context)]
+        q, k, v = [h.unflatten(2, (self.heads, -1)).transpose(1, 2) for h in rows]
+        h = attention(q, k, v)  # (B, heads, N, D)
+        return self.to_out(h.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """value · gelu(gate), both halves from one projection (Shazeer 2020)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each on a LayerNorm, each residual. x (B, N, C)"""
+
+    def __init__(self, cfg: UNetConfig, C: int):
+        super().__init__()
+        self.attn1 = Attention(cfg, C, C)
+        self.ff = nn.Module()
+        self.ff.net = nn.Sequential(GEGLU(C, 4 * C), nn.Identity(), nn.Linear(4 * C, C))
+        self.attn2 = Attention(cfg, C, cfg.context_dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(C), nn.LayerNorm(C), nn.LayerNorm(C)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff.net(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """`depth` transformer blocks over the H·W positions, residual: where SD reads the text."""
+
+    def __init__(self, cfg: UNetConfig, channels: int, depth: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)  # 1e-5 everywhere else, as in LDM
+        self.proj_in = nn.Linear(channels, channels)
+        blocks = [TransformerBlock(cfg, channels) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = norm_act(self.norm, x, silu=False).permute(0, 2, 3, 1)  # a view in channels_last
+        h = self.proj_in(h.reshape(B, H * W, C))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Block(nn.Sequential):
-    """One entry of input_blocks / middle_block / output_blocks: layers in order, each given what it wants."""
+    """One entry of input_blocks, middle_block, output_blocks: layers in order, each given its inputs."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Maybe, skip: Maybe) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         for layer in self:
-            x = layer(x, *((emb,) if isinstance(layer, ResBlock) else (context,) if isinstance(layer, SpatialTransformer) else ()))
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
         return x
 
 
-class UNet(nn.Module):
-    """The U-Net. Its state dict has guided-diffusion's and LDM's names, so the building order below is the file format.
+# ---- the network --------------------------------------------------------------------------------
 
-    `net.checkpointing = True` keeps only each block's inputs for the backward pass and computes the block again there.
+
+class UNet(nn.Module):
+    """The U-Net. Its names are guided-diffusion's and LDM's: the building order is the file format.
+
+    `net.checkpointing = True` keeps only each block's inputs for the backward pass and computes the
+    block again there.
     """
 
     checkpointing = False
@@ -114,69 +316,84 @@ class UNet(nn.Module):
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg = cfg
-        E, levels = 4 * cfg.model_channels, len(cfg.channel_mult)
-        self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, E), nn.SiLU(), nn.Linear(E, E))
+        emb = 4 * cfg.model_channels
+        self.time_embed = mlp(cfg.model_channels, emb)
         if cfg.num_classes:
-            self.label_emb = nn.Embedding(cfg.num_classes, E)
-        elif cfg.vector_dim:                                                    # twice Sequential: the names label_emb.0.0, .0.2
-            self.label_emb = nn.Sequential(nn.Sequential(nn.Linear(cfg.vector_dim, E), nn.SiLU(), nn.Linear(E, E)))
+            self.label_emb = nn.Embedding(cfg.num_classes, emb)
+        elif cfg.vector_dim:  # a Sequential in another one: the names are label_emb.0.0, .0.2
+            self.label_emb = nn.Sequential(mlp(cfg.vector_dim, emb))
         C = cfg.channels[0]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, C, 3, padding=1))])
-        skips = [C]                                                             # channels of each input block's output
-        for level, out in enumerate(cfg.channels):
+        self.input_blocks = nn.ModuleList([Block(conv3x3(cfg.in_channels, C))])
+        skips = [C]  # channels of each input block's output
+        levels = list(enumerate(cfg.channels))
+        for level, out in levels:
             for _ in range(cfg.num_res_blocks):
-                self.input_blocks.append(Block(ResBlock(cfg, C, out), *self._attention(cfg.attention[level], out)))
+                layers = [ResBlock(cfg, C, out), *self._attention(cfg.attention[level], out)]
+                self.input_blocks.append(Block(*layers))
                 C = out
                 skips.append(C)
-            if level < levels - 1:
-                self.input_blocks.append(Block(ResBlock(cfg, C, C, "down") if cfg.resblock_updown
-                                               else Downsample(C, cfg.conv_resample)))
+            if level < len(levels) - 1:
+                self.input_blocks.append(Block(self._resample("down", C)))
                 skips.append(C)
-        self.middle_block = Block(ResBlock(cfg, C, C), *self._attention(cfg.middle_attention, C), ResBlock(cfg, C, C))
+        attends = self._attention(cfg.middle_attention, C)
+        self.middle_block = Block(ResBlock(cfg, C, C), *attends, ResBlock(cfg, C, C))
         self.output_blocks = nn.ModuleList()
-        for level, out in reversed(list(enumerate(cfg.channels))):
+        for level, out in reversed(levels):
             for i in range(cfg.num_res_blocks + 1):
-                block = Block(ResBlock(cfg, C + skips.pop(), out), *self._attention(cfg.attention[level], out))
+                layers = [ResBlock(cfg, C + skips.pop(), out)]
+                layers += self._attention(cfg.attention[level], out)
                 C = out
                 if level and i == cfg.num_res_blocks:
-                    block.append(ResBlock(cfg, C, C, "up") if cfg.resblock_updown else Upsample(C, cfg.conv_resample))
-                self.output_blocks.append(block)
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, C), nn.Identity(),
-                                 zero(nn.Conv2d(C, cfg.out_channels, 3, padding=1)))
+                    layers.append(self._resample("up", C))
+                self.output_blocks.append(Block(*layers))
+        last = zero(conv3x3(C, cfg.out_channels))
+        self.out = nn.Sequential(nn.GroupNorm(GROUPS, C), nn.Identity(), last)
         self.to(memory_format=torch.channels_last)
 
     def _attention(self, depth: int, channels: int) -> list[nn.Module]:
         if not depth:
             return []
-        return [SpatialTransformer(self.cfg, channels, depth) if self.cfg.context_dim else AttentionBlock(self.cfg, channels)]
+        if self.cfg.context_dim:
+            return [SpatialTransformer(self.cfg, channels, depth)]
+        return [AttentionBlock(self.cfg, channels)]
+
+    def _resample(self, way: str, C: int) -> nn.Module:
+        if self.cfg.resblock_updown:
+            return ResBlock(self.cfg, C, C, way)
+        return RESAMPLE[way](C, self.cfg.conv_resample)
 
     @property
     def block_names(self) -> tuple[str, ...]:
         """What `features` may name, in the order of the forward pass."""
-        return (*(f"input_blocks.{i}" for i in range(len(self.input_blocks))), "middle_block",
-                *(f"output_blocks.{i}" for i in range(len(self.output_blocks))))
+        inputs = [f"input_blocks.{i}" for i in range(len(self.input_blocks))]
+        outputs = [f"output_blocks.{i}" for i in range(len(self.output_blocks))]
+        return (*inputs, "middle_block", *outputs)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                features: tuple[str, ...] | None = None) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Maybe = None, context: Maybe = None,
+        features: tuple[str, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """x (B, C, H, W); t (B,) float in [0, 1000] -> (B, out, H, W).
 
-        y: class labels (B,), -1 = none; or (B, vector_dim). context: (B, M, context_dim). With `features`, names from
-        block_names, also {name: what that block returned (B, C', H', W')}.
+        y: class labels (B,), -1 = none; or (B, vector_dim). context: (B, M, context_dim). With
+        `features`, of block_names, also {name: what that block returned (B, C', H', W')}.
         """
-        self._check(x, y, context, features)
+        self._check(x, y, context, features or ())
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
         if self.cfg.vector_dim:
             emb = emb + self.label_emb(y.to(x.dtype))
         elif y is not None:
-            # The null label adds nothing: a learned null row would only duplicate time_embed.2.bias.
+            # The null label adds nothing: a learned row would only duplicate time_embed.2.bias.
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        emb = F.silu(emb)                                                       # (B, E), shared by every ResBlock
-        context = None if context is None else context.to(x.dtype)
-        h, skips, seen = x.contiguous(memory_format=torch.channels_last), [], dict.fromkeys(features or ())
+        emb = F.silu(emb)  # (B, E), shared by every ResBlock
+        if context is not None:
+            context = context.to(x.dtype)
+        h = x.contiguous(memory_format=torch.channels_last)
+        skips, seen = [], dict.fromkeys(features or ())
         blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
         for i, (name, block) in enumerate(zip(self.block_names, blocks)):
-            skip = (skips.pop(),) if i > len(self.input_blocks) else ()
-            h = self._run(block, h, emb, context, *skip)
+            skip = skips.pop() if i > len(self.input_blocks) else None
+            h = self._run(block, h, emb, context, skip)
             if i < len(self.input_blocks):
                 skips.append(h)
             if name in seen:
@@ -189,147 +406,229 @@ class UNet(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def _check(self, x: Tensor, y: Tensor | None, context: Tensor | None, features: tuple[str, ...] | None) -> None:
-        cfg, B, factor = self.cfg, x.shape[0], 2 ** (len(self.cfg.channel_mult) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"H×W = {x.shape[2]}×{x.shape[3]} must be divisible by {factor} ({len(cfg.channel_mult)} levels).")
-        if not cfg.context_dim and context is not None:
+    def _check(self, x: Tensor, y: Maybe, context: Maybe, features: tuple[str, ...]) -> None:
+        cfg, B, (H, W) = self.cfg, len(x), x.shape[2:]
+        if H % cfg.multiple or W % cfg.multiple:
+            raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.multiple}.")
+        if context is not None and not cfg.context_dim:
             raise ValueError("this U-Net has no cross-attention: context must be None.")
-        if cfg.context_dim and (context is None or context.ndim != 3 or (context.shape[0], context.shape[2]) != (B, cfg.context_dim)):
-            raise ValueError(f"context is {shape(context)}: wanted ({B}, tokens, {cfg.context_dim}), a text encoder's output.")
-        if y is not None and not cfg.num_classes and not cfg.vector_dim:
-            raise ValueError("this U-Net is unconditional: y must be None.")
-        if cfg.vector_dim and (y is None or y.shape != (B, cfg.vector_dim)):
-            raise ValueError(f"y is {shape(y)}: wanted a vector ({B}, {cfg.vector_dim}), such as pooled text and sizes.")
-        if cfg.num_classes and y is not None and (y.shape != (B,) or y.is_floating_point()):
-            raise ValueError(f"y is {y.dtype} {shape(y)}: wanted integer class labels ({B},), -1 = none.")
-        if cfg.num_classes and y is not None and y.device.type == "cpu" and B and not torch.compiler.is_compiling():   # a GPU would have to wait
-            low, high = y.min().item(), y.max().item()
-            if low < -1 or high >= cfg.num_classes:
-                raise ValueError(f"y has labels {low} to {high}: wanted 0 to {cfg.num_classes - 1}, or -1 = none.")
-        for name in features or ():
+        if cfg.context_dim:
+            wanted = (B, "tokens", cfg.context_dim)
+            check_shape("context", context, wanted, "a text encoder's output")
+        if cfg.vector_dim:
+            check_shape("y", y, (B, cfg.vector_dim), "a vector such as pooled text and sizes")
+        elif y is not None:
+            self._check_labels(y, B)
+        for name in features:
             if name not in self.block_names:
-                raise ValueError(f"features: no block {name!r}.{closest(name, self.block_names)}  block_names lists all "
-                                 f"{len(self.block_names)}.")
+                near = ", ".join(difflib.get_close_matches(name, self.block_names))
+                raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
+
+    def _check_labels(self, y: Tensor, B: int) -> None:
+        classes = self.cfg.num_classes
+        if not classes:
+            raise ValueError("this U-Net is unconditional: y must be None.")
+        if y.shape != (B,) or y.is_floating_point():
+            raise ValueError(
+                f"y is {y.dtype} {tuple(y.shape)}: wanted integer class labels ({B},), -1 = none."
+            )
+        # Their values only on the CPU: a GPU would have to wait.
+        if y.device.type == "cpu" and B and not torch.compiler.is_compiling():
+            low, high = y.min().item(), y.max().item()
+            if low < -1 or high >= classes:
+                wanted = f"0 to {classes - 1}, or -1 = none"
+                raise ValueError(f"y has labels {low} to {high}: wanted {wanted}.")
 
 
-def shape(x: Tensor | None) -> str:
-    return "None" if x is None else str(tuple(x.shape))
+def mlp(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, out), nn.SiLU(), nn.Linear(out, out))
 
 
-def num_params(cfg: UNetConfig) -> int:
-    """Parameter count of a config, without allocating it."""
+def check_shape(name: str, x: Maybe, wanted: tuple, what: str) -> None:
+    given = None if x is None else tuple(x.shape)
+    fits = given and len(given) == len(wanted)
+    if not fits or any(w not in ("tokens", n) for n, w in zip(given, wanted)):
+        shape = ", ".join(map(str, wanted))
+        raise ValueError(f"{name} is {given}: wanted ({shape}), {what}.")
+
+
+def num_params(cfg: Any) -> int:
+    """Parameter count of a network's config, without allocating it."""
     with torch.device("meta"):
-        return sum(p.numel() for p in UNet(cfg).parameters())
+        return sum(p.numel() for p in build(cfg).parameters())
 
 
-def multiplier(channels: int, model_channels: int) -> float:
-    """The m of channel_mult with int(m · model_channels) == channels; an int where it is one."""
-    m = channels / model_channels
-    m = m if int(m * model_channels) == channels else math.nextafter(m, math.inf)
-    return int(m) if m == int(m) else m
+# ---- networks and presets -----------------------------------------------------------------------
+
+# What a checkpoint may hold: the name in its metadata -> (class, its frozen config dataclass).
+# A network takes its config, keeps it as .cfg, and has forward(x, t, y=None, context=None). A config
+# has in_channels, out_channels, num_classes and `multiple`; context_dim, vector_dim and dropout are
+# 0 where it has none.
+NETWORKS: dict[str, tuple[type, type]] = {"UNet": (UNet, UNetConfig)}
 
 
-TOY = UNetConfig(model_channels=256, channel_mult=(1, 1, 2, 4), attention=(0, 0, 0, 1), use_scale_shift_norm=False)
-ADM = UNetConfig(3, 6, model_channels=256, num_head_channels=64, num_classes=1000)   # 6 = eps and its learned variance
-SD = UNetConfig(4, 4, model_channels=320, channel_mult=(1, 2, 4, 4), attention=(1, 1, 1, 0), use_scale_shift_norm=False,
-                resblock_updown=False)
+def network_name(cfg: Any) -> str:
+    """The name in NETWORKS of a config's network."""
+    return next(name for name, (_, config) in NETWORKS.items() if type(cfg) is config)
+
+
+def build(cfg: Any) -> nn.Module:
+    """The network of a config."""
+    return NETWORKS[network_name(cfg)][0](cfg)
+
+
+TOY = UNetConfig(
+    model_channels=256, channel_mult=(1, 1, 2, 4), attention=(0, 0, 0, 1),
+    use_scale_shift_norm=False,
+)  # fmt: skip
+TINY = UNetConfig(
+    model_channels=128, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1),
+    num_head_channels=64,
+)  # fmt: skip
+# The 6 outputs are eps and its learned variance.
+ADM = UNetConfig(3, 6, model_channels=256, num_head_channels=64, num_classes=1000)
+ADM_256 = replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1))
+SD = UNetConfig(
+    4, 4, model_channels=320, channel_mult=(1, 2, 4, 4), attention=(1, 1, 1, 0),
+    use_scale_shift_norm=False, resblock_updown=False,
+)  # fmt: skip
 XL = replace(SD, num_head_channels=64, vector_dim=2816, context_dim=2048)
-PRESETS: dict[str, UNetConfig] = {
-    "tiny": UNetConfig(model_channels=128, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1), num_head_channels=64),
-    "nano": UNetConfig(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1)),   # for tests of the loop
-    # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its constructor call
-    # takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM (full ADM).
+PRESETS: dict[str, Any] = {
+    "tiny": TINY,
+    "nano": replace(TINY, model_channels=32, num_head_channels=0),  # for tests of the loop
+    # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its
+    # constructor takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM
+    # (full ADM).
     "toy-281m": TOY,
-    "toy-281m-attn": replace(TOY, attention=(0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64),
-    # guided-diffusion's released models. They take pixels and were trained as eps with learned variance.
-    "adm-64": replace(ADM, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, attention=(0, 1, 1, 1),
-                      attention_order="new", dropout=0.1),
-    "adm-128": replace(ADM, channel_mult=(1, 1, 2, 3, 4), attention=(0, 0, 1, 1, 1), num_head_channels=0, num_heads=4),
-    "adm-256": replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1)),
-    "adm-256-uncond": replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1), num_classes=0),
-    "adm-512": replace(ADM, channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 0, 1, 1, 1)),
-    # Stable Diffusion. They take latents of 4 channels at 1/8; heads are 8 in number in 1.x, 64 channels wide since.
+    "toy-281m-attn": replace(
+        TOY, attention=(0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64
+    ),
+    # guided-diffusion's released models. They take pixels and were trained as eps with learned
+    # variance.
+    "adm-64": replace(
+        ADM, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
+        attention=(0, 1, 1, 1), attention_order="new", dropout=0.1,
+    ),
+    "adm-128": replace(
+        ADM, channel_mult=(1, 1, 2, 3, 4), attention=(0, 0, 1, 1, 1),
+        num_head_channels=0, num_heads=4,
+    ),
+    "adm-256": ADM_256,
+    "adm-256-uncond": replace(ADM_256, num_classes=0),
+    "adm-512": replace(
+        ADM, channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 0, 1, 1, 1)
+    ),
+    # Stable Diffusion. They take latents of 4 channels at 1/8; heads are 8 in number in 1.x,
+    # 64 channels wide since.
     "sd15": replace(SD, num_heads=8, context_dim=768, linear_projection=False),
     "sd21": replace(SD, num_head_channels=64, context_dim=1024),
     "sdxl": replace(XL, channel_mult=(1, 2, 4), attention=(0, 2, 10), middle_attention=10),
-    "sdxl-refiner": replace(XL, model_channels=384, attention=(0, 4, 4, 0), middle_attention=4, vector_dim=2560, context_dim=1280),
-}
+    "sdxl-refiner": replace(
+        XL, model_channels=384, attention=(0, 4, 4, 0), middle_attention=4,
+        vector_dim=2560, context_dim=1280,
+    ),
+}  # fmt: skip
 
-# What the family fixes and no file says: (model_channels, context_dim) -> whose heads they are, and which.
-FAMILY_HEADS = {(320, 768): ("Stable Diffusion 1.x", {"num_heads": 8}), (320, 1024): ("Stable Diffusion 2.x", {"num_head_channels": 64}),
-                (320, 2048): ("SDXL", {"num_head_channels": 64}), (384, 1280): ("SDXL's refiner", {"num_head_channels": 64})}
+# ---- the config of anybody's tensors ------------------------------------------------------------
+
+# What the family fixes and no file says: (model_channels, context_dim) -> whose heads, and which.
+FAMILY_HEADS = {
+    (320, 768): ("Stable Diffusion 1.x", {"num_heads": 8}),
+    (320, 1024): ("Stable Diffusion 2.x", {"num_head_channels": 64}),
+    (320, 2048): ("SDXL", {"num_head_channels": 64}),
+    (384, 1280): ("SDXL's refiner", {"num_head_channels": 64}),
+}
 
 
 def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
-    """The config of a U-Net's native names and shapes. `known` gives what they cannot show, or must agree with them.
+    """The config of a U-Net's native names and shapes. `known`: what they cannot show, or must say.
 
-    Heads (num_heads or num_head_channels) and, for ADM, attention_order leave no trace: a wrong guess loads strictly and
-    computes something else. They must be given, except for the heads of Stable Diffusion. dropout is 0 unless given.
+    Heads (num_heads or num_head_channels) and, for ADM, attention_order leave no trace: a wrong
+    guess loads strictly and computes something else. They must be given, except for the heads of
+    Stable Diffusion. dropout is 0 unless given.
     """
-    names = [f.name for f in fields(UNetConfig)]
-    for key in known:
-        if key not in names:
-            raise UserError(f"infer_config: {key!r} is not a field of UNetConfig.{closest(key, names)}")
-    seen = _shapes_to_fields(state_dict)
+    seen = shapes_to_fields(state_dict)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     for key in given.keys() & seen.keys():
         if given[key] != seen[key]:
-            raise UserError(f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}.  Leave it out.")
-    channels, context_dim = seen["model_channels"], seen["context_dim"]
-    owner, fixed = FAMILY_HEADS.get((channels, context_dim), ("", {}))
-    asked = {k: given[k] for k in ("num_heads", "num_head_channels") if given.get(k)}
-    given |= {} if asked else fixed
-    missing = ["the number of attention heads"] * (not asked and not fixed)
-    do = ["--num-heads or --num-head-channels (num_heads, num_head_channels), from the model's card or training command"] * len(missing)
-    # One head has no order; and of transformers none is asked.
-    if not context_dim and "attention_order" not in given and asked != {"num_heads": 1}:
+            raise ValueError(
+                f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}.  Leave it out."
+            )
+    size = seen["model_channels"], seen["context_dim"]
+    family, fixed = FAMILY_HEADS.get(size, ("", {}))
+    heads = {k: given[k] for k in ("num_heads", "num_head_channels") if given.get(k)}
+    missing = [] if heads or fixed else ["the number of attention heads"]
+    # One head has no order, and neither have transformers.
+    if not seen["context_dim"] and "attention_order" not in given and heads != {"num_heads": 1}:
         missing.append("the order of the qkv rows")
-        do.append("--attention-order (attention_order) legacy, guided-diffusion's default, or new (its use_new_attention_order=True)")
     if missing:
-        raise UserError(f"{' and '.join(missing)} leave{'s' * (len(missing) == 1)} no trace in the tensors (model_channels {channels}, context_dim "
-                        f"{context_dim}), and a wrong one computes something else without an error.  Add {'; and '.join(do)}.")
-    try:
-        own = UNetConfig(**(seen | given | {"num_heads": 1, "num_head_channels": 0} | fixed))
-        wrong = fixed and asked and any((asked.get("num_head_channels") or C / asked["num_heads"]) != own.head_channels(C) for C in own.channels)
-        cfg = own if wrong else UNetConfig(**(seen | given))
-    except ValueError as error:
-        raise UserError(f"infer_config: {error}") from None
-    if wrong:
-        flags = [" ".join(f"--{k.replace('_', '-')} {v}" for k, v in heads.items()) for heads in (asked, fixed)]
-        raise UserError(f"{flags[0]} was given, but the tensors are {owner}'s (model_channels {channels}, context_dim {context_dim}), which has "
-                        f"{flags[1]}.  Leave it out.")
-    return cfg
+        raise ValueError(
+            f"no tensor shows {' and '.join(missing)} (model_channels {size[0]}, context_dim "
+            f"{size[1]}), and a wrong one computes something else without an error."
+        )
+    if not fixed:
+        return UNetConfig(**(seen | given))
+    cfg = UNetConfig(**(seen | given | {"num_heads": 1, "num_head_channels": 0} | fixed))
+    D = heads.get("num_head_channels")
+    if heads and any((D or C / heads["num_heads"]) != cfg.head_channels(C) for C in cfg.channels):
+        raise ValueError(f"{heads} was given, but the tensors are {family}'s: {fixed}.")
+    return replace(cfg, **heads)
 
 
-def _shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field of UNetConfig that names and shapes determine. Missing and extra tensors are left for a strict load to name."""
-    def size(name: str) -> tuple[int, ...]:
+def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of UNetConfig that names and shapes determine. Missing and extra tensors are left
+    for a strict load to name."""
+
+    def shape(name: str) -> tuple[int, ...]:
         if name not in state_dict:
-            raise UserError(f"cannot tell the architecture: no tensor {name!r} among {len(state_dict)} ({', '.join(list(state_dict)[:3])} …); "
-                            "wanted a U-Net under guided-diffusion's or LDM's names.")
+            first = ", ".join(list(state_dict)[:3])
+            raise ValueError(
+                f"cannot tell the architecture: no tensor {name!r} among {len(state_dict)} "
+                f"({first} …); wanted a U-Net under guided-diffusion's or LDM's names."
+            )
         return tuple(state_dict[name].shape)
 
     def numbers(pattern: str) -> set[int]:
         return {int(m[1]) for name in state_dict if (m := re.match(pattern, name))}
 
     def depth(block: str) -> int:
-        return len(numbers(rf"{block}\.1\.transformer_blocks\.(\d+)\.")) or int(f"{block}.1.qkv.weight" in state_dict)
+        transformers = numbers(rf"{block}\.1\.transformer_blocks\.(\d+)\.")
+        return len(transformers) or int(f"{block}.1.qkv.weight" in state_dict)
 
-    channels, total = size("time_embed.0.weight")[1], max(numbers(r"output_blocks\.(\d+)\."), default=0) + 1
-    convs, resnets = numbers(r"output_blocks\.(\d+)\.[12]\.conv\."), numbers(r"output_blocks\.(\d+)\.[12]\.in_layers\.")
-    pools = set(range(total)) - numbers(r"input_blocks\.(\d+)\.")               # average pooling leaves gaps in the numbers
+    channels = shape("time_embed.0.weight")[1]
+    total = max(numbers(r"output_blocks\.(\d+)\."), default=0) + 1
+    convs = numbers(r"output_blocks\.(\d+)\.[12]\.conv\.")
+    resnets = numbers(r"output_blocks\.(\d+)\.[12]\.in_layers\.")
+    # Average pooling has no tensors and leaves gaps in the numbers.
+    pools = set(range(total)) - numbers(r"input_blocks\.(\d+)\.")
     levels = 1 + len(convs or resnets or pools)
     if total % levels or total // levels < 2:
-        raise UserError(f"cannot tell the architecture: {total} output blocks do not split into {levels} levels.")
+        raise ValueError(
+            f"cannot tell the architecture: {total} output blocks do not split into {levels} levels."
+        )
     blocks = [f"input_blocks.{1 + level * (total // levels)}" for level in range(levels)]
-    rows = [size(f"{block}.0.out_layers.3.weight")[0] for block in blocks]
-    context_dim = 0 if "middle_block.1.qkv.weight" in state_dict else size("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    rows = [shape(f"{block}.0.out_layers.3.weight")[0] for block in blocks]
+    context_dim, square = 0, True
+    if "middle_block.1.qkv.weight" not in state_dict:
+        context_dim = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+        square = len(shape("middle_block.1.proj_in.weight")) == 2
+    labels, vectors = "label_emb.weight", "label_emb.0.0.weight"
     return dict(
-        in_channels=size("input_blocks.0.0.weight")[1], out_channels=size("out.2.weight")[0], model_channels=channels,
-        channel_mult=tuple(multiplier(C, channels) for C in rows), num_res_blocks=total // levels - 1,
-        attention=tuple(depth(block) for block in blocks), middle_attention=depth("middle_block"), context_dim=context_dim,
-        use_scale_shift_norm=size(f"{blocks[0]}.0.emb_layers.1.weight")[0] == 2 * rows[0], resblock_updown=bool(resnets) and not convs,
-        conv_resample=bool(convs or resnets or not pools), num_classes=size("label_emb.weight")[0] if "label_emb.weight" in state_dict else 0,
-        vector_dim=size("label_emb.0.0.weight")[1] if "label_emb.0.0.weight" in state_dict else 0,
-        linear_projection=not context_dim or len(size("middle_block.1.proj_in.weight")) == 2)
+        in_channels=shape("input_blocks.0.0.weight")[1], out_channels=shape("out.2.weight")[0],
+        model_channels=channels, channel_mult=tuple(multiplier(C, channels) for C in rows),
+        num_res_blocks=total // levels - 1, attention=tuple(depth(block) for block in blocks),
+        middle_attention=depth("middle_block"), context_dim=context_dim, linear_projection=square,
+        use_scale_shift_norm=shape(f"{blocks[0]}.0.emb_layers.1.weight")[0] == 2 * rows[0],
+        resblock_updown=bool(resnets) and not convs,
+        conv_resample=bool(convs or resnets or not pools),
+        num_classes=shape(labels)[0] if labels in state_dict else 0,
+        vector_dim=shape(vectors)[1] if vectors in state_dict else 0,
+    )  # fmt: skip
+
+
+def multiplier(channels: int, model_channels: int) -> float:
+    """The m of channel_mult with int(m · model_channels) == channels; an int where it is one."""
+    m = channels / model_channels
+    if int(m * model_channels) != channels:
+        m = math.nextafter(m, math.inf)
+    return int(m) if m == int(m) else m

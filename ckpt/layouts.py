@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from harness.cli import UserError, closest
+from ckpt.native import config_from
 from model import UNet, UNetConfig, multiplier
 
 LAYOUTS = ("native", "diffusers")
@@ -280,15 +281,15 @@ def from_diffusers_config(config: Mapping[str, Any], attention_order: Literal["l
         head = dict(num_heads=heads[-1]) if len(set(heads)) == 1 else dict(num_head_channels=channels[-1] // heads[-1])
     resamples = [c.get("downsample_type", "conv") if "Attn" in d and not cross else "resnet" if "Resnet" in d else "conv" for d in down[:-1]]
     try:
-        cfg = UNetConfig(
-            c["in_channels"], c["out_channels"], model_channels=channels[0],
+        cfg = config_from(UNetConfig, dict(
+            in_channels=c["in_channels"], out_channels=c["out_channels"], model_channels=channels[0],
             channel_mult=tuple(multiplier(C, channels[0]) for C in channels),
             num_res_blocks=c["layers_per_block"],
             attention=tuple(depth * ("Attn" in d) for depth, d in zip(depths, down)), middle_attention=depths[-1], **head,
             attention_order="legacy" if cross else attention_order, use_scale_shift_norm=c["resnet_time_scale_shift"] == "scale_shift",
             resblock_updown="resnet" in resamples, num_classes=c["num_class_embeds"] or 0, dropout=c["dropout"],
             vector_dim=(c["projection_class_embeddings_input_dim"] or 0) if c.get("addition_embed_type") else 0,
-            context_dim=c["cross_attention_dim"] if cross else 0, linear_projection=not cross or c["use_linear_projection"])
+            context_dim=c["cross_attention_dim"] if cross else 0, linear_projection=not cross or c["use_linear_projection"]))
     except ValueError as error:
         raise UserError(f"config of {name}: {error}") from None
     # Whatever was read wrongly or not at all comes back different.

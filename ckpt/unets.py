@@ -35,6 +35,7 @@ from harness.files import (
 )
 from ckpt.containers import WEIGHTS, open_weights, rounded, weights_in
 from ckpt.hub import origin, resolve
+from ckpt.native import config_from
 from model import UNet, UNetConfig, infer_config
 from objectives import Objective, make_objective
 from ckpt.probe import PROBE_LIMIT, probe
@@ -175,7 +176,7 @@ def _open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source
         for key, kind in KINDS.items():
             if key in meta and not isinstance(meta[key], kind):
                 raise TypeError(f"{key} is {str(meta[key])[:40]!r}")
-        cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()})
+        cfg = config_from(UNetConfig, {k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()})
         if isinstance(meta.get("objective"), dict):
             Objective(**meta["objective"])
         elif layouts.target_of(meta) not in (None, "fm", "eps", "v", "x0"):
@@ -226,13 +227,37 @@ def _open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> So
     if layout == "diffusers":
         cfg = diffusers_config_beside(path, known)
     else:
-        try:
-            cfg = infer_config(inner.table, **known)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        cfg = infer_known(inner, known)
     meta = {"layout": layout, "family": layouts.family(cfg), "objective": objective, **origin(path), "ema": "the file's" if ema or is_ema else None}
     left_out = {k: len(v) for k, v in groups.items() if k != part} | beside
     return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
+
+
+HEADS = (
+    "--num-heads or --num-head-channels (num_heads, num_head_channels), from the model's card or "
+    "training command"
+)
+ORDER = (
+    "--attention-order (attention_order) legacy, guided-diffusion's default, or new (its "
+    "use_new_attention_order=True)"
+)
+
+
+def infer_known(box: Container, known: dict[str, Any]) -> UNetConfig:
+    """infer_config of a file; its errors with the flags that help."""
+    names = [f.name for f in fields(UNetConfig)]
+    for key in known:
+        if key not in names:
+            raise UserError(f"{key!r} is not a field of UNetConfig", do=closest(key, names) or "Leave it out.")
+    try:
+        cfg = infer_config(box.table, **known)
+        return config_from(UNetConfig, {f.name: getattr(cfg, f.name) for f in fields(cfg)})
+    except (ValueError, ArithmeticError, LookupError) as error:
+        what, _, do = str(error).partition("  ")
+        asked = [HEADS] if "number of attention heads" in what else []
+        asked += [ORDER] if "order of the qkv rows" in what else []
+        do = do or ("Add " + "; and ".join(asked) + "." if asked else "Give what its training command says, or leave it out.")
+        raise UserError(f"{box.path}: {what}", do=do) from None
 
 
 def diffusers_config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
