@@ -408,7 +408,7 @@ def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
         return None
     if cfg.init:
         other, meta = load_unet(cfg.init, dtype=torch.float32)
-        if "vae" in meta and vae_from_meta(meta["vae"]).mark != vae.mark:
+        if "vae" in meta and vae_from_meta(meta["vae"]).fingerprint != vae.fingerprint:
             raise UserError(f"--init {cfg.init} was trained on other latents than the teacher.  Start from a network that shares them.")
         if meta.get("resolution", cfg.resolution) != cfg.resolution:
             raise UserError(f"--init {cfg.init} was trained at {meta['resolution']} pixels, the teacher at {cfg.resolution}.  "

@@ -43,7 +43,7 @@ from samplers import (
     slerp,
     time_grid,
 )
-from vae import AnyVAE, load_vae, vae_from_meta
+from vae import AnyVAE, choose
 
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "sde")
 
@@ -200,17 +200,8 @@ def describe(
     else:
         name = "ddpm" if meta["objective"] == "eps" else meta["objective"]
         objective = make_objective(name, **{} if name == "fm" else {"table": cfg.table})
-    if (
-        "vae" in meta and cfg.vae and "family" not in meta["vae"]
-    ):  # of those, only where they lie is in the file
-        raise UserError(
-            f"--vae {cfg.vae}, but {what} carries its own autoencoder ({meta['vae']['name']}).  Leave it out."
-        )
-    if "vae" not in meta and not cfg.vae and unet.in_channels != 3:
-        raise UserError(
-            f"{what} works on latents of {unet.in_channels} channels and names no autoencoder.  Add --vae FILE (or pixel:N)."
-        )
-    vae = vae_from_meta(meta["vae"], cfg.vae) if "vae" in meta else load_vae(cfg.vae or "pixel")
+    pixels = unet.in_channels == 3 and "vae" not in meta
+    vae = choose(cfg.vae or ("pixel" if pixels else ""), meta=meta, network=what)
     if vae.channels * (
         1 + (objective.coupling == "lowres")
     ) != unet.in_channels or unet.out_channels not in (vae.channels, 2 * vae.channels):

@@ -95,7 +95,7 @@ def open_generator(cfg: Config, device: torch.device) -> Generator:
                "dtype": precision(device, cfg.dtype), "device": device.type, **({"classes": f"{used} of {len(d.classes)}"} if d.classes else {}),
                **({"batch": cfg.batch} if cfg.whole_batch else {}), **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
                **({"cfg rescale": cfg.cfg_rescale} if cfg.cfg_rescale else {}), **({"guide": d.guide} if d.guide else {})}
-    subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.mark,
+    subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.fingerprint,
                **{k: d.meta.get(k) for k in ("run", "images", "ema")}, **{k: v for k, v in d.meta.get("config", {}).items() if k in ("flip", "crop")}}
     means = {"objective": asdict(d.objective), "unet": d.meta.get("unet"), **{k: getattr(cfg, k) for k in ("num_heads", "num_head_channels", "attention_order")}}
     return Generator(draw, sampled, means, subject, d.resolution, d.meta.get("config", {}))

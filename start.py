@@ -12,11 +12,11 @@ from data.dataset import Dataset
 from data.images import to_float
 from harness.files import META
 from ckpt.containers import open_weights
-from data.cache import cache_vae, is_cache, self_check
+from data.cache import is_cache, self_check, vae_path
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective
 from harness.run import read_config
-from vae import VAE, AnyVAE, enough, fit_pca, load_noted, load_vae, pixel, psnr, vae_from_meta
+from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
 if TYPE_CHECKING:
     from train import Config
@@ -63,29 +63,26 @@ def vae_moved(cfg: "Config", run: Path) -> bool:
 
 
 def make_vae(cfg: "Config", run: Path, ds: Dataset, init_meta: dict[str, Any] | None) -> AnyVAE:
-    """The run's own autoencoder if it has one, the init checkpoint's if there is one, else fitted or loaded."""
-    if (run / "vae.safetensors").exists():
-        vae = load_noted(run / "vae.safetensors", cfg.vae if vae_moved(cfg, run) else "")
-        if is_cache(cfg.data):
-            self_check(ds.source, vae)
-        return vae
-    named = None if cfg.vae == "pca" else load_vae(cfg.vae)
+    """The autoencoder of a run; the data of a cache must be its latents."""
+    kept = run / "vae.safetensors"
+    vae = choose(
+        "" if kept.exists() and not vae_moved(cfg, run) else cfg.vae,
+        kept=kept,
+        meta=init_meta,
+        network=f"--init {cfg.init}" if cfg.init else "the checkpoint to start from",
+        cached=vae_path(cfg.data) if is_cache(cfg.data) else None,
+        fit=lambda: fit_to(ds, cfg.resolution),
+    )
     if is_cache(cfg.data):
-        named = named or cache_vae(Path(cfg.data))                              # the same, wherever its file lies now
-        self_check(ds.source, named)
-    if init_meta is not None and "vae" not in init_meta and named is None:
-        raise UserError(f"--init {cfg.init} does not say which latents its network knows.  Name the autoencoder with --vae FILE, "
-                        "pixel or pixel:N; pca is fitted anew to every data set, so it does not count.")
-    if init_meta is not None and "vae" in init_meta:                            # its weights speak only its latents
-        vae = vae_from_meta(init_meta["vae"], cfg.vae if isinstance(named, VAE) and "family" in init_meta["vae"] else "")
-        if vae.name != "pca" if named is None else vae.mark != named.mark:
-            raise UserError(f"the checkpoint to start from was trained on other latents ({vae.name}) than --vae {cfg.vae} makes.  Leave --vae "
-                            "out, or name the same autoencoder.")
-        return vae
-    if named is not None:
-        return named
-    pixel(8).latent_shape(cfg.resolution)
-    images = to_float(ds.images(range(min(len(ds), enough(cfg.resolution)))))
+        self_check(ds.source, vae)
+    return vae
+
+
+def fit_to(ds: Dataset, resolution: int) -> AnyVAE:
+    """pca, fitted to a data set."""
+    pixel(8).latent_shape(resolution)  # has the factor of pca: refused before any image is read
+    images = to_float(ds.images(range(min(len(ds), pca_samples(resolution)))))
     vae = fit_pca(images)
-    print(f"vae pca: fitted on {len(images):,} images, PSNR {psnr(vae.decode(vae.encode(images[:256])), images[:256]):.2f} dB", flush=True)
+    quality = psnr(vae.decode(vae.encode(images[:256])), images[:256])
+    print(f"vae pca: fitted on {len(images):,} images, PSNR {quality:.2f} dB", flush=True)
     return vae

@@ -48,7 +48,7 @@ from diffusion.schedules import stratify
 from settings import objective_of, resolve
 from start import check_aligned, make_vae, start_from, vae_moved
 from eval_fid import FID
-from vae import AnyVAE, load_noted, save_vae, vae_from_meta
+from vae import AnyVAE, choose, save_vae, vae_from_meta
 from watch import draw_samples, ema_net, held_out_loss, preview
 
 
@@ -482,7 +482,7 @@ def train(cfg: Config, ranks: Ranks, setup: Callable[[Config, Ranks], Trainer] =
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
     if moved := vae_moved(cfg, run):
-        load_noted(run / "vae.safetensors", cfg.vae)                            # another one ends here, also when the run is finished
+        choose(cfg.vae, kept=run / "vae.safetensors")  # another one ends here, also when the run is finished
     check_config(cfg, run, free | ({"vae"} if moved else set()))
     if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
         if ranks.rank == 0:

@@ -13,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import record
 from benchmarks.race import alternate
-from vae import VAE, VAEConfig, vae_map
+from ckpt.vaes import vae_map
+from vae import VAE, VAEConfig, tensor_shapes
 
 ROUNDS = 5
 CASES = {                                    # family, its config, batch, pixels
@@ -29,7 +30,7 @@ def peer(vae: VAE) -> torch.nn.Module:
     common = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=cfg.encoder,
                   latent_channels=cfg.z, layers_per_block=2)
     net = diffusers.AutoencoderKLFlux2(**common) if cfg.stats else diffusers.AutoencoderKL(**common)
-    net.load_state_dict({name: vae.state_dict()[k].reshape(shape) for k, (name, shape) in vae_map(cfg, "diffusers").items()})
+    net.load_state_dict({name: vae.state_dict()[k].reshape(shape) for k, (name, shape) in vae_map(tensor_shapes(cfg), "diffusers").items()})
     return net.eval().requires_grad_(False)
 
 

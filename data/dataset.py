@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from data.cache import from_raw, is_cache, open_cache
+from data.cache import is_cache, open_cache
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
@@ -82,7 +82,7 @@ def latents_of(vae: AnyVAE, batch: dict[str, Tensor]) -> Tensor:
     """Model-space latents (B, C, h, w) of a batch: from its images, or from what a cache kept."""
     if "image" in batch:
         return vae.encode(to_float(batch["image"]))
-    return from_raw(vae, batch["raw"])
+    return vae.from_raw(batch["raw"])
 
 
 # ---- opening ------------------------------------------------------------------------------------

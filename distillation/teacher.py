@@ -27,7 +27,7 @@ from diffusion.schedules import TABLES, T, norm, table_time
 from harness.cli import UserError
 from model import UNet, UNetConfig
 from objectives import Net, Objective, make_objective
-from vae import AnyVAE, load_vae, vae_from_meta
+from vae import AnyVAE, choose
 
 # v* divides by the signal's share a of the mix; where that is smaller, by this.
 A_MIN = 1e-3
@@ -322,15 +322,7 @@ def open_teacher(
 def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
     """The autoencoder whose latents the teacher knows. --vae names it where the teacher's file does
     not, or says where it lies now."""
-    if "vae" not in meta:
-        vae = load_vae(cfg.vae)
-    else:
-        vae = vae_from_meta(meta["vae"], cfg.vae if "family" in meta["vae"] else "")
-        if cfg.vae and (cfg.vae == "pca" or load_vae(cfg.vae).mark != vae.mark):
-            raise UserError(
-                f"the teacher knows the latents of {vae.name}, and --vae {cfg.vae} makes others",
-                do="Leave --vae out.",
-            )
+    vae = choose(cfg.vae, meta=meta, network="the teacher")
     if is_cache(cfg.data):
         self_check(ds.source, vae)
     return vae

@@ -29,7 +29,7 @@ from harness.files import make_dir, write_tensors, write_text
 from ckpt.containers import open_weights
 from data.images import FORMATS
 from data.cache import is_cache, read_sealed
-from linear import LinearVAE, enough, fit_pca
+from vae import LinearVAE, fit_pca, pca_samples
 from metrics.distances import Statistics, finite, read_npz
 from harness.ranks import Ranks
 from data.sources import Source, find_files, open_source
@@ -205,7 +205,7 @@ def fit_extractor(images: Images) -> Pca:
     side = images.load(0).shape[:2]
     if any(s % 8 for s in side):
         raise UserError(f"--features pca works on patches of 8×8 pixels; {images.spec} has {side[1]}×{side[0]}.  Give --resolution, a multiple of 8.")
-    some = images.batch(np.linspace(0, images.total - 1, min(images.total, enough(images.resolution))).astype(int))
+    some = images.batch(np.linspace(0, images.total - 1, min(images.total, pca_samples(images.resolution))).astype(int))
     return Pca(fit_pca(to_float(some)), {"fitted to": images.hash[:16], "fitted on": len(some), "resolution": images.resolution})
 
 

@@ -827,7 +827,7 @@ def test_the_sampler_draws_from_a_foreign_file_what_it_draws_from_our_own(tmp_pa
         code, _, err = user(drawing.main, "--ckpt", tmp_path / "adm.pt", *says[:i], *says[i + 2:])
         assert code == 2 and len(err) == 1 and message in err[0], err
     for flags, message in ((["--objective", "fm"], "says its objective is v, got fm"), (["--table", "linear"], "was trained with scaled_linear"),
-                           (["--vae", "pixel"], "carries its own autoencoder"), (["--num-heads", 1], "got num_heads 1"),
+                           (["--vae", "pixel"], "was trained on other latents"), (["--num-heads", 1], "got num_heads 1"),
                            (["--resolution", 17], "wanted a multiple of 2")):
         code, _, err = user(drawing.main, "--ckpt", tmp_path / "own", *flags)
         assert code == 2 and len(err) == 1 and message in err[0], err
@@ -837,7 +837,7 @@ def test_the_sampler_says_what_a_network_still_needs(tmp_path, user):
     torch.save(UNet(SD).state_dict(), tmp_path / "sd.ckpt")
     torch.save(UNet(CFG).state_dict(), tmp_path / "latent.pt")
     for name, flags, message in (("sd.ckpt", ["--num-heads", 2], "told what to draw by text"),
-                                 ("latent.pt", [], "latents of 4 channels and names no autoencoder"),
+                                 ("latent.pt", [], "does not say which latents its network knows"),
                                  ("latent.pt", ["--vae", "pixel:2"], "makes 12 channels, but"), ("latent.pt", ["--table", "linear"], "fm has none")):
         heads = [] if name == "sd.ckpt" else ["--num-heads", 1]
         code, _, err = user(drawing.main, "--ckpt", tmp_path / name, "--objective", "fm", *heads, *flags)

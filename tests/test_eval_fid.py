@@ -21,7 +21,7 @@ from harness.cli import UserError
 from conftest import ROOT, randomize
 from eval_fid import compare, default_ref
 from metrics.features import CHUNK, Pca, compute, extract, fit_extractor, open_images, short, split_spec
-from linear import fit_pca
+from vae import fit_pca
 from metrics.distances import Statistics, frechet, kernel_distance
 from objectives import make_objective
 from harness.ranks import Ranks

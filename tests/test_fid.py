@@ -473,7 +473,7 @@ def worse(image, how, amount):
 @pytest.mark.parametrize("how, amounts", [("blur", (0.7, 1.5, 3)), ("jpeg", (70, 30, 8)), ("noise", (10, 30, 70))])
 def test_both_distances_grow_with_the_damage(how, amounts):
     from metrics.features import Pca
-    from linear import fit_pca
+    from vae import fit_pca
     source = open_source("toyfaces:120", 64)
     pixels = [source.pixel(i) for i in range(120)]
 

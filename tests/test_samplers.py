@@ -17,7 +17,7 @@ from conftest import randomize
 from drawing import pick_labels
 from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
-from linear import pixel
+from vae import pixel
 from model import UNet, UNetConfig
 from diffusion.schedules import T, alphas_bar
 from objectives import make_objective

@@ -14,25 +14,44 @@ import pytest
 import torch
 from PIL import Image
 
+import data.cache as cache_py
 import data.encode as encode
-import data.cache as latents
-import vae as vae_file
 from harness.cli import UserError
-from data.dataset import Stream, batches, open_dataset
-from data.cache import cache_vae, from_raw, open_cache, self_check, verify
+from data.cache import open_cache, self_check, vae_path, verify
+from data.dataset import Stream, batches, latents_of, open_dataset
 from data.sources import held_hash, open_source
 from data.tags import TagTable
+from vae import LinearVAE, load_vae, pixel
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--data", "toyfaces:50", "--resolution", "32", "--batch", "4"]
 
 
 def run(*args, ranks=1, shard=None, wait=True, **env):
-    """vae.py encode, with shards of a few images; returns the process."""
-    code = f"import sys; sys.argv[0] = 'vae.py'; import encode; encode.SHARD = {shard or 3 * 2 * 32 * 16}; from config import cli; cli(encode.main)"
-    launcher = ["-c", code] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python", sys.executable, "-c", code]
-    process = subprocess.Popen([sys.executable, *launcher, "encode", *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, **env})
+    """data.encode, with shards of a few images; returns the process."""
+    code = f"import data.encode as encode; encode.SHARD = {shard or 3 * 2 * 32 * 16}; encode.cli(encode.main)"
+    launcher = (
+        ["-c", code]
+        if ranks == 1
+        else [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "--no-python",
+            sys.executable,
+            "-c",
+            code,
+        ]
+    )
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **env},
+    )
     if wait:
         text, _ = process.communicate(timeout=300)
         process.text = text
@@ -40,7 +59,11 @@ def run(*args, ranks=1, shard=None, wait=True, **env):
 
 
 def files(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).iterdir())
+        if not p.name.startswith(".")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,42 +76,69 @@ def cache(tmp_path_factory):
 
 def test_the_cache_holds_the_latents_of_every_image_with_names_and_tags(cache):
     source, images = open_cache(str(cache), 32), open_source("toyfaces:50", 32)
-    vae = cache_vae(cache)
+    vae = load_vae(vae_path(cache))
     self_check(source, vae)
     assert len(list(cache.glob("shard-*"))) == 17 and list(source.names) == images.names
     assert [source.tags[i] for i in range(50)] == images.tags
-    exact = vae.encode(torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    ours = from_raw(vae, torch.stack([source.raw(i) for i in range(50)]))
-    assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()                # fp16
+    exact = vae.encode(
+        torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    )
+    ours = vae.from_raw(torch.stack([source.raw(i) for i in range(50)]))
+    assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()  # fp16
     stats = source.manifest
-    assert stats["mean"] == pytest.approx(float(ours.double().mean()), abs=1e-6) and stats["std"] == pytest.approx(float(ours.double().std(correction=0)), rel=1e-6)
-    assert stats["channel_std"] == pytest.approx(ours.double().std((0, 2, 3), correction=0).tolist(), rel=1e-5)
+    assert stats["mean"] == pytest.approx(float(ours.double().mean()), abs=1e-6) and stats[
+        "std"
+    ] == pytest.approx(float(ours.double().std(correction=0)), rel=1e-6)
+    assert stats["channel_std"] == pytest.approx(
+        ours.double().std((0, 2, 3), correction=0).tolist(), rel=1e-5
+    )
 
 
 def test_a_dataset_of_latents_is_the_dataset_of_images_in_the_same_order_and_stages(cache):
-    a, b = (open_dataset(spec, stage="fine", exclude_tags=["glasses & smile"], resolution=32) for spec in ("toyfaces:50", str(cache)))
-    assert list(a.index) == list(b.index) and list(a.heldout.index) == list(b.heldout.index) and a.counts() == b.counts()
+    a, b = (
+        open_dataset(spec, stage="fine", exclude_tags=["glasses & smile"], resolution=32)
+        for spec in ("toyfaces:50", str(cache))
+    )
+    assert (
+        list(a.index) == list(b.index)
+        and list(a.heldout.index) == list(b.heldout.index)
+        and a.counts() == b.counts()
+    )
     assert a.report.splitlines()[1:] == b.report.splitlines()[1:]
-    vae, groups = cache_vae(cache), [[0, 1, 2], [60, 61, 62]]
+    vae, groups = load_vae(vae_path(cache)), [[0, 1, 2], [60, 61, 62]]
     for x, y in zip(*(batches(Stream(ds, None, (32, 4, 4), 0), iter(groups)) for ds in (a, b))):
         assert torch.equal(x["eps"], y["eps"]) and torch.equal(x["q"], y["q"])
-        assert (latents.latents_of(vae, x) - latents.latents_of(vae, y)).abs().max() < 2e-3 * latents.latents_of(vae, x).abs().max()
+        assert (latents_of(vae, x) - latents_of(vae, y)).abs().max() < 2e-3 * latents_of(
+            vae, x
+        ).abs().max()
     again = list(batches(Stream(b, None, (32, 4, 4), 0), iter(groups), workers=2))
-    assert all(torch.equal(u["raw"], v["raw"]) for u, v in zip(again, batches(Stream(b, None, (32, 4, 4), 0), iter(groups))))
+    assert all(
+        torch.equal(u["raw"], v["raw"])
+        for u, v in zip(again, batches(Stream(b, None, (32, 4, 4), 0), iter(groups)))
+    )
 
 
 def test_a_mirrored_image_has_its_own_latent(tmp_path):
-    assert run(*SMALL, "--flip", "--out", tmp_path / "c", shard=7 * 2 * 2 * 32 * 16).returncode == 0     # batches of 4 and 3
+    assert (
+        run(*SMALL, "--flip", "--out", tmp_path / "c", shard=7 * 2 * 2 * 32 * 16).returncode == 0
+    )  # batches of 4 and 3
     source, images = open_cache(str(tmp_path / "c"), 32, flip=True), open_source("toyfaces:50", 32)
-    vae = cache_vae(tmp_path / "c")
+    vae = load_vae(vae_path(tmp_path / "c"))
     x = torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
     for mirrored, exact in ((False, vae.encode(x)), (True, vae.encode(x.flip(-1)))):
-        assert (from_raw(vae, torch.stack([source.raw(i, mirrored) for i in range(50)])) - exact).abs().max() < 1e-3 * exact.abs().max()
+        assert (
+            vae.from_raw(torch.stack([source.raw(i, mirrored) for i in range(50)])) - exact
+        ).abs().max() < 1e-3 * exact.abs().max()
     ds = open_dataset(str(tmp_path / "c"), resolution=32, flip=True)
     sample = [Stream(ds, None, (32, 4, 4), 0, flip=True)[p]["raw"] for p in range(40)]
-    twin = [Stream(open_dataset("toyfaces:50", resolution=32), None, (32, 4, 4), 0, flip=True)[p]["image"] for p in range(40)]
+    twin = [
+        Stream(open_dataset("toyfaces:50", resolution=32), None, (32, 4, 4), 0, flip=True)[p][
+            "image"
+        ]
+        for p in range(40)
+    ]
     exact = vae.encode(torch.stack(twin).float() / 127.5 - 1)
-    assert (from_raw(vae, torch.stack(sample)) - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert (vae.from_raw(torch.stack(sample)) - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
@@ -96,17 +146,21 @@ def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
     while kills < 10:
         process = run(*SMALL, "--out", killed, wait=False)
         goal = min(len(list(killed.glob("shard-*.safetensors"))) + 1, 17) if killed.exists() else 0
-        while process.poll() is None and len(list(killed.glob("shard-*.safetensors"))) < goal + (kills % 2):
+        while process.poll() is None and len(list(killed.glob("shard-*.safetensors"))) < goal + (
+            kills % 2
+        ):
             time.sleep(0.003)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-        if (killed / "manifest.json").exists():                                 # it was done before the kill: begin again
+        if (killed / "manifest.json").exists():  # it was done before the kill: begin again
             for path in list(killed.glob("shard-*"))[kills:] + [killed / "manifest.json"]:
                 path.unlink()
     with pytest.raises(UserError, match="is not finished"):
-        open_cache(str(killed), 32) if not (killed / "manifest.json").exists() else pytest.fail("finished")
+        open_cache(str(killed), 32) if not (killed / "manifest.json").exists() else pytest.fail(
+            "finished"
+        )
     assert run(*SMALL, "--out", killed).returncode == 0
     assert files(killed) == files(cache)
     assert not verify(killed)
@@ -114,23 +168,41 @@ def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
     assert two.returncode == 0 and files(tmp_path / "two") == files(cache), two.text
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--resolution", "64"], "resolution 32, now 64"), (["--vae", "pixel:8"], "the autoencoder changed"), (["--flip"], "flip False, now True"),
-    (["--dtype", "bf16"], "dtype fp16, now bf16"), (["--data", "toyfaces:51"], "the images or their tags changed")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--resolution", "64"], "resolution 32, now 64"),
+        (["--vae", "pixel:8"], "the autoencoder changed"),
+        (["--flip"], "flip False, now True"),
+        (["--dtype", "bf16"], "dtype fp16, now bf16"),
+        (["--data", "toyfaces:51"], "the images or their tags changed"),
+    ],
+)
 def test_another_plan_in_the_same_folder_is_refused(cache, change, message):
     before = files(cache)
     done = run(*SMALL, "--out", cache, *change)
-    assert done.returncode == 2 and message in done.text.splitlines()[-1] and files(cache) == before, done.text
+    assert (
+        done.returncode == 2 and message in done.text.splitlines()[-1] and files(cache) == before
+    ), done.text
 
 
 def test_a_changed_image_is_noticed(tmp_path):
     (tmp_path / "d").mkdir()
     for i in range(5):
         Image.fromarray(np.full((32, 32, 3), 40 * i, np.uint8)).save(tmp_path / "d" / f"{i}.png")
-    args = ["--data", tmp_path / "d", "--resolution", "32", "--vae", "pixel:8", "--out", tmp_path / "c"]
+    args = [
+        "--data",
+        tmp_path / "d",
+        "--resolution",
+        "32",
+        "--vae",
+        "pixel:8",
+        "--out",
+        tmp_path / "c",
+    ]
     first = run(*args)
     assert first.returncode == 0, first.text
-    assert run(*args).returncode == 0                                           # nothing changed: nothing to do
+    assert run(*args).returncode == 0  # nothing changed: nothing to do
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(tmp_path / "d" / "3.png")
     done = run(*args)
     assert done.returncode == 2 and "the images or their tags changed" in done.text
@@ -138,6 +210,7 @@ def test_a_changed_image_is_noticed(tmp_path):
 
 def copy_of(cache, tmp_path):
     import shutil
+
     return Path(shutil.copytree(cache, tmp_path / "copy"))
 
 
@@ -151,26 +224,43 @@ def test_a_flipped_bit_anywhere_is_found(cache, tmp_path):
         (copy / name).write_bytes(data)
         done = run("--out", copy, "--verify")
         assert done.returncode == 1 and name in done.text and name in verify(copy)[0]
-    with pytest.raises(UserError, match="index.safetensors, the names and tags of the cache, is damaged"):
+    with pytest.raises(
+        UserError, match="index.safetensors, the names and tags of the cache, is damaged"
+    ):
         open_cache(str(copy), 32)
     os.truncate(copy / "shard-00002.safetensors", 100)
-    assert run(*SMALL, "--out", copy).returncode == 0                           # the same command writes what is damaged again
+    assert (
+        run(*SMALL, "--out", copy).returncode == 0
+    )  # the same command writes what is damaged again
     assert verify(copy) == [] and files(copy) == files(cache)
 
 
-@pytest.mark.parametrize("name, text", [("plan.json", "{"), ("plan.json", "[]"), ("manifest.json", "{"), ("manifest.json", '{"plan": {"version": 1}}'),
-                                        ("manifest.json", "[" * 10 ** 5), ("plan.json", "\xff")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("plan.json", "{"),
+        ("plan.json", "[]"),
+        ("manifest.json", "{"),
+        ("manifest.json", '{"plan": {"version": 1}}'),
+        ("manifest.json", "[" * 10**5),
+        ("plan.json", "\xff"),
+    ],
+)
 def test_damaged_json_is_one_line_and_written_again(cache, tmp_path, monkeypatch, name, text):
     from harness.ranks import Ranks
+
     monkeypatch.setattr(encode, "SHARD", 3 * 2 * 32 * 16)
     copy = copy_of(cache, tmp_path)
-    again = lambda: encode.encode(encode.Encode(out=str(copy), data="toyfaces:50", resolution=32, batch=4), Ranks(0, 1, torch.device("cpu")))
+    again = lambda: encode.encode(
+        encode.Encode(out=str(copy), data="toyfaces:50", resolution=32, batch=4),
+        Ranks(0, 1, torch.device("cpu")),
+    )
     (copy / name).write_text(text, encoding="latin-1")
     assert f"{name} is damaged" in verify(copy)[0]
     again()
     assert files(copy) == files(cache)
     (copy / "plan.json").write_text(text, encoding="latin-1")
-    (copy / "manifest.json").unlink()                                           # the plan is in no other file now
+    (copy / "manifest.json").unlink()  # the plan is in no other file now
     with pytest.raises(UserError, match="plan.json is damaged.*Remove the cache"):
         again()
 
@@ -180,6 +270,7 @@ def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
     out.mkdir()
     (out / ".plan.json.123.tmp").write_text("{")
     from harness.run import lock
+
     held = lock(out)
     done = run(*SMALL, "--out", out)
     assert done.returncode == 2 and "another process is writing to" in done.text.splitlines()[-1]
@@ -191,28 +282,37 @@ def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
     done = run(*SMALL, "--out", other)
     assert done.returncode == 2 and "is not a cache" in done.text.splitlines()[-1]
     done = run("--data", "toyfaces:50", "--resolution", "33", "--out", tmp_path / "d")
-    assert done.returncode == 2 and "resolution 33 is not divisible" in done.text.splitlines()[-1] and not (tmp_path / "d").exists()
+    assert (
+        done.returncode == 2
+        and "resolution 33 is not divisible" in done.text.splitlines()[-1]
+        and not (tmp_path / "d").exists()
+    )
 
 
 def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
     copy = copy_of(cache, tmp_path)
-    for change, message in (({"resolution": 64}, "encoded with resolution 32, wanted 64"), ({"flip": True}, "has no mirrored images"),
-                            ({"crop": "random"}, "encoded with crop center, wanted random")):
+    for change, message in (
+        ({"resolution": 64}, "encoded with resolution 32, wanted 64"),
+        ({"flip": True}, "has no mirrored images"),
+        ({"crop": "random"}, "encoded with crop center, wanted random"),
+    ):
         with pytest.raises(UserError, match=message):
             open_dataset(str(copy), **{"resolution": 32, **change})
     source = open_cache(str(copy), 32)
     with pytest.raises(UserError, match="holds latents of another autoencoder"):
-        self_check(source, vae_file.pixel(8))
+        self_check(source, pixel(8))
     source.first = source.first[::-1].copy()
     with pytest.raises(UserError, match="is stale or damaged"):
-        self_check(source, cache_vae(copy))
+        self_check(source, load_vae(vae_path(copy)))
     os.truncate(copy / "shard-00003.safetensors", 100)
-    with pytest.raises(UserError, match="1 of 17 shards are missing or cut short, first shard-00003"):
+    with pytest.raises(
+        UserError, match="1 of 17 shards are missing or cut short, first shard-00003"
+    ):
         open_cache(str(copy), 32)
     manifest = json.loads((cache / "manifest.json").read_text())
     (copy / "shard-00003.safetensors").write_bytes((cache / "shard-00003.safetensors").read_bytes())
     del manifest["sha256"]
-    (copy / "manifest.json").write_text(latents.sealed({**manifest, "std": 5.0}))
+    (copy / "manifest.json").write_text(cache_py.sealed({**manifest, "std": 5.0}))
     open_cache(str(copy), 32)
     assert "std 5.00" in capsys.readouterr().err
     (copy / "manifest.json").write_text("{")
@@ -223,20 +323,27 @@ def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rounding_of_large_latents_is_not_taken_for_damage(tmp_path, monkeypatch, dtype):
     """bf16 keeps 50 as far as 0.125 away; what is further away still shows."""
-    monkeypatch.setattr(encode, "raw_latents", raw := lambda vae, images: 13 * vae.encode(images) + 0.123)
-    monkeypatch.setattr(latents, "raw_latents", raw)
+
+    def raw(vae, images):
+        return 13 * vae.encode(images) + 0.123
+
+    monkeypatch.setattr(LinearVAE, "raw", raw)
     from harness.ranks import Ranks
-    encode.encode(encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype), Ranks(0, 1, torch.device("cpu")))
+
+    encode.encode(
+        encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype),
+        Ranks(0, 1, torch.device("cpu")),
+    )
     assert verify(tmp_path / "c") == []
     source = open_cache(str(tmp_path / "c"), 32)
     spread = torch.stack([source.raw(i) for i in range(4)]).float().std()
-    for off, fine in ((0.5 * latents.CLOSE, True), (2 * latents.CLOSE, False)):
-        monkeypatch.setattr(latents, "raw_latents", lambda vae, images: raw(vae, images) + spread * off)
+    for off, fine in ((0.5 * cache_py.CLOSE, True), (2 * cache_py.CLOSE, False)):
+        monkeypatch.setattr(LinearVAE, "raw", lambda vae, images: raw(vae, images) + spread * off)
         if fine:
-            self_check(source, cache_vae(tmp_path / "c"))
+            self_check(source, load_vae(vae_path(tmp_path / "c")))
         else:
             with pytest.raises(UserError, match="is stale or damaged"):
-                self_check(source, cache_vae(tmp_path / "c"))
+                self_check(source, load_vae(vae_path(tmp_path / "c")))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -250,12 +357,22 @@ def test_a_shard_that_goes_away_is_one_line(cache, tmp_path, workers):
 
 
 def test_latents_that_do_not_fit_fp16_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "raw_latents", lambda vae, images: images.mean((2, 3), keepdim=True) * 1e6)
+    monkeypatch.setattr(
+        LinearVAE, "raw", lambda vae, images: images.mean((2, 3), keepdim=True) * 1e6
+    )
     cfg = encode.Encode(out=str(tmp_path / "c"), data="toyfaces:3", vae="pixel", resolution=32)
     from harness.ranks import Ranks
-    with pytest.raises(UserError, match="the latents of toyface-00000. do not fit fp16.*--dtype bf16"):
+
+    with pytest.raises(
+        UserError, match="the latents of toyface-00000. do not fit fp16.*--dtype bf16"
+    ):
         encode.encode(cfg, Ranks(0, 1, torch.device("cpu")))
-    encode.encode(encode.Encode(out=str(tmp_path / "b"), data="toyfaces:3", vae="pixel", resolution=32, dtype="bf16"), Ranks(0, 1, torch.device("cpu")))
+    encode.encode(
+        encode.Encode(
+            out=str(tmp_path / "b"), data="toyfaces:3", vae="pixel", resolution=32, dtype="bf16"
+        ),
+        Ranks(0, 1, torch.device("cpu")),
+    )
     assert open_cache(str(tmp_path / "b"), 32).raw(0).dtype == torch.bfloat16
 
 
@@ -263,18 +380,50 @@ def test_training_on_a_cache_resumes_and_equals_training_on_its_images(cache, tm
     """Within the rounding of fp16; the held-out loss and the picture come along."""
     losses = {}
     for name, spec in (("images", "toyfaces:50"), ("cache", str(cache))):
-        args = [sys.executable, "train.py", "--model", "nano", "--data", spec, "--resolution", "32", "--batch", "8", "--images", "160", "--log-every", "40",
-                "--eval-every", "160", "--preview-every", "0", "--out", str(tmp_path), "--name", name]
+        args = [
+            sys.executable,
+            "train.py",
+            "--model",
+            "nano",
+            "--data",
+            spec,
+            "--resolution",
+            "32",
+            "--batch",
+            "8",
+            "--images",
+            "160",
+            "--log-every",
+            "40",
+            "--eval-every",
+            "160",
+            "--preview-every",
+            "0",
+            "--out",
+            str(tmp_path),
+            "--name",
+            name,
+        ]
         done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        log = [
+            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
         losses[name] = [row["loss"] for row in log if row["event"] in ("train", "held-out")]
-        assert "finished" in subprocess.run(args, cwd=ROOT, capture_output=True, text=True).stdout and (tmp_path / name / "samples/final.png").exists()
-    assert losses["cache"][0] == pytest.approx(losses["images"][0], rel=2e-3) and len(losses["cache"]) == 5
-    assert losses["cache"] == pytest.approx(losses["images"], rel=5e-2)        # Adam amplifies the rounding from step to step
+        assert (
+            "finished" in subprocess.run(args, cwd=ROOT, capture_output=True, text=True).stdout
+            and (tmp_path / name / "samples/final.png").exists()
+        )
+    assert (
+        losses["cache"][0] == pytest.approx(losses["images"][0], rel=2e-3)
+        and len(losses["cache"]) == 5
+    )
+    assert losses["cache"] == pytest.approx(
+        losses["images"], rel=5e-2
+    )  # Adam amplifies the rounding from step to step
 
 
-MILLION = '''
+MILLION = """
 import gc, json, re, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
@@ -292,7 +441,7 @@ for _ in range(3 * (len(sys.argv) > 2)):
         stream[p]
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"opened": opened, "peak": peak, "images": images}))
-'''
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
@@ -300,10 +449,22 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
     """A synthetic cache of 1,000,000 latents with ten tags each: 2 seconds, the best of three on a machine that may be busy, and a
     peak of 300 MB above that of a process that only imports the same."""
     n, shape = 1_000_000, (4, 8, 8)
-    plan = {"version": latents.VERSION, "resolution": 8, "flip": False, "dtype": "fp16", "batch": 1, "images": n, "vae": "", "shape": list(shape), "shard": 2 ** 17}
+    plan = {
+        "version": cache_py.VERSION,
+        "resolution": 8,
+        "flip": False,
+        "dtype": "fp16",
+        "batch": 1,
+        "images": n,
+        "vae": "",
+        "shape": list(shape),
+        "shard": 2**17,
+    }
     for k in range(-(-n // plan["shard"])):
-        zeros = torch.zeros(min(plan["shard"], n - k * plan["shard"]), 1, *shape, dtype=torch.float16)
-        latents.save_shard(tmp_path, plan, k, zeros, torch.ones(3, 4))
+        zeros = torch.zeros(
+            min(plan["shard"], n - k * plan["shard"]), 1, *shape, dtype=torch.float16
+        )
+        cache_py.save_shard(tmp_path, plan, k, zeros, torch.ones(3, 4))
     (tmp_path / "vae.safetensors").write_text("not read")
     ids = np.random.default_rng(0).integers(0, 5000, 10 * n).astype(np.int32)
 
@@ -313,10 +474,20 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
         table = TagTable([f"tag {i}" for i in range(5000)], np.arange(0, 10 * n + 1, 10), ids)
         notes, unreadable = [], {}
         pixel = staticmethod(lambda i: np.zeros((8, 8, 3), np.uint8))
+
     encode.finish(tmp_path, plan, Synthetic)
-    (tmp_path / "plan.json").write_text(latents.sealed(plan))
-    empty, full = (json.loads(subprocess.run([sys.executable, "-c", MILLION, str(ROOT), *args], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-                   for args in ([], [str(tmp_path)]))
+    (tmp_path / "plan.json").write_text(cache_py.sealed(plan))
+    empty, full = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", MILLION, str(ROOT), *args],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.splitlines()[-1]
+        )
+        for args in ([], [str(tmp_path)])
+    )
     assert min(full["opened"]) < 2 and 0.9 * n < full["images"] < n, full
     assert full["peak"] - empty["peak"] < 300e6, (full, empty)
     print(full, empty)

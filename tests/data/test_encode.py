@@ -15,23 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
+import data.cache as cache_py
 import data.encode as encode
-import data.cache as latents
 import train
 from ckpt.unets import read_tensors
 from harness.cli import UserError
 from conftest import ROOT
-from data.dataset import open_dataset
+from data.dataset import latents_of, open_dataset
 from data.encode import Encode
-from data.cache import cache_vae, from_raw, open_cache, self_check, verify
+from data.cache import open_cache, self_check, verify
 from harness.ranks import Ranks
 from data.sources import open_source
-from test_latents import files
+from test_cache import files
 from test_vae import small
 from vae import load_vae, save_vae
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-SHARD = 3 * 2 * 32 * 16                      # bytes: three images of 32 px
+SHARD = 3 * 2 * 32 * 16  # bytes: three images of 32 px
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,20 @@ def weights(tmp_path_factory):
 def encoded(out, vae, threads=1, **how):
     """In this process; the batch of 3 is split unevenly by 2 threads, which rounds convolutions otherwise than 1."""
     torch.set_num_threads(threads)
-    encode.encode(Encode(**{"out": str(out), "data": "toyfaces:14", "vae": str(vae), "resolution": 32, "batch": 3, "device": "cpu", **how}), ONE)
+    encode.encode(
+        Encode(
+            **{
+                "out": str(out),
+                "data": "toyfaces:14",
+                "vae": str(vae),
+                "resolution": 32,
+                "batch": 3,
+                "device": "cpu",
+                **how,
+            }
+        ),
+        ONE,
+    )
     return files(out)
 
 
@@ -67,54 +80,117 @@ def cache(weights, tmp_path_factory):
 
 
 def torchrun(code, *args, ranks=2):
-    script = "import sys; sys.argv[0] = 'vae.py'; import encode; from config import cli\n" + f"encode.SHARD = {SHARD}\n{code}\ncli(encode.main)"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python", sys.executable, "-c",
-                           script, "encode", *map(str, args)], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    script = (
+        f"import data.encode as encode\nencode.SHARD = {SHARD}\n{code}\nencode.cli(encode.main)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "--no-python",
+            sys.executable,
+            "-c",
+            script,
+            *map(str, args),
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 # ---- a function of the plan -----------------------------------------------------------------------------------------
 
+
 def test_kills_ranks_and_threads_leave_no_trace(cache, weights, tmp_path, monkeypatch, capsys):
     whole, save = files(cache), encode.save_shard
-    assert latents.read_sealed(cache / "plan.json")["threads"] == 2 and len(whole) == 5 + 4
+    assert cache_py.read_sealed(cache / "plan.json")["threads"] == 2 and len(whole) == 5 + 4
 
     def killed(out, plan, k, *rest):
         if k == 2:
             raise KeyboardInterrupt
         save(out, plan, k, *rest)
+
     monkeypatch.setattr(encode, "save_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         encoded(tmp_path / "one", weights, threads=2)
     monkeypatch.setattr(encode, "save_shard", save)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert len(files(tmp_path / "one")) == 4
-    assert encoded(tmp_path / "one", weights, threads=1) == whole                # gone on with by another number of threads
-    assert f"encoding with 2 threads, not 1, as {tmp_path / 'one'} was begun" in capsys.readouterr().out
-    code, text = torchrun("", "--data", "toyfaces:14", "--vae", weights, "--resolution", 32, "--batch", 3, "--device", "cpu", "--out", tmp_path / "two")
-    assert code == 0 and "encoding with 2 threads, not 1" in text and files(tmp_path / "two") == whole, text
+    assert (
+        encoded(tmp_path / "one", weights, threads=1) == whole
+    )  # gone on with by another number of threads
+    assert (
+        f"encoding with 2 threads, not 1, as {tmp_path / 'one'} was begun"
+        in capsys.readouterr().out
+    )
+    code, text = torchrun(
+        "",
+        "--data",
+        "toyfaces:14",
+        "--vae",
+        weights,
+        "--resolution",
+        32,
+        "--batch",
+        3,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "two",
+    )
+    assert (
+        code == 0 and "encoding with 2 threads, not 1" in text and files(tmp_path / "two") == whole
+    ), text
     assert encoded(tmp_path / "fresh", weights, threads=2) == whole
 
 
 @pytest.mark.parametrize("key, value", [("torch", "2.0.1"), ("device", "NVIDIA X"), ("threads", 3)])
 def test_what_rounds_otherwise_is_said_or_taken_over(cache, weights, tmp_path, key, value):
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
-    plan = latents.read_sealed(copy / "plan.json")
-    (copy / "plan.json").write_text(latents.sealed({**plan, key: value}))
+    plan = cache_py.read_sealed(copy / "plan.json")
+    (copy / "plan.json").write_text(cache_py.sealed({**plan, key: value}))
     (copy / "manifest.json").unlink()
-    if key == "threads":                                                        # its shards are of another plan: all are encoded again
+    if key == "threads":  # its shards are of another plan: all are encoded again
         encoded(copy, weights)
-        assert torch.get_num_threads() == 3 and not verify(copy) and latents.read_sealed(copy / "manifest.json")["plan"]["threads"] == 3
+        assert (
+            torch.get_num_threads() == 3
+            and not verify(copy)
+            and cache_py.read_sealed(copy / "manifest.json")["plan"]["threads"] == 3
+        )
     else:
-        with pytest.raises(UserError, match=f"was begun with another plan: {key} {value}, now .*Give another --out"):
+        with pytest.raises(
+            UserError, match=f"was begun with another plan: {key} {value}, now .*Give another --out"
+        ):
             encoded(copy, weights)
         assert files(copy)["shard-00000.safetensors"] == files(cache)["shard-00000.safetensors"]
 
 
 def test_a_rank_that_is_not_like_the_others_says_so(weights, tmp_path):
     code = "import os\nif os.environ['RANK'] == '1': encode.device_name = lambda device: 'NVIDIA X'"
-    code, text = torchrun(code, "--data", "toyfaces:14", "--vae", weights, "--resolution", 32, "--device", "cpu", "--out", tmp_path / "c")
-    assert code != 0 and "error [rank 1]: rank 1 is not like rank 0: device cpu" in text and "now NVIDIA X" in text, text
+    code, text = torchrun(
+        code,
+        "--data",
+        "toyfaces:14",
+        "--vae",
+        weights,
+        "--resolution",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "c",
+    )
+    assert (
+        code != 0
+        and "error [rank 1]: rank 1 is not like rank 0: device cpu" in text
+        and "now NVIDIA X" in text
+    ), text
 
 
 def test_a_rank_far_behind_is_waited_for(weights, tmp_path):
@@ -127,7 +203,19 @@ def slow(*args):
     time.sleep(3 * (os.environ['RANK'] == '1'))
     save(*args)
 encode.save_shard = slow"""
-    code, text = torchrun(code, "--data", "toyfaces:9", "--vae", weights, "--resolution", 32, "--device", "cpu", "--out", tmp_path / "c")
+    code, text = torchrun(
+        code,
+        "--data",
+        "toyfaces:9",
+        "--vae",
+        weights,
+        "--resolution",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "c",
+    )
     assert code == 0 and not verify(tmp_path / "c"), text
 
 
@@ -135,12 +223,17 @@ def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(5):
         (tmp_path / "im").mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"im/{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
+            tmp_path / f"im/{i}.png"
+        )
     first = encoded("c", weights, data="im")
     for spelled in ("im/", "./im", str(tmp_path / "im"), "im/../im"):
         assert encoded("c", weights, data=spelled) == first
     other = encoded("d", weights, data=str(tmp_path / "im"))
-    assert {k for k in first if first[k] != other[k]} == {"plan.json", "manifest.json"}      # they show how it was spelled
+    assert {k for k in first if first[k] != other[k]} == {
+        "plan.json",
+        "manifest.json",
+    }  # they show how it was spelled
     assert open_cache("c", 32).hash == open_cache("d", 32).hash
     (tmp_path / "im/4.png").unlink()
     with pytest.raises(UserError, match="images 5, now 4, the images or their tags changed"):
@@ -149,18 +242,45 @@ def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
 
 # ---- the autoencoder ------------------------------------------------------------------------------------------------
 
+
 def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, monkeypatch):
-    monkeypatch.setattr(train, "draw_samples", lambda *how, **more: torch.zeros(32, 3, 32, 32, dtype=torch.uint8))     # takes long, and is not the subject
-    copy, new, other = Path(shutil.copytree(cache, tmp_path / "copy")), tmp_path / "new.safetensors", tmp_path / "other.safetensors"
+    monkeypatch.setattr(
+        train, "draw_samples", lambda *how, **more: torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
+    )  # takes long, and is not the subject
+    copy, new, other = (
+        Path(shutil.copytree(cache, tmp_path / "copy")),
+        tmp_path / "new.safetensors",
+        tmp_path / "other.safetensors",
+    )
     old = Path(shutil.copy(weights, tmp_path / "old.safetensors"))
     encoded(copy, old)
     save_vae(other, small("flux2", seed=1))
-    trained = ["--data", copy, "--resolution", "32", "--model", "nano", "--batch", "4", "--images", "8", "--save-every", "4", "--eval-every", "0",
-               "--preview-every", "0", "--out", tmp_path, "--name", "run", "--vae"]
+    trained = [
+        "--data",
+        copy,
+        "--resolution",
+        "32",
+        "--model",
+        "nano",
+        "--batch",
+        "4",
+        "--images",
+        "8",
+        "--save-every",
+        "4",
+        "--eval-every",
+        "0",
+        "--preview-every",
+        "0",
+        "--out",
+        tmp_path,
+        "--name",
+        "run",
+        "--vae",
+    ]
     assert user(train.main, *trained, old)[0] == 0
     before = read_tensors(tmp_path / "run/ckpt/000000000008/model.safetensors")[0]
     old.rename(new)
-    cache_vae.cache_clear()
     with pytest.raises(UserError, match="cannot load flux2.*say where it is with --vae"):
         verify(copy)
     with pytest.raises(UserError, match="holds latents of another autoencoder"):
@@ -169,27 +289,53 @@ def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, 
     shutil.rmtree(tmp_path / "run/ckpt/000000000008")
     (tmp_path / "run/samples/final.png").unlink()
     code, _, errors = user(train.main, *trained, other)
-    assert code == 2 and "is not the flux2 autoencoder that this belongs to: its fingerprint" in errors[-1]
-    code, _, errors = user(train.main, *trained[:-1])                           # without --vae
+    assert (
+        code == 2
+        and "is not the flux2 autoencoder that this belongs to: its fingerprint" in errors[-1]
+    )
+    code, _, errors = user(train.main, *trained[:-1])  # without --vae
     assert code == 2 and "was made with another config: vae" in errors[-1]
     code, out, errors = user(train.main, *trained, new)
     after, meta = read_tensors(tmp_path / "run/ckpt/000000000008/model.safetensors")
-    assert code == 0 and "resuming" in out and meta["vae"]["source"] == str(new) and all(torch.equal(after[k], v) for k, v in before.items()), errors
+    assert (
+        code == 0
+        and "resuming" in out
+        and meta["vae"]["source"] == str(new)
+        and all(torch.equal(after[k], v) for k, v in before.items())
+    ), errors
     assert "finished" in user(train.main, *trained, new)[1]
-    code, _, errors = user(train.main, *trained, other)                         # also when there is nothing left to do
+    code, _, errors = user(train.main, *trained, other)  # also when there is nothing left to do
     assert code == 2 and "is not the flux2 autoencoder" in errors[-1]
     with pytest.raises(UserError, match="the autoencoder changed"):
         encoded(copy, other)
     was = files(copy)
-    now = encoded(copy, new)                                                     # nothing to encode; its new place is kept
+    now = encoded(copy, new)  # nothing to encode; its new place is kept
     assert {k for k in now if now[k] != was[k]} == {"vae.safetensors", "manifest.json"}
-    cache_vae.cache_clear()
     assert verify(copy) == [] and open_cache(str(copy), 32).hash == open_cache(str(cache), 32).hash
 
 
 def test_a_run_on_images_finds_its_linear_autoencoder_unchanged(tmp_path, user):
-    args = ["--data", "toyfaces:40", "--resolution", "32", "--model", "nano", "--batch", "4", "--images", "4", "--eval-every", "0", "--preview-every", "0",
-            "--out", tmp_path, "--name", "run", "--vae"]
+    args = [
+        "--data",
+        "toyfaces:40",
+        "--resolution",
+        "32",
+        "--model",
+        "nano",
+        "--batch",
+        "4",
+        "--images",
+        "4",
+        "--eval-every",
+        "0",
+        "--preview-every",
+        "0",
+        "--out",
+        tmp_path,
+        "--name",
+        "run",
+        "--vae",
+    ]
     assert user(train.main, *args, "pixel:8")[0] == 0
     copy = shutil.copy(tmp_path / "run/vae.safetensors", tmp_path / "same.safetensors")
     assert "finished" in user(train.main, *args, copy)[1]
@@ -202,34 +348,64 @@ def test_both_layouts_of_flux2_are_served_by_one_cache(cache, weights, tmp_path)
     packed = f"flux2:packed128:{weights}"
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     again = encoded(copy, packed)
-    assert {k for k, v in files(cache).items() if again[k] != v} == {"vae.safetensors", "manifest.json"}      # the layout to use unless told otherwise
+    assert {k for k, v in files(cache).items() if again[k] != v} == {
+        "vae.safetensors",
+        "manifest.json",
+    }  # the layout to use unless told otherwise
     fresh = encoded(tmp_path / "fresh", packed, threads=2)
-    assert {k for k, v in files(cache).items() if fresh[k] != v} == {"vae.safetensors", "manifest.json"}
-    one, two = latents.read_sealed(cache / "manifest.json"), latents.read_sealed(copy / "manifest.json")
+    assert {k for k, v in files(cache).items() if fresh[k] != v} == {
+        "vae.safetensors",
+        "manifest.json",
+    }
+    one, two = (
+        cache_py.read_sealed(cache / "manifest.json"),
+        cache_py.read_sealed(copy / "manifest.json"),
+    )
     assert {k for k in one if one[k] != two[k]} == {"vae"} and len(one["channel_std"]) == 32
     source = open_cache(str(cache), 32)
-    x = torch.from_numpy(np.stack(list(open_source("toyfaces:14", 32).pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = (
+        torch.from_numpy(np.stack(list(open_source("toyfaces:14", 32).pixels)))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 127.5
+        - 1
+    )
     raw = torch.stack([source.raw(i) for i in range(14)])
     for name, shape in ((weights, (32, 4, 4)), (packed, (128, 2, 2))):
         vae = load_vae(name)
         self_check(source, vae)
         exact = vae.encode(x)
-        assert exact.shape[1:] == shape and (from_raw(vae, raw) - exact).abs().max() < 1e-3 * exact.abs().max()
-        assert one["std"] == pytest.approx(float(from_raw(vae, raw).double().std(correction=0)), rel=1e-6)
-        cfg = train.resolve(train.Config(data=str(cache), resolution=32, model="nano", vae=str(name), out=str(tmp_path), name=str(shape[0])))
+        assert (
+            exact.shape[1:] == shape
+            and (vae.from_raw(raw) - exact).abs().max() < 1e-3 * exact.abs().max()
+        )
+        assert one["std"] == pytest.approx(
+            float(vae.from_raw(raw).double().std(correction=0)), rel=1e-6
+        )
+        cfg = train.resolve(
+            train.Config(
+                data=str(cache),
+                resolution=32,
+                model="nano",
+                vae=str(name),
+                out=str(tmp_path),
+                name=str(shape[0]),
+            )
+        )
         tr = train.setup(cfg, ONE)
         assert tr.latent_shape == shape and tr.net.cfg.in_channels == shape[0]
         batch = next(train.data.batches(train.Stream(tr.ds, None, shape, 0), iter([[0, 1]])))
-        assert latents.latents_of(vae, batch).shape[1:] == shape == batch["eps"].shape[1:]
+        assert latents_of(vae, batch).shape[1:] == shape == batch["eps"].shape[1:]
 
 
 # ---- every bit ------------------------------------------------------------------------------------------------------
 
+
 def test_a_plan_of_another_cache_is_found(tmp_path):
     copy = tmp_path / "c"
     encoded(copy, "pixel:8")
-    plan = latents.read_sealed(copy / "plan.json")
-    (copy / "plan.json").write_text(latents.sealed({**plan, "batch": 99}))
+    plan = cache_py.read_sealed(copy / "plan.json")
+    (copy / "plan.json").write_text(cache_py.sealed({**plan, "batch": 99}))
     assert "plan.json: not that of the manifest" in verify(copy)
 
 
@@ -238,10 +414,21 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
     copy, r, tried, written, write = tmp_path / "c", random.Random(0), 0, [], encode.write_shard
     before = encoded(copy, "pixel:8")
     assert verify(copy) == [] and encoded(copy, "pixel:8") == before and len(before) >= 9
-    monkeypatch.setattr(encode, "write_shard", lambda out, plan, k, *rest: (written.append(k), write(out, plan, k, *rest)))
+    monkeypatch.setattr(
+        encode,
+        "write_shard",
+        lambda out, plan, k, *rest: (written.append(k), write(out, plan, k, *rest)),
+    )
     for name in before:
         data = (copy / name).read_bytes()
-        places = [0, 7, 8, r.randrange(8, 90), len(data) - 1, *(r.randrange(len(data)) for _ in range(6))]
+        places = [
+            0,
+            7,
+            8,
+            r.randrange(8, 90),
+            len(data) - 1,
+            *(r.randrange(len(data)) for _ in range(6)),
+        ]
         for at in places:
             bad = bytearray(data)
             bad[at] ^= 1 << r.randrange(8)
@@ -249,16 +436,21 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
             found = verify(copy)
             assert found and name in found[0], (name, at)
             if name == "manifest.json":
-                with pytest.raises(UserError, match=r"manifest.json is damaged.*Repeat the command"):
+                with pytest.raises(
+                    UserError, match=r"manifest.json is damaged.*Repeat the command"
+                ):
                     open_cache(str(copy), 32)
             tried += 1
         written.clear()
-        assert encoded(copy, "pixel:8") == before, name                          # with the last flip still in it; nothing else is encoded
+        assert encoded(copy, "pixel:8") == before, (
+            name
+        )  # with the last flip still in it; nothing else is encoded
         assert verify(copy) == [] and written == [int(k) for k in re.findall(r"shard-(\d+)", name)]
     assert tried >= 90
 
 
 # ---- decoding ahead -------------------------------------------------------------------------------------------------
+
 
 def test_images_are_decoded_ahead_in_order_and_not_without_end():
     asked, lock, gate = set(), threading.Lock(), threading.Event()
@@ -278,9 +470,16 @@ def test_images_are_decoded_ahead_in_order_and_not_without_end():
     taker = threading.Thread(target=lambda: feeder.__setitem__(0, next(stream)))
     taker.start()
     taker.join(30)
-    assert not taker.is_alive() and feeder[0].shape == (2, 3, 2, 2) and feeder[0].flatten(1)[:, 0].tolist() == [0, 1]     # 4 and on are not there yet
+    assert (
+        not taker.is_alive()
+        and feeder[0].shape == (2, 3, 2, 2)
+        and feeder[0].flatten(1)[:, 0].tolist() == [0, 1]
+    )  # 4 and on are not there yet
     end = time.perf_counter() + 30
-    while len(asked) < min(2 * (encode.AHEAD + 1), 4 + min(os.cpu_count(), 16)) and time.perf_counter() < end:
+    while (
+        len(asked) < min(2 * (encode.AHEAD + 1), 4 + min(os.cpu_count(), 16))
+        and time.perf_counter() < end
+    ):
         time.sleep(0.01)
     assert len(asked) > 4 and len(pulled) == encode.AHEAD + 1
     gate.set()
@@ -291,13 +490,14 @@ def test_images_are_decoded_ahead_in_order_and_not_without_end():
 def test_the_bar_counts_the_images_of_this_rank_batch_by_batch(weights, tmp_path, monkeypatch):
     bars = []
 
-    class Bar(list):                                                            # the steps of tqdm's
+    class Bar(list):  # the steps of tqdm's
         def __init__(self, total, **_):
             self.total = total
             bars.append(self)
 
         update = list.append
         __enter__, __exit__ = lambda self: self, lambda *_: None
+
     monkeypatch.setattr(encode, "tqdm", Bar)
     encoded(tmp_path / "c", weights)
     (tmp_path / "c/shard-00001.safetensors").unlink()
@@ -313,20 +513,33 @@ def test_an_image_damaged_while_encoding_is_one_line(weights, tmp_path, monkeypa
         Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(tmp_path / f"im/{i}.png")
     whole = encoded("whole", weights, data="im")
     opened = open_source
-    monkeypatch.setattr(encode, "open_source", lambda *how: (opened(*how), (tmp_path / "im/7.png").write_bytes(b"no"))[0])
+    monkeypatch.setattr(
+        encode,
+        "open_source",
+        lambda *how: (opened(*how), (tmp_path / "im/7.png").write_bytes(b"no"))[0],
+    )
     keep = (tmp_path / "im/7.png").read_bytes()
     with pytest.raises(UserError, match="7.png: not PNG.*Restore it"):
         encoded("c", weights, data="im")
     monkeypatch.setattr(encode, "open_source", opened)
     (tmp_path / "im/7.png").write_bytes(keep)
-    assert encoded("c", weights, data="im") == whole and len(open_dataset("c", resolution=32, holdout=0)) == 9
+    assert (
+        encoded("c", weights, data="im") == whole
+        and len(open_dataset("c", resolution=32, holdout=0)) == 9
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"junk", lambda data: data[:-3] + bytes([data[-3] ^ 64]) + data[-2:]], ids=["junk", "bit"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"junk", lambda data: data[:-3] + bytes([data[-3] ^ 64]) + data[-2:]],
+    ids=["junk", "bit"],
+)
 def test_a_damaged_pca_is_fitted_again_the_same(tmp_path, damage):
     before = encoded(tmp_path / "c", "pca")
     file = tmp_path / "c/vae.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match="vae.safetensors, its autoencoder, or where that is, is damaged"):
+    with pytest.raises(
+        UserError, match="vae.safetensors, its autoencoder, or where that is, is damaged"
+    ):
         open_cache(str(tmp_path / "c"), 32)
     assert encoded(tmp_path / "c", "pca") == before and verify(tmp_path / "c") == []
