@@ -27,6 +27,7 @@ import samplers
 from harness.cli import UserError, cli, closest, parse
 from harness.ranks import precision
 from harness.run import versions
+from metrics.cards import card_name, compare, show
 from metrics.features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
                       read_chunk, short, split_spec)
 from harness.files import make_dir, write_text
@@ -407,81 +408,6 @@ def build_extractor(cfg: Config, images: Images | None, ranks: Ranks) -> Any:
     if images is None:
         raise UserError("--features pca is fitted to the reference's images, and --ref gives only moments.  Give DATA or a folder.")
     return fit_extractor(images)
-
-
-def card_name(card: dict[str, Any]) -> str:
-    subject, first = card["subject"], next(iter(card["metrics"]))
-    stem = "-".join(str(subject[k]) for k in ("run", "images", "fingerprint") if subject.get(k))[:60] or Path(subject.get("fake", "")).stem
-    return f"cards/{stem}-{first}-{key_of({**card['measured'], **card['sampled'], **subject})[:6]}.json"
-
-
-def table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
-
-
-def floor_of(m: dict[str, Any], card: dict[str, Any]) -> str:
-    """The floor, and at how many images where the reference has not enough for as many as were measured."""
-    at = f" at {m['floor n']}" if m.get("floor n", card["measured"]["n"]) != card["measured"]["n"] else ""
-    return f"{m['floor']:.4f}{at}" if isinstance(m.get("floor"), float) else ""
-
-
-def show(card: dict[str, Any]) -> str:
-    lines = [["", "value", "± s.e.", "floor"]]
-    for name, m in card["metrics"].items():
-        lines.append([name, *(f"{m[k]:.4f}" if isinstance(m.get(k), float) else "" for k in ("value", "error")), floor_of(m, card)])
-    text, memory = table(lines), card["metrics"].get("memorisation")
-    if memory:
-        text += (f"\n{'FLAGGED: ' * memory['flagged']}{memory['copies']:.1%} of the images lie nearer to a training image than 95% of held-out "
-                 "ones do")
-    return text
-
-
-# ---- cards side by side ---------------------------------------------------------------------------------------------
-
-CARD = ("metrics", "measured", "sampled", "subject")
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a metric card ({type(error).__name__}).") from None
-    if not isinstance(card, dict) or card.get("kind") != "metric card" or not all(isinstance(card.get(k), dict) for k in CARD):
-        raise UserError(f"{path} is not a metric card.")
-    return card
-
-
-def compare(names: list[str], allow: tuple[str, ...]) -> str:
-    """A table of several cards; UserError if what was measured or how it was sampled differs in a field that is not allowed to."""
-    cards = {name: read_card(Path(name)) for name in names}
-    flat = {name: {k: v for k, v in {**card["measured"], **card["sampled"], "sampled": bool(card["sampled"])}.items()
-                   if k not in ("nfe", "device", "reference", "reference images")} for name, card in cards.items()}   # the hash says which reference
-    fields = list(dict.fromkeys(k for f in flat.values() for k in f))
-    unknown = [k for k in allow if k not in fields]
-    if unknown:
-        raise UserError(f"--allow {unknown[0]} is nothing that cards say.{closest(unknown[0], fields)}  They say: {', '.join(fields)}.")
-    differs = [k for k in fields if len({json.dumps(f.get(k), sort_keys=True) for f in flat.values()}) > 1]
-    refused = [k for k in differs if k not in allow]
-    if refused:
-        shown = "; ".join(f"{k}: {', '.join(sorted({json.dumps(f.get(k))[:40] for f in flat.values()}))}" for k in refused[:6])
-        raise UserError(f"these cards do not belong in one table; they differ in {shown}{' …' * (len(refused) > 6)}.  Measure them alike, or "
-                        f"say --allow {','.join(refused)!r}.")
-    columns = list(dict.fromkeys(m for card in cards.values() for m in card["metrics"]))
-    rows = [["card", *differs, "NFE", *columns]]
-    for name, card in cards.items():
-        nfe = card["sampled"].get("nfe")
-        cells = [card["metrics"].get(m, {}) for m in columns]
-        rows.append([Path(name).stem, *(str(flat[name].get(k, "")) for k in differs), f"{nfe:g}" if nfe else "", *(number(c) for c in cells)])
-    first = next(iter(cards.values()))
-    rows.append(["floor (of the first)", *[""] * len(differs), "", *(floor_of(first["metrics"].get(m, {}), first) for m in columns)])
-    return table(rows)
-
-
-def number(m: dict[str, Any]) -> str:
-    if not isinstance(m.get("value"), float):
-        return ""
-    return f"{m['value']:.4f}" + (f" ± {m['error']:.4f}" if isinstance(m.get("error"), float) else "") + " FLAGGED" * bool(m.get("flagged"))
 
 
 def main() -> None:

@@ -23,11 +23,12 @@ import numpy as np
 import data.robohash as robohash
 import data.toyfaces as toyfaces
 import eval_fid
-from eval_fid import GROUPS, HELD, Side, default_ref, measure, side, table
+from eval_fid import GROUPS, HELD, Side, default_ref, measure, side
 from harness import record
 from harness.cli import UserError, cli, parse
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import read_config
+from metrics.cards import table
 from metrics.features import Images, Stored, extract, open_images, split_spec
 from metrics.inception import cache_folder
 

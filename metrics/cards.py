@@ -1,0 +1,157 @@
+"""Metric cards: what was measured, of what, how it was sampled, and what the numbers are.
+
+A card is JSON: {"kind": "metric card", "metrics": {name: {"value", "error", "floor", …}}, "measured",
+"sampled", "subject", …}. Several stand in one table if what was measured and how it was sampled agree.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.cli import UserError, closest
+from metrics.features import key_of
+
+Card = dict[str, Any]
+
+# The parts that every card has.
+CARD = ("metrics", "measured", "sampled", "subject")
+# What may differ in one table. (Which reference it was is said by its hash.)
+FREE = ("nfe", "device", "reference", "reference images")
+# Fields in which cards differ that one message names.
+SHOWN = 6
+
+
+def card_name(card: Card) -> str:
+    """The card's own file name: whose weights, the first metric, and a hash of all conditions."""
+    subject = card["subject"]
+    parts = [str(subject[key]) for key in ("run", "images", "fingerprint") if subject.get(key)]
+    stem = "-".join(parts)[:60] or Path(subject.get("fake", "")).stem
+    first = next(iter(card["metrics"]))
+    conditions = key_of({**card["measured"], **card["sampled"], **subject})
+    return f"cards/{stem}-{first}-{conditions[:6]}.json"
+
+
+def read_card(path: Path) -> Card:
+    advice = "Give a file that eval_fid.py wrote."
+    try:
+        card = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = type(error).__name__
+        raise UserError(f"{path} cannot be read as a metric card ({reason})", do=advice) from None
+    is_card = isinstance(card, dict) and card.get("kind") == "metric card"
+    if not is_card or not all(isinstance(card.get(part), dict) for part in CARD):
+        raise UserError(f"{path} is not a metric card", do=advice)
+    return card
+
+
+# ---- as text ------------------------------------------------------------------------------------
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def decimals(metric: dict[str, Any], key: str) -> str:
+    """A number of a metric, "" if it has none."""
+    return f"{metric[key]:.4f}" if isinstance(metric.get(key), float) else ""
+
+
+def floor_of(metric: dict[str, Any], card: Card) -> str:
+    """The floor, and at how many images where the reference has not enough for as many as were
+    measured."""
+    text, n = decimals(metric, "floor"), card["measured"]["n"]
+    if text and metric.get("floor n", n) != n:
+        text += f" at {metric['floor n']}"
+    return text
+
+
+def number(metric: dict[str, Any]) -> str:
+    """A cell of a table: value ± standard error, and whether it is flagged."""
+    text = decimals(metric, "value")
+    if text and (error := decimals(metric, "error")):
+        text += f" ± {error}"
+    if text and metric.get("flagged"):
+        text += " FLAGGED"
+    return text
+
+
+def show(card: Card) -> str:
+    """One card as a table, with a sentence on copies."""
+    rows = [["", "value", "± s.e.", "floor"]]
+    for name, metric in card["metrics"].items():
+        cells = [decimals(metric, "value"), decimals(metric, "error"), floor_of(metric, card)]
+        rows.append([name, *cells])
+    text = table(rows)
+    if memory := card["metrics"].get("memorisation"):
+        flag = "FLAGGED: " if memory["flagged"] else ""
+        text += f"\n{flag}{memory['copies']:.1%} of the images lie nearer to a training image "
+        text += "than 95% of held-out ones do"
+    return text
+
+
+# ---- side by side -------------------------------------------------------------------------------
+
+
+def conditions_of(card: Card) -> dict[str, Any]:
+    """What must be equal in one table."""
+    fields = {**card["measured"], **card["sampled"], "sampled": bool(card["sampled"])}
+    return {key: value for key, value in fields.items() if key not in FREE}
+
+
+def in_order(groups: Iterable[Iterable[str]]) -> list[str]:
+    """All names, each once, as they first come."""
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def compare(names: list[str], allow: tuple[str, ...]) -> str:
+    """A table of several cards' files; UserError if what was measured or how it was sampled differs
+    in a field that is not among `allow`."""
+    cards = [read_card(Path(name)) for name in names]
+    conditions = [conditions_of(card) for card in cards]
+    fields = in_order(conditions)
+    for field in allow:
+        if field not in fields:
+            raise UserError(
+                f"--allow {field} is nothing that cards say",
+                do=f"{closest(field, fields)}  They say: {', '.join(fields)}.",
+            )
+    texts = {
+        field: {json.dumps(each.get(field), sort_keys=True) for each in conditions}
+        for field in fields
+    }
+    differs = [field for field in fields if len(texts[field]) > 1]
+    if refused := [field for field in differs if field not in allow]:
+        raise not_alike(refused, conditions)
+
+    columns = in_order(card["metrics"] for card in cards)
+    rows = [["card", *differs, "NFE", *columns]]
+    for name, card, fields_of in zip(names, cards, conditions):
+        nfe = card["sampled"].get("nfe")
+        own = [str(fields_of.get(field, "")) for field in differs]
+        values = [number(card["metrics"].get(column, {})) for column in columns]
+        rows.append([Path(name).stem, *own, f"{nfe:g}" if nfe else "", *values])
+    first = cards[0]
+    floors = [floor_of(first["metrics"].get(column, {}), first) for column in columns]
+    rows.append(["floor (of the first)", *["" for _ in differs], "", *floors])
+    return table(rows)
+
+
+def not_alike(fields: list[str], conditions: list[dict[str, Any]]) -> UserError:
+    """Cards that do not belong in one table, and why."""
+    parts = []
+    for field in fields[:SHOWN]:
+        values = {json.dumps(each.get(field))[:40] for each in conditions}
+        parts.append(f"{field}: {', '.join(sorted(values))}")
+    more = " …" if len(fields) > SHOWN else ""
+    return UserError(
+        f"these cards do not belong in one table; they differ in {'; '.join(parts)}{more}",
+        do=f"Measure them alike, or say --allow {','.join(fields)!r}.",
+    )
