@@ -1,19 +1,18 @@
 """Autoencoders between images and the latents a U-Net sees, all under one protocol.
 
     vae = fit_pca(images)              # "pca": linear, 1/8 of the size, 32 channels, no download
-    vae = load_vae("flux2")            # LDM's convolutional ones: sd, sdxl, sdxl-fp16-fix, flux1, flux2
+    vae = load_vae("flux2")            # LDM's: sd, sdxl, sdxl-fp16-fix, flux1, flux2
     vae = load_vae("sdxl:FILE")        # … in any layout; FILE may be hf:org/name/file
     vae = load_vae("flux2:packed128")  # the same latents at 1/16 of the size with 128 channels
-    z = vae.encode(x)                  # x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f), about unit variance
+    z = vae.encode(x)                  # x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f), std about 1
     x = vae.decode(z)
 
-`pixel` is the identity: pixels as latents. Both classes have encode, decode, raw, from_raw, fingerprint, raw_fingerprint,
-meta, latent_shape, channels, factor and name. VAE has LDM's key names (Rombach et al. 2022), which are Black Forest Labs'
-too. encode() gives the posterior's mean, never a sample. choose() is the rule which autoencoder a command works with.
+`pixel` is the identity: pixels as latents. VAE has LDM's key names (Rombach et al. 2022), which are
+Black Forest Labs' too; encode() gives the posterior's mean, never a sample. choose() is the one
+rule by which commands decide whose autoencoder they use.
 """
 
 import base64
-import contextlib
 import math
 import re
 from collections import OrderedDict
@@ -35,34 +34,34 @@ from ckpt.unets import check_shapes, fingerprint, load_strict
 from ckpt.vaes import OPTIONAL, infer_vae, pick_family, vae_map, vae_part
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, read_meta, write_tensors
+from harness.ranks import full_precision
 from kernels.attention import attention
 from kernels.groupnorm import group_norm_silu
+from model import Upsample
 
 
 class Family(NamedTuple):
     z: int  # channels of the network's own latents
     scale: float  # model-space latents are (mean - shift) · scale …
-    shift: float
-    quant: bool  # has the two 1×1 convolutions around the latents
-    stats: bool  # … or, instead of scale and shift, are normalised by running statistics
-    fp16: bool  # activations stay below 65,504
     hub: str
+    shift: float = 0.0
+    stats: bool = False  # … or, instead of scale and shift, are normalised by running statistics
+    quant: bool = True  # has the two 1×1 convolutions around the latents
+    fp16: bool = True  # activations stay below 65,504
 
 
 # No revision is pinned, for none was checked; what a name led to (commit, sha256, fingerprint) is
 # recorded with every use.
 FILE = "diffusion_pytorch_model.safetensors"
 SD = f"hf:stable-diffusion-v1-5/stable-diffusion-v1-5/vae/{FILE}"
-SDXL = f"hf:stabilityai/sdxl-vae/{FILE}"
-SDXL_FIX = f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"
 FLUX1 = "hf:black-forest-labs/FLUX.1-schnell/ae.safetensors"
 FLUX2 = "hf:black-forest-labs/FLUX.2-dev/ae.safetensors"
 FAMILIES = {
-    "sd": Family(4, 0.18215, 0.0, quant=True, stats=False, fp16=True, hub=SD),
-    "sdxl": Family(4, 0.13025, 0.0, quant=True, stats=False, fp16=False, hub=SDXL),
-    "sdxl-fp16-fix": Family(4, 0.13025, 0.0, quant=True, stats=False, fp16=True, hub=SDXL_FIX),
-    "flux1": Family(16, 0.3611, 0.1159, quant=False, stats=False, fp16=True, hub=FLUX1),
-    "flux2": Family(32, 1.0, 0.0, quant=True, stats=True, fp16=True, hub=FLUX2),
+    "sd": Family(4, 0.18215, SD),
+    "sdxl": Family(4, 0.13025, f"hf:stabilityai/sdxl-vae/{FILE}", fp16=False),
+    "sdxl-fp16-fix": Family(4, 0.13025, f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"),
+    "flux1": Family(16, 0.3611, FLUX1, shift=0.1159, quant=False),
+    "flux2": Family(32, 1.0, FLUX2, stats=True),
 }
 # Of flux2: 1/8 of the size with 32 channels, or the same numbers at 1/16 with 128, as its own
 # U-Net has them.
@@ -75,6 +74,31 @@ TILE_ABOVE, TILE, OVERLAP = 256, 128, 32
 # Where a folder keeps its autoencoder.
 FOLDER = (FILE, f"vae/{FILE}", "ae.safetensors", "vae.safetensors")
 PIXEL = re.compile(r"pixel(?::([1-9]\d?))?")
+
+
+class Autoencoder(nn.Module):
+    """What VAE and LinearVAE are to the rest of the code.
+
+    encode(images), decode(latents)     see the top of this file
+    raw(images), from_raw(raw)          what a cache keeps of images, and its latents
+    fingerprint, raw_fingerprint        equal fingerprints, equal latents, or equal raw ones
+    meta()                              what vae_from_meta() needs to find or rebuild it
+    """
+
+    name: str
+    channels: int  # of the latents
+    factor: int  # an image's side over its latents'
+    unit: int  # what divides the side of an image
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of a square image's latents."""
+        if resolution % self.unit:
+            raise UserError(
+                f"resolution {resolution} is not divisible by {self.unit}, as the VAE needs",
+                do=f"Use a multiple of {self.unit}.",
+            )
+        side = resolution // self.factor
+        return self.channels, side, side
 
 
 # ---- the convolutional network ------------------------------------------------------------------
@@ -137,17 +161,6 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double H and W."""
-
-    def __init__(self, C: int):
-        super().__init__()
-        self.conv = nn.Conv2d(C, C, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 def chain(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
@@ -180,7 +193,7 @@ def decoder(widths: tuple[int, ...], z: int) -> nn.Sequential:
     """(B, z, h, w) -> (B, 3, f·h, f·w). Level 0 is the last to run."""
     up = {}
     for i, (C, out) in reversed(list(enumerate(zip((*widths[1:], widths[-1]), widths)))):
-        resample = {"upsample": Upsample(out)} if i else {}
+        resample = {"upsample": Upsample(out, conv=True)} if i else {}
         up[str(i)] = level(C, out, 3, **resample)
     return chain(
         conv_in=nn.Conv2d(z, widths[-1], 3, padding=1),
@@ -228,31 +241,25 @@ class VAEConfig:
     stats: bool = False
 
 
-class VAE(nn.Module):
+class VAE(Autoencoder):
     """LDM's AutoencoderKL, frozen. Encodes in fp32 whatever the weights' dtype; decodes in the
     weights' dtype."""
 
     def __init__(self, cfg: VAEConfig, family: str, latents: str = ""):
         super().__init__()
-        if not cfg.stats and latents:
-            raise UserError(
-                f"latent layout {latents!r}: {family} has only one, without a name",
-                do="Leave it out.",
-            )
-        if cfg.stats and latents not in ("", *LATENTS):
-            raise UserError(
-                f"latent layout {latents!r}: {family} has {' and '.join(LATENTS)}",
-                do="Choose one of them.",
-            )
+        known = LATENTS if cfg.stats else ("",)
+        if latents and latents not in known:
+            names = " and ".join(known) or "only one, without a name"
+            raise UserError(f"latent layout {latents!r}: {family} has {names}", do="Leave it out.")
         self.cfg = cfg
         self.name = self.family = family
         self.kind = FAMILIES[family]
-        self.latents = latents or (LATENTS[0] if cfg.stats else "")
+        self.latents = latents or known[0]
         packed = self.latents == "packed128"
         self.f = 2 ** (len(cfg.encoder) - 1)  # of the convolutions
         self.factor = 2 * self.f if packed else self.f
         self.channels = 4 * cfg.z if packed else cfg.z
-        self.unit = 2 * self.f if cfg.stats else self.f  # what divides the sides of an image
+        self.unit = 2 * self.f if cfg.stats else self.f
         self.source: dict[str, str] = {}  # where the weights came from, and their fingerprint
         self.encoder = encoder(cfg.encoder, cfg.z)
         self.decoder = decoder(cfg.decoder, cfg.z)
@@ -275,16 +282,6 @@ class VAE(nn.Module):
     def fingerprint(self) -> str:
         """Equal fingerprints, equal latents."""
         return f"{self.raw_fingerprint} {self.latents}"
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of a square image's latents."""
-        if resolution % self.unit:
-            raise UserError(
-                f"resolution {resolution} is not divisible by {self.unit}, as {self.name} needs",
-                do=f"Use a multiple of {self.unit}.",
-            )
-        side = resolution // self.factor
-        return self.channels, side, side
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean, logvar (B, z, H/8, W/8) of the posterior, as the
@@ -403,20 +400,7 @@ class VAE(nn.Module):
         }
 
 
-# ---- memory and precision -----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 in convolutions: latents are kept and compared, and TF32 has ten
-    bits of mantissa."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+# ---- memory -------------------------------------------------------------------------------------
 
 
 def sliced(run: Callable[[Tensor], Tensor], x: Tensor, f: int) -> Tensor:
@@ -464,7 +448,7 @@ def tiled(run: Callable[[Tensor], Tensor], z: Tensor, f: int) -> Tensor:
 # ---- the linear ones: pca and pixel -------------------------------------------------------------
 
 
-class LinearVAE(nn.Module):
+class LinearVAE(Autoencoder):
     """Each factor × factor patch, minus the mean patch, in an orthonormal basis, each channel
     divided by its `std`.
 
@@ -476,7 +460,7 @@ class LinearVAE(nn.Module):
     def __init__(self, name: str, factor: int, basis: Tensor, mean: Tensor, std: Tensor):
         super().__init__()
         self.name = name
-        self.factor = factor
+        self.factor = self.unit = factor
         self.channels = len(basis)
         for key, value in (("basis", basis), ("mean", mean), ("std", std)):
             self.register_buffer(key, value.float())
@@ -489,17 +473,6 @@ class LinearVAE(nn.Module):
     @property
     def raw_fingerprint(self) -> str:
         return self.fingerprint
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of a square image's latents."""
-        if resolution % self.factor:
-            raise UserError(
-                f"resolution {resolution} is not divisible by the autoencoder's factor "
-                f"{self.factor}",
-                do=f"Use a multiple of {self.factor}.",
-            )
-        side = resolution // self.factor
-        return self.channels, side, side
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
@@ -671,8 +644,8 @@ def vae_from_meta(meta: dict[str, Any], where: str = "") -> AnyVAE:
 def read_name(
     name_or_path: Path | str, family: str | None, latents: str | None
 ) -> tuple[str, dict[str, str]]:
-    """"flux2:packed128:FILE" -> FILE and what is said of it: {"family": …, "latents": …}, which
-    must not differ from the other two arguments. Of a family without a file, its place on the Hub."""
+    """Split "flux2:packed128:FILE" into FILE and what is said of it: {"family": …, "latents": …},
+    which must not differ from the other two arguments. A family alone is its place on the Hub."""
     name, said = str(name_or_path), {}
     head, _, rest = name.partition(":")
     if head in FAMILIES:
@@ -779,10 +752,7 @@ def choose(
     if kept is not None and kept.exists():
         return load_kept(kept, name if named else "")
     if meta is not None and "vae" in meta:
-        vae = known_to_network(meta["vae"], name, network)
-        if name == "pca" and vae.name != "pca" and cached is None:
-            raise other_latents(network, vae, name)
-        return vae
+        return vae_of_network(meta["vae"], name, network, cached)
     if named:
         return load_vae(name)
     if cached is not None:
@@ -811,23 +781,23 @@ def load_kept(note: Path, name: str) -> AnyVAE:
     return vae
 
 
-def known_to_network(meta: dict[str, Any], name: str, network: str) -> AnyVAE:
-    """The autoencoder of a checkpoint's metadata; a convolutional one may have moved to `name`."""
-    if name in ("", "pca"):
-        return vae_from_meta(meta)
-    if "family" in meta and not PIXEL.fullmatch(name):
-        return vae_from_meta(meta, name)
-    vae = vae_from_meta(meta)
-    if load_vae(name).fingerprint != vae.fingerprint:
-        raise other_latents(network, vae, name)
+def vae_of_network(meta: dict[str, Any], name: str, network: str, cached: Path | None) -> AnyVAE:
+    """The autoencoder of a checkpoint's metadata, which `name` must not contradict."""
+    named = name not in ("", "pca")
+    has_file = "family" in meta and not PIXEL.fullmatch(name)
+    # A convolutional one may have moved to `name`, and has to be the same there.
+    vae = vae_from_meta(meta, name if named and has_file else "")
+    same = True
+    if named and not has_file:
+        same = load_vae(name).fingerprint == vae.fingerprint
+    elif name == "pca" and cached is None:
+        same = vae.name == "pca"
+    if not same:
+        raise UserError(
+            f"{network} was trained on other latents ({vae.name}) than --vae {name} makes",
+            do="Leave --vae out, or name the same autoencoder.",
+        )
     return vae
-
-
-def other_latents(network: str, vae: AnyVAE, name: str) -> UserError:
-    return UserError(
-        f"{network} was trained on other latents ({vae.name}) than --vae {name} makes",
-        do="Leave --vae out, or name the same autoencoder.",
-    )
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Autoencoders in other people's files: what the tensors are called, which shape they tell, whose they are.
+"""Autoencoders in other people's files: the names of their tensors, their shapes, their families.
 
-    part, layout = vae_part(box)               # the autoencoder in a file, without prefixes
-    table = vae_map(shapes, layout)            # {native name: (name, shape) in files of that layout}
+    part, layout = vae_part(box)      # the autoencoder in a file, without prefixes
+    table = vae_map(shapes, layout)   # {native name: (name, shape) in files of that layout}
 
-The network itself is in vae.py, which is above this folder: its shapes and families are arguments here.
+The network itself is in vae.py, which is above this folder: its shapes and families are arguments.
 """
 
 import json

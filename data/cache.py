@@ -1,19 +1,23 @@
-"""The latent cache: a data set encoded once, so that training needs neither its images nor the encoder.
+"""The latent cache: a data set encoded once, so that training needs no images and no encoder.
 
     python -m data.encode --data DIR --vae flux2 --resolution 256 --out CACHE
     python train.py --data CACHE --resolution 256
 
-    CACHE/plan.json                   what is encoded, how and on what: written first
-          vae.safetensors             the autoencoder, or where it is
-          shard-00000.safetensors …   latents (n, 1 or 2, C, h, w): the posterior's mean before it is
-                                      normalised, and that of the mirrored image
-          index.safetensors           names, tags, the first images
-          manifest.json               plan, statistics, checksums of the other files and its own:
-                                      written last
-A shard is a function of the plan and its number, so ranks and interruptions leave no trace. Its last bits depend on
-torch, the device and the number of threads: they are part of the plan, and whoever goes on uses as many threads as there
-were at first. Latents are read with pread: of a mapped file, every page that was ever looked at, and its neighbours,
-counts as memory of the process.
+A cache is a folder:
+
+    plan.json                   what is encoded, how and on what: written first
+    vae.safetensors             the autoencoder, or where it is
+    shard-00000.safetensors …   latents (n, 1 or 2, C, h, w): the posterior's mean before it is
+                                normalised, and that of the mirrored image
+    index.safetensors           names, tags, the first images
+    manifest.json               plan, statistics, checksums of the other files and its own:
+                                written last
+
+A shard is a function of the plan and its number, so ranks and interruptions leave no trace. Its
+last bits depend on torch, the device and the number of threads: they are part of the plan, and
+whoever goes on uses as many threads as there were at first. Latents are read with pread: of a
+mapped file, every page that was ever looked at, and its neighbours, counts as memory of the
+process.
 """
 
 import hashlib

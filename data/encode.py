@@ -1,8 +1,8 @@
-"""Writing a latent cache (data/cache.py says what is in it). The same command again goes on with it.
+"""Writing a latent cache; the same command again goes on with it. cache.py says what is in it.
 
-    python -m data.encode --data DIR --vae flux2 --resolution 256 --out CACHE
-    torchrun --nproc_per_node=8 -m data.encode …     # ranks share the work
-    python -m data.encode --out CACHE --verify       # every byte against its checksum
+python -m data.encode --data DIR --vae flux2 --resolution 256 --out CACHE
+torchrun --nproc_per_node=8 -m data.encode …     # ranks share the work
+python -m data.encode --out CACHE --verify       # every byte against its checksum
 """
 
 import contextlib
@@ -25,8 +25,19 @@ from tqdm import tqdm
 
 from ckpt.containers import open_weights
 from data.cache import (
-    CHECKED, PRECISION, VERSION, file_digest, is_cache, read_sealed, save_shard, sealed, shard_path,
-    shard_record, vae_path, verify, verify_shard,
+    CHECKED,
+    PRECISION,
+    VERSION,
+    file_digest,
+    is_cache,
+    read_sealed,
+    save_shard,
+    sealed,
+    shard_path,
+    shard_record,
+    vae_path,
+    verify,
+    verify_shard,
 )
 from data.images import to_float
 from data.sources import Source, open_source
@@ -171,7 +182,7 @@ def begin(out: Path, old: dict[str, Any], plan: dict[str, Any], vae: AnyVAE) -> 
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """"resolution 64, now 128"; hashes are named, not shown."""
+    """What differs, as in "resolution 64, now 128"; hashes are named, not shown."""
     hashes = {"source": "the images or their tags", "vae": "the autoencoder"}
     found = []
     for key in sorted(old.keys() | new.keys()):

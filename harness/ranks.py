@@ -1,8 +1,9 @@
 """The processes that share a run, the device each of them computes on, and in what precision."""
 
+import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ContextManager
@@ -103,3 +104,16 @@ def autocast(device: torch.device, dtype: str) -> ContextManager:
     """The network's precision, as precision() tells it."""
     enabled = precision(device, dtype) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and no TF32 in convolutions: latents are kept and compared, and TF32 has ten
+    bits of mantissa."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

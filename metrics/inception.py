@@ -37,7 +37,7 @@ from harness.cli import UserError, cli, parse
 from harness.files import fsync, make_dir, temporary_name
 from ckpt.containers import open_weights
 from ckpt.hub import resolve
-from vae import full_precision
+from harness.ranks import full_precision
 
 Preproc = Literal["torch", "clean", "tf"]
 SIDE = 299
