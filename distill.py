@@ -32,20 +32,19 @@ import data.dataset as data
 import train
 from distillation.assessor import Assessor, AssessorConfig, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor
 from distillation.pretrain import Pretrain, pretrain
-from harness.run import checkpoints
+from harness.run import TIME_BINS, checkpoints
 from ckpt.unets import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from harness.cli import UserError, cli, parse
 from harness.ranks import autocast
 from data.dataset import open_dataset
 from distill_flags import READS, resolve
 from data.dataset import latents_of
-from model import PRESETS, UNet, num_params
+from model import PRESETS, UNet
 from objectives import Loss
 from diffusion.schedules import norm
 from harness.ranks import Ranks, join_ranks
-from harness.run import check_disk
 from samplers import time_grid
-from settings import objective_of
+from train import objective_of
 from distillation.teacher import Teacher, open_teacher, read_texts, student_config, tap_channels, tapped, taps, teacher_vae, v_target
 from distillation.timesteps import TimestepSampler, bins_of, make_sampler
 from vae import AnyVAE, vae_from_meta
@@ -122,7 +121,7 @@ class Distiller(train.Trainer):
 
     def __post_init__(self) -> None:
         n, device = len(self.weights), self.ranks.device
-        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "share": (1,), "times": (train.TIME_BINS,), "thirds": (3, 3)}
+        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "share": (1,), "times": (TIME_BINS,), "thirds": (3, 3)}
         self.tally = {k: torch.zeros(shape, dtype=torch.float64, device=device) for k, shape in shapes.items()}
         self.heads, self.head_optimizer = nn.ModuleDict(), None
         if self.cfg.local_heads:                                                # before the first step, with an optimizer of their own
@@ -233,7 +232,7 @@ class Distiller(train.Trainer):
 
     def count(self, t: Tensor, gradient: Tensor, error: Tensor) -> None:
         """Where in time the samples are, the norms (B,) of the loss's gradient at the output, and of the error itself."""
-        self.tally["times"].index_add_(0, (t * train.TIME_BINS).long().clamp(max=train.TIME_BINS - 1), torch.ones_like(t, dtype=torch.float64))
+        self.tally["times"].index_add_(0, (t * TIME_BINS).long().clamp(max=TIME_BINS - 1), torch.ones_like(t, dtype=torch.float64))
         good = torch.isfinite(gradient) & torch.isfinite(error)
         third = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), 3)
         self.tally["thirds"].index_add_(1, third, finite(torch.stack([gradient, error, torch.ones_like(error)]) * good))
@@ -372,7 +371,6 @@ def setup(cfg: Config, ranks: Ranks) -> Distiller:
     if sampler and ranks.rank == 0:
         print(f"timesteps: {int(sampler.reliable.sum())} of {len(sampler.p)} bins are reliable (accuracy ≥ {cfg.reliability:g})" +
               ("; none is, so all rows are drawn alike." if not sampler.reliable.any() else "."), flush=True)
-    check_disk(cfg, run, num_params(unet))
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
     start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
@@ -484,7 +482,7 @@ def main() -> None:
     elif kind is Pretrain:
         pretrain(cfg)
     else:
-        ranks = join_ranks(cfg)
+        ranks = join_ranks(cfg.device)
         for phase in phases(cfg):
             if run(phase, ranks):
                 break

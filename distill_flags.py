@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import settings
+import train
 from harness.cli import UserError
 from model import PRESETS
 from diffusion.schedules import TABLES
@@ -69,7 +69,7 @@ def resolve(cfg: "Config") -> "Config":
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(cfg.data).name)
     arm = cfg.mode if cfg.mode == "progressive" else "vanilla" if not cfg.block_weight else cfg.assessor
     name = cfg.name or f"{stem}-distill-{cfg.objective}-{arm}"
-    whole = settings.resolve(replace(cfg, name=name, model=cfg.model or "nano", init=cfg.init or "teacher"))   # any preset: ours is the teacher's
+    whole = train.resolve(replace(cfg, name=name, model=cfg.model or "nano", init=cfg.init or "teacher"))   # any preset: ours is the teacher's
     return replace(whole, model=cfg.model, init=cfg.init)
 
 

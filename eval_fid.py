@@ -427,7 +427,7 @@ def main() -> None:
     if dry_run:
         print(json.dumps(vars(cfg), indent=1))
         return
-    ranks = join_ranks(cfg, patience=PATIENCE)                                  # a resumed rank may have nothing to do, and another all
+    ranks = join_ranks(cfg.device, patience=PATIENCE)                                  # a resumed rank may have nothing to do, and another all
     card = evaluate(cfg, ranks)
     if ranks.rank == 0:
         path = Path(cfg.out or card_name(card))

@@ -1,55 +1,61 @@
-"""Train a diffusion or flow-matching U-Net.   The same command again resumes; a finished run says so.
+"""Train a diffusion or flow-matching network.   The same command again resumes.
 
-    python train.py                                              # toy faces, flow matching, 3 minutes on two CPU cores
-    python train.py --objective ddpm                             # the other arm: same images, same noise, same order
-    torchrun --nproc_per_node=8 train.py --data DIR --resolution 256 --model toy-281m --batch 256 --images 5_000_000
-    torchrun train.py --objective fm --stage fine                # without two characters …
-    torchrun train.py --objective fm --stage stage2              # … then only them, from the fine run
+    python train.py                        # toy faces, flow matching, 3 minutes on two CPU cores
+    python train.py --objective ddpm       # the other arm: same images, same noise, same order
+    torchrun --nproc_per_node=8 train.py --data DIR --resolution 256 --model toy-281m \\
+        --batch 256 --images 5_000_000
+    torchrun train.py --stage fine         # without two characters …
+    torchrun train.py --stage stage2       # … then only them, from the fine run
     python train.py --help
 
 A run is a folder: config.json, log.jsonl, vae.safetensors, samples/, ckpt/.
 """
 
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
+
 import contextlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterator, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
 import data.dataset as data
-from harness.run import checkpoints
-from ckpt.unets import fingerprint, load_strict, load_unet, read_tensors
-from harness.cli import UserError, cli, flag, parse
-from harness.ranks import autocast
-from harness.run import versions
-from diffusion.coupling import upsampled
-from data.dataset import Dataset, Stream, open_dataset
+from ckpt.unets import fingerprint, load_strict, load_unet, read_tensors, save_checkpoint
+from data.cache import is_cache, self_check, vae_path
+from data.dataset import Dataset, Stream, latents_of, open_dataset
 from data.images import to_float
-from harness.ema import EMA
-from harness.files import make_dir, write_text
-from kernels.adamw8bit import AdamW8bit
-from data.dataset import latents_of
-from model import PRESETS, UNet, num_params
-from objectives import Loss, Objective
-from harness.run import (
-    Log, Speed, StopSignal, append, check_config, check_disk, first_nonfinite, lock,
-)
-from harness.ranks import Ranks, join_ranks
-from settings import fine_run
-from ckpt.unets import save_checkpoint
-from harness.pictures import save_grid
-from diffusion.schedules import stratify
-from settings import objective_of, resolve
-from start import check_aligned, make_vae, start_from, vae_moved
+from data.sources import embedded_tags
+from diffusion.coupling import upsampled
+from diffusion.schedules import resolution_shift
 from eval_fid import FID
+from harness.cli import UserError, check_flags, cli, closest, flag, parse
+from harness.ema import EMA, check_widths
+from harness.files import make_dir, write_text
+from harness.pictures import save_grid
+from harness.ranks import Ranks, autocast, check_batch, join_ranks
+from harness.run import Log, Meter, Speed, StopSignal, append, check_config, check_disk
+from harness.run import check_mirrors, checkpoints, first_nonfinite, images_seen, lock
+from harness.run import read_config, run_name, versions
+from kernels import dispatch
+from kernels.adamw8bit import AdamW8bit
+from metrics.heldout import held_out_loss
+from model import PRESETS, UNet, build, num_params
+from objectives import Loss, Objective, make_objective
+from samplers import Generator
+from start import start_from
 from vae import AnyVAE, choose, save_vae, vae_from_meta
-from watch import draw_samples, ema_net, held_out_loss, preview
+
+# ---- flags --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,6 @@ class Data:
     data: str = flag(
         "toyfaces",
         "toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name | a latent cache",
-        head="data",
     )
     stage: Literal["standard", "fine", "stage2"] = flag(
         "standard", "all | without --exclude-tags | only those, from the fine run"
@@ -81,10 +86,7 @@ class Data:
 class Optim:
     """How the weights are found. Progress is counted in images."""
 
-    images: int = flag(
-        40_000, "images shown in all, rounded up to whole batches", low=1, high=1e12,
-        head="optimisation",
-    )
+    images: int = flag(40_000, "images shown in all, rounded up to whole batches", low=1, high=1e12)
     batch: int = flag(16, "global; split over ranks and --accum", low=1, high=1e6)
     accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
     optim: Literal["adamw", "adamw8bit"] = flag(
@@ -106,9 +108,9 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives, and what it writes how often. The `every` flags count images; 0 = never."""
+    """Where a run lives, and what it writes how often, in images (0 = never)."""
 
-    out: str = flag("runs", "where runs live", head="the run")
+    out: str = flag("runs", "where runs live")
     name: str = flag("", "default <data>-<objective>-<stage>")
     resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
     log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
@@ -117,8 +119,10 @@ class Run:
     preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0, high=1e12)
     save_every: int = flag(10_000, "checkpoints", low=0, high=1e12)
     fid_every: int = flag(
-        0, "images; FID of 2,048 samples to the training images, into the log; 0 = never",
-        low=0, high=1e12,
+        0,
+        "images; FID of 2,048 samples to the training images, into the log; 0 = never",
+        low=0,
+        high=1e12,
     )
     fid_features: Literal["inception", "pca"] = flag(
         "inception", "pca: FD-pca, instant, needs no weights"
@@ -128,8 +132,10 @@ class Run:
         0, "images; also keep checkpoints at its multiples; 0 = none", low=0, high=1e12
     )
     workers: int = flag(
-        -1, "loader processes; -1 = none for data in memory on a CPU, else up to 8",
-        low=-1, high=128,
+        -1,
+        "loader processes; -1 = none for data in memory on a CPU, else up to 8",
+        low=-1,
+        high=128,
     )
     device: str = flag("auto", "auto | cpu | cuda")
 
@@ -138,9 +144,7 @@ class Run:
 class Config(Run, Optim, Data):
     """The flags of this script: the bases', and which network learns to say what."""
 
-    model: str = flag(
-        "tiny", "tiny | toy-281m | toy-281m-attn | adm-64 …", head="model and objective"
-    )
+    model: str = flag("tiny", "tiny | toy-281m | toy-281m-attn | adm-64 …")
     vae: str = flag(
         "pca",
         "pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file",
@@ -151,9 +155,7 @@ class Config(Run, Optim, Data):
     objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = flag(
         "fm", "what the network learns to say; cfm = from low resolution to high"
     )
-    target: Literal["", "u", "eps", "v", "x0"] = flag(
-        "", "its output, if not the objective's own"
-    )
+    target: Literal["", "u", "eps", "v", "x0"] = flag("", "its output, if not the objective's own")
     table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = flag(
         "", "noise schedule of ddpm, v, x0; gvp (a continuous cosine) also of fm"
     )
@@ -169,16 +171,17 @@ class Config(Run, Optim, Data):
     )
     stratified: bool = flag(False, "training times spread evenly over each batch")
     shift: float | Literal["auto"] = flag(
-        1.0, "of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32",
-        low=1e-3, high=1e3,
+        1.0,
+        "of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32",
+        low=1e-3,
+        high=1e3,
     )
     loss: Literal["mse", "l1", "huber"] = flag("mse", "per element")
     weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag(
         "uniform", "per sample, by its time"
     )
     gamma: float = flag(
-        5.0, "of min_snr and soft_min_snr", low=1e-3, high=1e6,
-        of="--weight min_snr | soft_min_snr",
+        5.0, "of min_snr and soft_min_snr", low=1e-3, high=1e6, of="--weight min_snr | soft_min_snr"
     )
     learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
     aligned: bool = flag(
@@ -188,34 +191,169 @@ class Config(Run, Optim, Data):
         "none", "ot = noise goes to the nearest images of its micro-batch (of equal label)"
     )
     lowres: int = flag(
-        2, "cfm: how many times smaller the low resolution is", low=2, high=64,
-        of="--objective cfm",
+        2, "cfm: how many times smaller the low resolution is", low=2, high=64, of="--objective cfm"
     )
     upsample: Literal["psu", "bilinear", "nearest"] = flag(
         "psu", "cfm: psu enlarges pixels, the others latents", of="--objective cfm"
     )
     noise_aug: float = flag(
-        0.5883, "cfm: noise's standard deviation where its path starts", of="--objective cfm"
+        0.5883,
+        "cfm: noise's standard deviation where its path starts",
+        low=0,
+        high=1,
+        of="--objective cfm",
     )
 
 
 # Fields that may change when a run is resumed: they do not change what is computed.
-FREE = {"accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every", "save_every", "fid_every",
-        "fid_features", "keep", "keep_every", "workers", "device"}
-TIME_BINS = 10                           # of the loss by t
-MAX_BAD = 10                             # non-finite steps in a row before giving up
+FREE = {
+    *("accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every"),
+    *("save_every", "fid_every", "fid_features", "keep", "keep_every", "workers", "device"),
+}
+# Non-finite steps in a row before giving up.
+MAX_BAD = 10
+# Flags that an Objective has under the same name.
+OBJECTIVE_FLAGS = (
+    *("zero_snr", "t_loc", "t_scale", "stratified", "weight", "gamma", "learn_sigma", "aligned"),
+    *("lowres", "upsample", "noise_aug"),
+)
 
 
-# ---- pure functions of images seen ----------------------------------------------------------------------------------
+def resolve(cfg: Config) -> Config:
+    """Fill in what depends on other flags; refuse what cannot run, before anything is touched."""
+    cfg = settle(cfg, cfg.objective, cfg.stage)
+    if cfg.model not in PRESETS:
+        raise UserError(
+            f"--model {cfg.model!r} is not a preset",
+            do=f"{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.",
+        )
+    if PRESETS[cfg.model].context_dim:
+        raise UserError(
+            f"--model {cfg.model} is told what to draw by text, and data sets here have none yet",
+            do="Choose another.",
+        )
+    check_objective(cfg)
+    tags = cfg.exclude_tags
+    if not tags and cfg.stage == "stage2" and not cfg.init:
+        # Once begun, the fine run is no longer needed.
+        own = Path(cfg.out) / cfg.name
+        begun = (own / "config.json").exists()
+        tags = tuple(read_config(own if begun else fine_run(cfg))["exclude_tags"])
+    return replace(cfg, exclude_tags=tags or embedded_tags(cfg.data, cfg.stage))
 
-def learning_rate(seen: int, cfg: Config) -> float:
-    """Linear warm-up, then constant or half a cosine. A function of images seen, not of steps, ranks or accumulation."""
+
+def settle(cfg: Any, *words: str) -> Any:
+    """The part of resolve() that Data, Optim and Run need. words: of the default --name."""
+    dispatch.chosen()
+    check_flags(cfg)
+    check_batch(cfg.batch, cfg.accum)
+    check_widths(cfg.ema)
+    check_mirrors(cfg.log)
+    # im/ and im are one.
+    place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data
+    return replace(cfg, data=place, name=run_name(cfg.name, place, *words))
+
+
+def check_objective(cfg: Config) -> None:
+    """Refuse flags of the objective that contradict each other, or would change nothing."""
+    path = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
+    if path and cfg.table not in ("", "gvp"):
+        raise UserError(
+            f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
+            do="Leave it out, or choose --table gvp for fm.",
+        )
+    try:
+        objective = objective_of(cfg)
+    except ValueError as error:
+        raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
+    for name, given in (("t-loc", cfg.t_loc), ("t-scale", cfg.t_scale)):
+        without = ("uniform",) if name == "t-scale" else ("uniform", "mode")
+        if given is not None and objective.density in without:
+            raise UserError(
+                f"--{name} changes nothing here: density {objective.density} has none",
+                do="Choose another --density, or leave it out.",
+            )
+    if cfg.objective == "cfm":
+        check_enlarging(cfg)
+
+
+def check_enlarging(cfg: Config) -> None:
+    """What only --objective cfm, from low resolution to high, cannot do."""
+    if cfg.coupling != "none":
+        raise UserError(
+            f"--coupling {cfg.coupling}: cfm has its own, from each image's low resolution",
+            do="Leave it out.",
+        )
+    if cfg.fid_every:
+        raise UserError(
+            "--fid-every: a cfm network enlarges pictures, so its FID would be that of a few "
+            "held-out images, over and over",
+            do="Leave it out; enlarge pictures with samplers.py, and give the folder to "
+            "eval_fid.py as --fake.",
+        )
+    if cfg.resolution % cfg.lowres:
+        raise UserError(
+            f"--resolution {cfg.resolution} is not divisible by --lowres {cfg.lowres}",
+            do="Choose another of the two.",
+        )
+    if cfg.upsample == "psu" and is_cache(cfg.data):
+        raise UserError(
+            f"--upsample psu enlarges pixels, and {cfg.data} keeps latents only",
+            do="Use --upsample bilinear or nearest, or the images themselves.",
+        )
+
+
+def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) -> Objective:
+    """The objective that the flags describe. latent_shape (C, H, W): --shift auto depends on it."""
+    shift = resolution_shift(*latent_shape[1:]) if cfg.shift == "auto" else cfg.shift
+    coupling = "lowres" if cfg.objective == "cfm" else cfg.coupling
+    flags = {key: getattr(cfg, key) for key in OBJECTIVE_FLAGS}
+    # Without a value, these are the objective's own.
+    flags |= {key: getattr(cfg, key) for key in ("target", "table", "density") if getattr(cfg, key)}
+    return make_objective(
+        cfg.objective, shift=shift, loss_type=cfg.loss, coupling=coupling, **flags
+    )
+
+
+def fine_run(cfg: Config) -> Path:
+    """The run that stage2 starts from: under --out, stage fine, alike, with the tags if given."""
+    alike = ("data", "objective", "model", "resolution")
+    found = []
+    for run in sorted(path.parent for path in Path(cfg.out).glob("*/config.json")):
+        other = read_config(run)
+        same = all(other.get(key) == getattr(cfg, key) for key in alike)
+        tags = sorted(other.get("exclude_tags", ()))
+        same = same and (not cfg.exclude_tags or tags == sorted(cfg.exclude_tags))
+        if same and other.get("stage") == "fine" and checkpoints(run):
+            found.append(run)
+    if not found:
+        tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
+        raise UserError(
+            "--stage stage2 starts from a fine run of the same data, objective and model, and "
+            f"{cfg.out}/ has none",
+            do=f"Make it with: python train.py --data {cfg.data} --objective {cfg.objective} "
+            f"--model {cfg.model} --stage fine{tags}",
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"--stage stage2 could start from any of {', '.join(map(str, found))}",
+            do="Choose with --init, and give --exclude-tags.",
+        )
+    return found[0]
+
+
+# ---- pure functions of images seen --------------------------------------------------------------
+
+
+def learning_rate(seen: int, cfg: Any) -> float:
+    """Linear warm-up, then constant or half a cosine: of images, not of steps or ranks."""
     warm = cfg.warmup * cfg.images
     if seen < warm:
         return cfg.lr * (seen + cfg.batch) / (warm + cfg.batch)
     if cfg.decay == "constant":
         return cfg.lr
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (seen - warm) / max(cfg.images - warm, 1)))
+    progress = (seen - warm) / max(cfg.images - warm, 1)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def due(seen: int, every: int, batch: int) -> bool:
@@ -223,51 +361,54 @@ def due(seen: int, every: int, batch: int) -> bool:
     return every > 0 and seen // every > (seen - batch) // every
 
 
-# ---- setting up -----------------------------------------------------------------------------------------------------
+# ---- what is trained ----------------------------------------------------------------------------
+
 
 @dataclass
 class ObjectiveLoss:
-    """The loss of a run: its objective's, on the latents of a batch. Another one (distill.py's) has the same attributes."""
+    """The loss of a run: its objective's, on the latents of a batch.
+
+    Another loss (distill.py has one) is an object with the same attributes.
+    """
 
     cfg: Config
     ranks: Ranks
     vae: AnyVAE
     objective: Objective
 
-    # How the run's samples are drawn, as arguments of sample(); None = as those of any network.
+    # How the run's samples are drawn, as arguments of sample(); None = like any network's.
     drawing: ClassVar[dict[str, Any] | None] = None
 
     @property
     def per_part(self) -> str:
-        """The flag, if one is on, that makes a step depend on how its batch is split over ranks and --accum."""
-        return "--coupling ot" if self.objective.coupling == "ot" else ""       # it pairs noise and data within a micro-batch
+        """The flag, if one is on, that makes a step depend on how ranks and --accum split it."""
+        # It pairs noise and data within a micro-batch.
+        return "--coupling ot" if self.objective.coupling == "ot" else ""
 
     def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
-        """Everything random comes with the collated batch."""
-        batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+        """The loss of a collated batch, which brings everything random with it."""
+        batch = {key: x.to(self.ranks.device, non_blocking=True) for key, x in batch.items()}
         cond = {"y": batch["y"]} if "y" in batch else {}
-        q = batch.get("q")
-        if q is not None and self.objective.stratified:
-            q = stratify(q, batch["position"], self.cfg.batch)
-        t = batch["t"] if q is None else self.objective.time(q)
-        x0, start = latents_of(self.vae, batch), {"eps": batch["eps"]}          # outside autocast: only the net runs in bf16
+        # Outside autocast: only the network runs in bf16.
+        x0 = latents_of(self.vae, batch)
         if self.objective.coupling == "lowres":
-            cond["concat"] = self.low_resolution(batch, x0)
-            start = {"source": self.objective.source(cond["concat"], batch["eps"])}
+            cond["low"] = self.low_resolution(batch, x0)
+        drawn = {key: batch.get(key) for key in ("eps", "t", "q", "position")}
         with autocast(self.ranks.device, self.cfg.dtype):
-            return self.objective.loss(net, x0, t=t, **start, **cond)
+            return self.objective.loss(net, x0, strata=self.cfg.batch, **drawn, **cond)
 
     def low_resolution(self, batch: dict[str, Tensor], x0: Tensor) -> Tensor:
-        """cfm: what the low-resolution versions of a batch say of its latents x0, in x0's shape."""
+        """cfm: what the low-resolution versions of a batch say of its latents x0 (B, C, H, W)."""
         images = to_float(batch["image"]) if "image" in batch else None
-        return upsampled(images, x0, self.vae.encode, self.objective.lowres, self.objective.upsample)
+        kind = self.objective
+        return upsampled(images, x0, self.vae.encode, kind.lowres, kind.upsample)
 
     def report(self) -> dict[str, Any]:
         """More for the training line of the log. Every rank calls it."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """More tensors that an exact resume needs, equal on every rank. Every rank calls it."""
+        """More tensors that an exact resume needs, the same on every rank. Every rank calls it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -277,143 +418,295 @@ class ObjectiveLoss:
 @dataclass
 class Trainer:
     """Everything a step needs."""
-    cfg: Config
+
+    cfg: Any
     ranks: Ranks
     run: Path
     ds: Dataset
     vae: AnyVAE
     objective: Objective
-    net: UNet                                # the bare module: what is saved
-    model: torch.nn.Module                   # net inside torch.compile and DistributedDataParallel: what is trained
+    # The bare module, which is saved; and that inside torch.compile and DistributedDataParallel.
+    net: UNet
+    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
     classes: list[str]
-    labels: Any                              # (n,) or None
-    init: dict[str, Any]                     # where the weights started
-    held: Any                                # rank 0's lock on the folder
-    loss: Any = None                         # called as loss(net, batch) -> Loss; see ObjectiveLoss
+    # (n,) classes of the images, or None.
+    labels: Any
+    # Where the weights started.
+    init: dict[str, Any]
+    # Rank 0's lock on the folder.
+    held: Any
+    # loss(net, batch) -> Loss; see ObjectiveLoss.
+    loss: Any = None
     seen: int = 0
-    skipped: int = 0                         # non-finite steps, in all
-    bad: int = 0                             # … in a row
-    meter: Tensor = field(default_factory=lambda: torch.zeros(2, TIME_BINS, dtype=torch.float64))   # loss sum, count by t
+    # Non-finite steps, in all and in a row.
+    skipped: int = 0
+    bad: int = 0
+    meter: Meter = field(init=False)
+
+    def __post_init__(self):
+        self.meter = Meter(self.ranks)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.vae.latent_shape(self.cfg.resolution)
 
 
+# ---- setting up ---------------------------------------------------------------------------------
+
+
 def setup(cfg: Config, ranks: Ranks) -> Trainer:
-    """Open the data, fit or load the autoencoder, build the network, and take up a checkpoint if the run has one.
+    """Open the data, fit or load the autoencoder, build the network, take up a checkpoint.
 
     Everything that can be wrong is found before the first byte is written.
     """
     run = Path(cfg.out) / cfg.name
-    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout,
-                      crop=cfg.crop, flip=cfg.flip)
-    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
-    start = "" if checkpoints(run) else cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
-    init_net, init_meta = start_from(cfg, start) if start else (None, None)
+    ds, classes, labels = open_data(cfg, ranks)
+    start, other, meta = "", None, None
+    if not checkpoints(run):
+        start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
+    if start:
+        other, meta = start_from(cfg, start)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-    vae = vae_from_meta(ranks.broadcast(lambda: make_vae(cfg, run, ds, init_meta).meta())).to(ranks.device)
+    vae = vae_from_meta(ranks.broadcast(lambda: vae_of(cfg, run, ds, meta).meta()))
+    vae = vae.to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    unet = replace(PRESETS[cfg.model], in_channels=vae.channels * (1 + (objective.coupling == "lowres")),
-                   out_channels=vae.channels * (1 + objective.learn_sigma), num_classes=len(classes))
-    side, factor = vae.latent_shape(cfg.resolution)[1], 2 ** (len(unet.channel_mult) - 1)
-    if side % factor:
-        raise UserError(f"--resolution {cfg.resolution} gives {side}×{side} latents, which {cfg.model} cannot halve "
-                        f"{len(unet.channel_mult) - 1} times.  Use a multiple of {vae.factor * factor}.")
-    if cfg.objective == "cfm" and cfg.upsample != "psu" and side % cfg.lowres:
-        raise UserError(f"--lowres {cfg.lowres} does not divide the {side}×{side} latents of --resolution {cfg.resolution}.  Use --upsample psu.")
-    if cfg.aligned and start:
-        check_aligned(objective, init_meta.get("objective"), start)
-    check_disk(cfg, run, num_params(unet))
+    unet = network_config(cfg, vae, objective, len(classes))
     torch.manual_seed(cfg.seed)
-    net = UNet(unet)
-    if cfg.stage == "stage2" and start and init_meta.get("images", 0) < init_meta.get("config", {}).get("images", 0) and ranks.rank == 0:
-        print(f"warning: {start} stopped at {init_meta['images']:,} of its {init_meta['config']['images']:,} images.", flush=True)
+    net = build(unet)
     if start:
-        load_strict(net, init_net.state_dict(), f"--init {start}")
+        if cfg.aligned:
+            check_aligned(objective, meta.get("objective"), start)
+        if cfg.stage == "stage2" and ranks.rank == 0:
+            warn_unfinished(start, meta)
+        load_strict(net, other.state_dict(), f"--init {start}")
     init = {"path": start or None, "fingerprint": fingerprint(net.state_dict()) if start else None}
     return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
 
 
-def assemble(cfg: Config, ranks: Ranks, ds: Dataset, vae: AnyVAE, objective: Objective, net: UNet, classes: list[str], labels: Any,
-             init: dict[str, Any], make_loss: Callable[[Trainer], Any] | None = None, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+def open_data(cfg: Any, ranks: Ranks) -> tuple[Dataset, list[str], Any]:
+    """(images, names of the classes, labels (n,) or None) of Data's flags."""
+    ds = open_dataset(
+        cfg.data,
+        stage=cfg.stage,
+        exclude_tags=cfg.exclude_tags,
+        resolution=cfg.resolution,
+        holdout=cfg.holdout,
+        crop=cfg.crop,
+        flip=cfg.flip,
+    )
+    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
+    return ds, classes, labels
+
+
+def vae_of(cfg: Config, run: Path, ds: Dataset, meta: dict[str, Any] | None) -> AnyVAE:
+    """The run's autoencoder; a cache's latents must be its own. meta: of the network to start from."""
+    kept = run / "vae.safetensors"
+    vae = choose(
+        cfg.vae if vae_moved(cfg, run) or not kept.exists() else "",
+        kept=kept,
+        meta=meta,
+        network=f"--init {cfg.init}" if cfg.init else "the checkpoint to start from",
+        cached=vae_path(cfg.data) if is_cache(cfg.data) else None,
+        fit=lambda: data.fit_vae(ds, cfg.resolution),
+    )
+    if is_cache(cfg.data):
+        self_check(ds.source, vae)
+    return vae
+
+
+def vae_moved(cfg: Any, run: Path) -> bool:
+    """Does --vae name another place than when the run began?"""
+    if not (run / "vae.safetensors").exists() or not (run / "config.json").exists():
+        return False
+    return cfg.vae not in ("pca", read_config(run).get("vae", "pca"))
+
+
+def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int) -> Any:
+    """--model's, with the channels and classes that it meets here."""
+    unet = replace(
+        PRESETS[cfg.model],
+        in_channels=vae.channels * (2 if objective.coupling == "lowres" else 1),
+        out_channels=vae.channels * (2 if objective.learn_sigma else 1),
+        num_classes=classes,
+    )
+    side, multiple = vae.latent_shape(cfg.resolution)[1], unet.multiple
+    latents = f"{side}×{side} latents"
+    if side % multiple:
+        raise UserError(
+            f"--resolution {cfg.resolution} gives {latents}, and {cfg.model} needs a side that is "
+            f"divisible by {multiple}",
+            do=f"Use a multiple of {vae.factor * multiple}.",
+        )
+    if cfg.objective == "cfm" and cfg.upsample != "psu" and side % cfg.lowres:
+        raise UserError(
+            f"--lowres {cfg.lowres} does not divide the {latents} of --resolution {cfg.resolution}",
+            do="Use --upsample psu.",
+        )
+    return unet
+
+
+def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
+    """--aligned reads the network as it was trained; `known` is what its file says of that."""
+    known = {"target": known} if isinstance(known, str) else known or {}
+    keys = ("target", "table", "zero_snr")
+    own = [f"{k} {known[k]!r}" for k in keys if k in known and known[k] != getattr(objective, k)]
+    if own:
+        flags = ", ".join(f"{key} {getattr(objective, key)!r}" for key in keys)
+        raise UserError(
+            f"--aligned reads the network as it was trained, and {name} has {', '.join(own)}; "
+            f"the flags say {flags}",
+            do="Give its own.",
+        )
+
+
+def warn_unfinished(start: str, meta: dict[str, Any]) -> None:
+    """Say so if stage2 starts from a fine run that was stopped."""
+    seen, of = meta.get("images", 0), meta.get("config", {}).get("images", 0)
+    if seen < of:
+        print(f"warning: {start} stopped at {seen:,} of its {of:,} images.", flush=True)
+
+
+def assemble(
+    cfg: Any,
+    ranks: Ranks,
+    ds: Dataset,
+    vae: AnyVAE,
+    objective: Objective,
+    net: UNet,
+    classes: list[str],
+    labels: Any,
+    init: dict[str, Any],
+    make_loss: Callable[[Trainer], Any] | None = None,
+    kind: type[Trainer] = Trainer,
+    **more: Any,
+) -> Trainer:
     """Begin the run's folder and put its parts together: from here on something is written.
 
-    make_loss(trainer) returns an object like ObjectiveLoss. It may keep parts of the trainer, but not the trainer: a cycle would hold the
-    folder's lock.
+    make_loss(trainer) returns an object like ObjectiveLoss. It may keep parts of the trainer, but
+    not the trainer itself: in a cycle it would hold on to the folder's lock.
     """
     run, held = Path(cfg.out) / cfg.name, None
+    kept = cfg.keep + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
+    check_disk(run, num_params(net.cfg), len(cfg.ema), kept)
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
-        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")   # first: the rest is only taken up under it
+        # The config comes first: the rest is only taken up under it.
+        write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
         save_vae(run / "vae.safetensors", vae, weights=False)
     net = net.to(ranks.device)
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = AdamW8bit(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay) if cfg.optim == "adamw8bit" else \
-        torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    trainer = kind(cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema), classes, labels, init, held, **more)
-    trainer.loss = make_loss(trainer) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
+    how = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
+    if cfg.optim == "adamw8bit":
+        optimizer = AdamW8bit(net.parameters(), **how)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True, **how)
+    ema = EMA(net, cfg.ema)
+    tr = kind(
+        *(cfg, ranks, run, ds, vae, objective, net, model, optimizer, ema, classes, labels),
+        *(init, held),
+        **more,
+    )
+    tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     if checkpoints(run):
-        load_state(trainer)
-    return trainer
+        load_state(tr)
+    return tr
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints --------------------------------------------------------------------------------
+
 
 def save(tr: Trainer) -> None:
-    """Rank 0 writes; the loss meter is summed over ranks so that the next log line is exact after a resume."""
-    meter, own = tr.ranks.all_reduce(tr.meter.clone().to(tr.ranks.device)).cpu(), tr.loss.state_dict()
+    """Write a checkpoint. Rank 0 writes; every rank calls."""
+    meter, own = tr.meter.state(), tr.loss.state_dict()
     if tr.ranks.rank == 0:
-        names = {id(p): n for n, p in tr.net.named_parameters()}
-        state = {f"{key}/{names[id(p)]}": v for p, entry in tr.optimizer.state.items() for key, v in entry.items()}
-        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None   # no step taken, nothing to have changed
-        meta = {"run": tr.cfg.name, "base_fingerprint": base, "config": asdict(tr.cfg), "objective": asdict(tr.objective), "vae": tr.vae.meta(),
-                "classes": tr.classes, "latent_shape": tr.latent_shape, "resolution": tr.cfg.resolution, "init": tr.init,
-                "data_hash": tr.ds.source.hash, **versions()}
-        state |= {"meter": meter, **{f"own/{k}": v for k, v in own.items()}}
-        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state,
-                        {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": tr.ranks.world * tr.cfg.accum}, tr.cfg.keep, tr.cfg.keep_every)
+        names = {id(p): name for name, p in tr.net.named_parameters()}
+        state = {
+            f"{key}/{names[id(p)]}": value
+            for p, entry in tr.optimizer.state.items()
+            for key, value in entry.items()
+        }
+        state |= {"meter": meter, **{f"own/{key}": value for key, value in own.items()}}
+        # No step taken, nothing to have changed: then the weights are those it started from.
+        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None
+        meta = {
+            "run": tr.cfg.name,
+            "base_fingerprint": base,
+            "config": asdict(tr.cfg),
+            "objective": asdict(tr.objective),
+            "vae": tr.vae.meta(),
+            "classes": tr.classes,
+            "latent_shape": tr.latent_shape,
+            "resolution": tr.cfg.resolution,
+            "init": tr.init,
+            "data_hash": tr.ds.source.hash,
+            **versions(),
+        }
+        own_meta = {
+            "skipped": tr.skipped,
+            "data_hash": tr.ds.source.hash,
+            "parts": tr.ranks.world * tr.cfg.accum,
+        }
+        keep = tr.cfg.keep, tr.cfg.keep_every
+        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state, own_meta, *keep)
     tr.ranks.barrier()
 
 
 def load_state(tr: Trainer) -> None:
-    """Continue exactly: weights, EMAs, optimizer, counters, the half-filled loss meter. Every rank reads for itself."""
+    """Continue exactly: weights, EMAs, optimizer, counters, the half-filled loss meter.
+
+    Every rank reads for itself.
+    """
     folder = checkpoints(tr.run)[-1]
     state, meta = read_tensors(folder / "state.safetensors")
-    if meta["data_hash"] != tr.ds.source.hash:
-        raise UserError(f"the images or tags of {tr.cfg.data} changed since {tr.run} began; its order of samples is gone.  "
-                        f"Restore them, or start again with --init {tr.run} --name NEW.")
-    parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
-    if (flag := tr.loss.per_part) and before not in (None, parts):
-        raise UserError(f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and {flag} compares the images within such "
-                        f"a part of a batch.  Resume with {before}.")
+    check_state(tr, meta)
     net, model_meta = load_unet(folder / "model.safetensors")
     load_strict(tr.net, net.state_dict(), str(folder))
     for width, weights in tr.ema.weights.items():
-        for name, value in load_unet(folder / f"ema-{width}.safetensors")[0].state_dict().items():
+        net, _ = load_unet(folder / f"ema-{width}.safetensors")
+        for name, value in net.state_dict().items():
             weights[name].copy_(value)
-    meter = state.pop("meter")
-    tr.loss.load_state_dict({k.removeprefix("own/"): state.pop(k) for k in list(state) if k.startswith("own/")})
-    tr.meter = meter if tr.ranks.rank == 0 else torch.zeros_like(meter)         # it was summed over ranks
+    tr.meter.load_state(state.pop("meter"))
+    own = [key for key in state if key.startswith("own/")]
+    tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
     params = dict(tr.net.named_parameters())
     for key, value in state.items():
         key, name = key.split("/", 1)
         if value.ndim == 4:
             value = value.contiguous(memory_format=torch.channels_last)
-        tr.optimizer.state[params[name]][key] = value if key == "order" else value.to(tr.ranks.device)   # order is about memory
+        # AdamW8bit's "order" is about memory, and stays on the CPU.
+        value = value if key == "order" else value.to(tr.ranks.device)
+        tr.optimizer.state[params[name]][key] = value
     tr.seen, tr.skipped, tr.init = meta["images"], meta["skipped"], model_meta["init"]
 
 
-# ---- a step ---------------------------------------------------------------------------------------------------------
+def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
+    """Refuse to go on where the rest of the run would be another one."""
+    if meta["data_hash"] != tr.ds.source.hash:
+        raise UserError(
+            f"the images or tags of {tr.cfg.data} changed since {tr.run} began; "
+            "its order of samples is gone",
+            do=f"Restore them, or start again with --init {tr.run} --name NEW.",
+        )
+    parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
+    if tr.loss.per_part and before not in (None, parts):
+        raise UserError(
+            f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and "
+            f"{tr.loss.per_part} compares the images within such a part of a batch",
+            do=f"Resume with {before}.",
+        )
 
-def positions(cfg: Config, ranks: Ranks, seen: int) -> Iterator[list[int]]:
-    """The sample positions of each of this rank's micro-batches, from `seen` to the end of the run."""
+
+# ---- a step -------------------------------------------------------------------------------------
+
+
+def positions(cfg: Any, ranks: Ranks, seen: int) -> Iterator[list[int]]:
+    """The sample positions of each of this rank's micro-batches, from `seen` to the run's end."""
     micro = cfg.batch // (ranks.world * cfg.accum)
     for step in range(seen, cfg.images, cfg.batch):
         for i in range(cfg.accum):
@@ -422,136 +715,302 @@ def positions(cfg: Config, ranks: Ranks, seen: int) -> Iterator[list[int]]:
 
 
 def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
-    """One optimizer step on cfg.batch images; returns the gradient norm. A non-finite one changes no weight."""
+    """One optimizer step on cfg.batch images; returns the gradient norm ().
+
+    A non-finite one changes no weight.
+    """
     cfg, batches = tr.cfg, []
     for group in tr.optimizer.param_groups:
         group["lr"] = learning_rate(tr.seen, cfg)
     for i in range(cfg.accum):
         batch = next(loader)
         if tr.ranks.world > 1:
-            tr.model.require_backward_grad_sync = i == cfg.accum - 1            # all-reduce once a step, not once a micro-batch
+            # All-reduce once a step, not once a micro-batch.
+            tr.model.require_backward_grad_sync = i == cfg.accum - 1
         if tr.net.cfg.dropout:
-            torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))   # masks too are a function of position
+            # Masks too are a function of position.
+            torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))
         loss = tr.loss(tr.model, batch)
         (loss.loss / cfg.accum).backward()
-        bins = (loss.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        update = torch.stack([loss.per_sample.detach().double(), torch.ones_like(loss.t, dtype=torch.float64)])
-        tr.meter = tr.meter.to(update.device).index_add(1, bins, update)
+        tr.meter.add(loss.t, loss.per_sample)
         batches.append(batch)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in tr.net.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in tr.net.parameters() if p.grad is not None]
+    )
     tr.seen += cfg.batch
-    if torch.isfinite(norm):
-        if isinstance(tr.optimizer, AdamW8bit):                                 # clips and averages in the same pass
-            tr.optimizer.step(clip=cfg.clip or None, norm=norm, ema=tr.ema.pairs(tr.seen, cfg.batch))
-        else:
-            if cfg.clip:
-                torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), cfg.clip, norm)
-            tr.optimizer.step()
-            tr.ema.update(tr.net, tr.seen, cfg.batch)
-        tr.bad = 0
-    else:
+    if not torch.isfinite(norm):
         report_bad_step(tr, batches)
+    else:
+        update(tr, norm)
+        tr.bad = 0
     tr.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
+def update(tr: Trainer, norm: Tensor) -> None:
+    """Clip, step, average."""
+    if isinstance(tr.optimizer, AdamW8bit):
+        # It clips and averages in the same pass.
+        pairs = tr.ema.pairs(tr.seen, tr.cfg.batch)
+        tr.optimizer.step(clip=tr.cfg.clip or None, norm=norm, ema=pairs)
+        return
+    if tr.cfg.clip:
+        torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), tr.cfg.clip, norm)
+    tr.optimizer.step()
+    tr.ema.update(tr.net, tr.seen, tr.cfg.batch)
+
+
 def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
-    """Say where a non-finite loss or gradient came from; after MAX_BAD in a row save the batch and stop."""
-    tr.skipped, tr.bad = tr.skipped + 1, tr.bad + 1
-    where = [first_nonfinite(tr.net, lambda net: tr.loss(net, batch)) for batch in batches]
-    where = next((w for w in where if w), "another rank's batch")
-    row = {"event": "non-finite", "images": tr.seen, "where": where, "in_a_row": tr.bad, "rank": tr.ranks.rank}
+    """Say where a non-finite loss or gradient came from; after MAX_BAD in a row, stop."""
+    tr.skipped += 1
+    tr.bad += 1
+    found = [first_nonfinite(tr.net, lambda net: tr.loss(net, batch)) for batch in batches]
+    where = next(filter(None, found), "another rank's batch")
     if tr.ranks.rank == 0:
-        append(tr.run, row)
+        row = {"event": "non-finite", "images": tr.seen, "where": where, "in_a_row": tr.bad}
+        append(tr.run, {**row, "rank": tr.ranks.rank})
         tqdm.write(f"warning: step to {tr.seen:,} images skipped, non-finite: {where}")
-    # The sums cannot be cleaned of a NaN, so this stretch of the loss log restarts here.
-    tr.meter = torch.zeros_like(tr.meter) if not torch.isfinite(tr.meter).all() else tr.meter
+    tr.meter.drop_nonfinite()
     if tr.bad >= MAX_BAD:
         path = tr.run / f"bad-batch-{tr.seen:012d}-rank{tr.ranks.rank}.pt"
         torch.save(batches, path)
         save(tr)
-        raise UserError(f"{MAX_BAD} non-finite steps in a row, the last: {where}.  The batch is in {path}; the weights, as they were before, "
-                        f"in {checkpoints(tr.run)[-1]}.")
+        raise UserError(
+            f"{MAX_BAD} non-finite steps in a row, the last: {where}",
+            do=f"Look at the batch, which is in {path}; the weights, as they were before, are in "
+            f"{checkpoints(tr.run)[-1]}.",
+        )
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- what a run shows of itself -----------------------------------------------------------------
 
-def train(cfg: Config, ranks: Ranks, setup: Callable[[Config, Ranks], Trainer] = setup, free: set[str] = FREE) -> bool:
-    """Train until cfg.images have been seen, or a signal asks to stop; then save and show samples. True if one did, also during the samples."""
-    stop = StopSignal()                                                         # also while the data is being read
-    run = Path(cfg.out) / cfg.name
-    final = run / "samples" / "final.png"
-    if moved := vae_moved(cfg, run):
-        choose(cfg.vae, kept=run / "vae.safetensors")  # another one ends here, also when the run is finished
-    check_config(cfg, run, free | ({"vae"} if moved else set()))
-    if final.exists() and checkpoints(run) and int(checkpoints(run)[-1].name) >= cfg.images:
-        if ranks.rank == 0:
-            print(f"finished: {run} has seen its {cfg.images:,} images.  More samples: python samplers.py --ckpt {run}")
-            print(final)
+
+def ema_net(tr: Trainer) -> tuple[str, Any]:
+    """(name, net) of what one would sample: the first EMA, or without one the weights."""
+    if not tr.ema.weights:
+        return "raw", tr.net
+    width, weights = next(iter(tr.ema.weights.items()))
+    return f"ema-{width}", lambda x, t, **cond: functional_call(tr.net, weights, (x, t), cond)
+
+
+def evaluate(tr: Trainer, log: Log, fid: FID | None) -> None:
+    """The held-out loss and the FID, where they are due."""
+    name, net = ema_net(tr)
+    if is_due(tr, tr.cfg.eval_every) and len(tr.ds.heldout):
+        loss = tr.loss
+        if tr.objective.coupling == "ot":
+            # It would pair by who else is in the batch.
+            loss = replace(loss, objective=replace(tr.objective, coupling="none"))
+        tr.net.eval()
+        row = held_out_loss(
+            partial(loss, net), tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+        )
+        tr.net.train()
+        log.write({"event": "held-out", "images": tr.seen, "of": name, **row})
+    if fid and is_due(tr, tr.cfg.fid_every):
+        log.write(fid(lambda seeds: draw_samples(tr, net, seeds), tr.seen, name))
+
+
+def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
+    """uint8 images (B, 3, H, W) of fixed seeds on every rank; each draws its share.
+
+    Labels cycle through the classes. how: as sample() takes it, 10 Heun steps if nothing is said.
+    """
+    own = seeds[tr.ranks.rank :: tr.ranks.world]
+    how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
+    size = (len(seeds), 3, tr.cfg.resolution, tr.cfg.resolution)
+    images = torch.zeros(size, dtype=torch.int32, device=tr.ranks.device)
+    tr.net.eval()
+    if own:
+        device, dtype = tr.ranks.device, tr.cfg.dtype
+        generator = Generator(
+            tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype
+        )
+        labels = [seed % len(tr.classes) for seed in own] if tr.classes else None
+        low = None
+        if tr.objective.coupling == "lowres":
+            low, labels = enlarged(tr, own)
+        drawn = generator.images(own, labels, low=low, **how)
+        images[tr.ranks.rank :: tr.ranks.world] = drawn.images.int()
+    tr.net.train()
+    # The others' rows are zero.
+    return tr.ranks.all_reduce(images).to(torch.uint8)
+
+
+def enlarged(tr: Trainer, seeds: list[int]) -> tuple[Tensor, list[int] | None]:
+    """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
+    ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
+    views = [ds.view(seed % len(ds)) for seed in seeds]
+    batch = {key: torch.stack([view[key] for view in views]) for key in views[0]}
+    batch = {key: x.to(tr.ranks.device) for key, x in batch.items()}
+    labels = None
+    if tr.classes:
+        _, of = data.classes_of(ds, tr.classes)
+        labels = [int(of[seed % len(ds)]) for seed in seeds]
+    return tr.loss.low_resolution(batch, latents_of(tr.vae, batch)), labels
+
+
+def preview(tr: Trainer) -> None:
+    """A row of raw samples over a row of EMA samples, the same eight seeds at every call."""
+    nets = [tr.net, ema_net(tr)[1]] if tr.ema.weights else [tr.net]
+    rows = [draw_samples(tr, net, list(range(8))) for net in nets]
+    if tr.ranks.rank == 0:
+        path = tr.run / "samples" / f"{tr.seen:012d}.png"
+        make_dir(path.parent)
+        save_grid(torch.cat(rows), path, columns=8)
+
+
+def report(tr: Trainer, log: Log, clock: Speed, norm: Tensor, lr: float) -> dict[str, Any]:
+    """The training line of the log."""
+    row = {
+        "event": "train",
+        "images": tr.seen,
+        **tr.meter.read(),
+        # JSON has no NaN.
+        "grad_norm": float(norm) if torch.isfinite(norm) else None,
+        "lr": lr,
+        "images_per_s": clock.rate(tr.seen),
+        "skipped": tr.skipped,
+        **tr.loss.report(),
+    }
+    log.write(row)
+    return row
+
+
+def show(tr: Trainer, row: dict[str, Any], bar: tqdm) -> None:
+    """On a terminal the loss stands beside the bar; elsewhere a report is a line."""
+    loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+    bar.set_postfix(loss=loss)
+    if bar.disable and tr.ranks.rank == 0:
+        rate = row["images_per_s"]
+        left = max(tr.cfg.images - tr.seen, 0) / rate
+        print(
+            f"{tr.seen:>11,} images  loss {loss}  {rate:.1f} images/s  {left:.0f} s left",
+            flush=True,
+        )
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def train(
+    cfg: Any, ranks: Ranks, setup: Callable[[Any, Ranks], Trainer] = setup, free: set[str] = FREE
+) -> bool:
+    """Train until cfg.images have been seen or a signal asks to stop; save, and show samples.
+
+    True if a signal came, also while the samples were drawn.
+    """
+    # From here on, also while the data is being read.
+    stop = StopSignal()
+    if is_finished(cfg, ranks, free):
         return False
     tr = setup(cfg, ranks)
-    if ranks.rank == 0 and (tr.seen or tr.init["path"]):
-        print(f"resuming {run} at {tr.seen:,} of {cfg.images:,} images" if tr.seen else f"starting from the weights of {tr.init['path']}", flush=True)
+    if ranks.rank == 0 and tr.seen:
+        print(f"resuming {tr.run} at {tr.seen:,} of {cfg.images:,} images", flush=True)
+    elif ranks.rank == 0 and tr.init["path"]:
+        print(f"starting from the weights of {tr.init['path']}", flush=True)
     fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
     clock = Speed(tr.seen)
-    workers = cfg.workers if cfg.workers >= 0 else 0 if tr.ds.source.pixels is not None and ranks.device.type == "cpu" \
-        else min(8, (os.cpu_count() or 1) // ranks.world)
-    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
-    bar = tqdm(total=cfg.images, initial=tr.seen, unit="img", disable=None if ranks.rank == 0 else True)
-    batches = data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin=ranks.device.type == "cuda")
-    with contextlib.closing(batches):                                           # its worker processes end here, whatever happens
+    # None = only on a terminal.
+    hidden = None if ranks.rank == 0 else True
+    bar = tqdm(total=cfg.images, initial=tr.seen, unit="img", disable=hidden)
+    # The loader's worker processes end here, whatever happens.
+    with contextlib.closing(load(tr)) as loader:
         while tr.seen < cfg.images and not stop.asked(ranks):
             lr = learning_rate(tr.seen, cfg)
-            norm = step(tr, batches)
+            norm = step(tr, loader)
             bar.update(cfg.batch)
-            if due(tr.seen, cfg.log_every, cfg.batch) or (cfg.log_every and tr.seen >= cfg.images):
-                row = log.report(tr, norm, lr, clock)
-                loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
-                bar.set_postfix(loss=loss)
-                if bar.disable and ranks.rank == 0:                             # no terminal: a line a report instead of a bar
-                    print(f"{tr.seen:>11,} images  loss {loss}  {row['images_per_s']:.1f} images/s  "
-                          f"{max(cfg.images - tr.seen, 0) / row['images_per_s']:.0f} s left", flush=True)
+            if is_due(tr, cfg.log_every):
+                show(tr, report(tr, log, clock, norm, lr), bar)
             with clock.paused():
-                looks = due(tr.seen, cfg.eval_every, cfg.batch) or (cfg.eval_every and tr.seen >= cfg.images)
-                if looks and len(tr.ds.heldout):
-                    log.write(held_out_loss(tr))
-                if fid and (due(tr.seen, cfg.fid_every, cfg.batch) or tr.seen >= cfg.images):
-                    name, net = ema_net(tr)
-                    log.write(fid(lambda seeds: draw_samples(tr, net, seeds, method="heun", steps=10), tr.seen, name))
+                evaluate(tr, log, fid)
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):
                     save(tr)
     bar.close()
-    finish(tr, log, final)
+    finish(tr)
     return stop.asked(ranks)
 
 
-def finish(tr: Trainer, log: Log, final: Path) -> None:
-    """Save; then either say how to go on, or draw the final grid. Its path is the last line printed."""
-    if not checkpoints(tr.run) or int(checkpoints(tr.run)[-1].name) != tr.seen:
+def is_due(tr: Trainer, every: int) -> bool:
+    """due(), and at the end of the run; 0 = never."""
+    return every > 0 and (tr.seen >= tr.cfg.images or due(tr.seen, every, tr.cfg.batch))
+
+
+def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
+    """Check an existing run against the flags; say so if there is nothing left to do."""
+    run = Path(cfg.out) / cfg.name
+    final = run / "samples" / "final.png"
+    moved = vae_moved(cfg, run)
+    if moved:
+        # Another autoencoder ends here, also when the run is finished.
+        choose(cfg.vae, kept=run / "vae.safetensors")
+    check_config(cfg, run, free | {"vae"} if moved else free, cfg.resume)
+    if not final.exists() or images_seen(run) < cfg.images:
+        return False
+    if ranks.rank == 0:
+        print_end(run, cfg.images, final)
+    return True
+
+
+def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
+    """The batches of this rank from here to the end of the run."""
+    cfg = tr.cfg
+    on_gpu = tr.ranks.device.type == "cuda"
+    workers = cfg.workers
+    if workers < 0:
+        in_memory = tr.ds.source.pixels is not None and not on_gpu
+        workers = 0 if in_memory else min(8, (os.cpu_count() or 1) // tr.ranks.world)
+    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
+    return data.batches(stream, positions(cfg, tr.ranks, tr.seen), workers, pin=on_gpu)
+
+
+def finish(tr: Trainer) -> None:
+    """Save; then either say how to go on, or draw the final grid. Its path is printed last."""
+    if not checkpoints(tr.run) or images_seen(tr.run) != tr.seen:
         save(tr)
     if tr.seen < tr.cfg.images:
         if tr.ranks.rank == 0:
-            print(f"stopped and saved at {tr.seen:,} of {tr.cfg.images:,} images.  The same command continues.")
+            of = f"{tr.seen:,} of {tr.cfg.images:,} images"
+            print(f"stopped and saved at {of}.  The same command continues.")
         return
-    # The noise of a stochastic sampler corrects what a young network gets wrong; an ODE keeps it as grain.
-    how = {"method": "ddim", "eta": 1.0, "steps": 50} if tr.objective.coupling != "lowres" else {"method": "heun", "steps": 25}
-    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), **how)           # (from a source that is not noise, only an ODE)
+    # The noise of a stochastic sampler corrects what a young network gets wrong; an ODE keeps it
+    # as grain. From a source that is not noise, only an ODE goes.
+    how = {"method": "ddim", "eta": 1.0, "steps": 50}
+    if tr.objective.coupling == "lowres":
+        how = {"method": "heun", "steps": 25}
+    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), **how)
     if tr.ranks.rank == 0:
+        final = tr.run / "samples" / "final.png"
         make_dir(final.parent)
         save_grid(images, final, columns=8)
-        print(f"finished: {tr.run} has seen {tr.seen:,} images.  More samples: python samplers.py --ckpt {tr.run}")
-        print(final)
+        print_end(tr.run, tr.seen, final)
+
+
+def print_end(run: Path, images: int, final: Path) -> None:
+    more = f"More samples: python samplers.py --ckpt {run}"
+    print(f"finished: {run} has seen its {images:,} images.  {more}")
+    print(final)
 
 
 def header(tr: Trainer) -> dict[str, Any]:
     """The first line of log.jsonl: what it takes to repeat the run."""
-    return {"event": "start", "images": tr.seen, "config": asdict(tr.cfg), "params": sum(p.numel() for p in tr.net.parameters()),
-            "device": torch.cuda.get_device_name(tr.ranks.device) if tr.ranks.device.type == "cuda" else "cpu",
-            "ranks": tr.ranks.world, "init": tr.init, "data_hash": tr.ds.source.hash, "used": len(tr.ds),
-            "held_out": len(tr.ds.heldout), **versions()}
+    device = tr.ranks.device
+    return {
+        "event": "start",
+        "images": tr.seen,
+        "config": asdict(tr.cfg),
+        "params": sum(p.numel() for p in tr.net.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "ranks": tr.ranks.world,
+        "init": tr.init,
+        "data_hash": tr.ds.source.hash,
+        "used": len(tr.ds),
+        "held_out": len(tr.ds.heldout),
+        **versions(),
+    }
 
 
 def main() -> None:
@@ -560,7 +1019,7 @@ def main() -> None:
     if dry_run:
         print(json.dumps(asdict(cfg), indent=1))
         return
-    ranks = join_ranks(cfg)
+    ranks = join_ranks(cfg.device)
     train(cfg, ranks)
     ranks.leave()
 

@@ -29,7 +29,7 @@ from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
 from harness.cli import UserError
-from vae import AnyVAE
+from vae import AnyVAE, fit_pca, pca_samples, pixel, psnr
 
 STAGES = ("standard", "fine", "stage2")
 SHOWN_TAGS = 24  # in a report
@@ -76,6 +76,16 @@ class Dataset:
     def counts(self) -> Counter:
         """How many of these images have each tag."""
         return self.source.table.counts(self.index)
+
+
+def fit_vae(ds: Dataset, resolution: int) -> AnyVAE:
+    """pca, fitted to a data set."""
+    pixel(8).latent_shape(resolution)  # of the same factor: refused before any image is read
+    images = to_float(ds.images(range(min(len(ds), pca_samples(resolution)))))
+    vae = fit_pca(images)
+    quality = psnr(vae.decode(vae.encode(images[:256])), images[:256])
+    print(f"vae pca: fitted on {len(images):,} images, PSNR {quality:.2f} dB", flush=True)
+    return vae
 
 
 def latents_of(vae: AnyVAE, batch: dict[str, Tensor]) -> Tensor:

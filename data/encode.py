@@ -370,7 +370,7 @@ def main() -> None:
         return
     if cfg.verify:
         sys.exit(0 if check(cfg) else 1)
-    ranks = join_ranks(cfg, "gloo", PATIENCE)  # a GPU that waits need not spin
+    ranks = join_ranks(cfg.device, "gloo", PATIENCE)  # a GPU that waits need not spin
     encode(cfg, ranks)
     ranks.leave()
     if ranks.rank == 0:

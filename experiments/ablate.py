@@ -386,7 +386,7 @@ def main(argv: list[str]) -> None:
         check(cfg)
         print(json.dumps(asdict(cfg), indent=1))
         return
-    ranks = join_ranks(cfg)
+    ranks = join_ranks(cfg.device)
     if path := ablate(cfg, ranks):
         print(path)
     ranks.leave()

@@ -178,7 +178,7 @@ def lines_of(result: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     cfg, _ = parse(Config, __doc__)
-    ranks = join_ranks(cfg, patience=PATIENCE)
+    ranks = join_ranks(cfg.device, patience=PATIENCE)
     result = assess(cfg, ranks)
     if ranks.rank == 0:
         print(table(lines_of(result)))

@@ -27,10 +27,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend, as one line: what it is, what it got, what it wanted, what to do.
+    """Something the user can mend, as one line: what it is, what it got, what it wanted, what to
+    do about it.
 
-        UserError("--batch 250", wanted="a multiple of 32", do="Try --batch 256.")
-        -> --batch 250: wanted a multiple of 32.  Try --batch 256.
+    UserError("--batch 250", wanted="a multiple of 32", do="Try --batch 256.")
+    -> --batch 250: wanted a multiple of 32.  Try --batch 256.
     """
 
     def __init__(self, what: str, *, got: str = "", wanted: str = "", do: str = ""):
@@ -83,7 +84,7 @@ def explain(error: Exception) -> str:
 
 
 def closest(word: str, options: Iterable[str], n: int = 3) -> str:
-    """"  Closest: a, b." to stand behind a sentence, or be an error's `do`; "" when nothing is near."""
+    """The sentence "  Closest: a, b.", to be an error's `do`; "" when nothing is near."""
     near = difflib.get_close_matches(word, list(options), n=n, cutoff=0.5)
     return f"  Closest: {', '.join(near)}." if near else ""
 
@@ -231,7 +232,9 @@ def convert(key: str, text: str, kind: Any) -> Any:
 
 
 def wrong_value(key: str, text: str, wanted: str) -> UserError:
-    return UserError(f"--{key} takes {wanted}, got {text!r}", do=f"Write --{key} VALUE; see --help.")
+    return UserError(
+        f"--{key} takes {wanted}, got {text!r}", do=f"Write --{key} VALUE; see --help."
+    )
 
 
 # ---- what the declarations say ------------------------------------------------------------------
@@ -279,7 +282,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def range_text(low: float | None, high: float | None, above: float | None) -> str:
-    """"1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
+    """1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
     if low is not None and high is not None:
         return f"{low:g} to {high:g}"
     if low is not None:

@@ -12,7 +12,7 @@ import sys
 
 
 def stop(kind: int, frame: object) -> None:
-    """Leave at once: nothing has been opened yet, and an exception could be caught inside an import."""
+    """Leave at once: nothing is open yet, and an exception could be caught inside an import."""
     sys.stderr.write("interrupted\n")
     sys.stderr.flush()
     os._exit(130)

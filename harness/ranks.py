@@ -33,7 +33,7 @@ class Ranks:
         return x
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """make() on rank 0, its (JSON-like) result on every rank; a UserError there is one everywhere."""
+        """make() on rank 0, its (JSON-like) result on every rank; a UserError is one everywhere."""
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -59,12 +59,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join_ranks(cfg: Any, backend: str = "", patience: timedelta | None = None) -> Ranks:
+def join_ranks(device_name: str, backend: str = "", patience: timedelta | None = None) -> Ranks:
     """Join the process group that torchrun describes in the environment, if it does.
 
     patience: how long a rank waits for another; None = torch's own, ten or thirty minutes.
     """
-    device = pick_device(cfg.device)
+    device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -72,8 +72,19 @@ def join_ranks(cfg: Any, backend: str = "", patience: timedelta | None = None) -
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def check_batch(batch: int, accum: int) -> None:
+    """Refuse a batch that cannot be split over ranks and micro-batches, before any rank is joined."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    unit = world * accum
+    if batch % unit:
+        raise UserError(
+            f"--batch {batch} is not divisible by {world} ranks × {accum} accumulation (= {unit})",
+            do=f"Try --batch {max(batch // unit, 1) * unit}.",
+        )
+
+
 def pick_device(name: str) -> torch.device:
-    """"auto" = this process's GPU if there is one, else the CPU; anything else as torch names it.
+    """auto = this process's GPU if there is one, else the CPU; anything else as torch names it.
     A GPU becomes the current one, for Triton launches there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +104,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def precision(device: torch.device, dtype: str) -> str:
-    """"bf16" or "fp32"; "auto" means bf16 on GPUs that have it in hardware."""
+    """ "bf16" or "fp32"; "auto" means bf16 on GPUs that have it in hardware."""
     if dtype != "auto":
         return dtype
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

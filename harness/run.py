@@ -6,6 +6,7 @@ log.jsonl is the source; tensorboard and wandb are views of it.
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import platform
 import re
@@ -14,45 +15,67 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from harness.cli import UserError
 from harness.files import write_text
+from harness.ranks import Ranks
 
+# Of the loss by time in the log.
+TIME_BINS = 10
 
-# ---- the folder -----------------------------------------------------------------------------------------------------
+# ---- the folder ---------------------------------------------------------------------------------
+
 
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json as a dict."""
     try:
         config = json.loads((run / "config.json").read_text())
-        return {**config}
+        if not isinstance(config, dict):
+            raise TypeError(f"a JSON {type(config).__name__}")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not the config of a run ({error}).  Restore it, or move the folder away.") from None
+        raise UserError(
+            f"{run / 'config.json'} is not the config of a run ({error})",
+            do="Restore it, or move the folder away.",
+        ) from None
+    return config
 
 
-def check_config(cfg: Any, run: Path, free: set[str]) -> None:
-    """An existing run continues only under the config it was made with, but for the fields in `free`."""
+def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> None:
+    """An existing run continues only under the config it was made with, but for `free` fields."""
     if not (run / "config.json").exists():
         if checkpoints(run):
-            raise UserError(f"{run} has checkpoints but no config.json.  Restore it, or start under another --name.")
+            raise UserError(
+                f"{run} has checkpoints but no config.json",
+                do="Restore it, or start under another --name.",
+            )
         return
-    if not cfg.resume:
-        raise UserError(f"{run} exists and --no-resume was given.  Start the new run under another --name.")
-    flags = json.loads(json.dumps(asdict(type(cfg)())))                          # a flag that is younger than the run had its default
-    old, new = {**flags, **read_config(run)}, json.loads(json.dumps(asdict(cfg)))
-    differs = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys())
-               if k not in free and old.get(k) != new.get(k)]
+    if not resume:
+        raise UserError(
+            f"{run} exists and --no-resume was given", do="Start the new run under another --name."
+        )
+    # A flag that is younger than the run had its default.
+    defaults = json.loads(json.dumps(asdict(type(cfg)())))
+    old, new = {**defaults, **read_config(run)}, json.loads(json.dumps(asdict(cfg)))
+    differs = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in free and old.get(key) != new.get(key)
+    ]
     if differs:
-        raise UserError(f"{run} was made with another config: {'; '.join(differs)}.  Repeat its flags to resume, or give this run its own --name "
-                        f"(and --init {run} to go on from its weights).")
+        raise UserError(
+            f"{run} was made with another config: {'; '.join(differs)}",
+            do="Repeat its flags to resume, or give this run its own --name "
+            f"(and --init {run} to go on from its weights).",
+        )
 
 
 def lock(run: Path) -> IO[str]:
@@ -61,35 +84,63 @@ def lock(run: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"another process is writing to {run}.  Wait for it, or give this one its own name.") from None
+        raise UserError(
+            f"another process is writing to {run}",
+            do="Wait for it, or give this one its own name.",
+        ) from None
     return handle
 
 
-def check_disk(cfg: Any, run: Path, params: int) -> None:
-    """Refuse a run whose checkpoints cannot fit. Weights and EMAs are 4 bytes a parameter, AdamW's state 8."""
-    each = params * 4 * (1 + len(cfg.ema) + 2)
-    count = cfg.keep + 1 + (cfg.images // cfg.keep_every if cfg.keep_every else 0) - len(checkpoints(run))
-    existing = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+def check_disk(run: Path, params: int, emas: int, kept: int) -> None:
+    """Refuse a run whose checkpoints cannot fit: `kept` of them, and one more while it is written.
+
+    Weights and EMAs are 4 bytes a parameter, AdamW's state 8.
+    """
+    each = params * 4 * (1 + emas + 2)
+    count = kept + 1 - len(checkpoints(run))
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if each * count > free:
-        raise UserError(f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.  "
-                        "Lower --keep, drop --ema widths, or give another --out.")
+        raise UserError(
+            f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free",
+            do="Lower --keep, drop --ema widths, or give another --out.",
+        )
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first. A folder gets its number only once it is whole."""
-    return sorted(p for p in (run / "ckpt").glob("*") if re.fullmatch(r"\d{12}", p.name))
+    """A run's complete checkpoints, oldest first. A folder gets its number once it is whole."""
+    return sorted(path for path in (run / "ckpt").glob("*") if re.fullmatch(r"\d{12}", path.name))
 
 
+def images_seen(run: Path) -> int:
+    """Of a run's newest checkpoint; 0 = it has none."""
+    return int(checkpoints(run)[-1].name) if checkpoints(run) else 0
+
+
+def run_name(name: str, data: str, *words: str) -> str:
+    """The folder's name under --out: as given, else made of the data's name and some words."""
+    if Path(name).name != name or name.startswith("."):
+        raise UserError(
+            f"--name {name!r}",
+            wanted="the name of a folder under --out, without slashes",
+            do="Choose another name, or another --out.",
+        )
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(data).name)
+    return name or "-".join((stem, *words))
 
 
 @lru_cache
 def versions(*packages: str) -> dict[str, Any]:
-    """Python, torch and the commit of this code, with a hash of uncommitted changes ("" = clean, None = no git). Results of
-    measurements are not code. Packages that are not installed are None."""
+    """Python, torch and the commit of this code, with a hash of uncommitted changes
+    ("" = clean, None = no git). Results of measurements are not code. Packages that are not
+    installed are None."""
+    folder = str(Path(__file__).parent.parent)
+
     def git(*args: str) -> str | None:
+        command = ["git", "-c", "safe.directory=*", "-C", folder, *args]
         try:
-            done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout
@@ -99,13 +150,22 @@ def versions(*packages: str) -> dict[str, Any]:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".", ":!benchmarks/results")
-    return {"commit": commit and commit.strip(), "dirty": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else diff and "",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         **{package: installed(package) for package in ("numpy", "triton", *packages)}}}
+
+    commit = git("rev-parse", "HEAD")
+    diff = git("diff", "HEAD", "--", ".", ":!benchmarks/results")
+    return {
+        "commit": commit and commit.strip(),
+        "dirty": diff and hashlib.sha256(diff.encode()).hexdigest()[:12],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: installed(package) for package in ("numpy", "triton", *packages)},
+        },
+    }
 
 
-# ---- the log --------------------------------------------------------------------------------------------------------
+# ---- the log ------------------------------------------------------------------------------------
+
 
 def append(run: Path, row: dict[str, Any]) -> None:
     """One JSON line at the end of a run's log."""
@@ -113,65 +173,129 @@ def append(run: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-class Log:
-    """log.jsonl, and tensorboard or wandb if asked for. Rank 0 writes; every rank calls."""
-
-    def __init__(self, run: Path, mirrors: tuple[str, ...], rank: int, seen: int, header: dict[str, Any]):
-        self.run, self.rank, self.mirrors = run, rank, []
-        if rank:
-            return
-        path = run / "log.jsonl"
-        if path.exists():
-            # Lines past the checkpoint describe steps that are about to be repeated, exactly.
-            write_text(path, "".join(line + "\n" for line in complete_lines(path) if read_line(path, line)["images"] <= seen))
-        append(run, {"command": " ".join(sys.argv), **header})
-        for name in mirrors:
-            self.mirrors.append(open_mirror(name, run, header, seen))
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.rank == 0:
-            append(self.run, row)
-            for mirror in self.mirrors:
-                mirror({f"{row['event']}/{k}": v for k, v in row.items() if isinstance(v, float)}, row["images"])
-
-    def report(self, tr: Any, norm: Tensor, lr: float, clock: "Speed") -> dict[str, Any]:
-        """The training line: loss since the last one, over all ranks, also by t (None = no sample fell in the bin)."""
-        sums, counts = tr.ranks.all_reduce(tr.meter.clone()).tolist()
-        tr.meter.zero_()
-        norm = float(norm) if torch.isfinite(norm) else None                    # JSON has no NaN
-        row = {"event": "train", "images": tr.seen, "loss": sum(sums) / sum(counts) if sum(counts) else None,
-               "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)], "grad_norm": norm, "lr": lr,
-               "images_per_s": clock.rate(tr.seen), "skipped": tr.skipped, **tr.loss.report()}
-        self.write(row)
-        return row
-
-
-def complete_lines(path: Path) -> Iterator[str]:
+def complete_lines(path: Path) -> list[str]:
     """The lines of a log, without a last one that a kill cut short."""
-    for line in path.read_text().split("\n")[:-1]:
-        yield line
+    return path.read_text().split("\n")[:-1]
 
 
 def read_line(path: Path, line: str) -> dict[str, Any]:
     try:
         return {"images": 0, **json.loads(line)}
     except (ValueError, TypeError):
-        raise UserError(f"{path} has a line that is not a log entry: {line[:60]!r}.  Mend or move it.") from None
+        raise UserError(
+            f"{path} has a line that is not a log entry: {line[:60]!r}", do="Mend or move it."
+        ) from None
 
 
-def open_mirror(name: str, run: Path, header: dict[str, Any], seen: int) -> Callable[[dict[str, float], int], None]:
+class Log:
+    """log.jsonl, and tensorboard or wandb if asked for. Rank 0 writes; every rank calls."""
+
+    def __init__(
+        self, run: Path, mirrors: tuple[str, ...], rank: int, seen: int, header: dict[str, Any]
+    ):
+        self.run, self.rank, self.mirrors = run, rank, []
+        if rank:
+            return
+        path = run / "log.jsonl"
+        if path.exists():
+            # Lines past the checkpoint describe steps that are about to be repeated, exactly.
+            lines = complete_lines(path)
+            kept = [line + "\n" for line in lines if read_line(path, line)["images"] <= seen]
+            write_text(path, "".join(kept))
+        append(run, {"command": " ".join(sys.argv), **header})
+        for name in mirrors:
+            self.mirrors.append(open_mirror(name, run, header, seen))
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.rank:
+            return
+        append(self.run, row)
+        numbers = {f"{row['event']}/{k}": v for k, v in row.items() if isinstance(v, float)}
+        for mirror in self.mirrors:
+            mirror(numbers, row["images"])
+
+
+def check_mirrors(names: tuple[str, ...]) -> None:
+    """Refuse views of the log that do not exist or are not installed."""
+    for name in names:
+        if name not in ("tensorboard", "wandb"):
+            raise UserError(
+                f"--log {name} is not one of tensorboard, wandb",
+                do="Leave it out: log.jsonl is always written.",
+            )
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--log {name} needs a package that is not installed", do=f"Run: pip install {name}"
+            )
+
+
+def open_mirror(
+    name: str, run: Path, header: dict[str, Any], seen: int
+) -> Callable[[dict[str, float], int], None]:
     """A function (values, images) -> None for tensorboard or wandb."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
-        return lambda values, images: [writer.add_scalar(k, v, images) for k, v in values.items()] and writer.flush()
+
+        def write(values: dict[str, float], images: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, images)
+            writer.flush()
+
+        return write
     import wandb
-    wandb.init(project="twinpath", name=run.name, dir=str(run), config=header["config"], id=run.name, resume="allow")
+
+    wandb.init(
+        project="twinpath",
+        name=run.name,
+        dir=str(run),
+        config=header["config"],
+        id=run.name,
+        resume="allow",
+    )
     return lambda values, images: wandb.log(values, step=images)
 
 
+class Meter:
+    """The loss since the last line of the log, in all and by time."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        # The sum of the losses and their count, for each bin of t: this rank's.
+        self.sums = torch.zeros(2, TIME_BINS, dtype=torch.float64)
+
+    def add(self, t: Tensor, per_sample: Tensor) -> None:
+        """t (B,) in [0, 1], per_sample (B,)."""
+        bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        ones = torch.ones_like(t, dtype=torch.float64)
+        update = torch.stack([per_sample.detach().double(), ones])
+        self.sums = self.sums.to(update.device).index_add(1, bins, update)
+
+    def state(self) -> Tensor:
+        """Summed over ranks, so that the next line of the log is exact after a resume."""
+        return self.ranks.all_reduce(self.sums.clone().to(self.ranks.device)).cpu()
+
+    def load_state(self, sums: Tensor) -> None:
+        self.sums = sums if self.ranks.rank == 0 else torch.zeros_like(sums)
+
+    def drop_nonfinite(self) -> None:
+        """Sums cannot be cleaned of a NaN, so they start again."""
+        if not torch.isfinite(self.sums).all():
+            self.sums = torch.zeros_like(self.sums)
+
+    def read(self) -> dict[str, Any]:
+        """The mean loss over all ranks, also by t (None = no sample fell there), and start anew."""
+        sums, counts = self.ranks.all_reduce(self.sums.clone()).tolist()
+        self.sums.zero_()
+        return {
+            "loss": sum(sums) / sum(counts) if sum(counts) else None,
+            "loss_by_t": [s / n if n else None for s, n in zip(sums, counts)],
+        }
+
+
 class Speed:
-    """Images per second between reports, without the time spent looking or saving."""
+    """Images per second between reports, without the time that evaluating and saving takes."""
 
     def __init__(self, seen: int):
         self.seen, self.since = seen, time.perf_counter()
@@ -184,11 +308,13 @@ class Speed:
 
     def rate(self, seen: int) -> float:
         now = time.perf_counter()
-        rate, self.seen, self.since = (seen - self.seen) / (now - self.since), seen, now
+        rate = (seen - self.seen) / (now - self.since)
+        self.seen, self.since = seen, now
         return rate
 
 
-# ---- trouble --------------------------------------------------------------------------------------------------------
+# ---- trouble ------------------------------------------------------------------------------------
+
 
 class StopSignal:
     """SIGINT and SIGTERM ask for a stop at the end of the step; a second SIGINT stops at once."""
@@ -203,35 +329,41 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = True
 
-    def asked(self, ranks: Any) -> bool:
+    def asked(self, ranks: Ranks) -> bool:
         """Ranks agree: a signal to one stops all at the same step."""
         if ranks.world == 1:
             return self.received
         return bool(ranks.all_reduce(torch.tensor(int(self.received), device=ranks.device)))
 
 
-def first_nonfinite(net: torch.nn.Module, run: Callable[[torch.nn.Module], Any]) -> str:
-    """Repeat a forward pass and name the first layer with a non-finite output and the t it happened at; "" = none."""
+def first_nonfinite(net: torch.nn.Module, loss_of: Callable[[torch.nn.Module], Any]) -> str:
+    """Repeat a forward pass; name the first layer with a non-finite output, and its t. "" = none.
+
+    loss_of(net) returns an objectives.Loss.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable:
         def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
             if not found and not torch.isfinite(output).all():
                 found.append(name)
+
         return hook
 
-    hooks = [m.register_forward_hook(watch(n)) for n, m in net.named_modules() if n and not list(m.children())]
+    leaves = [(n, m) for n, m in net.named_modules() if n and not list(m.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
         with torch.no_grad():
-            loss = run(net)
+            loss = loss_of(net)
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
     bad = ~torch.isfinite(loss.per_sample)
     if bad.any():
         times = ", ".join(f"{t:.4f}" for t in loss.t[bad][:4].tolist())
         return f"layer {found[0] if found else 'input'}, t = {times}"
-    gradients = [n for n, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    if gradients:
-        return f"gradient of {gradients[-1]} (forward is finite), t from {float(loss.t.min()):.4f} to {float(loss.t.max()):.4f}"
+    for name, p in reversed(list(net.named_parameters())):
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            times = f"t from {float(loss.t.min()):.4f} to {float(loss.t.max()):.4f}"
+            return f"gradient of {name} (forward is finite), {times}"
     return ""

@@ -334,7 +334,7 @@ def tree(path):
     pytest.param(["--init", "OTHER"], "is of another architecture: it has channel_mult (1,), num_res_blocks 2, attention (0,); --model nano is "
                  "channel_mult (1, 1), num_res_blocks 1, attention (0, 1).  Choose the preset it was made with.", id="init of another architecture"),
     pytest.param(["--resolution", "44"], "not divisible by 8, as the VAE needs", id="resolution"),
-    pytest.param(["--resolution", "40"], "cannot halve 1 times.  Use a multiple of 16", id="resolution for the U-Net"),
+    pytest.param(["--resolution", "40"], "divisible by 2.  Use a multiple of 16", id="resolution for the U-Net"),
     pytest.param(["--vae", "flux9"], "no autoencoder 'flux9'", id="vae"),
     pytest.param(["--vae", "pixel:999"], "N below 100", id="vae factor"),
     pytest.param(["--init", "NANO", "--vae", "pca"], "trained on other latents", id="init with another autoencoder"),

@@ -1,0 +1,63 @@
+"""The loss on held-out images: fixed pictures, times and noise, so that its values are comparable."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset, classes_of, rng
+from harness.ranks import Ranks
+
+# Images, at most, and times of each.
+IMAGES = 64
+TIMES = 8
+
+
+@torch.no_grad()
+def held_out_loss(
+    loss: Callable[[dict[str, Tensor]], Any],
+    held: Dataset,
+    classes: list[str],
+    latent_shape: tuple[int, int, int],
+    seed: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """{"n": images, "loss": mean, "loss_by_t": TIMES means}. Every rank takes its share.
+
+    loss(batch) returns an objectives.Loss of a collated batch like those of training, but with
+    t (B,) instead of q.
+    """
+    labels = classes_of(held, classes)[1] if classes else None
+    share = slice(ranks.rank, None, ranks.world)
+    sums = torch.zeros(TIMES, dtype=torch.float64)
+    for batch in batches(held, labels, latent_shape, seed, share):
+        per_sample = loss(batch).per_sample.double().cpu()
+        sums.index_add_(0, (batch["t"] * TIMES).long(), per_sample)
+    n = min(len(held), IMAGES)
+    by_t = (ranks.all_reduce(sums.to(ranks.device)) / max(n, 1)).tolist()
+    return {"n": n, "loss": sum(by_t) / TIMES, "loss_by_t": by_t}
+
+
+def batches(
+    held: Dataset,
+    labels: np.ndarray | None,
+    latent_shape: tuple[int, int, int],
+    seed: int,
+    share: slice,
+) -> Iterator[dict[str, Tensor]]:
+    """Fixed (image, t, noise): the first IMAGES at TIMES times each, 64 pairs a batch; of them
+    the `share` of a rank."""
+    jobs = [(i, k) for i in range(min(len(held), IMAGES)) for k in range(TIMES)][share]
+    for low in range(0, len(jobs), 64):
+        chunk = jobs[low : low + 64]
+        views = [held.view(i) for i, _ in chunk]
+        batch = {key: torch.stack([view[key] for view in views]) for key in views[0]}
+        draws = (rng(seed, "held out", i * TIMES + k) for i, k in chunk)
+        noise = [draw.standard_normal(latent_shape, dtype=np.float32) for draw in draws]
+        batch["eps"] = torch.from_numpy(np.stack(noise))
+        batch["t"] = torch.tensor([(k + 0.5) / TIMES for _, k in chunk])
+        if labels is not None:
+            batch["y"] = torch.from_numpy(labels[[i for i, _ in chunk]])
+        yield batch
