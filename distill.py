@@ -120,6 +120,7 @@ class Distiller(train.Trainer):
     cleared: int = 0                                                            # non-finite steps after which the heads were cleared
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         n, device = len(self.weights), self.ranks.device
         shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "share": (1,), "times": (TIME_BINS,), "thirds": (3, 3)}
         self.tally = {k: torch.zeros(shape, dtype=torch.float64, device=device) for k, shape in shapes.items()}

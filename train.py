@@ -48,7 +48,7 @@ from harness.run import check_mirrors, checkpoints, first_nonfinite, images_seen
 from harness.run import read_config, run_name, versions
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
-from metrics.heldout import held_out_loss
+from metrics import heldout
 from model import PRESETS, UNet, build, num_params
 from objectives import Loss, Objective, make_objective
 from samplers import Generator
@@ -502,7 +502,7 @@ def open_data(cfg: Any, ranks: Ranks) -> tuple[Dataset, list[str], Any]:
 
 
 def vae_of(cfg: Config, run: Path, ds: Dataset, meta: dict[str, Any] | None) -> AnyVAE:
-    """The run's autoencoder; a cache's latents must be its own. meta: of the network to start from."""
+    """The run's autoencoder; a cache's latents must be its. meta: of the network to start from."""
     kept = run / "vae.safetensors"
     vae = choose(
         cfg.vae if vae_moved(cfg, run) or not kept.exists() else "",
@@ -793,22 +793,17 @@ def ema_net(tr: Trainer) -> tuple[str, Any]:
     return f"ema-{width}", lambda x, t, **cond: functional_call(tr.net, weights, (x, t), cond)
 
 
-def evaluate(tr: Trainer, log: Log, fid: FID | None) -> None:
-    """The held-out loss and the FID, where they are due."""
-    name, net = ema_net(tr)
-    if is_due(tr, tr.cfg.eval_every) and len(tr.ds.heldout):
-        loss = tr.loss
-        if tr.objective.coupling == "ot":
-            # It would pair by who else is in the batch.
-            loss = replace(loss, objective=replace(tr.objective, coupling="none"))
-        tr.net.eval()
-        row = held_out_loss(
-            partial(loss, net), tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
-        )
-        tr.net.train()
-        log.write({"event": "held-out", "images": tr.seen, "of": name, **row})
-    if fid and is_due(tr, tr.cfg.fid_every):
-        log.write(fid(lambda seeds: draw_samples(tr, net, seeds), tr.seen, name))
+def held_out_loss(tr: Trainer) -> dict[str, Any]:
+    """A row of the log: the loss of the first EMA on held-out images."""
+    loss, (name, net) = tr.loss, ema_net(tr)
+    if tr.objective.coupling == "ot":
+        # It would pair by who else is in the batch.
+        loss = replace(loss, objective=replace(tr.objective, coupling="none"))
+    how = tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+    tr.net.eval()
+    row = heldout.loss_of(partial(loss, net), *how)
+    tr.net.train()
+    return {"event": "held-out", "images": tr.seen, "of": name, **row}
 
 
 def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
@@ -924,7 +919,11 @@ def train(
             if is_due(tr, cfg.log_every):
                 show(tr, report(tr, log, clock, norm, lr), bar)
             with clock.paused():
-                evaluate(tr, log, fid)
+                if is_due(tr, cfg.eval_every) and len(tr.ds.heldout):
+                    log.write(held_out_loss(tr))
+                if fid and is_due(tr, cfg.fid_every):
+                    name, net = ema_net(tr)
+                    log.write(fid(partial(draw_samples, tr, net), tr.seen, name))
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):

@@ -16,7 +16,7 @@ TIMES = 8
 
 
 @torch.no_grad()
-def held_out_loss(
+def loss_of(
     loss: Callable[[dict[str, Tensor]], Any],
     held: Dataset,
     classes: list[str],

@@ -22,7 +22,6 @@ import drawing
 import samplers
 import distillation.teacher as teacher_file
 import train
-import watch
 from distillation.assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, AssessorConfig, block_weights, cantor, entropy, fresh_assessor, load_assessor,
                       rose_loss, rose_scores, same_bin_gap, simplex)
 from distillation.pretrain import examine, fit
@@ -247,8 +246,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def few_samples():
     """The final grid of a run: two images in one step, for 32 in 50 would be most of the time."""
+    draw = train.draw_samples
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "draw_samples", lambda tr, net, seeds, **how: watch.draw_samples(tr, net, seeds[:2], method="ddim", steps=1))
+        m.setattr(train, "draw_samples", lambda tr, net, seeds, **how: draw(tr, net, seeds[:2], method="ddim", steps=1))
         yield
 
 
@@ -820,8 +820,8 @@ def test_one_step_of_the_progressive_target_is_two_steps_of_the_teacher(home, tm
 
 
 def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeypatch):
-    drawn, plain = [], watch.sample
-    monkeypatch.setattr(watch, "sample", lambda *args, **how: drawn.append((how["method"], how["steps"])) or plain(*args, **how))
+    drawn, plain = [], samplers.sample
+    monkeypatch.setattr(samplers, "sample", lambda *args, **how: drawn.append((how["method"], how["steps"])) or plain(*args, **how))
     flags = ["--teacher", home / "teacher.safetensors", "--mode", "progressive", "--start-steps", 4, "--end-steps", 1, "--out", tmp_path, "--name", "p",
              *(w for k, v in {**FAST, "images": 16}.items() for w in (f"--{k.replace('_', '-')}", v))]
     assert user(distill.main, *flags)[0] == 0

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import harness.run as run_module
 import drawing
 import train
-import watch
 from harness.run import checkpoints
 from ckpt.unets import convert, fingerprint, load_unet, save_unet
 from harness.cli import UserError
@@ -147,7 +146,7 @@ def test_a_runs_own_samples_are_those_of_the_command(tmp_path, user):
     with torch.no_grad():
         for p in tr.net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    images = watch.draw_samples(tr, tr.net, [4, 6], method="heun", steps=3)
+    images = train.draw_samples(tr, tr.net, [4, 6], method="heun", steps=3)
     save_unet(tmp_path / "raw.safetensors", tr.net, load_unet(checkpoints(run)[-1] / "model.safetensors")[1])
     for i, seed in enumerate((4, 6)):
         code, _, err = user(drawing.main, "--ckpt", tmp_path / "raw.safetensors", "--n", 1, "--seed", seed, "--labels", 0, "--steps", 3, "--out", tmp_path / "s")
@@ -228,8 +227,7 @@ def test_every_setting_reaches_what_it_sets(tmp_path, monkeypatch):
     real = train.data.batches
     monkeypatch.setattr(train.data, "batches", lambda stream, *a, **k: streams.append(stream) or real(stream, *a, **k))
     nets = []
-    monkeypatch.setattr(watch, "draw_samples", lambda tr, net, seeds, **how: nets.append(net) or torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
-    monkeypatch.setattr(train, "draw_samples", watch.draw_samples)
+    monkeypatch.setattr(train, "draw_samples", lambda tr, net, seeds, **how: nets.append(net) or torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
     settings = dict(objective="v", table="scaled_linear", density="gaussian", shift=2.0, loss="l1", weight="min_snr")
     run = go(tmp_path, images=16, flip=True, label_drop=0.3, classes=("glasses",), seed=5, preview_every=16, ema=(0.1, 0.05), **settings)
     stream, = streams
