@@ -1,10 +1,10 @@
 """Scaled dot-product attention: softmax(q kᵀ · scale) v, per head, without a mask.
 
-    S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)      one pass over k, v: only o and lse are kept
-Backward, with D = rowsum(do ∘ o):
+    S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)
+One pass over k and v; only o and lse are kept. Backward, with D = rowsum(do ∘ o):
     dv = Pᵀ do    dP = do vᵀ    dS = P ∘ (dP - D)    dq = scale · dS k    dk = scale · dSᵀ q
-Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256 queries, one program a head that
-reads everything once. No atomics: bitwise deterministic.
+Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256
+queries, one program per head that reads everything once. No atomics: bitwise deterministic.
 """
 
 import torch
@@ -14,33 +14,62 @@ from torch import Tensor
 from kernels.dispatch import tl, triton, use_triton
 
 LOG2E = 1.4426950408889634
-HEAD_DIMS = (32, 64, 128)                    # others run on torch's SDPA
+HEAD_DIMS = (32, 64, 128)  # others run on torch's SDPA
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula, in the dtype it is given (fp64 in the tests). q (B, heads, N, D); k, v (B, heads, M, D)."""
+    """The formula, in the dtype it is given (fp64 in the tests).
+
+    q (B, heads, N, D); k, v (B, heads, M, D); returns (B, heads, N, D).
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)           # (B, heads, N, M)
-    return weights @ v                                                          # (B, heads, N, D)
+    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)  # (B, heads, N, M)
+    return weights @ v
 
 
-# ---- kernels --------------------------------------------------------------------------------------------------------
-# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and D contiguous; D is a power of two.
+# ---- kernels -------------------------------------------------------------------------------------
+# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and contiguous D, a power
+# of two; lse and delta are (B, heads, N), fp32. b and h are a program's sample and head, n are its
+# queries, j its keys, d the columns. q, k, v … are read as tiles qt, kt, vt …; gt is the one of do.
+
 
 @triton.jit
-def tile(base, i, stride, d, inside):                  # rows i (n,), columns d (D,) -> (n, D); zeros where not inside (n, 1)
+def head_of(bh, heads):
+    """Sample and head of the bh-th of B * heads."""
+    return (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+
+
+@triton.jit
+def tile(base, i, stride, d, inside):
+    """Rows i (n,) and columns d (D,) as (n, D); zeros where not inside (n, 1)."""
     return tl.load(base + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, heads, N, M, scale2,
-                   D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+def put(base, i, stride, d, inside, value):
+    """Store value (n, D), in the dtype of the memory, where tile() would read it."""
+    at = base + i.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, o, lse,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on,
+    heads, N, M, scale2,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """o and lse of BN queries: k and v pass by, the softmax is rescaled as its maximum grows."""
     block, bh = tl.program_id(0), tl.program_id(1)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    n, m, d = block * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, D)
+    b, h = head_of(bh, heads)
+    n = block * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    d = tl.arange(0, D)
     rows = (n < N)[:, None]
     qt = tile(q + b * qb + h * qh, n, qn, d, rows)
-    top, total, acc = tl.full([BN], -float("inf"), tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN, D], tl.float32)
+    top = tl.full([BN], -float("inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    acc = tl.zeros([BN, D], tl.float32)
     k, v = k + b * kb + h * kh, v + b * vb + h * vh
     for start in range(0, M, BM):
         j = start + m
@@ -54,7 +83,7 @@ def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, 
         total = total * fade + tl.sum(p, 1)
         acc = acc * fade[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision="ieee")
         top = new
-    tl.store(o + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=rows)
+    put(o + b * ob + h * oh, n, on, d, rows, acc / total[:, None])
     tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
 
 
@@ -62,19 +91,24 @@ def forward_kernel(q, k, v, o, lse, qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, 
 def delta_kernel(o, do, delta, ob, oh, on, gb, gh, gn, heads, N, D: tl.constexpr, BN: tl.constexpr):
     """delta (B, heads, N) = rowsum(do ∘ o) of BN queries."""
     block, bh = tl.program_id(0), tl.program_id(1)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    b, h = head_of(bh, heads)
     n, d = block * BN + tl.arange(0, BN), tl.arange(0, D)
     rows = (n < N)[:, None]
-    product = tile(o + b * ob + h * oh, n, on, d, rows).to(tl.float32) * tile(do + b * gb + h * gh, n, gn, d, rows).to(tl.float32)
-    tl.store(delta + bh.to(tl.int64) * N + n, tl.sum(product, 1), mask=n < N)
+    ot = tile(o + b * ob + h * oh, n, on, d, rows).to(tl.float32)
+    gt = tile(do + b * gb + h * gh, n, gn, d, rows).to(tl.float32)
+    tl.store(delta + bh.to(tl.int64) * N + n, tl.sum(ot * gt, 1), mask=n < N)
 
 
 @triton.jit
-def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
-                       heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+def backward_kv_kernel(
+    q, k, v, do, lse, delta, dk, dv,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
+    heads, N, M, scale, scale2,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """dk and dv of BM keys: q and do pass by. Strides g… are do's, o… are dk's and dv's."""
     block, bh = tl.program_id(0), tl.program_id(1)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    b, h = head_of(bh, heads)
     j, d = block * BM + tl.arange(0, BM), tl.arange(0, D)
     cols = (j < M)[:, None]
     kt = tile(k + b * kb + h * kh, j, kn, d, cols)
@@ -86,9 +120,11 @@ def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, 
         rows = (n < N)[:, None]
         qt = tile(q, n, qn, d, rows)
         gt = tile(do, n, gn, d, rows)
-        ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))     # exp2(s - inf) = 0 for rows beyond N
+        # exp2(s - inf) = 0 for rows beyond N
+        ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
         dl = tl.load(delta + bh.to(tl.int64) * N + n, mask=n < N, other=0)
-        pt = tl.exp2(tl.dot(kt, tl.trans(qt), input_precision="ieee") * scale2 - ls[None, :])        # (BM, BN)
+        s = tl.dot(kt, tl.trans(qt), input_precision="ieee") * scale2
+        pt = tl.exp2(s - ls[None, :])  # (BM, BN)
         dvt += tl.dot(pt.to(gt.dtype), gt, input_precision="ieee")
         dpt = tl.dot(vt, tl.trans(gt), input_precision="ieee")
         dst = pt * (dpt - dl[None, :])
@@ -100,17 +136,21 @@ def backward_kv_kernel(q, k, v, do, lse, delta, dk, dv, qb, qh, qn, kb, kh, kn, 
 
 @triton.jit
 def weights(qt, kt, ls, j, M, scale2):
-    """softmax(q·k) of the keys j, made again from the forward pass's log-sum; 0 beyond the last."""
+    """softmax(q·k) of the keys j, made again from the forward pass's lse; 0 beyond the last."""
     p = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision="ieee") * scale2 - ls[:, None])
     return tl.where((j < M)[None, :], p, 0.0)
 
 
 @triton.jit
-def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
-                      heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """dq of BN queries: k and v pass by."""
+def backward_q_kernel(
+    q, k, v, do, lse, delta, dq,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
+    heads, N, M, scale, scale2,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dq of BN queries: k and v pass by. Strides g… are do's, o… are dq's."""
     block, bh = tl.program_id(0), tl.program_id(1)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    b, h = head_of(bh, heads)
     n, d = block * BN + tl.arange(0, BN), tl.arange(0, D)
     rows = (n < N)[:, None]
     qt = tile(q + b * qb + h * qh, n, qn, d, rows)
@@ -127,15 +167,22 @@ def backward_q_kernel(q, k, v, do, lse, delta, dq, qb, qh, qn, kb, kh, kn, vb, v
         p = weights(qt, kt, ls, j, M, scale2)
         ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
         dqt += tl.dot(ds.to(kt.dtype), kt, input_precision="ieee")
-    tl.store(dq + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
+    put(dq + b * ob + h * oh, n, on, d, rows, dqt * scale)
 
 
 @triton.jit
-def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on, eb, eh, en,
-                          heads, N, M, scale, scale2, D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """One head whole, N <= BN: queries stay, keys pass by once. Strides o… are o's and dq's, e… are dk's and dv's."""
+def backward_small_kernel(
+    q, k, v, o, do, lse, dq, dk, dv,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on, eb, eh, en,
+    heads, N, M, scale, scale2,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """One whole head, N <= BN: queries stay, keys pass by once.
+
+    Strides g… are do's, o… are o's and dq's, e… are dk's and dv's.
+    """
     bh = tl.program_id(0)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    b, h = head_of(bh, heads)
     n, d = tl.arange(0, BN), tl.arange(0, D)
     rows = (n < N)[:, None]
     qt = tile(q + b * qb + h * qh, n, qn, d, rows)
@@ -152,45 +199,67 @@ def backward_small_kernel(q, k, v, o, do, lse, dq, dk, dv, qb, qh, qn, kb, kh, k
         vt = tile(v, j, vn, d, cols)
         p = weights(qt, kt, ls, j, M, scale2)
         at = b * eb + h * eh + j.to(tl.int64)[:, None] * en + d[None, :]
-        tl.store(dv + at, tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision="ieee").to(dv.dtype.element_ty), mask=cols)
-        ds = (p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])).to(qt.dtype)
-        tl.store(dk + at, (tl.dot(tl.trans(ds), qt, input_precision="ieee") * scale).to(dk.dtype.element_ty), mask=cols)
+        dvt = tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision="ieee")
+        tl.store(dv + at, dvt.to(dv.dtype.element_ty), mask=cols)
+        ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
+        ds = ds.to(qt.dtype)
+        dkt = tl.dot(tl.trans(ds), qt, input_precision="ieee") * scale
+        tl.store(dk + at, dkt.to(dk.dtype.element_ty), mask=cols)
         dqt += tl.dot(ds, kt, input_precision="ieee")
-    tl.store(dq + b * ob + h * oh + n.to(tl.int64)[:, None] * on + d[None, :], (dqt * scale).to(dq.dtype.element_ty), mask=rows)
+    put(dq + b * ob + h * oh, n, on, d, rows, dqt * scale)
 
 
-# ---- the op ---------------------------------------------------------------------------------------------------------
+# ---- the op --------------------------------------------------------------------------------------
 
-# (BN, BM, warps, stages) by kernel and head dim; chosen by ahead-of-time compilation (no spills), not yet on a GPU.
-CONFIG = {"forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)},
-          "backward_kv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 1)},
-          "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},     # wgmma wants 64 rows of accumulator
-          # one program does a head's whole backward pass for up to BN queries
-          "small": {32: (256, 64, 8, 1), 64: (256, 32, 8, 1), 128: (128, 32, 8, 1)}}
-
+# (BN, BM, warps, stages) by kernel and head dim; chosen by ahead-of-time compilation (no spills),
+# not yet on a GPU.
+CONFIG = {
+    "forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)},
+    "backward_kv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 1)},
+    # wgmma wants 64 rows of accumulator
+    "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
+    # one program does a head's whole backward pass for up to BN queries
+    "small": {32: (256, 64, 8, 1), 64: (256, 32, 8, 1), 128: (128, 32, 8, 1)},
+}
 DELTA_ROWS = 64
 
 
 def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """The table's row; fp32 takes a small tile, or it would spill. (It is for checking: SDPA serves fp32 in auto.)"""
+    """The row of CONFIG. fp32 takes a small tile, or it would spill.
+
+    (fp32 in Triton is for checking: in auto, SDPA serves it.)
+    """
     BN, BM, warps, stages = CONFIG[kind][D]
-    return (BN, BM, warps, stages) if dtype.itemsize == 2 else (max(BN // 8, 16), max(BM // 4, 16), 4 if D < 128 else 8, 1)
+    if dtype.itemsize == 2:
+        return BN, BM, warps, stages
+    return max(BN // 8, 16), max(BM // 4, 16), 4 if D < 128 else 8, 1
 
 
 def roomy(device: torch.device) -> bool:
-    """Can a program hold a whole head? Data-centre GPUs can (164 KB of shared memory and up), consumer ones cannot (100 KB)."""
-    return device.type != "cuda" or getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 * 1024
+    """Can a program hold a whole head?
+
+    Data-centre GPUs can (164 KB of shared memory and up), consumer ones cannot (100 KB).
+    """
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 160 * 1024
 
 
 def rows(t: Tensor) -> Tensor:
-    """t with contiguous D; anything else (a stride-0 expanded gradient, a transposed head) is copied."""
+    """t with contiguous D; others are copied: a stride-0 expanded gradient, a transposed head."""
     return t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous()
 
 
 def like(t: Tensor) -> Tensor:
-    """Empty (B, heads, N, D) in (B, N, heads, D) memory, so that the projection after it sees a view."""
+    """Empty (B, heads, N, D) in (B, N, heads, D) memory: the projection after it sees a view."""
     B, heads, N, D = t.shape
     return torch.empty(B, N, heads, D, dtype=t.dtype, device=t.device).transpose(1, 2)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """(…b, …h, …n) of each."""
+    return [s for t in tensors for s in t.stride()[:3]]
 
 
 @torch.library.custom_op("twinpath::attention", mutates_args=())
@@ -198,11 +267,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     """(o, lse): o (B, heads, N, D), lse (B, heads, N) fp32 in base 2."""
     q, k, v = rows(q), rows(k), rows(v)
     B, heads, N, D = q.shape
-    o, lse = like(q), torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
+    M = k.shape[2]
+    o = like(q)
+    lse = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
+    if not o.numel():
+        return o, lse
     BN, BM, warps, stages = config("forward", D, q.dtype)
-    if o.numel():
-        forward_kernel[triton.cdiv(N, BN), B * heads](q, k, v, o, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-                                                      heads, N, k.shape[2], scale * LOG2E, D, BN, BM, num_warps=warps, num_stages=stages)
+    sizes = (*strides(q, k, v, o), heads, N, M, scale * LOG2E, D, BN, BM)
+    grid = (triton.cdiv(N, BN), B * heads)
+    forward_kernel[grid](q, k, v, o, lse, *sizes, num_warps=warps, num_stages=stages)
     return o, lse
 
 
@@ -212,30 +285,52 @@ def _(q, k, v, scale):
 
 
 @torch.library.custom_op("twinpath::attention_backward", mutates_args=())
-def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
-    B, heads, N, D = q.shape
-    M = k.shape[2]
+    N, D = q.shape[2:]
     dq, dk, dv = like(q), like(k), like(v)
-    strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    BN, BM, warps, stages = config("small", D, q.dtype)
-    if N <= BN and roomy(q.device):
-        backward_small_kernel[B * heads,](q, k, v, o, do, lse, dq, dk, dv, *strides, *o.stride()[:3], *dk.stride()[:3], heads, N, M, scale,
-                                          scale * LOG2E, D, min(BN, max(16, triton.next_power_of_2(N))), BM, num_warps=warps, num_stages=stages)
-        return dq, dk, dv
-    delta = torch.empty_like(lse)                                               # (B, heads, N)
-    delta_kernel[triton.cdiv(N, DELTA_ROWS), B * heads](o, do, delta, *o.stride()[:3], *do.stride()[:3], heads, N, D, DELTA_ROWS, num_warps=4)
-    common = (heads, N, M, scale, scale * LOG2E, D)
-    BN, BM, warps, stages = config("backward_kv", D, q.dtype)
-    backward_kv_kernel[triton.cdiv(M, BM), B * heads](q, k, v, do, lse, delta, dk, dv, *strides, *dk.stride()[:3], *common, BN, BM,
-                                                      num_warps=warps, num_stages=stages)
-    BN, BM, warps, stages = config("backward_q", D, q.dtype)
-    backward_q_kernel[triton.cdiv(N, BN), B * heads](q, k, v, do, lse, delta, dq, *strides, *dq.stride()[:3], *common, BN, BM,
-                                                     num_warps=warps, num_stages=stages)
+    if N <= config("small", D, q.dtype)[0] and roomy(q.device):
+        launch_small(q, k, v, o, do, lse, dq, dk, dv, scale)
+    else:
+        launch_blocks(q, k, v, o, do, lse, dq, dk, dv, scale)
     return dq, dk, dv
+
+
+def launch_small(q, k, v, o, do, lse, dq, dk, dv, scale: float) -> None:
+    """Fill dq, dk and dv with one program per head."""
+    B, heads, N, D = q.shape
+    BN, BM, warps, stages = config("small", D, q.dtype)
+    BN = min(BN, max(16, triton.next_power_of_2(N)))
+    sizes = (heads, N, k.shape[2], scale, scale * LOG2E, D, BN, BM)
+    backward_small_kernel[B * heads,](
+        q, k, v, o, do, lse, dq, dk, dv, *strides(q, k, v, do, o, dk), *sizes,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def launch_blocks(q, k, v, o, do, lse, dq, dk, dv, scale: float) -> None:
+    """Fill dq, dk and dv block by block."""
+    B, heads, N, D = q.shape
+    M = k.shape[2]
+    delta = torch.empty_like(lse)  # (B, heads, N)
+    grid = (triton.cdiv(N, DELTA_ROWS), B * heads)
+    delta_kernel[grid](o, do, delta, *strides(o, do), heads, N, D, DELTA_ROWS, num_warps=4)
+    sizes = (heads, N, M, scale, scale * LOG2E, D)
+    BN, BM, warps, stages = config("backward_kv", D, q.dtype)
+    backward_kv_kernel[triton.cdiv(M, BM), B * heads](
+        q, k, v, do, lse, delta, dk, dv, *strides(q, k, v, do, dk), *sizes, BN, BM,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    BN, BM, warps, stages = config("backward_q", D, q.dtype)
+    backward_q_kernel[triton.cdiv(N, BN), B * heads](
+        q, k, v, do, lse, delta, dq, *strides(q, k, v, do, dq), *sizes, BN, BM,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
 
 
 @_backward.register_fake
@@ -245,7 +340,7 @@ def _(do, q, k, v, o, lse, scale):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.set_materialize_grads(False)                                            # else zeros for lse: a launch
+    ctx.set_materialize_grads(False)  # else zeros for lse: a launch
     ctx.scale = inputs[3]
 
 
@@ -259,15 +354,35 @@ def _gradients(ctx, do, _):
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
+# ---- dispatch ------------------------------------------------------------------------------------
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), any strides; returns (B, heads, N, D), zeros without keys."""
+    """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), with any strides.
+
+    Returns (B, heads, N, D); zeros if there are no keys.
+    """
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted (B, heads, N, D) and twice (B, heads, M, D).")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+            "wanted (B, heads, N, D) and twice (B, heads, M, D)."
+        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: wanted one dtype, floating point.")
-    unsupported = (f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}" if q.shape[3] not in HEAD_DIMS else
-                   "there are no keys" if not k.shape[2] else "batch × heads is above 65535" if q.shape[0] * q.shape[1] > 65535 else "")
-    if use_triton("attention", q, k, v, unsupported=unsupported,
-                  slower="fp32 has no tensor cores here" if q.dtype == torch.float32 else ""):
-        return _forward(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)[0]
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"q, k, v are {dtypes}: wanted one dtype, floating point.")
+    slower = "fp32 has no tensor cores here" if q.dtype == torch.float32 else ""
+    if use_triton("attention", q, k, v, unsupported=unsupported(q, k), slower=slower):
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return _forward(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def unsupported(q: Tensor, k: Tensor) -> str:
+    """What the kernels leave to torch by design; "" is nothing."""
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head dim is {q.shape[3]}, not one of {HEAD_DIMS}"
+    if not k.shape[2]:
+        return "there are no keys"
+    if q.shape[0] * q.shape[1] > 65535:
+        return "batch × heads is above 65535"
+    return ""

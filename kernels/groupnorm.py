@@ -6,7 +6,8 @@ Backward, with dz = dy σ(z)(1 + z(1 - σ(z))), x̂ = (x - mean) rstd, γ = w (1
 P = Σ_hw dz and Q = Σ_hw dz x̂ per (sample, channel), S1 = Σ_group γP, S2 = Σ_group γQ:
     dshift = P    dscale = w Q + b P    dw = Σ_n (1 + scale) Q    db = Σ_n (1 + scale) P
     dx = rstd (γ dz - (S1 + x̂ S2) / m)
-Only x, mean and rstd are kept; z is computed again. Every sum has one fixed order: no atomics, bitwise deterministic.
+Only x, mean and rstd are kept; z is computed again. Every sum has one fixed order: no atomics,
+bitwise deterministic.
 """
 
 from functools import partial
@@ -18,13 +19,21 @@ from torch import Tensor
 from kernels.dispatch import tl, triton, use_triton
 
 
-def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None = None,
-                        shift: Tensor | None = None, silu: bool = True, eps: float = 1e-5) -> Tensor:
+def group_norm_silu_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    eps: float = 1e-5,
+) -> Tensor:
     """The formula, written out in the dtype it is given (fp64 in the tests). x (B, C, H, W)."""
     B, C = x.shape[:2]
     g = x.reshape(B, groups, -1)
     mean = g.mean(-1, keepdim=True)
-    var = (g - mean).square().mean(-1, keepdim=True)                # two passes: no E[x²]-E[x]² cancellation
+    var = (g - mean).square().mean(-1, keepdim=True)  # two passes: no E[x²]-E[x]² cancellation
     n = ((g - mean) / (var + eps).sqrt()).reshape(x.shape)
     per_channel = (1, C) + (1,) * (x.ndim - 2)
     n = n * weight.view(per_channel) + bias.view(per_channel)
@@ -35,29 +44,40 @@ def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, sc
     return n * torch.sigmoid(n) if silu else n
 
 
-# ---- kernels --------------------------------------------------------------------------------------------------------
-# x is seen as (B, HW, C) by strides (sb, sp, sc), so that NHWC and NCHW memory are the same code. The image is cut into
-# K chunks of rows and slabs of COLS channels; a slab need not align with groups, so that NHWC loads are 128 bits wide
-# for any C/G. COLS and the strides of NHWC are multiples of 16 wherever C is. The grid is one line of programs, since its
-# second and third dimensions end at 65535.
+# ---- kernels -------------------------------------------------------------------------------------
+# x is seen as (B, HW, C) by strides (sb, sp, sc), so that NHWC and NCHW memory are the same code.
+# The image is cut into K chunks of rows and slabs of COLS channels; a slab need not align with
+# groups, so that NHWC loads are 128 bits wide for any C/G. COLS and the strides of NHWC are
+# multiples of 16 wherever C is. The grid is one line of programs, since its second and third
+# dimensions end at 65535.
+#
+# x, dx, y and dy are (B, HW, C); weight and bias (C,); scale and shift (B, C) in rows ss and ts
+# apart. All others are fp32: a, d, P and Q (B, C); group_mean, group_rstd, c0 and c1 (B, G);
+# mean, m2, ps and qs (B, K, C), per channel and chunk.
+
 
 @triton.jit
 def place(C, K, COLS: tl.constexpr):
-    """This program's channels (COLS,), chunk and sample; neighbours take neighbouring slabs of the same pixels."""
+    """This program's channels (COLS,), chunk and sample.
+
+    Neighbours take neighbouring slabs of the same pixels.
+    """
     slabs = tl.cdiv(C, COLS)
     pid = tl.program_id(0)
-    return pid % slabs * COLS + tl.arange(0, COLS), pid // slabs % K, (pid // slabs // K).to(tl.int64)
+    c = pid % slabs * COLS + tl.arange(0, COLS)
+    return c, pid // slabs % K, (pid // slabs // K).to(tl.int64)
 
 
 @triton.jit
-def through_silu(dy, z):                               # dz = dy · silu'(z)
+def through_silu(dy, z):
+    """dz = dy · silu'(z)"""
     s = tl.sigmoid(z)
     return dy * s * (1.0 + z * (1.0 - s))
 
 
 @triton.jit
 def affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM: tl.constexpr):
-    """γ = w (1 + scale) and b (1 + scale) + shift of channels c; scale and shift have rows ss and ts apart."""
+    """γ = w (1 + scale) and b (1 + scale) + shift of channels c."""
     w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
     o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)
     if FILM:
@@ -67,8 +87,12 @@ def affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM: tl.constexpr)
 
 
 @triton.jit
-def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 (B, K, C) fp32: per channel and chunk
-                   HW, C, K, sb, sp, sc, NHWC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def moments_kernel(
+    x, mean, m2,
+    HW, C, K, sb, sp, sc,
+    NHWC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """mean, and m2 = Σ (x - mean)², of a chunk for each of COLS channels."""
     c, k, b = place(C, K, COLS)
     inside = c < C
     column = x + b * sb + (c if NHWC else c.to(tl.int64) * sc)
@@ -77,8 +101,10 @@ def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 
     for r in range(0, CHUNK, ROWS):
         p = k * CHUNK + r + tl.arange(0, ROWS)
         mask = (p < HW)[:, None] & inside[None, :]
-        v = tl.load(column[None, :] + p.to(tl.int64)[:, None] * sp, mask=mask, other=0).to(tl.float32)
-        d = tl.where(mask, v - first[None, :], 0.0)    # shifted by the first row: squares stay small under a large mean
+        at = column[None, :] + p.to(tl.int64)[:, None] * sp
+        v = tl.load(at, mask=mask, other=0).to(tl.float32)
+        # shifted by the first row: squares stay small under a large mean
+        d = tl.where(mask, v - first[None, :], 0.0)
         s1 += tl.sum(d, 0)
         s2 += tl.sum(d * d, 0)
     n = tl.minimum(CHUNK, HW - k * CHUNK).to(tl.float32)
@@ -88,10 +114,15 @@ def moments_kernel(x, mean, m2,                        # x (B, HW, C); mean, m2 
 
 
 @triton.jit
-def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mean, m2 (B, K, C); weight, bias (C,); scale, shift (B, C) by rows ss, ts apart
-                                a, d, group_mean, group_rstd,              # out: a, d (B, C); group_* (B, G), all fp32
-                                HW, C, G, K, eps, ss, ts, FILM: tl.constexpr, CHUNK: tl.constexpr, CG: tl.constexpr, CGP: tl.constexpr):
-    """One program a (sample, group): Chan's combination of its channels' chunks, then y = silu(a (x - mean) + d)."""
+def forward_coefficients_kernel(
+    mean, m2, weight, bias, scale, shift, a, d, group_mean, group_rstd,
+    HW, C, G, K, eps, ss, ts,
+    FILM: tl.constexpr, CHUNK: tl.constexpr, CG: tl.constexpr, CGP: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one (sample, group), and a and d of y = silu(a (x - group_mean) + d).
+
+    Chan's formula combines the chunks of its channels.
+    """
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, CGP)
     inside, c = j < CG, g * CG + j
@@ -115,9 +146,13 @@ def forward_coefficients_kernel(mean, m2, weight, bias, scale, shift,      # mea
 
 
 @triton.jit
-def apply_kernel(x, a, d, group_mean, y,               # x, y (B, HW, C); a, d (B, C), group_mean (B, G) fp32
-                 HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
-                 ROWS: tl.constexpr, COLS: tl.constexpr):
+def apply_kernel(
+    x, a, d, group_mean, y,
+    HW, C, G, sb, sp, sc,
+    CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """y of a tile of ROWS pixels and COLS channels."""
     c, r, b = place(C, tl.cdiv(HW, ROWS), COLS)
     p = r * ROWS + tl.arange(0, ROWS)
     inside = c < C
@@ -134,9 +169,13 @@ def apply_kernel(x, a, d, group_mean, y,               # x, y (B, HW, C); a, d (
 
 
 @triton.jit
-def sums_kernel(x, dy, a, d, group_mean, group_rstd, ps, qs,   # x, dy (B, HW, C); ps, qs (B, K, C) fp32: chunks of P and Q
-                HW, C, G, K, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr,
-                ROWS: tl.constexpr, COLS: tl.constexpr):
+def sums_kernel(
+    x, dy, a, d, group_mean, group_rstd, ps, qs,
+    HW, C, G, K, sb, sp, sc,
+    CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """ps and qs: one chunk's part of P and Q for COLS channels."""
     c, k, b = place(C, K, COLS)
     inside = c < C
     ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
@@ -160,9 +199,15 @@ def sums_kernel(x, dy, a, d, group_mean, group_rstd, ps, qs,   # x, dy (B, HW, C
 
 
 @triton.jit
-def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C); a, P, Q (B, C); c0, c1 (B, G)
-                                 HW, C, G, K, CG: tl.constexpr, CGP: tl.constexpr):
-    """One program a (sample, group): P and Q, and dx = a dz - c0 - x̂ c1. (a = rstd γ, so c0 = Σ a P / m.)"""
+def backward_coefficients_kernel(
+    ps, qs, a, P, Q, c0, c1,
+    HW, C, G, K,
+    CG: tl.constexpr, CGP: tl.constexpr,
+):  # fmt: skip
+    """P and Q of one (sample, group), and c0 and c1 of dx = a dz - c0 - x̂ c1.
+
+    a = rstd γ, so c0 = Σ a P / m and c1 = Σ a Q / m.
+    """
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, CGP)
     inside, c = j < CG, g * CG + j
@@ -171,7 +216,7 @@ def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C
         p += tl.load(ps + (b * K + k) * C + c, mask=inside, other=0)
         q += tl.load(qs + (b * K + k) * C + c, mask=inside, other=0)
     ac = tl.load(a + b * C + c, mask=inside, other=0)
-    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
+    m = (HW * CG) * 1.0  # HW = 1 reaches the compiler as a plain int
     tl.store(P + b * C + c, p, mask=inside)
     tl.store(Q + b * C + c, q, mask=inside)
     tl.store(c0 + b * G + g, tl.sum(ac * p, 0) / m)
@@ -179,9 +224,13 @@ def backward_coefficients_kernel(ps, qs, a, P, Q, c0, c1,      # ps, qs (B, K, C
 
 
 @triton.jit
-def dx_kernel(x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
-              HW, C, G, sb, sp, sc, CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
-              ROWS: tl.constexpr, COLS: tl.constexpr):
+def dx_kernel(
+    x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
+    HW, C, G, sb, sp, sc,
+    CG: tl.constexpr, NHWC: tl.constexpr, SILU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile of ROWS pixels and COLS channels."""
     c, r, b = place(C, tl.cdiv(HW, ROWS), COLS)
     p = r * ROWS + tl.arange(0, ROWS)
     inside, bg = c < C, b * G + c // CG
@@ -201,18 +250,23 @@ def dx_kernel(x, dy, a, d, group_mean, group_rstd, c0, c1, dx,
 
 
 @triton.jit
-def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, group_rstd, HW, C, G, eps, sb, sp, sc, ss, ts,
-                         CG: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr):
-    """The whole forward pass of one (sample, group) that fits in registers: one launch instead of three."""
+def small_forward_kernel(
+    x, weight, bias, scale, shift, y, a, d, group_mean, group_rstd,
+    HW, C, G, eps, sb, sp, sc, ss, ts,
+    CG: tl.constexpr, FILM: tl.constexpr, SILU: tl.constexpr,
+    HWP: tl.constexpr, CGP: tl.constexpr,
+):  # fmt: skip
+    """The whole forward pass of a (sample, group) that fits in registers: one launch, not three."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j, p = tl.arange(0, CGP), tl.arange(0, HWP)
     inside, c = j < CG, g * CG + j
     mask = (p < HW)[:, None] & inside[None, :]
     at = b * sb + p[:, None] * sp + c[None, :] * sc
     v = tl.load(x + at, mask=mask, other=0).to(tl.float32)
-    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
+    m = (HW * CG) * 1.0  # HW = 1 reaches the compiler as a plain int
     first = tl.load(x + b * sb + (g * CG) * sc).to(tl.float32)
-    mean = first + tl.sum(tl.sum(tl.where(mask, v - first, 0.0), 0), 0) / m     # shifted: a large mean costs no digits
+    # shifted: a large mean costs no digits
+    mean = first + tl.sum(tl.sum(tl.where(mask, v - first, 0.0), 0), 0) / m
     v = tl.where(mask, v - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 0), 0) / m + eps)
     w, o = affine(weight, bias, scale, shift, b, c, inside, ss, ts, FILM)
@@ -227,8 +281,12 @@ def small_forward_kernel(x, weight, bias, scale, shift, y, a, d, group_mean, gro
 
 
 @triton.jit
-def small_backward_kernel(x, dy, a, d, group_mean, group_rstd, dx, P, Q, HW, C, G, sb, sp, sc,
-                          CG: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr):
+def small_backward_kernel(
+    x, dy, a, d, group_mean, group_rstd, dx, P, Q,
+    HW, C, G, sb, sp, sc,
+    CG: tl.constexpr, SILU: tl.constexpr, HWP: tl.constexpr, CGP: tl.constexpr,
+):  # fmt: skip
+    """The whole backward pass of a (sample, group) that fits in registers."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j, p = tl.arange(0, CGP), tl.arange(0, HWP)
     inside, c = j < CG, g * CG + j
@@ -243,64 +301,100 @@ def small_backward_kernel(x, dy, a, d, group_mean, group_rstd, dx, P, Q, HW, C, 
         dz = through_silu(dz, ac[None, :] * v + dc[None, :])
     dz = tl.where(mask, dz, 0.0)
     ps, qs = tl.sum(dz, 0), tl.sum(dz * v * rstd, 0)
-    m = (HW * CG) * 1.0                                 # HW = 1 reaches the compiler as a plain int
+    m = (HW * CG) * 1.0  # HW = 1 reaches the compiler as a plain int
     c0, c1 = tl.sum(ac * ps, 0) / m, tl.sum(ac * qs, 0) / m
     tl.store(dx + at, (ac[None, :] * dz - c0 - v * rstd * c1).to(dx.dtype.element_ty), mask=mask)
     tl.store(P + b * C + c, ps, mask=inside)
     tl.store(Q + b * C + c, qs, mask=inside)
 
 
-# ---- the op ---------------------------------------------------------------------------------------------------------
+# ---- the op --------------------------------------------------------------------------------------
 
-CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4   # one configuration so far; chosen by ahead-of-time compilation, not on a GPU
-SMALL = 4096                                 # elements of a padded (sample, group) tile up to which one program does it whole
+# One configuration so far; chosen by ahead-of-time compilation, not on a GPU.
+CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4
+SMALL = 4096  # elements of a padded (sample, group) tile up to which one program does it whole
 
 
 def dense(x: Tensor, nhwc: bool | None = None) -> tuple[Tensor, bool]:
-    """x itself if it is dense NHWC or NCHW memory (as asked, or either), else an NHWC (as asked) copy."""
+    """x as dense memory, and whether that is NHWC: x itself if it is as asked, else a copy.
+
+    nhwc=None asks for either; a copy is NHWC then.
+    """
     for layout, form in ((True, torch.channels_last), (False, torch.contiguous_format)):
         if nhwc in (None, layout) and x.is_contiguous(memory_format=form):
             return x, layout
-    layout = True if nhwc is None else nhwc
-    return x.contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format), layout
+    if nhwc is False:
+        return x.contiguous(), False
+    return x.contiguous(memory_format=torch.channels_last), True
 
 
 def rows(t: Tensor) -> Tensor:
-    """t (B, C) with neighbouring channels next to each other: the halves of a chunked (B, 2C) are, and stay uncopied."""
+    """t (B, C) with neighbouring channels next to each other.
+
+    The halves of a chunked (B, 2C) are so, and stay uncopied.
+    """
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def geometry(x: Tensor, nhwc: bool) -> tuple[int, ...]:
     """B, HW, C and the strides (sb, sp, sc) of x seen as (B, HW, C)."""
     B, C, H, W = x.shape
-    return (B, H * W, C, H * W * C, C, 1) if nhwc else (B, H * W, C, H * W * C, 1, H * W)
+    inner = (C, 1) if nhwc else (1, H * W)
+    return B, H * W, C, H * W * C, *inner
+
+
+def is_small(HW: int, CG: int) -> bool:
+    return triton.next_power_of_2(HW) * triton.next_power_of_2(CG) <= SMALL
 
 
 @torch.library.custom_op("twinpath::group_norm_silu", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, silu: bool,
-             eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, a, d, mean, rstd): y like x; a, d (B, C) and mean, rstd (B, G) in fp32, kept for the backward pass."""
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    silu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, a, d, mean, rstd): y like x; a, d (B, C) and mean, rstd (B, G) in fp32.
+
+    All but y are kept for the backward pass.
+    """
     x, nhwc = dense(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     B, HW, C, sb, sp, sc = geometry(x, nhwc)
     K, CG = triton.cdiv(HW, CHUNK), C // groups
-    CGP = triton.next_power_of_2(CG)
-    y, new = torch.empty_like(x), partial(torch.empty, dtype=torch.float32, device=x.device)
-    a, d, g_mean, g_rstd = new(B, C), new(B, C), new(B, groups), new(B, groups)
-    s, t = (rows(scale), rows(shift)) if scale is not None else (weight, bias)  # without FiLM they are not read
-    ss, ts = s.stride(0), t.stride(0)
-    HWP = triton.next_power_of_2(HW)
-    if x.numel() and HWP * CGP <= SMALL:
-        small_forward_kernel[B, groups](x, weight, bias, s, t, y, a, d, g_mean, g_rstd, HW, C, groups, eps, sb, sp, sc, ss, ts, CG,
-                                        scale is not None, silu, HWP, CGP, num_warps=WARPS)
-    elif x.numel():
-        slabs, mean, m2 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C)
-        moments_kernel[slabs * K * B,](x, mean, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS)
-        forward_coefficients_kernel[B, groups](mean, m2, weight, bias, s, t, a, d, g_mean, g_rstd, HW, C, groups, K, eps, ss, ts,
-                                               scale is not None, CHUNK, CG, CGP, num_warps=1)
-        apply_kernel[slabs * triton.cdiv(HW, ROWS) * B,](x, a, d, g_mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS,
-                                                      num_warps=WARPS)
-    return y, a, d, g_mean, g_rstd
+    HWP, CGP = triton.next_power_of_2(HW), triton.next_power_of_2(CG)
+    film = scale is not None
+    scale, shift = (rows(scale), rows(shift)) if film else (weight, bias)  # not read without FiLM
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    out = (torch.empty_like(x), new(B, C), new(B, C), new(B, groups), new(B, groups))
+    y, a, d, mean, rstd = out
+    affine_of = (weight, bias, scale, shift)
+    rows_of = (scale.stride(0), shift.stride(0))
+    if not x.numel():
+        return out
+    if is_small(HW, CG):
+        small_forward_kernel[B, groups](
+            x, *affine_of, *out, HW, C, groups, eps, sb, sp, sc, *rows_of,
+            CG, film, silu, HWP, CGP, num_warps=WARPS,
+        )  # fmt: skip
+        return out
+    slabs = triton.cdiv(C, COLS)
+    means, m2 = new(B, K, C), new(B, K, C)
+    moments_kernel[slabs * K * B,](
+        x, means, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS
+    )
+    forward_coefficients_kernel[B, groups](
+        means, m2, *affine_of, a, d, mean, rstd, HW, C, groups, K, eps, *rows_of,
+        film, CHUNK, CG, CGP, num_warps=1,
+    )  # fmt: skip
+    apply_kernel[slabs * triton.cdiv(HW, ROWS) * B,](
+        x, a, d, mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS, num_warps=WARPS
+    )
+    return out
 
 
 @_forward.register_fake
@@ -311,25 +405,41 @@ def _(x, weight, bias, scale, shift, groups, silu, eps):
 
 
 @torch.library.custom_op("twinpath::group_norm_silu_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, a: Tensor, d: Tensor, mean: Tensor, rstd: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, a: Tensor, d: Tensor, mean: Tensor, rstd: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, P, Q): dx like x; P = Σ dz and Q = Σ dz x̂ per (sample, channel), (B, C) fp32."""
     x, nhwc = dense(x)
-    dy, _ = dense(dy, nhwc)                                         # an expanded gradient has stride 0: never trust strides
+    dy, _ = dense(dy, nhwc)  # an expanded gradient has stride 0: never trust strides
     B, HW, C, sb, sp, sc = geometry(x, nhwc)
-    G, K = mean.shape[1], triton.cdiv(HW, CHUNK)
-    CG = C // G
-    dx, new = torch.empty_like(x), partial(torch.empty, dtype=torch.float32, device=x.device)
-    P, Q, HWP, CGP = new(B, C), new(B, C), triton.next_power_of_2(HW), triton.next_power_of_2(CG)
-    if x.numel() and HWP * CGP <= SMALL:
-        small_backward_kernel[B, G](x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc, CG, silu, HWP, CGP, num_warps=WARPS)
-    elif x.numel():
-        slabs, ps, qs, c0, c1 = triton.cdiv(C, COLS), new(B, K, C), new(B, K, C), new(B, G), new(B, G)
-        sums_kernel[slabs * K * B,](x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc, CG, nhwc, silu, CHUNK, ROWS, COLS,
-                                 num_warps=WARPS)
-        backward_coefficients_kernel[B, G](ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1)
-        dx_kernel[slabs * triton.cdiv(HW, ROWS) * B,](x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc, CG, nhwc, silu,
-                                                   ROWS, COLS, num_warps=WARPS)
-    return dx, P.zero_() if not x.numel() else P, Q.zero_() if not x.numel() else Q
+    G = mean.shape[1]
+    K, CG = triton.cdiv(HW, CHUNK), C // G
+    HWP, CGP = triton.next_power_of_2(HW), triton.next_power_of_2(CG)
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    P, Q = new(B, C), new(B, C)
+    if not x.numel():
+        return dx, P.zero_(), Q.zero_()
+    if is_small(HW, CG):
+        small_backward_kernel[B, G](
+            x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc,
+            CG, silu, HWP, CGP, num_warps=WARPS,
+        )  # fmt: skip
+        return dx, P, Q
+    slabs = triton.cdiv(C, COLS)
+    ps, qs, c0, c1 = new(B, K, C), new(B, K, C), new(B, G), new(B, G)
+    sums_kernel[slabs * K * B,](
+        x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc,
+        CG, nhwc, silu, CHUNK, ROWS, COLS, num_warps=WARPS,
+    )  # fmt: skip
+    backward_coefficients_kernel[B, G](
+        ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1
+    )  # fmt: skip
+    dx_kernel[slabs * triton.cdiv(HW, ROWS) * B,](
+        x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc,
+        CG, nhwc, silu, ROWS, COLS, num_warps=WARPS,
+    )  # fmt: skip
+    return dx, P, Q
 
 
 @_backward.register_fake
@@ -340,8 +450,9 @@ def _(dy, x, a, d, mean, rstd, silu):
 def _save(ctx, inputs, output):
     x, weight, bias, scale, shift, groups, silu, eps = inputs
     ctx.save_for_backward(x, weight, bias, scale, *output[1:])
-    ctx.set_materialize_grads(False)                                            # else zeros for a, d, mean, rstd: four launches
-    ctx.silu, ctx.dtypes = silu, (shift.dtype if shift is not None else None)
+    ctx.set_materialize_grads(False)  # else zeros for a, d, mean, rstd: four launches
+    ctx.silu = silu
+    ctx.shift_dtype = shift.dtype if shift is not None else None
 
 
 def _gradients(ctx, dy, *_):
@@ -349,38 +460,64 @@ def _gradients(ctx, dy, *_):
         return (None,) * 8
     x, weight, bias, scale, a, d, mean, rstd = ctx.saved_tensors
     dx, P, Q = _backward(dy, x, a, d, mean, rstd, ctx.silu)
-    film = scale is not None
-    s = 1 + scale.float() if film else 1
-    dw, db = (s * Q).sum(0), (s * P).sum(0)
-    dscale = (weight.float() * Q + bias.float() * P).to(scale.dtype) if film else None
-    return dx, dw.to(weight.dtype), db.to(bias.dtype), dscale, P.to(ctx.dtypes) if film else None, None, None, None
+    if scale is None:
+        dw, db, dscale, dshift = Q.sum(0), P.sum(0), None, None
+    else:
+        s = 1 + scale.float()
+        dw, db = (s * Q).sum(0), (s * P).sum(0)
+        dscale = (weight.float() * Q + bias.float() * P).to(scale.dtype)
+        dshift = P.to(ctx.shift_dtype)
+    return dx, dw.to(weight.dtype), db.to(bias.dtype), dscale, dshift, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None = None,
-                    shift: Tensor | None = None, silu: bool = True, eps: float = 1e-5) -> Tensor:
-    """GroupNorm + optional FiLM + optional SiLU for x (B, C, H, W); scale, shift (B, C). Keeps x's layout.
+# ---- dispatch ------------------------------------------------------------------------------------
 
-    Statistics are at least fp32 whatever x is; the result has x's dtype (Ho et al.'s GroupNorm32). With KERNELS=triton, or
-    auto on a GPU, the kernels above run; else torch's own group_norm.
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    eps: float = 1e-5,
+) -> Tensor:
+    """GroupNorm + optional FiLM + optional SiLU for x (B, C, H, W); scale, shift (B, C).
+
+    Keeps x's layout. Statistics are at least fp32 whatever x is; the result has x's dtype (Ho et
+    al.'s GroupNorm32). With KERNELS=triton, or auto on a GPU, the kernels above run; else torch's
+    own group_norm.
     """
+    check(x, weight, bias, groups, scale, shift)
+    film = () if scale is None else (scale, shift)
+    if use_triton("group_norm_silu", x, weight, bias, *film):
+        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # not F.group_norm, which refuses a group of one value
+    n = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    if scale is not None:
+        n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
+    return (F.silu(n) if silu else n).to(x.dtype)
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Refuse shapes and dtypes that do not fit together."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}: wanted floating point (B, C, H, W).")
     B, C = x.shape[:2]
     if groups < 1 or C % groups:
         raise ValueError(f"{C} channels do not split into {groups} groups.")
     if weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(f"weight and bias are {tuple(weight.shape)} and {tuple(bias.shape)}: wanted ({C},).")
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"weight and bias are {shapes}: wanted ({C},).")
     if (scale is None) != (shift is None):
         raise ValueError("FiLM takes scale and shift together, got one of them.")
     if scale is not None and not scale.shape == shift.shape == (B, C):
-        raise ValueError(f"scale and shift are {tuple(scale.shape)} and {tuple(shift.shape)}: wanted ({B}, {C}).")
-    if use_triton("group_norm_silu", x, weight, bias, *(() if scale is None else (scale, shift))):
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    n = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)     # F.group_norm refuses a group of one value
-    if scale is not None:
-        n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
-    return (F.silu(n) if silu else n).to(x.dtype)
+        shapes = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
+        raise ValueError(f"scale and shift are {shapes}: wanted ({B}, {C}).")
