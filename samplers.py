@@ -27,7 +27,7 @@ from ckpt.unets import find_checkpoint, load_unet
 from diffusion.solvers import METHODS, dopri5, native_grid, norm64, time_grid  # noqa: F401
 from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, shown
 from harness.pictures import to_uint8
-from harness.ranks import autocast, precision
+from harness.ranks import Ranks, autocast, precision
 from objectives import Net, Objective, make_objective
 from vae import AnyVAE, load_vae, vae_from_meta
 
@@ -410,6 +410,26 @@ class Generator:
             self.predict, x, seeds=seeds, t_start=start, cond=cond, callback=callback, **how
         )
         return self.drawn(s, before)
+
+    def images_on(
+        self,
+        ranks: Ranks,
+        seeds: list[int],
+        labels: list[int] | None = None,
+        *,
+        low: Tensor | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """uint8 images (B, 3, H, W) of all seeds on every rank; each rank draws its share."""
+        share = slice(ranks.rank, None, ranks.world)
+        size = len(seeds), 3, self.resolution, self.resolution
+        images = torch.zeros(size, dtype=torch.int32, device=self.device)
+        if seeds[share]:
+            own = None if labels is None else labels[share]
+            start = None if low is None else low[share]
+            images[share] = self.images(seeds[share], own, low=start, **how).images.int()
+        # The others' rows are zero.
+        return ranks.all_reduce(images).to(torch.uint8)
 
     def drawn(self, s: Sample, before: int) -> Drawn:
         """Samples as images; `before`: the network evaluations until they were begun."""

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,8 +29,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data.dataset as data
-from ckpt.unets import fingerprint, load_strict, load_unet, read_tensors, save_checkpoint
-from data.cache import is_cache, self_check, vae_path
+from ckpt.training import load_optimizer, load_weights, optimizer_state
+from ckpt.unets import fingerprint, load_strict, read_tensors, save_checkpoint
+from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of, open_dataset
 from data.images import to_float
 from data.sources import embedded_tags
@@ -43,9 +43,9 @@ from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import Log, Meter, Speed, StopSignal, append, check_config, check_disk
-from harness.run import check_mirrors, checkpoints, first_nonfinite, images_seen, lock
-from harness.run import read_config, run_name, versions
+from harness.run import Log, Meter, Progress, StopSignal, append, check_config, check_disk
+from harness.run import check_mirrors, checkpoints, find_runs, first_nonfinite, images_seen, lock
+from harness.run import print_end, read_config, run_name, versions
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from metrics import heldout
@@ -60,21 +60,16 @@ from vae import AnyVAE, choose, save_vae, vae_from_meta
 
 @dataclass(frozen=True)
 class Data:
-    """Which images, and which tags of them."""
+    """Which images, and which of their tags."""
 
     data: str = flag(
-        "toyfaces",
-        "toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name | a latent cache",
+        "toyfaces", "toyfaces[:N] | robohash[:N] | DIR | FILE.parquet | hf:… | a cache"
     )
     stage: Literal["standard", "fine", "stage2"] = flag(
         "standard", "all | without --exclude-tags | only those, from the fine run"
     )
-    exclude_tags: tuple[str, ...] = flag(
-        (), 'a,b or "a & !(b | c*)"  (embedded data: some; stage2: what its fine run excluded)'
-    )
-    classes: tuple[str, ...] = flag(
-        (), 'tags to condition on, * and ? allowed: "* hair"; none = unconditional'
-    )
+    exclude_tags: tuple[str, ...] = flag((), 'a,b or "a & !(b | c*)"; stage2: its fine run\'s')
+    classes: tuple[str, ...] = flag((), 'tags to condition on, or "* hair"; none = unconditional')
     label_drop: float = flag(0.1, "share of labels dropped, for guidance", low=0, high=1)
     resolution: int = flag(64, "pixels", low=1, high=8192)
     crop: Literal["center", "random"] = flag("center", "of images that are not square")
@@ -86,21 +81,16 @@ class Data:
 class Optim:
     """How the weights are found. Progress is counted in images."""
 
-    images: int = flag(40_000, "images shown in all, rounded up to whole batches", low=1, high=1e12)
+    images: int = flag(40_000, "shown in all, rounded up to whole batches", low=1, high=1e12)
     batch: int = flag(16, "global; split over ranks and --accum", low=1, high=1e6)
     accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
-    optim: Literal["adamw", "adamw8bit"] = flag(
-        "adamw", "adamw8bit keeps its moments in 2 bytes a parameter"
-    )
+    optim: Literal["adamw", "adamw8bit"] = flag("adamw", "adamw8bit: moments of 8 bits")
     lr: float = flag(2e-3, "peak", low=0, high=1e3)
     decay: Literal["constant", "cosine"] = flag("cosine", "after the warm-up")
     warmup: float = flag(0.05, "share of --images", low=0, high=1)
     weight_decay: float = flag(0.01, "AdamW", low=0, high=1e3)
     clip: float = flag(1.0, "global gradient norm; 0 = off", low=0, high=1e9)
-    ema: tuple[float, ...] = flag(
-        (0.05, 0.1),
-        "power-EMA widths, relative to the run's length (Karras et al. 2024); none = off",
-    )
+    ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths, shares of the run; none = off")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
     compile: bool = flag(False, "torch.compile")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
@@ -108,35 +98,21 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives, and what it writes how often, in images (0 = never)."""
+    """Where a run lives, and what it writes how often. What is `every` counts images; 0 = never."""
 
     out: str = flag("runs", "where runs live")
     name: str = flag("", "default <data>-<objective>-<stage>")
     resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
     log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
-    log_every: int = flag(1_280, "images, like the next three; 0 = never", low=0, high=1e12)
+    log_every: int = flag(1_280, "images, like the next four; 0 = never", low=0, high=1e12)
     eval_every: int = flag(10_000, "held-out loss", low=0, high=1e12)
     preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0, high=1e12)
     save_every: int = flag(10_000, "checkpoints", low=0, high=1e12)
-    fid_every: int = flag(
-        0,
-        "images; FID of 2,048 samples to the training images, into the log; 0 = never",
-        low=0,
-        high=1e12,
-    )
-    fid_features: Literal["inception", "pca"] = flag(
-        "inception", "pca: FD-pca, instant, needs no weights"
-    )
+    fid_every: int = flag(0, "FID of 2,048 samples to the training images", low=0, high=1e12)
+    fid_features: Literal["inception", "pca"] = flag("inception", "pca: FD-pca, instant")
     keep: int = flag(2, "newest checkpoints kept", low=1, high=1e6)
-    keep_every: int = flag(
-        0, "images; also keep checkpoints at its multiples; 0 = none", low=0, high=1e12
-    )
-    workers: int = flag(
-        -1,
-        "loader processes; -1 = none for data in memory on a CPU, else up to 8",
-        low=-1,
-        high=128,
-    )
+    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0, high=1e12)
+    workers: int = flag(-1, "loader processes; -1 = as many as it takes", low=-1, high=128)
     device: str = flag("auto", "auto | cpu | cuda")
 
 
@@ -144,13 +120,12 @@ class Run:
 class Config(Run, Optim, Data):
     """The flags of this script: the bases', and which network learns to say what."""
 
-    model: str = flag("tiny", "tiny | toy-281m | toy-281m-attn | adm-64 …")
+    model: str = flag("tiny", "nano | tiny | toy-281m | toy-281m-attn | adm-64 …")
     vae: str = flag(
-        "pca",
-        "pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:org/name/file",
+        "pca", "pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
     )
     init: str = flag(
-        "", "U-Net to start from: a run, a file, a diffusers folder, hf:org/name[/file]"
+        "", "network to start from: a run, a file, a diffusers folder, hf:org/name[/file]"
     )
     objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = flag(
         "fm", "what the network learns to say; cfm = from low resolution to high"
@@ -170,38 +145,21 @@ class Config(Run, Optim, Data):
         None, "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29", low=-1, high=10
     )
     stratified: bool = flag(False, "training times spread evenly over each batch")
-    shift: float | Literal["auto"] = flag(
-        1.0,
-        "of training times; > 1 = more noise; auto = sqrt(latent pixels) / 32",
-        low=1e-3,
-        high=1e3,
-    )
+    shift: float | Literal["auto"] = flag(1.0, "of times; > 1 = more noise", low=1e-3, high=1e3)
     loss: Literal["mse", "l1", "huber"] = flag("mse", "per element")
     weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag(
         "uniform", "per sample, by its time"
     )
-    gamma: float = flag(
-        5.0, "of min_snr and soft_min_snr", low=1e-3, high=1e6, of="--weight min_snr | soft_min_snr"
-    )
+    gamma: float = flag(5.0, "caps it", low=1e-3, high=1e6, of="--weight min_snr | soft_min_snr")
     learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
-    aligned: bool = flag(
-        False, "ddpm, v, x0: flow matching's loss on what they imply, to fine-tune an --init"
-    )
-    coupling: Literal["none", "ot"] = flag(
-        "none", "ot = noise goes to the nearest images of its micro-batch (of equal label)"
-    )
-    lowres: int = flag(
-        2, "cfm: how many times smaller the low resolution is", low=2, high=64, of="--objective cfm"
-    )
+    aligned: bool = flag(False, "ddpm, v, x0: fm's loss on what they imply, to fine-tune an --init")
+    coupling: Literal["none", "ot"] = flag("none", "ot = noise goes to near images of its batch")
+    lowres: int = flag(2, "cfm: how many times smaller", low=2, high=64, of="--objective cfm")
     upsample: Literal["psu", "bilinear", "nearest"] = flag(
         "psu", "cfm: psu enlarges pixels, the others latents", of="--objective cfm"
     )
     noise_aug: float = flag(
-        0.5883,
-        "cfm: noise's standard deviation where its path starts",
-        low=0,
-        high=1,
-        of="--objective cfm",
+        0.5883, "cfm: noise where its path starts", low=0, high=1, of="--objective cfm"
     )
 
 
@@ -317,22 +275,17 @@ def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) 
 
 def fine_run(cfg: Config) -> Path:
     """The run that stage2 starts from: under --out, stage fine, alike, with the tags if given."""
-    alike = ("data", "objective", "model", "resolution")
-    found = []
-    for run in sorted(path.parent for path in Path(cfg.out).glob("*/config.json")):
-        other = read_config(run)
-        same = all(other.get(key) == getattr(cfg, key) for key in alike)
-        tags = sorted(other.get("exclude_tags", ()))
-        same = same and (not cfg.exclude_tags or tags == sorted(cfg.exclude_tags))
-        if same and other.get("stage") == "fine" and checkpoints(run):
-            found.append(run)
+    alike = {key: getattr(cfg, key) for key in ("data", "objective", "model", "resolution")}
+    found = find_runs(cfg.out, stage="fine", **alike)
+    if tags := sorted(cfg.exclude_tags):
+        found = [run for run in found if sorted(read_config(run).get("exclude_tags", ())) == tags]
     if not found:
-        tags = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if cfg.exclude_tags else ""
+        excluded = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if tags else ""
         raise UserError(
             "--stage stage2 starts from a fine run of the same data, objective and model, and "
             f"{cfg.out}/ has none",
             do=f"Make it with: python train.py --data {cfg.data} --objective {cfg.objective} "
-            f"--model {cfg.model} --stage fine{tags}",
+            f"--model {cfg.model} --stage fine{excluded}",
         )
     if len(found) > 1:
         raise UserError(
@@ -470,8 +423,10 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         other, meta = start_from(cfg, start)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-    vae = vae_from_meta(ranks.broadcast(lambda: vae_of(cfg, run, ds, meta).meta()))
-    vae = vae.to(ranks.device)
+    known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
+    kept = run / "vae.safetensors"
+    chosen = ranks.broadcast(lambda: data.vae_for(ds, cfg.vae, kept=kept, **known).meta())
+    vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
     unet = network_config(cfg, vae, objective, len(classes))
     torch.manual_seed(cfg.seed)
@@ -499,29 +454,6 @@ def open_data(cfg: Any, ranks: Ranks) -> tuple[Dataset, list[str], Any]:
     )
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     return ds, classes, labels
-
-
-def vae_of(cfg: Config, run: Path, ds: Dataset, meta: dict[str, Any] | None) -> AnyVAE:
-    """The run's autoencoder; a cache's latents must be its. meta: of the network to start from."""
-    kept = run / "vae.safetensors"
-    vae = choose(
-        cfg.vae if vae_moved(cfg, run) or not kept.exists() else "",
-        kept=kept,
-        meta=meta,
-        network=f"--init {cfg.init}" if cfg.init else "the checkpoint to start from",
-        cached=vae_path(cfg.data) if is_cache(cfg.data) else None,
-        fit=lambda: data.fit_vae(ds, cfg.resolution),
-    )
-    if is_cache(cfg.data):
-        self_check(ds.source, vae)
-    return vae
-
-
-def vae_moved(cfg: Any, run: Path) -> bool:
-    """Does --vae name another place than when the run began?"""
-    if not (run / "vae.safetensors").exists() or not (run / "config.json").exists():
-        return False
-    return cfg.vae not in ("pca", read_config(run).get("vae", "pca"))
 
 
 def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int) -> Any:
@@ -623,15 +555,9 @@ def assemble(
 
 def save(tr: Trainer) -> None:
     """Write a checkpoint. Rank 0 writes; every rank calls."""
-    meter, own = tr.meter.state(), tr.loss.state_dict()
+    more = {"meter": tr.meter.state()}
+    more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
     if tr.ranks.rank == 0:
-        names = {id(p): name for name, p in tr.net.named_parameters()}
-        state = {
-            f"{key}/{names[id(p)]}": value
-            for p, entry in tr.optimizer.state.items()
-            for key, value in entry.items()
-        }
-        state |= {"meter": meter, **{f"own/{key}": value for key, value in own.items()}}
         # No step taken, nothing to have changed: then the weights are those it started from.
         base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None
         meta = {
@@ -647,13 +573,11 @@ def save(tr: Trainer) -> None:
             "data_hash": tr.ds.source.hash,
             **versions(),
         }
-        own_meta = {
-            "skipped": tr.skipped,
-            "data_hash": tr.ds.source.hash,
-            "parts": tr.ranks.world * tr.cfg.accum,
-        }
+        parts = tr.ranks.world * tr.cfg.accum
+        counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
+        state = optimizer_state(tr.net, tr.optimizer) | more
         keep = tr.cfg.keep, tr.cfg.keep_every
-        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state, own_meta, *keep)
+        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state, counts, *keep)
     tr.ranks.barrier()
 
 
@@ -665,24 +589,12 @@ def load_state(tr: Trainer) -> None:
     folder = checkpoints(tr.run)[-1]
     state, meta = read_tensors(folder / "state.safetensors")
     check_state(tr, meta)
-    net, model_meta = load_unet(folder / "model.safetensors")
-    load_strict(tr.net, net.state_dict(), str(folder))
-    for width, weights in tr.ema.weights.items():
-        net, _ = load_unet(folder / f"ema-{width}.safetensors")
-        for name, value in net.state_dict().items():
-            weights[name].copy_(value)
+    tr.init = load_weights(folder, tr.net, tr.ema.weights)["init"]
+    tr.seen, tr.skipped = meta["images"], meta["skipped"]
     tr.meter.load_state(state.pop("meter"))
     own = [key for key in state if key.startswith("own/")]
     tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
-    params = dict(tr.net.named_parameters())
-    for key, value in state.items():
-        key, name = key.split("/", 1)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
-        # AdamW8bit's "order" is about memory, and stays on the CPU.
-        value = value if key == "order" else value.to(tr.ranks.device)
-        tr.optimizer.state[params[name]][key] = value
-    tr.seen, tr.skipped, tr.init = meta["images"], meta["skipped"], model_meta["init"]
+    load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
 
 
 def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
@@ -807,42 +719,33 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
 
 
 def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
-    """uint8 images (B, 3, H, W) of fixed seeds on every rank; each draws its share.
+    """uint8 images (B, 3, H, W) of fixed seeds, on every rank; labels cycle through the classes.
 
-    Labels cycle through the classes. how: as sample() takes it, 10 Heun steps if nothing is said.
+    how: as sample() takes it, 10 Heun steps if nothing is said.
     """
-    own = seeds[tr.ranks.rank :: tr.ranks.world]
+    device, dtype = tr.ranks.device, tr.cfg.dtype
+    generator = Generator(tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype)
     how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
-    size = (len(seeds), 3, tr.cfg.resolution, tr.cfg.resolution)
-    images = torch.zeros(size, dtype=torch.int32, device=tr.ranks.device)
     tr.net.eval()
-    if own:
-        device, dtype = tr.ranks.device, tr.cfg.dtype
-        generator = Generator(
-            tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype
-        )
-        labels = [seed % len(tr.classes) for seed in own] if tr.classes else None
-        low = None
-        if tr.objective.coupling == "lowres":
-            low, labels = enlarged(tr, own)
-        drawn = generator.images(own, labels, low=low, **how)
-        images[tr.ranks.rank :: tr.ranks.world] = drawn.images.int()
+    labels = [seed % len(tr.classes) for seed in seeds] if tr.classes else None
+    low = None
+    if tr.objective.coupling == "lowres":
+        low, labels = enlarged(tr, seeds)
+    images = generator.images_on(tr.ranks, seeds, labels, low=low, **how)
     tr.net.train()
-    # The others' rows are zero.
-    return tr.ranks.all_reduce(images).to(torch.uint8)
+    return images
 
 
 def enlarged(tr: Trainer, seeds: list[int]) -> tuple[Tensor, list[int] | None]:
     """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
     ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
-    views = [ds.view(seed % len(ds)) for seed in seeds]
-    batch = {key: torch.stack([view[key] for view in views]) for key in views[0]}
+    batch = ds.views([seed % len(ds) for seed in seeds])
     batch = {key: x.to(tr.ranks.device) for key, x in batch.items()}
-    labels = None
-    if tr.classes:
-        _, of = data.classes_of(ds, tr.classes)
-        labels = [int(of[seed % len(ds)]) for seed in seeds]
-    return tr.loss.low_resolution(batch, latents_of(tr.vae, batch)), labels
+    low = tr.loss.low_resolution(batch, latents_of(tr.vae, batch))
+    if not tr.classes:
+        return low, None
+    _, labels = data.classes_of(ds, tr.classes)
+    return low, [int(labels[seed % len(ds)]) for seed in seeds]
 
 
 def preview(tr: Trainer) -> None:
@@ -855,34 +758,15 @@ def preview(tr: Trainer) -> None:
         save_grid(torch.cat(rows), path, columns=8)
 
 
-def report(tr: Trainer, log: Log, clock: Speed, norm: Tensor, lr: float) -> dict[str, Any]:
-    """The training line of the log."""
-    row = {
-        "event": "train",
-        "images": tr.seen,
-        **tr.meter.read(),
-        # JSON has no NaN.
-        "grad_norm": float(norm) if torch.isfinite(norm) else None,
-        "lr": lr,
-        "images_per_s": clock.rate(tr.seen),
-        "skipped": tr.skipped,
-        **tr.loss.report(),
-    }
+def report(tr: Trainer, log: Log, progress: Progress, norm: Tensor, lr: float) -> None:
+    """The training line of the log, and what of it is shown."""
+    row = {"event": "train", "images": tr.seen, **tr.meter.read()}
+    # JSON has no NaN.
+    row["grad_norm"] = float(norm) if torch.isfinite(norm) else None
+    row |= {"lr": lr, "images_per_s": progress.rate(tr.seen), "skipped": tr.skipped}
+    row |= tr.loss.report()
     log.write(row)
-    return row
-
-
-def show(tr: Trainer, row: dict[str, Any], bar: tqdm) -> None:
-    """On a terminal the loss stands beside the bar; elsewhere a report is a line."""
-    loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
-    bar.set_postfix(loss=loss)
-    if bar.disable and tr.ranks.rank == 0:
-        rate = row["images_per_s"]
-        left = max(tr.cfg.images - tr.seen, 0) / rate
-        print(
-            f"{tr.seen:>11,} images  loss {loss}  {rate:.1f} images/s  {left:.0f} s left",
-            flush=True,
-        )
+    progress.show(row)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -906,19 +790,16 @@ def train(
         print(f"starting from the weights of {tr.init['path']}", flush=True)
     fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None
     log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
-    clock = Speed(tr.seen)
-    # None = only on a terminal.
-    hidden = None if ranks.rank == 0 else True
-    bar = tqdm(total=cfg.images, initial=tr.seen, unit="img", disable=hidden)
+    progress = Progress(tr.seen, cfg.images, ranks)
     # The loader's worker processes end here, whatever happens.
     with contextlib.closing(load(tr)) as loader:
         while tr.seen < cfg.images and not stop.asked(ranks):
             lr = learning_rate(tr.seen, cfg)
             norm = step(tr, loader)
-            bar.update(cfg.batch)
+            progress.update(cfg.batch)
             if is_due(tr, cfg.log_every):
-                show(tr, report(tr, log, clock, norm, lr), bar)
-            with clock.paused():
+                report(tr, log, progress, norm, lr)
+            with progress.paused():
                 if is_due(tr, cfg.eval_every) and len(tr.ds.heldout):
                     log.write(held_out_loss(tr))
                 if fid and is_due(tr, cfg.fid_every):
@@ -928,7 +809,7 @@ def train(
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):
                     save(tr)
-    bar.close()
+    progress.close()
     finish(tr)
     return stop.asked(ranks)
 
@@ -942,11 +823,12 @@ def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
     """Check an existing run against the flags; say so if there is nothing left to do."""
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
-    moved = vae_moved(cfg, run)
-    if moved:
-        # Another autoencoder ends here, also when the run is finished.
-        choose(cfg.vae, kept=run / "vae.safetensors")
-    check_config(cfg, run, free | {"vae"} if moved else free, cfg.resume)
+    kept = run / "vae.safetensors"
+    if cfg.vae not in ("", "pca") and kept.exists():
+        # The file may have moved: its contents are compared, not its name.
+        choose(cfg.vae, kept=kept)
+        free = free | {"vae"}
+    check_config(cfg, run, free, cfg.resume)
     if not final.exists() or images_seen(run) < cfg.images:
         return False
     if ranks.rank == 0:
@@ -956,14 +838,13 @@ def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
 
 def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
     """The batches of this rank from here to the end of the run."""
-    cfg = tr.cfg
-    on_gpu = tr.ranks.device.type == "cuda"
+    cfg, ranks = tr.cfg, tr.ranks
+    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
     workers = cfg.workers
     if workers < 0:
-        in_memory = tr.ds.source.pixels is not None and not on_gpu
-        workers = 0 if in_memory else min(8, (os.cpu_count() or 1) // tr.ranks.world)
-    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
-    return data.batches(stream, positions(cfg, tr.ranks, tr.seen), workers, pin=on_gpu)
+        workers = data.workers_for(tr.ds, ranks.world, ranks.device)
+    pin = ranks.device.type == "cuda"
+    return data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin)
 
 
 def finish(tr: Trainer) -> None:
@@ -986,12 +867,6 @@ def finish(tr: Trainer) -> None:
         make_dir(final.parent)
         save_grid(images, final, columns=8)
         print_end(tr.run, tr.seen, final)
-
-
-def print_end(run: Path, images: int, final: Path) -> None:
-    more = f"More samples: python samplers.py --ckpt {run}"
-    print(f"finished: {run} has seen its {images:,} images.  {more}")
-    print(final)
 
 
 def header(tr: Trainer) -> dict[str, Any]:

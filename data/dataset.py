@@ -12,6 +12,7 @@ objective see exactly the same.
 """
 
 import hashlib
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from data.cache import is_cache, open_cache
+from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
 from harness.cli import UserError
-from vae import AnyVAE, fit_pca, pca_samples, pixel, psnr
+from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
 STAGES = ("standard", "fine", "stage2")
 SHOWN_TAGS = 24  # in a report
@@ -73,13 +74,32 @@ class Dataset:
         image = self.image(i, where)
         return {"image": image.flip(-1) if mirrored else image}
 
+    def views(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """view() of several images, stacked."""
+        views = [self.view(i) for i in indices]
+        return {key: torch.stack([view[key] for view in views]) for key in views[0]}
+
     def counts(self) -> Counter:
         """How many of these images have each tag."""
         return self.source.table.counts(self.index)
 
 
-def fit_vae(ds: Dataset, resolution: int) -> AnyVAE:
+def vae_for(ds: Dataset, name: str, **known: Any) -> AnyVAE:
+    """The autoencoder for a data set; name and known as vae.choose() takes them.
+
+    A cache brings its own, and its latents have to be that one's; pca is fitted to the images.
+    """
+    cache = ds.source.root if isinstance(ds.source, LatentSource) else None
+    cached = vae_path(cache) if cache else None
+    vae = choose(name, cached=cached, fit=lambda: fit_vae(ds), **known)
+    if cache:
+        self_check(ds.source, vae)
+    return vae
+
+
+def fit_vae(ds: Dataset) -> AnyVAE:
     """pca, fitted to a data set."""
+    resolution = ds.source.resolution
     pixel(8).latent_shape(resolution)  # of the same factor: refused before any image is read
     images = to_float(ds.images(range(min(len(ds), pca_samples(resolution)))))
     vae = fit_pca(images)
@@ -298,6 +318,13 @@ def batches(
         # The traceback refers to this frame, and would keep the workers until the script ends.
         del loader
         raise error
+
+
+def workers_for(ds: Dataset, ranks: int, device: torch.device) -> int:
+    """Loader processes of a rank: none for data in memory on a CPU, else up to 8."""
+    if ds.source.pixels is not None and device.type == "cpu":
+        return 0
+    return min(8, (os.cpu_count() or 1) // ranks)
 
 
 def outlive_signals(worker: int) -> None:

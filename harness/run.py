@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from harness.cli import UserError
 from harness.files import write_text
@@ -85,8 +86,7 @@ def lock(run: Path) -> IO[str]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(
-            f"another process is writing to {run}",
-            do="Wait for it, or give this one its own name.",
+            f"another process is writing to {run}", do="Wait for it, or give this one its own name."
         ) from None
     return handle
 
@@ -116,6 +116,17 @@ def checkpoints(run: Path) -> list[Path]:
 def images_seen(run: Path) -> int:
     """Of a run's newest checkpoint; 0 = it has none."""
     return int(checkpoints(run)[-1].name) if checkpoints(run) else 0
+
+
+def find_runs(out: str, **fields: Any) -> list[Path]:
+    """The runs under a folder that have a checkpoint, and these values in their config."""
+    found = []
+    for run in sorted(path.parent for path in Path(out).glob("*/config.json")):
+        config = read_config(run)
+        same = all(config.get(key) == value for key, value in fields.items())
+        if same and checkpoints(run):
+            found.append(run)
+    return found
 
 
 def run_name(name: str, data: str, *words: str) -> str:
@@ -294,11 +305,17 @@ class Meter:
         }
 
 
-class Speed:
-    """Images per second between reports, without the time that evaluating and saving takes."""
+class Progress:
+    """How far a run is: on a terminal a bar, elsewhere a line for each report. Its rate leaves out
+    the time that evaluating and saving takes."""
 
-    def __init__(self, seen: int):
-        self.seen, self.since = seen, time.perf_counter()
+    def __init__(self, seen: int, images: int, ranks: Ranks):
+        self.seen, self.images, self.first = seen, images, ranks.rank == 0
+        self.since = time.perf_counter()
+        # None = only on a terminal.
+        hidden = None if self.first else True
+        self.bar = tqdm(total=images, initial=seen, unit="img", disable=hidden)
+        self.update, self.close = self.bar.update, self.bar.close
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -307,10 +324,28 @@ class Speed:
         self.since += time.perf_counter() - start
 
     def rate(self, seen: int) -> float:
+        """Images per second since the last call."""
         now = time.perf_counter()
         rate = (seen - self.seen) / (now - self.since)
         self.seen, self.since = seen, now
         return rate
+
+    def show(self, row: dict[str, Any]) -> None:
+        """What of a training line of the log is shown."""
+        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.bar.set_postfix(loss=loss)
+        if self.bar.disable and self.first:
+            seen, rate = row["images"], row["images_per_s"]
+            left = max(self.images - seen, 0) / rate
+            line = f"{seen:>11,} images  loss {loss}  {rate:.1f} images/s  {left:.0f} s left"
+            print(line, flush=True)
+
+
+def print_end(run: Path, images: int, picture: Path) -> None:
+    """The last words of a finished run."""
+    more = f"More samples: python samplers.py --ckpt {run}"
+    print(f"finished: {run} has seen {images:,} images.  {more}")
+    print(picture)
 
 
 # ---- trouble ------------------------------------------------------------------------------------

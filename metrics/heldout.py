@@ -1,4 +1,4 @@
-"""The loss on held-out images: fixed pictures, times and noise, so that its values are comparable."""
+"""The loss on held-out images: fixed pictures, times and noise, so that its values compare."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,8 +52,7 @@ def batches(
     jobs = [(i, k) for i in range(min(len(held), IMAGES)) for k in range(TIMES)][share]
     for low in range(0, len(jobs), 64):
         chunk = jobs[low : low + 64]
-        views = [held.view(i) for i, _ in chunk]
-        batch = {key: torch.stack([view[key] for view in views]) for key in views[0]}
+        batch = held.views([i for i, _ in chunk])
         draws = (rng(seed, "held out", i * TIMES + k) for i, k in chunk)
         noise = [draw.standard_normal(latent_shape, dtype=np.float32) for draw in draws]
         batch["eps"] = torch.from_numpy(np.stack(noise))
