@@ -335,8 +335,10 @@ class UNet(nn.Module):
             if level < len(levels) - 1:
                 self.input_blocks.append(Block(self._resample("down", C)))
                 skips.append(C)
+        # In the order of the forward pass, which a seed's first weights depend on.
+        first = ResBlock(cfg, C, C)
         attends = self._attention(cfg.middle_attention, C)
-        self.middle_block = Block(ResBlock(cfg, C, C), *attends, ResBlock(cfg, C, C))
+        self.middle_block = Block(first, *attends, ResBlock(cfg, C, C))
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(levels):
             for i in range(cfg.num_res_blocks + 1):
