@@ -1,12 +1,22 @@
-"""Checkpoints: ours and other people's. Read native.py first, then foreign.py."""
+"""Checkpoints: ours and other people's.
 
-from ckpt.layouts import guided_diffusion as UNetModel
-from ckpt.unets import (
-    convert, find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors,
-    save_checkpoint, save_unet,
-)
+native.py writes and reads our own files; foreign.py opens anybody's, and is where load_unet is.
+layouts.py (names), diffusers.py (configs), containers.py (pickles, shards) and hub.py are what
+foreign files need; convert.py is behind `python -m ckpt inspect | convert | verify`.
+"""
+
+import sys
+
+if sys.argv[0] == "-m":
+    import harness.interrupt  # noqa: F401
+
+from ckpt.convert import convert
+from ckpt.diffusers import UNetModel
+from ckpt.foreign import load_like, load_unet, open_unet
+from ckpt.native import find_checkpoint, read_tensors, save_checkpoint, save_unet
+from harness.files import fingerprint, load_strict
 
 __all__ = [
-    "UNetModel", "convert", "find_checkpoint", "fingerprint", "load_strict", "load_unet",
-    "open_unet", "read_tensors", "save_checkpoint", "save_unet",
-]
+    "UNetModel", "convert", "find_checkpoint", "fingerprint", "load_like", "load_strict",
+    "load_unet", "open_unet", "read_tensors", "save_checkpoint", "save_unet",
+]  # fmt: skip

@@ -1,78 +1,361 @@
-"""Checkpoints of our own: what a config read from a file may hold."""
+"""Checkpoints of our own: written whole, read back, and checked by fingerprint and probe.
 
-from dataclasses import fields
-from reprlib import repr as brief
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+A run keeps its checkpoints in runs/<name>/ckpt/<images seen, 12 digits>/: model.safetensors, the
+weights being trained; ema-0.050.safetensors, one per EMA width; state.safetensors, for resuming.
+Weight files are safetensors under the network's own names, with all else (config, objective,
+autoencoder, fingerprint …) as JSON under the metadata key "twinpath":
 
-from model import UNetConfig
+    "unet"           the network's config, whatever the network
+    "network"        its name in model.NETWORKS; absent = UNet
+    "fingerprint"    sha256 of the weights
+    "probe"          eight numbers that the network computes
+    "layout"         of the names, where `python -m ckpt convert` wrote the file
+"""
 
-# From, to; 0 to 65536 for a U-Net's field that is not here. Far beyond any network: a damaged file
-# must end in a message, not in hours of building.
-LIMITS = {
-    "in_channels": (1, 65536),
-    "out_channels": (1, 65536),
-    "model_channels": (1, 65536),
-    "channel_mult": (2**-16, 65536),
-    "num_res_blocks": (1, 64),
-    "attention": (0, 64),
-    "middle_attention": (1, 64),
-    "num_classes": (0, 2**24),
-    "dropout": (0, 0.999),
-}
-MAX_LEVELS, MAX_BLOCKS = 16, 1024
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-def config_from(cls: type, values: dict[str, Any]) -> Any:
-    """cls(**values) of values that may be anything. ValueError or TypeError says what is wrong,
-    before anything is built."""
-    kinds = get_type_hints(cls)
-    of_unet = cls is UNetConfig
-    for key, value in values.items():
-        limits = LIMITS.get(key, (0, 65536)) if of_unet else (float("-inf"), float("inf"))
-        if key in kinds:
-            check_field(key, value, kinds[key], limits)
-    if of_unet:
-        check_size({**{f.name: f.default for f in fields(cls)}, **values})
-    return cls(**values)
+from ckpt.configs import check_known, config_from
+from ckpt.containers import WEIGHTS, open_weights, weights_in
+from ckpt.diffusers import check_config_beside
+from ckpt.hub import origin, resolve
+from ckpt.layouts import native_view, target_of
+from harness.cli import UserError
+from harness.files import (
+    META, Container, fingerprint, fsync, listed, read_meta, write_tensors,
+)
+from harness.run import checkpoints
+from kernels.dispatch import reference
+from model import NETWORKS, build, network_name
+from objectives import Objective
 
-
-def check_field(name: str, value: Any, kind: Any, limits: tuple[float, float]) -> None:
-    """Is a value of its field's type and within limits?"""
-    options = (True, False) if kind is bool else get_args(kind)
-    if kind is bool or get_origin(kind) is Literal:
-        fits = type(value) in (bool, str) and value in options
-        wanted = " or ".join(map(repr, options))
-    elif kind is str:
-        fits = type(value) is str
-        wanted = "a word"
-    else:
-        low, high = limits
-        many = get_origin(kind) is tuple
-        numbers = (int, float) if float in (kind, *options) else (int,)
-        entries = value if many and type(value) is tuple else (value,)
-        fits = many == (type(value) is tuple)
-        # NaN fails every comparison.
-        fits = fits and all(type(v) in numbers and low <= v <= high for v in entries)
-        wanted = f"{'numbers' if float in numbers else 'whole numbers'} from {low:g} to {high:g}"
-        wanted = f"a tuple of {wanted}" if many else wanted
-    if not fits:
-        raise ValueError(f"{name} is {brief(value)}: wanted {wanted}.")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+PROBE_LIMIT = 1e9  # parameters: above, one more pass over the weights would be felt
+TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0")  # an objective that is one word
+# What our metadata may hold, as far as this code reads it.
+KINDS = {
+    "unet": dict, "network": str, "layout": str, "fingerprint": str, "images": int, "source": str,
+    "sha256": str, "run": str, "resolution": int, "classes": list, "vae": dict, "probe": list,
+    "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)),
+}  # fmt: skip
 
 
-def check_size(values: dict[str, Any]) -> None:
-    """Is a U-Net of this config of a size that anybody builds?"""
-    attention, levels = values["attention"], len(values["channel_mult"])
-    if not 1 <= levels <= MAX_LEVELS or len(attention) != levels:
-        raise ValueError(
-            f"attention has {len(attention)} levels, channel_mult {levels}; give one each, "
-            f"for 1 to {MAX_LEVELS} levels."
+class Source(NamedTuple):
+    """A checkpoint that is open: all names and shapes are checked, no tensor is read yet."""
+
+    cfg: Any
+    weights: Container  # under the network's own names, in its shapes; read on access
+    meta: dict[str, Any]
+    layout: str  # of the file
+    left_out: dict[str, int]  # what else the file holds: {"vae": 248 tensors, …}
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    while hasattr(module, "module") or hasattr(module, "_orig_mod"):
+        module = module.module if hasattr(module, "module") else module._orig_mod
+    return module
+
+
+def save_unet(
+    path: Path | str,
+    unet: nn.Module,
+    meta: dict[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> str:
+    """Write a network (or `weights` in its place, such as an EMA) with its config and metadata.
+
+    Returns the fingerprint. With base_fingerprint in meta, where training began, trained weights
+    that equal it are refused. The file is read back before it takes its place.
+    """
+    unet = unwrap(unet)
+    weights = unet.state_dict() if weights is None else weights
+    tensors = {k: v.detach().cpu() for k, v in weights.items()}
+    wrapped = [k for k in tensors if WRAPPERS.match(k)]
+    names = unet.state_dict().keys()
+    assert not wrapped and tensors.keys() == names, f"not this U-Net's own names: {wrapped[:3]}"
+    digest = fingerprint(tensors)
+    if meta.get("images") and meta.get("base_fingerprint") == digest:
+        raise UserError(
+            f"{path} is not written: after {meta['images']:,} images the weights are bit for bit "
+            f"those training started from ({digest[:12]})",
+            do="Is --lr 0, or are other weights being trained than saved?",
         )
-    blocks = sum((2 * values["num_res_blocks"] + 1) * (1 + depth) for depth in attention)
-    if blocks > MAX_BLOCKS:
-        raise ValueError(
-            f"num_res_blocks {values['num_res_blocks']} and attention {brief(attention)} make "
-            f"{blocks} blocks: wanted up to {MAX_BLOCKS}."
+    meta = {**meta, "unet": asdict(unet.cfg), "fingerprint": digest}
+    if network_name(unet.cfg) != "UNet":
+        meta["network"] = network_name(unet.cfg)
+    if sum(t.numel() for t in tensors.values()) <= PROBE_LIMIT:
+        meta["probe"] = probe(unet.cfg, tensors)
+    write_tensors(Path(path), tensors, meta, partial(check_written, path, digest))
+    return digest
+
+
+def check_written(what: Path | str, digest: str, path: Path) -> None:
+    """Read a file back before it takes its place."""
+    got = fingerprint(open_weights(path))
+    if got != digest:
+        raise UserError(
+            f"{what} was read back with other weights ({got[:12]}) than were written "
+            f"({digest[:12]})",
+            do="Is the disk sound?",
         )
-    widest = max(values["channel_mult"]) * values["model_channels"]
-    if widest > 65536:
-        raise ValueError(f"a level has {widest:g} channels: wanted up to 65536.")
+
+
+def save_checkpoint(
+    run: Path,
+    images: int,
+    unet: nn.Module,
+    meta: dict[str, Any],
+    emas: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+    state_meta: dict[str, Any],
+    keep: int,
+    keep_every: int,
+) -> Path:
+    """Write a checkpoint under a temporary name, rename it into place, then remove those that are
+    no longer kept: all but the last `keep` and the multiples of keep_every."""
+    final = run / "ckpt" / f"{images:012d}"
+    temporary = final.with_name(final.name + ".tmp")
+    sweep(run)
+    temporary.mkdir(parents=True)
+    meta = {**meta, "images": images}
+    save_unet(temporary / "model.safetensors", unet, {**meta, "ema": None})
+    for width, weights in emas.items():
+        path = temporary / f"ema-{width}.safetensors"
+        save_unet(path, unet, {**meta, "ema": float(width)}, weights)
+    state_meta = {**state_meta, "kind": "training state", "images": images}
+    write_tensors(temporary / "state.safetensors", state, state_meta)
+    os.replace(temporary, final)
+    fsync(final.parent)
+    for old in checkpoints(run)[:-keep]:
+        if keep_every and int(old.name) % keep_every == 0:
+            continue
+        trash = old.with_name(old.name + ".old")
+        os.replace(old, trash)  # a kill in rmtree leaves no numbered half
+        shutil.rmtree(trash)
+    return final
+
+
+def sweep(run: Path) -> None:
+    """Remove what a kill in mid-save left behind: only names that save_checkpoint uses before and
+    after."""
+    for leftover in (run / "ckpt").glob("*"):
+        if re.fullmatch(r"\d{12}\.(tmp|old)", leftover.name):
+            shutil.rmtree(leftover)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """A weight file from what a user names: a file, a name on the Hub, a run's folder (newest;
+    first EMA), one of its checkpoints, or a folder as diffusers writes it."""
+    path = resolve(path) if str(path).startswith("hf:") else Path(path)
+    if path.is_file():
+        one = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})((?:\.\w+)?)(\.safetensors|\.bin)", path.name)
+        if one and int(one[2]) > 1:
+            index = f"{path.with_name(one[1] + one[4])}.index{one[3]}.json"
+            raise UserError(
+                f"{path} is one of {int(one[2])} shards", do=f"Name their index: {index}"
+            )
+        return path
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}", do="Name a file or a folder that exists.")
+    folder = (checkpoints(path) or [path])[-1]
+    emas, plain = sorted(folder.glob("ema-*.safetensors")), weights_in(folder)
+    if emas or plain:
+        return emas[0] if emas else plain
+    found = [p for p in [*folder.glob("*"), *folder.glob("unet/*")] if p.suffix in WEIGHTS]
+    names = listed(sorted(str(p.relative_to(path)) for p in found), 8)
+    raise UserError(
+        f"no checkpoint in {path}: wanted a weight file, a run's folder, one of its ckpt/ folders, "
+        "or a diffusers folder",
+        do=f"It has {names}; name one." if found else "Name another folder, or a file.",
+    )
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a file of ours, whatever it holds. Truncated, foreign and mislabelled
+    files are named as what they are."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}", do="Name a file that exists.")
+    box = open_weights(path)
+    if "pickle" in box.kind:
+        raise UserError(
+            f"{path} is a Python pickle, whatever its name says; wanted safetensors",
+            do="Name a file that this code wrote.",
+        )
+    if META not in box.meta:
+        raise UserError(
+            f"{path} was not written by twinpath: it has {len(box)} tensors but no '{META}' "
+            "metadata",
+            do="Name a file that this code wrote.",
+        )
+    return dict(box), read_meta(box)
+
+
+def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
+    """A file of ours. `ema` and `known` (heads, objective …) have to agree with what it says."""
+    path, meta = box.path, read_meta(box)
+    if "unet" not in meta:
+        raise UserError(
+            f"{path} holds no U-Net (its kind: {meta.get('kind', 'another')})",
+            do="Name a network's file, such as model.safetensors.",
+        )
+    try:
+        cfg = describe(meta)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        what = f"{path}: its metadata is not of this version's networks ({error})"
+        raise UserError(what, do="Load it with the code that wrote it.") from None
+    check_known(cfg, known, str(path))
+    target, wanted = target_of(meta), known.get("objective")
+    if wanted and target not in (None, wanted):
+        raise UserError(f"{path} says its objective is {target}, got {wanted}", do="Leave it out.")
+    if ema is not None and ema != (meta.get("ema") is not None):
+        what = "the raw weights" if ema else f"an EMA of width {meta['ema']}"
+        wanted = "an EMA" if ema else "the raw weights"
+        raise UserError(f"{path} holds {what}, wanted {wanted}", do="Take the file beside it.")
+    meta["objective"] = meta.get("objective") or known.get("objective")
+    if "snapshots" in path.parts:
+        place = origin(path)
+        meta |= place if "sha256" in place else {}
+    if "layout" not in meta:
+        return Source(cfg, box, meta, "native", {})
+    check_config_beside(cfg, path, meta["layout"])
+    return Source(cfg, native_view(box, cfg, meta["layout"]), meta, meta["layout"], {})
+
+
+def describe(meta: dict[str, Any]) -> Any:
+    """The config that metadata describes. TypeError or ValueError where it is not ours."""
+    for key, kind in KINDS.items():
+        if key in meta and not isinstance(meta[key], kind):
+            raise TypeError(f"{key} is {str(meta[key])[:40]!r}")
+    name = meta.get("network", "UNet")
+    if name not in NETWORKS:
+        raise ValueError(f"network is {name[:40]!r}: wanted one of {', '.join(NETWORKS)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()}
+    objective = meta.get("objective")
+    if isinstance(objective, dict):
+        Objective(**objective)
+    elif objective not in TARGETS:
+        raise ValueError(f"objective is {objective!r}")
+    torch.tensor(meta.get("probe", []), dtype=torch.float64)
+    return config_from(NETWORKS[name][1], values)
+
+
+def check_weights(source: Source, tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of tensors, which must be the one the file names; and the network must
+    compute what its probe says."""
+    path, meta, digest = source.weights.path, source.meta, fingerprint(tensors)
+    if meta.get("fingerprint", digest) != digest:
+        raise UserError(
+            f"{path}: the weights do not match their own fingerprint; the file was altered or "
+            "damaged",
+            do="Copy it again, or use an older one.",
+        )
+    if "probe" not in meta:
+        return digest
+    got = torch.tensor(probe(source.cfg, tensors), dtype=torch.float64)
+    wanted = torch.tensor(meta["probe"], dtype=torch.float64)
+    finite = wanted[wanted.isfinite()]
+    scale = float(finite.abs().max()) if len(finite) else 0.0
+    close = dict(rtol=0, atol=1e-3 * scale + 1e-7, equal_nan=True)
+    if got.shape != wanted.shape or not torch.allclose(got, wanted, **close):
+        raise UserError(
+            f"{path}: the network computes {got[:2].tolist()} … where the one that was saved "
+            f"computed {wanted[:2].tolist()} …; its config (heads? attention order?) is not that "
+            "of these weights",
+            do="Use an undamaged copy, or the code that wrote it.",
+        )
+    return digest
+
+
+# ---- the probe ----------------------------------------------------------------------------------
+
+
+class Reader(TorchFunctionMode):
+    """While it is on, an op that is given one of a network's own tensors gets the weight instead.
+
+    It is read then, in fp32 on the CPU, and forgotten after the op: one at a time is in memory.
+    """
+
+    def __init__(self, net: nn.Module, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self.names = {id(v): k for k, v in net.state_dict(keep_vars=True).items()}
+        self.tensors = tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args = [self.read(arg) for arg in args]
+        kwargs = {key: self.read(arg) for key, arg in (kwargs or {}).items()}
+        return lean_convolution(*args, **kwargs) if func is F.conv2d else func(*args, **kwargs)
+
+    def read(self, arg: Any) -> Any:
+        if id(arg) not in self.names:
+            return arg
+        tensor = self.tensors[self.names[id(arg)]].detach().cpu()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def probe(cfg: Any, tensors: Mapping[str, Tensor]) -> list[float]:
+    """Eight output values on a fixed input, in fp32 on the CPU: what names and shapes cannot show
+    (heads, their order, eps).
+
+    The lowest level sees 2×2: a softmax over one position would hide the heads.
+    """
+    net = skeleton(cfg).eval()
+    side = 2 * cfg.multiple
+    vector_dim, context_dim = getattr(cfg, "vector_dim", 0), getattr(cfg, "context_dim", 0)
+
+    def wave(*shape: int) -> Tensor:
+        steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+        return torch.sin(1.7 * steps).float().view(shape) * 1.4
+
+    y = torch.tensor([cfg.num_classes - 1]) if cfg.num_classes else None
+    y = wave(1, vector_dim) if vector_dim else y
+    context = wave(1, 3, context_dim) if context_dim else None
+    x, t = wave(1, cfg.in_channels, side, side), torch.tensor([371.0])
+    with reference(), torch.autocast("cpu", enabled=False), Reader(net, tensors):
+        out = net(x, t, y, context)
+    return out.flatten()[:: max(out.numel() // 8, 1)][:8].tolist()
+
+
+def lean_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1
+) -> Tensor:
+    """A convolution that copies the smaller of picture and weights: the CPU's own kernels copy
+    weights into another order."""
+    plain = groups == 1 and dilation in (1, (1, 1)) and not isinstance(padding, str)
+    if x.numel() > weight.numel() or bias is None or len(x) > 1 or not plain:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    kernel = weight.shape[2:]
+    columns = F.unfold(x, kernel, padding=padding, stride=stride)[0]  # (in · k · k, H' · W')
+    steps, pads = nn.modules.utils._pair(stride), nn.modules.utils._pair(padding)
+    side = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pads, kernel, steps)]
+    return (weight.flatten(1) @ columns + bias[:, None]).view(1, -1, *side)
+
+
+def skeleton(cfg: Any) -> nn.Module:
+    """The network of a config, without memory for its weights."""
+    with torch.device("meta"):
+        net = build(cfg)
+    if all(name in net.state_dict() for name, _ in net.named_buffers()):
+        return net
+    # It has buffers that no file holds.
+    with torch.random.fork_rng(devices=[]):
+        return build(cfg)

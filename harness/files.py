@@ -16,9 +16,10 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -224,3 +225,50 @@ def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
                 raise UserError(f"{path} became shorter while it was read.  Is something still writing it?")
             done += n
     return data.view(dtype).view(shape)
+
+
+# ---- comparing ----------------------------------------------------------------------------------
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over sorted (name, dtype, shape, bytes), one tensor at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(raw_bytes(t))
+        del t  # before the next one is read
+    return digest.hexdigest()
+
+
+def load_strict(
+    net: nn.Module, tensors: Mapping[str, Tensor], what: str, assign: bool = False
+) -> None:
+    """load_state_dict where every difference is an error that lists both sides."""
+    own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    check_shapes(own, {k: tuple(v.shape) for k, v in tensors.items()}, what)
+    net.load_state_dict(tensors, assign=assign)
+
+
+def check_shapes(
+    own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Refuse tensors that are not those of a network: missing, unexpected, of another shape."""
+    missing = [k for k in own if k not in given]
+    extra = [k for k in given if k not in own]
+    wrong = [f"{k} {given[k]} for {own[k]}" for k in own if k in given and given[k] != own[k]]
+    kinds = {"missing": missing, "unexpected": extra, "of another shape": wrong}
+    parts = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
+    if parts:
+        raise UserError(
+            f"{what} is of another architecture ({len(given)} tensors, wanted {len(own)}): "
+            f"{'; '.join(parts)}",
+            do="Name the file of this architecture, or give its own config.",
+        )
+
+
+def listed(words: Iterable[Any], n: int = 3) -> str:
+    """The first n, for a message."""
+    words = list(words)
+    more = " …" if len(words) > n else ""
+    return ", ".join(map(str, words[:n])) + more

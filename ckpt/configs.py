@@ -1,0 +1,128 @@
+"""A network's config as a file or a user gives it: types, limits, and where two of them differ."""
+
+from dataclasses import fields, replace
+from reprlib import repr as brief
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from harness.cli import UserError
+from model import UNetConfig, network_name
+
+# From, to; 0 to 65536 for a U-Net's field that is not here. Far beyond any network: a damaged file
+# must end in a message, not in hours of building.
+LIMITS = {
+    "in_channels": (1, 65536), "out_channels": (1, 65536), "model_channels": (1, 65536),
+    "channel_mult": (2**-16, 65536), "num_res_blocks": (1, 64), "attention": (0, 64),
+    "middle_attention": (1, 64), "num_classes": (0, 2**24), "dropout": (0, 0.999),
+}  # fmt: skip
+MAX_LEVELS, MAX_BLOCKS = 16, 1024
+
+
+def config_from(cls: type, values: dict[str, Any]) -> Any:
+    """cls(**values) of values that may be anything. ValueError or TypeError says what is wrong,
+    before anything is built."""
+    kinds = get_type_hints(cls)
+    of_unet = cls is UNetConfig
+    for key, value in values.items():
+        limits = LIMITS.get(key, (0, 65536)) if of_unet else (float("-inf"), float("inf"))
+        if key in kinds:
+            check_field(key, value, kinds[key], limits)
+    if of_unet:
+        check_size({**{f.name: f.default for f in fields(cls)}, **values})
+    return cls(**values)
+
+
+def check_field(name: str, value: Any, kind: Any, limits: tuple[float, float]) -> None:
+    """Is a value of its field's type and within limits?"""
+    options = (True, False) if kind is bool else get_args(kind)
+    if kind is bool or get_origin(kind) is Literal:
+        fits = type(value) in (bool, str) and value in options
+        wanted = " or ".join(map(repr, options))
+    elif kind is str:
+        fits = type(value) is str
+        wanted = "a word"
+    else:
+        low, high = limits
+        many = get_origin(kind) is tuple
+        numbers = (int, float) if float in (kind, *options) else (int,)
+        entries = value if many and type(value) is tuple else (value,)
+        fits = many == (type(value) is tuple)
+        # NaN fails every comparison.
+        fits = fits and all(type(v) in numbers and low <= v <= high for v in entries)
+        wanted = f"{'numbers' if float in numbers else 'whole numbers'} from {low:g} to {high:g}"
+        wanted = f"a tuple of {wanted}" if many else wanted
+    if not fits:
+        raise ValueError(f"{name} is {brief(value)}: wanted {wanted}.")
+
+
+def check_size(values: dict[str, Any]) -> None:
+    """Is a U-Net of this config of a size that anybody builds?"""
+    attention, levels = values["attention"], len(values["channel_mult"])
+    if not 1 <= levels <= MAX_LEVELS or len(attention) != levels:
+        raise ValueError(
+            f"attention has {len(attention)} levels, channel_mult {levels}; give one each, "
+            f"for 1 to {MAX_LEVELS} levels."
+        )
+    blocks = sum((2 * values["num_res_blocks"] + 1) * (1 + depth) for depth in attention)
+    if blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"num_res_blocks {values['num_res_blocks']} and attention {brief(attention)} make "
+            f"{blocks} blocks: wanted up to {MAX_BLOCKS}."
+        )
+    widest = max(values["channel_mult"]) * values["model_channels"]
+    if widest > 65536:
+        raise ValueError(f"a level has {widest:g} channels: wanted up to 65536.")
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """In what two networks differ. How their heads are given, dropout, and how files write them are
+    no differences."""
+    if type(a) is not type(b):
+        return [f"network {network_name(a)} / {network_name(b)}"]
+    silent = ["dropout"]
+    if isinstance(a, UNetConfig):
+        silent += ["linear_projection", "num_heads", "num_head_channels", "attention_order"]
+    found = [
+        f"{f.name} {getattr(a, f.name)} / {getattr(b, f.name)}"
+        for f in fields(a)
+        if f.name not in silent and getattr(a, f.name) != getattr(b, f.name)
+    ]
+    if isinstance(a, UNetConfig) and head_widths(a) != head_widths(b):
+        found.append(f"channels a head {head_widths(a)} / {head_widths(b)}")
+    return found
+
+
+def head_widths(cfg: UNetConfig) -> list[int]:
+    """Channels a head of every level that attends, the middle block's last."""
+    attends = (*cfg.attention[:-1], 1)
+    return [cfg.head_channels(C) for C, depth in zip(cfg.channels, attends) if depth]
+
+
+def check_known(cfg: Any, known: dict[str, Any], what: str) -> None:
+    """What the user says must be what the file says, if it says it. Heads may be given by number or
+    by width."""
+    heads = ("num_heads", "num_head_channels", "attention_order")
+    for key, value in known.items():
+        if key not in (*heads, "objective") and getattr(cfg, key, None) != value:
+            own = getattr(cfg, key, "nothing")
+            raise UserError(f"{what} says {key} = {own!r}", got=f"{value!r}", do="Leave it out.")
+    given = {k: known[k] for k in heads if k in known}
+    if given and not same_heads(cfg, given):
+        own = ", ".join(f"{key} {getattr(cfg, key, 'nothing')}" for key in heads)
+        got = ", ".join(f"{key} {value}" for key, value in known.items() if key != "objective")
+        raise UserError(f"{what} says {own}; got {got}", do="Leave them out.")
+
+
+def same_heads(cfg: Any, given: dict[str, Any]) -> bool:
+    """Do heads, given by number or by width, and their order say what a config says?"""
+    if not isinstance(cfg, UNetConfig):
+        return all(getattr(cfg, key, None) == value for key, value in given.items())
+    heads = {k: given.get(k, 0) for k in ("num_heads", "num_head_channels")}
+    heads = heads if any(heads.values()) else {}
+    order = given.get("attention_order", cfg.attention_order)
+    try:
+        wanted = replace(cfg, **heads)
+    except ValueError:
+        return False
+    widths = [c.head_channels(C) for c in (cfg, wanted) for C in cfg.channels]
+    half = len(cfg.channels)
+    return order == cfg.attention_order and widths[:half] == widths[half:]

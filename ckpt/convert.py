@@ -1,0 +1,343 @@
+"""Looking into checkpoints and turning them into another layout: what a file is and what it lacks,
+the same weights under other names, and whether two files hold the same network."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckpt.configs import differences
+from ckpt.containers import rounded
+from ckpt.diffusers import diffusers_config
+from ckpt.foreign import Unsaid, open_guessing, open_unet
+from ckpt.layouts import (
+    family, foreign_names, foreign_shapes, modelspec, reorder_attention, target_of, to_foreign,
+)
+from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
+from harness.cli import UserError
+from harness.files import (
+    Container, fingerprint, fsync, make_dir, raw_bytes, stream_tensors, text_meta, write_text,
+)
+from model import UNetConfig, network_name
+from objectives import make_objective
+
+# ---- convert ------------------------------------------------------------------------------------
+
+
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    layout: str,
+    dtype: str | None = None,
+    *,
+    ema: bool | None = None,
+    table: str = "",
+    **known: Any,
+) -> str:
+    """Write a U-Net in another layout and read it back; returns the fingerprint.
+
+    "native": one file as LDM and guided-diffusion name things. "diffusers": one file if dst ends in
+    .safetensors, else a folder for from_pretrained. The dtype stays unless asked. One tensor is in
+    memory at a time. Nothing is overwritten, and dst appears only once it is proven to hold the
+    source's weights, bit for bit. With table, the noise schedule, the objective is written in full.
+    """
+    dst, source = Path(dst), open_unet(src, ema=ema, **known)
+    cfg, weights, meta = source.cfg, source.weights, dict(source.meta)
+    if not isinstance(cfg, UNetConfig):
+        raise UserError(
+            f"{src} holds a {network_name(cfg)}, which has one layout only",
+            do="Copy the file as it is.",
+        )
+    foreign_shapes(cfg, layout)  # refuses what the layout cannot say
+    folder = layout == "diffusers" and dst.suffix != ".safetensors"
+    check_target(dst, weights.path, folder)
+    if table:
+        meta["objective"] = with_table(meta, table, str(src))
+    digest = check_weights(source, weights)
+    if dtype:
+        weights = rounded(weights, dtype)
+        before, digest = digest, fingerprint(weights)
+        if digest != before:
+            # The probe's tolerance is for arithmetic, not for rounding.
+            meta.pop("probe", None)
+            meta["cast_from"] = before
+    if "probe" not in meta and parameters(weights) <= PROBE_LIMIT:
+        meta["probe"] = probe(cfg, weights)
+    meta |= {"unet": asdict(cfg), "layout": layout, "fingerprint": digest}
+    if "source" in meta and "sha256" not in meta:
+        # The folders of this machine are nobody's business.
+        meta["source"] = Path(meta["source"]).name
+    make_dir(dst.parent)
+    # A name of our own: whatever else lies there is the user's. A kill leaves a hidden folder.
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name[:50]}.", dir=dst.parent) as scratch:
+        part = Path(scratch) / dst.name
+        write_layout(part, folder, cfg, layout, weights, meta)
+        check_again(dst, part, cfg, digest)
+        os.replace(part, dst)
+        fsync(dst.parent)
+    return digest
+
+
+def check_target(dst: Path, src: Path, folder: bool) -> None:
+    """Refuse a name that is taken, or that says something else than what will be written."""
+    if os.path.lexists(dst) or dst.name in ("", ".."):
+        same = " and is the source" if dst.resolve() == src.resolve() else ""
+        raise UserError(f"{dst} exists{same}", do="Give another name, or remove it first.")
+    if not folder and dst.suffix != ".safetensors":
+        raise UserError(
+            f"{dst}: wanted a name that ends in .safetensors, for that is what will be written",
+            do=f"Write {dst}.safetensors.",
+        )
+
+
+def write_layout(
+    part: Path, folder: bool, cfg: UNetConfig, layout: str, weights: Container, meta: dict[str, Any]
+) -> None:
+    """Weights under a layout's names, one tensor at a time; a folder has its config.json too."""
+    file = part
+    if folder:
+        part.mkdir()
+        file = part / "diffusion_pytorch_model.safetensors"
+        write_text(part / "config.json", json.dumps(diffusers_config(cfg), indent=2) + "\n")
+    natives, shapes = foreign_names(cfg, layout), foreign_shapes(cfg, layout)
+
+    def get(name: str) -> Tensor:
+        native = natives[name]
+        return dict(to_foreign(cfg, layout, native, weights[native]))[name]
+
+    header = {name: (weights.dtype(natives[name]), shape) for name, shape in shapes.items()}
+    spec = modelspec(cfg, layout, meta, part.stem)
+    stream_tensors(file, header, {**text_meta(meta), **spec}, get)
+
+
+def check_again(dst: Path, part: Path, cfg: UNetConfig, digest: str) -> None:
+    """Read back what was written; its config.json is compared when it is opened."""
+    again = open_unet(part)
+    got = fingerprint(again.weights)
+    if got != digest or again.cfg != cfg:
+        raise UserError(
+            f"{dst} was read back with other weights ({got[:12]}) than were written "
+            f"({digest[:12]})",
+            do="Is the disk sound?",
+        )
+
+
+def with_table(meta: dict[str, Any], table: str, what: str) -> dict[str, Any]:
+    """The objective in full, where a file or the user says only eps, v or x0."""
+    target, objective = target_of(meta), meta.get("objective")
+    noise = f"--table {table} is a noise schedule of eps, v and x0"
+    if target == "fm":
+        raise UserError(f"{noise}; {what} is fm, which has none", do="Leave --table out.")
+    if target is None:
+        raise UserError(f"{noise}; {what} does not say its objective", do="Add --objective.")
+    if isinstance(objective, dict):
+        if objective.get("table") != table:
+            own = objective.get("table")
+            raise UserError(f"{what} says its table is {own!r}, got {table!r}", do="Leave it out.")
+        return objective
+    return asdict(make_objective("ddpm" if target == "eps" else target, table=table))
+
+
+def parameters(box: Container) -> int:
+    return sum(torch.Size(e.shape).numel() for e in box.table.values())
+
+
+# ---- inspect ------------------------------------------------------------------------------------
+
+
+def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
+    """What a file is, line by line, and what would have to be added to sample from it."""
+    known = {k: v for k, v in known.items() if v is not None}
+    source, unsaid = open_guessing(find_checkpoint(path), **known)
+    cfg, box, meta = source.cfg, source.weights, source.meta
+    digest = fingerprint(box)
+    if meta.get("fingerprint", digest) != digest:
+        raise UserError(
+            f"{path}: the weights do not match their own fingerprint; the file was altered or "
+            "damaged",
+            do="Copy it again, or use an older one.",
+        )
+    if table:
+        meta["objective"] = with_table(meta, table, path)
+    objective = meta.get("objective")
+    if isinstance(objective, dict):
+        words = [f"{k}={v}" for k, v in objective.items() if k in ("name", "target", "table")]
+        objective = " ".join(words)
+    unprobed = parameters(box) > PROBE_LIMIT and "probe" not in meta
+    images = meta.get("images")
+    dtypes = [dtype_name(entry.dtype) for entry in box.table.values()]
+    missing = "; ".join(what_is_missing(source, unsaid, objective))
+    lines = {
+        "file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})",
+        "layout": source.layout,
+        "family": family(cfg) if isinstance(cfg, UNetConfig) else network_name(cfg),
+        "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()),
+        "config": shown_config(cfg, unsaid),
+        "parameters": f"{parameters(box):,} in {len(box)} tensors",
+        "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))),
+        "objective": objective or "not said",
+        "probe": "none: above 1e9 parameters" if unprobed else "",
+        "ema": meta.get("ema"),
+        "images": f"{images:,}" if images else "",
+        "source": meta.get("source"),
+        "sha256": meta.get("sha256"),
+        "fingerprint": digest,
+        "missing": missing or "nothing, samplers.py can draw from it",
+    }
+    return [f"{key:<12} {value}" for key, value in lines.items() if value]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> list[str]:
+    """What a user would have to add to sample from a file, with the flags."""
+    cfg, meta = source.cfg, source.meta
+    words = {
+        "heads": ("heads", "--num-heads or --num-head-channels"),
+        "order": ("attention order", "--attention-order"),
+    }
+    asked = [words[key] for key in ("heads", "order") if key in unsaid]
+    missing = []
+    if asked:
+        names, flags = " and ".join(name for name, _ in asked), ", ".join(f for _, f in asked)
+        missing.append(f"{names} ({flags})")
+    if objective is None:
+        missing.append("objective (--objective)")
+        missing.append("noise schedule (--table) of eps, v or x0")
+    if objective in ("eps", "v", "x0"):
+        missing.append("noise schedule (--table)")
+    if "vae" not in meta and cfg.in_channels != 3:
+        missing.append("autoencoder (--vae)")
+    if getattr(cfg, "context_dim", 0):
+        missing.append("text encoders (not part of this code yet)")
+    if "resolution" not in meta:
+        missing.append("size of the images (--resolution)")
+    return missing
+
+
+def shown_config(cfg: Any, unsaid: set[str]) -> str:
+    """The fields of a config that its file says."""
+    unknown = {"dropout"}
+    if "heads" in unsaid:
+        unknown |= {"num_heads", "num_head_channels"}
+    if "order" in unsaid or getattr(cfg, "context_dim", 0):
+        unknown.add("attention_order")
+    words = []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, tuple):
+            value = ",".join(f"{v:g}" for v in value)
+        if f.name not in unknown:
+            words.append(f"{f.name}={value}")
+    return " ".join(words)
+
+
+# ---- verify -------------------------------------------------------------------------------------
+
+
+def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
+    """Two networks to compare. What one file cannot say is taken from the other, whichever comes
+    first."""
+    files, found, errors = [find_checkpoint(a), find_checkpoint(b)], [], []
+    for file in files:
+        try:
+            found.append(open_unet(file, **known))
+        except UserError as error:
+            found.append(None)
+            errors.append(error)
+    if len(errors) == 2:
+        raise errors[0]
+    if errors:
+        if not isinstance(errors[0], Unsaid):
+            raise errors[0]
+        other = next(source for source in found if source)
+        said = said_heads(other)
+        found = [src or open_unet(file, **{**said, **known}) for file, src in zip(files, found)]
+    return found
+
+
+def said_heads(source: Source) -> dict[str, Any]:
+    """The heads of an open file, and their order where it has one."""
+    cfg = source.cfg
+    if cfg.num_head_channels:
+        heads = {"num_head_channels": cfg.num_head_channels}
+    else:
+        heads = {"num_heads": cfg.num_heads}
+    # qkv rows are in no order in files of diffusers.
+    if source.layout != "diffusers" or "unet" in source.meta:
+        heads["attention_order"] = cfg.attention_order
+    return heads
+
+
+def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
+    """Whether two files hold the same network, and if not, how far apart each block is."""
+    one, two = open_both(a, b, known)
+    differs = differences(one.cfg, two.cfg)
+    shapes = [{k: e.shape for k, e in source.weights.table.items()} for source in (one, two)]
+    if shapes[0] != shapes[1]:
+        return False, [f"another architecture: {'; '.join(differs)}"]
+    sums: dict[str, list[float]] = {}  # block: [squared difference, squared norm]
+    bitwise = True
+    for name in one.weights:
+        x = in_new_order(one.cfg, name, one.weights[name])
+        y = in_new_order(two.cfg, name, two.weights[name])
+        same = same_bits(x, y)
+        bitwise = bitwise and same
+        block = sums.setdefault(block_of(name), [0.0, 0.0])
+        for u, v in chunks(x, y):
+            block[0] += 0.0 if same else float((u.double() - v.double()).square().sum())
+            block[1] += float(u.float().square().sum())
+    if bitwise and not differs:
+        layouts = f"{one.layout} / {two.layout}"
+        return True, [f"the same weights, bit for bit ({len(one.weights)} tensors, {layouts})"]
+    lines = [f"another config: {'; '.join(differs)}"] if differs else []
+    dtypes = [" + ".join(dtypes_in(source.weights)) for source in (one, two)]
+    if dtypes[0] != dtypes[1]:
+        lines.append(f"another dtype: {' / '.join(dtypes)}")
+    rows = {}
+    for block, (difference, norm) in sums.items():
+        if difference != 0:  # NaN differs too
+            rows[block] = (difference / norm) ** 0.5 if norm else float(difference > 0)
+    if not rows:
+        return False, [*lines, "the values are equal"]
+    lines.append(f"{len(rows)} of {len(sums)} blocks differ; relative L2:")
+    return False, lines + [f"  {block:<18} {value:.3e}" for block, value in rows.items()]
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """The same values, NaN too."""
+    if x.dtype != y.dtype:
+        return False
+    return torch.equal(torch.from_numpy(raw_bytes(x)), torch.from_numpy(raw_bytes(y)))
+
+
+def chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors piece by piece: fp64 of a whole one would be large."""
+    return zip(x.flatten().split(2**20), y.flatten().split(2**20))
+
+
+def block_of(name: str) -> str:
+    """The block that a tensor is part of: input_blocks.3, middle_block, out."""
+    depth = 2 if name.startswith(("input_blocks", "output_blocks")) else 1
+    return ".".join(name.split(".")[:depth])
+
+
+def dtypes_in(box: Container) -> list[str]:
+    return sorted({dtype_name(entry.dtype) for entry in box.table.values()})
+
+
+def in_new_order(cfg: Any, name: str, tensor: Tensor) -> Tensor:
+    """ADM's qkv in one order of its rows, whichever the file has: the same network may be written
+    in both."""
+    if not isinstance(cfg, UNetConfig) or ".qkv." not in name or cfg.attention_order == "new":
+        return tensor
+    C = tensor.shape[0] // 3
+    return reorder_attention(tensor, C // cfg.head_channels(C), "new")

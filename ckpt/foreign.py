@@ -1,0 +1,235 @@
+"""Opening any network's file: ours, or another program's. Ours and theirs part at the first line.
+
+    net, meta = load_unet(path)                         # a file, a run, a folder, hf:org/name
+    source = open_unet(path)                            # names and shapes; no tensor is read yet
+    net, meta = load_like(path, PRESETS["tiny"])        # what the file cannot say, the preset says
+
+Foreign files load completely or not at all: guided-diffusion's .pt; Stable Diffusion's single files
+(ema=True takes their model_ema. part); diffusers files and folders; each bare or under wrapper
+prefixes, as safetensors, shards or pickles.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ckpt.configs import config_from, head_widths
+from ckpt.containers import open_weights
+from ckpt.diffusers import config_beside
+from ckpt.hub import origin
+from ckpt.layouts import detect, family, native_view, parts, strip_prefix
+from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
+from harness.cli import UserError, closest
+from harness.files import Container, check_shapes, is_ours, listed, load_strict
+from model import PRESETS, UNetConfig, infer_config, network_name
+
+# What no tensor shows, and what a user is asked to give.
+HEADS = (
+    "--num-heads or --num-head-channels (num_heads, num_head_channels), from the model's card or "
+    "training command"
+)
+ORDER = (
+    "--attention-order (attention_order) legacy, guided-diffusion's default, or new (its "
+    "use_new_attention_order=True)"
+)
+
+
+class Unsaid(UserError):
+    """A file does not say its heads or their order; .what: "heads", "order"."""
+
+    def __init__(self, message: str, what: list[str]):
+        flags = {"heads": HEADS, "order": ORDER}
+        super().__init__(message, do=f"Add {'; and '.join(flags[key] for key in what)}.")
+        self.what = what
+
+
+def load_unet(
+    path: Path | str, *, ema: bool | None = None, dtype: torch.dtype | None = None, **known: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network on the CPU and its metadata, from any file; dtype=None keeps the file's.
+
+    Every tensor must be there, fit, and match the file's own fingerprint and probe, if it has them.
+    known: what a foreign file cannot say (num_heads | num_head_channels, attention_order,
+    objective); what it can say must agree.
+    """
+    box = open_weights(find_checkpoint(path))
+    known = {k: v for k, v in known.items() if v is not None}
+    if is_ours(box):
+        source = open_own(box, ema, known)
+    else:
+        source = open_foreign(box, ema, known)
+    tensors, meta = dict(source.weights), source.meta
+    net = skeleton(source.cfg)
+    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
+    load_strict(net, cast, str(path), assign=True)
+    meta["fingerprint"] = check_weights(source, tensors)
+    return net.to(memory_format=torch.channels_last), meta
+
+
+def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Source:
+    """Any network's file under the network's own names, without reading a tensor yet."""
+    box = open_weights(find_checkpoint(path))
+    known = {k: v for k, v in known.items() if v is not None}
+    if not is_ours(box):
+        return open_foreign(box, ema, known)
+    source = open_own(box, ema, known)
+    own = {k: tuple(v.shape) for k, v in skeleton(source.cfg).state_dict().items()}
+    given = {k: e.shape for k, e in source.weights.table.items()}
+    check_shapes(own, given, str(source.weights.path))
+    return source
+
+
+def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
+    """A file of another program."""
+    path = box.path
+    box, is_ema, left_out = choose_ema(box, ema)
+    groups = parts(box)
+    if groups.get("other"):
+        raise UserError(
+            f"{path}: {len(groups['other'])} of {len(box)} tensors belong to nothing known: "
+            f"{listed(groups['other'])}",
+            do="Wanted a U-Net, bare or beside its EMA, autoencoder and text encoders.",
+        )
+    part = "ema" if ema and not is_ema else "unet"
+    if part not in groups:
+        raise without(part, groups, box)
+    inner = box.over({name: box.table[full] for full, name in groups[part].items()})
+    known, objective = dict(known), known.get("objective")
+    known.pop("objective", None)
+    layout = detect(inner)
+    if layout is None:
+        raise UserError(
+            f"{path}: {len(inner)} tensors under names of no known layout: {listed(inner)}",
+            do="Wanted guided-diffusion's, LDM's or diffusers' names.",
+        )
+    cfg = config_beside(path, known) if layout == "diffusers" else config_of(inner, known)
+    meta = {"layout": layout, "family": family(cfg), "objective": objective, **origin(path)}
+    meta["ema"] = "the file's" if ema or is_ema else None
+    left_out = {k: len(v) for k, v in groups.items() if k != part} | left_out
+    return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
+
+
+def choose_ema(box: Container, ema: bool | None) -> tuple[Container, bool, dict[str, int]]:
+    """(the weights asked for, are they an EMA, {what else the file holds: tensors}).
+
+    A pickle keeps its EMA under a name of its own; another file is an EMA by its prefix.
+    """
+    beside = dict(box.beside)
+    if box.emas and (ema or not len(box)):
+        if len(box.emas) > 1:
+            raise UserError(
+                f"{box.path} holds several EMAs: {listed(box.emas)}",
+                do="Save the one you want alone.",
+            )
+        if len(box):
+            beside["raw"] = len(box)
+        box, is_ema = box.over(next(iter(box.emas.values()))), True
+    else:
+        beside |= {name: len(table) for name, table in box.emas.items()}
+        is_ema = False
+    is_ema = is_ema or "ema." in strip_prefix(box)[0]
+    if is_ema and ema is False:
+        raise UserError(
+            f"{box.path} holds an EMA ({listed(box)}), wanted the raw weights",
+            do="Name the file of the raw weights.",
+        )
+    return box, is_ema, beside
+
+
+def without(part: str, groups: dict[str, dict[str, str]], box: Container) -> UserError:
+    """The error for a file that has no such part."""
+    found = listed(f"{len(v)} {k} tensors" for k, v in groups.items()) or "nothing"
+    do = "Name a U-Net's file."
+    if "unet" in groups:
+        do = "Take the raw weights: leave ema out."
+    elif "ema" in groups:
+        do = "Ask for its EMA."
+    wanted = "EMA of a U-Net" if part == "ema" else "U-Net"
+    return UserError(f"{box.path} holds no {wanted}, but {found} ({listed(box)})", do=do)
+
+
+def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:
+    """The config of native names and shapes. An error says with which flag to give what they do not
+    show."""
+    names = [f.name for f in fields(UNetConfig)]
+    for key in known:
+        if key not in names:
+            near = closest(key, names) or "Leave it out."
+            raise UserError(f"{box.path}: {key!r} is not a field of UNetConfig", do=near)
+    try:
+        cfg = infer_config(box.table, **known)
+        return config_from(UNetConfig, {name: getattr(cfg, name) for name in names})
+    except (ValueError, ArithmeticError, LookupError) as error:
+        what, _, do = str(error).partition("  ")
+    unsaid = {"heads": "number of attention heads", "order": "order of the qkv rows"}
+    unsaid = [key for key, words in unsaid.items() if words in what]
+    if unsaid:
+        raise Unsaid(f"{box.path}: {what}", unsaid)
+    raise UserError(f"{box.path}: {what}", do=do or "Give its own, or leave it out.")
+
+
+# ---- what a file cannot say ---------------------------------------------------------------------
+
+
+def open_guessing(path: Path, **known: Any) -> tuple[Source, set[str]]:
+    """A file with guesses for what its tensors do not show; and which of "heads", "order" it does
+    not say and `known` does not give. Whatever else is wrong with it is raised."""
+    guesses = {"heads": {"num_heads": 1}, "order": {"attention_order": "legacy"}}
+    try:
+        return open_unet(path, **known), set()
+    except Unsaid as error:
+        unsaid = set(error.what)
+    for key in unsaid:
+        known |= guesses[key]
+    return open_unet(path, **known), unsaid
+
+
+def load_like(
+    path: Path | str, preset: Any, name: str = "", dtype: torch.dtype | None = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to start from. Where its file does not say its heads and their order, `preset`
+    does, and must be what it was made with. `name`: the preset's, for messages."""
+    file = find_checkpoint(path)
+    source, unsaid = open_guessing(file)
+    if "unet" not in source.meta:
+        unsaid.add("order")  # diffusers' files have none: theirs becomes the preset's
+    its, wanted = traits(source.cfg, unsaid), traits(preset, unsaid)
+    differs = [key for key in its if key in wanted and its[key] != wanted[key]]
+    if differs:
+        same = [key for key, cfg in PRESETS.items() if traits(cfg, unsaid) == its]
+        has = ", ".join(f"{key} {its[key]}" for key in differs)
+        preset_has = ", ".join(f"{key} {wanted[key]}" for key in differs)
+        advice = f" (--model {' or '.join(same)})" if same else ""
+        raise UserError(
+            f"--init {path} is of another architecture: it has {has}; --model {name} is "
+            f"{preset_has}",
+            do=f"Choose the preset it was made with{advice}.",
+        )
+    said = {}
+    if "heads" in unsaid:
+        said = {"num_heads": preset.num_heads, "num_head_channels": preset.num_head_channels}
+    if "order" in unsaid:
+        said["attention_order"] = preset.attention_order
+    return load_unet(file, dtype=dtype, **said)
+
+
+def traits(cfg: Any, unsaid: set[str]) -> dict[str, Any]:
+    """What two configs of one architecture have in common, whatever they read and are told."""
+    free = {"in_channels", "out_channels", "num_classes", "dropout"}
+    if isinstance(cfg, UNetConfig):
+        free |= {"linear_projection", "num_heads", "num_head_channels", "attention_order"}
+    shape = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
+    shape["network"] = network_name(cfg)
+    if not isinstance(cfg, UNetConfig):
+        return shape
+    widths = head_widths(cfg)
+    attends = (*cfg.attention[:-1], 1)
+    one_head = widths == [C for C, depth in zip(cfg.channels, attends) if depth]
+    if "heads" not in unsaid:
+        shape["channels a head"] = widths
+    if "order" not in unsaid and not one_head:
+        shape["attention_order"] = cfg.attention_order
+    return shape
