@@ -33,7 +33,7 @@ import train
 from distillation.assessor import Assessor, AssessorConfig, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor
 from distillation.pretrain import Pretrain, pretrain
 from harness.run import TIME_BINS, checkpoints
-from ckpt.unets import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
+from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
 from harness.cli import UserError, cli, parse
 from harness.ranks import autocast
 from data.dataset import open_dataset

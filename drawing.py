@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ckpt.unets import find_checkpoint, load_unet
+from ckpt import find_checkpoint, load_unet
 from harness.cli import UserError, closest, parse
 from harness.ranks import autocast, pick_device
 from diffusion.coupling import enlarged
@@ -178,7 +178,7 @@ def describe(
     if unet.context_dim or unet.vector_dim:
         raise UserError(
             f"{what} holds a network that is told what to draw by text, and text encoders are not part of this code yet.  "
-            "It can be inspected, converted and verified: python ckpt.py --help"
+            "It can be inspected, converted and verified: python -m ckpt --help"
         )
     if isinstance(meta.get("objective"), dict):
         objective = Objective(**meta["objective"])

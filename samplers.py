@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt.unets import find_checkpoint, load_unet
+from ckpt import find_checkpoint, load_unet
 from diffusion.solvers import METHODS, dopri5, native_grid, norm64, time_grid  # noqa: F401
 from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, shown
 from harness.pictures import to_uint8

@@ -29,8 +29,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data.dataset as data
+from ckpt import fingerprint, load_strict, read_tensors, save_checkpoint
 from ckpt.training import load_optimizer, load_weights, optimizer_state
-from ckpt.unets import fingerprint, load_strict, read_tensors, save_checkpoint
 from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of, open_dataset
 from data.images import to_float

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ckpt.containers import open_weights
 from ckpt.hub import origin, resolve
-from ckpt.unets import check_shapes, fingerprint, load_strict
+from harness.files import check_shapes
+from ckpt import fingerprint, load_strict
 from ckpt.vaes import OPTIONAL, infer_vae, pick_family, vae_map, vae_part
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, read_meta, write_tensors

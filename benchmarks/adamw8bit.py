@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import record
 from harness.run import checkpoints
-from ckpt.unets import load_unet, read_tensors
+from ckpt import load_unet, read_tensors
 
 IMAGES, SEEDS = 4800, (0, 1, 2)
 

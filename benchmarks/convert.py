@@ -18,8 +18,8 @@ import torch
 
 import ckpt.layouts as layouts
 from harness import record
-from ckpt.unets import convert, save_unet
-from ckpt.examine import verify
+from ckpt import convert, save_unet
+from ckpt.convert import verify
 from harness.files import stream_tensors
 from model import PRESETS, UNet
 

@@ -33,7 +33,7 @@ import train
 from harness import record
 from benchmarks.race import alternate
 from harness.run import checkpoints
-from ckpt.unets import open_unet
+from ckpt import open_unet
 from harness.ranks import pick_device
 from harness.pictures import save_grid
 from harness.ranks import Ranks

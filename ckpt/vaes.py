@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.layouts import parts
-from ckpt.unets import some
+from harness.files import listed as some
 from harness.cli import UserError, closest
 from harness.files import Container
 

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt.unets import fingerprint, load_strict, read_tensors
+from ckpt import fingerprint, load_strict, read_tensors
 from distillation.teacher import tap_channels
 from harness.cli import UserError
 from harness.files import write_tensors

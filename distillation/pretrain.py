@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data.dataset as data
-from ckpt.unets import read_tensors
+from ckpt import read_tensors
 from data.dataset import latents_of
 from data.dataset import Dataset, Stream, open_dataset
 from diffusion.schedules import T, norm

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ckpt.containers import open_weights
 from ckpt.layouts import target_of
-from ckpt.unets import find_checkpoint, load_unet, open_unet, with_table
+from ckpt import find_checkpoint, load_unet, open_unet
+from ckpt.convert import with_table
 from data.cache import is_cache, self_check
 from data.dataset import Dataset, rng
 from diffusion.schedules import TABLES, T, norm, table_time

@@ -28,7 +28,7 @@ import distill
 import drawing
 from distillation.assessor import load_assessor
 from harness.run import checkpoints
-from ckpt.unets import find_checkpoint, load_unet, open_unet
+from ckpt import find_checkpoint, load_unet, open_unet
 from harness.cli import UserError, parse
 from harness.ranks import pick_device
 from harness.run import versions

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import data.toyfaces as toyfaces
-from ckpt.unets import find_checkpoint, load_unet
+from ckpt import find_checkpoint, load_unet
 from data.dataset import open_dataset
 from data.images import to_float
 from harness import record

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ckpt.unets import check_shapes, fingerprint
+from harness.files import check_shapes
+from ckpt import fingerprint
 from harness.cli import UserError, cli, parse
 from harness.files import fsync, make_dir, temporary_name
 from ckpt.containers import open_weights

@@ -26,7 +26,7 @@ from distillation.assessor import (MIN_VOLUME, ROLES, ROSE_T, Assessor, Assessor
                       rose_loss, rose_scores, same_bin_gap, simplex)
 from distillation.pretrain import examine, fit
 from harness.run import checkpoints
-from ckpt.unets import convert, fingerprint, load_unet, read_tensors, save_unet
+from ckpt import convert, fingerprint, load_unet, read_tensors, save_unet
 from harness.cli import UserError
 from data.dataset import Stream, batches
 from distill import fuse, kd_cosine, v_target

@@ -16,7 +16,7 @@ from PIL import Image
 import drawing
 import eval_fid
 import train
-from ckpt.unets import find_checkpoint, load_unet, save_unet
+from ckpt import find_checkpoint, load_unet, save_unet
 from harness.cli import UserError
 from conftest import ROOT, randomize
 from eval_fid import compare, default_ref

@@ -12,7 +12,7 @@ import torch
 import data.dataset as data
 import train
 from harness.run import checkpoints
-from ckpt.unets import load_unet
+from ckpt import load_unet
 from objectives import EDGE, PRESETS, Objective, loss_weight, make_objective
 from diffusion.schedules import T, TABLES, alphas_bar, norm, table_row, table_time
 from diffusion.variance import posterior

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import ckpt.unets as ckpt
+import ckpt.__main__ as ckpt
 import drawing
 import data.encode as encode
 import train

@@ -11,7 +11,7 @@ from scipy import integrate
 
 import drawing
 import samplers
-from ckpt.unets import load_unet, save_unet
+from ckpt import load_unet, save_unet
 from harness.cli import UserError
 from conftest import randomize
 from drawing import pick_labels

@@ -19,7 +19,7 @@ import harness.run as run_module
 import drawing
 import train
 from harness.run import checkpoints
-from ckpt.unets import convert, fingerprint, load_unet, save_unet
+from ckpt import convert, fingerprint, load_unet, save_unet
 from harness.cli import UserError
 from data.dataset import Stream
 from harness.ema import EMA

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import drawing
 import train
 import vae as vae_py
-from ckpt.unets import read_tensors, save_unet
+from ckpt import read_tensors, save_unet
 from harness.cli import UserError
 from conftest import randomize
 from ckpt.containers import open_weights

@@ -18,7 +18,7 @@ from PIL import Image
 import data.cache as cache_py
 import data.encode as encode
 import train
-from ckpt.unets import read_tensors
+from ckpt import read_tensors
 from harness.cli import UserError
 from conftest import ROOT
 from data.dataset import latents_of, open_dataset

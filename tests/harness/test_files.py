@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ckpt.containers as containers
 import harness.files as files
-from ckpt.unets import fingerprint, load_unet, save_unet
+from ckpt import fingerprint, load_unet, save_unet
 from harness.cli import UserError
 from conftest import randomize
-from ckpt.examine import inspect
+from ckpt.convert import inspect
 from harness.files import META, read_meta, stream_tensors, write_tensors
 from ckpt.containers import open_weights
 from ckpt.hub import origin, resolve
@@ -321,7 +322,7 @@ def test_containers_may_be_deep_or_hold_themselves():
     loop.append(loop)
     for _ in range(50_000):
         deep = [deep]
-    assert files.tensors_in([loop, deep]) == 2
+    assert containers.tensors_in([loop, deep]) == 2
 
 
 @pytest.mark.parametrize("text", ["[]", '"x"', "3", "null", "[" * 100_000])
@@ -343,7 +344,7 @@ def test_a_damaged_name_of_our_metadata_does_not_end_its_protection(tmp_path, ke
 
 def test_a_cast_keeps_what_was_never_finite_and_refuses_what_would_not_be(tmp_path):
     write_tensors(tmp_path / "x", {"a": torch.tensor([1.0, float("nan"), float("-inf")]), "b": torch.tensor([float("nan"), 7e4])}, {})
-    box = files.rounded(open_weights(tmp_path / "x"), "fp16")
+    box = containers.rounded(open_weights(tmp_path / "x"), "fp16")
     assert torch.equal(box["a"].nan_to_num(9.0, neginf=5.0), torch.tensor([1.0, 9.0, 5.0], dtype=torch.float16))
     with pytest.raises(UserError, match=r"b does not fit fp16: its values go from 7e\+04 to 7e\+04"):
         box["b"]
@@ -360,7 +361,7 @@ def test_folders_of_diffusers_variants_and_torch_shards_are_found(tmp_path):
             path.write_text(json.dumps({"weight_map": {"x": "a"}}))
         else:
             save_file(T, path)
-        assert files.weights_in(tmp_path / str(n)) == path and equal(dict(open_weights(path)), T)
+        assert containers.weights_in(tmp_path / str(n)) == path and equal(dict(open_weights(path)), T)
 
 
 @pytest.mark.parametrize("kind, n", [("ours", 1000), ("zip", 250), ("legacy", 100)])

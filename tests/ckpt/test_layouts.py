@@ -10,8 +10,12 @@ import torch
 
 from conftest import randomize
 from harness.cli import UserError
-from ckpt.layouts import (DEFAULTS, LAYOUTS, detect, diffusers_config, foreign_names, foreign_shapes, from_diffusers_config, guided_diffusion,
-                     native_shapes, parts, reorder_attention, strip_prefix, target_of, to_foreign, to_native, unet_map)
+from ckpt import UNetModel
+from ckpt.diffusers import DEFAULTS, diffusers_config, from_diffusers_config
+from ckpt.layouts import (
+    LAYOUTS, detect, foreign_names, foreign_shapes, native_shapes, parts, reorder_attention,
+    strip_prefix, target_of, to_foreign, to_native, unet_map,
+)
 from model import PRESETS, UNet, UNetConfig, infer_config, num_params, timestep_embedding
 
 # 64 channels: with 32 a group of GroupNorm is one channel, and an embedding added before it is without effect.
@@ -218,14 +222,13 @@ TOY_CALL = dict(in_channels=32, model_channels=256, out_channels=32, num_res_blo
 
 def test_toy_diffusions_call_builds_its_281m_unet():
     with torch.device("meta"):
-        net = guided_diffusion(**TOY_CALL)
+        net = UNetModel(**TOY_CALL)
     assert net.cfg == PRESETS["toy-281m"]
     assert (num_params(net.cfg), len(net.state_dict())) == (280_674_336, 354)
 
 
 def test_shim_loads_a_guided_diffusion_state_dict_from_torch_load(tmp_path):
     """The published usage, at 1/8 width; the names written out from guided-diffusion's constructor, not taken from ours."""
-    from ckpt.layouts import guided_diffusion as UNetModel
     call = TOY_CALL | {"model_channels": 32}
     n, mult, names = 2, call["channel_mult"], ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
     res = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]
@@ -266,7 +269,7 @@ def test_shim_loads_a_guided_diffusion_state_dict_from_torch_load(tmp_path):
 ])
 def test_published_calls_are_the_presets(name, call):
     with torch.device("meta"):
-        net = guided_diffusion(in_channels=3, out_channels=6, num_classes=1000, resblock_updown=True, use_scale_shift_norm=True, **call)
+        net = UNetModel(in_channels=3, out_channels=6, num_classes=1000, resblock_updown=True, use_scale_shift_norm=True, **call)
     assert net.cfg == PRESETS[name] and not net.checkpointing
 
 
@@ -274,24 +277,24 @@ def test_published_calls_are_the_presets(name, call):
                                            ({"attention_resolution": 8}, TypeError)])
 def test_call_that_we_cannot_honour_is_refused(change, error):
     with torch.device("meta"), pytest.raises(error):
-        guided_diffusion(**(TOY_CALL | change))
+        UNetModel(**(TOY_CALL | change))
 
 
 def test_positional_call_has_guided_diffusions_order():
     with torch.device("meta"):
-        net = guided_diffusion(64, 3, 32, 6, 1, (2,), 0.1, (1, 2, 2), False, 2, 10, True, False, 4)
+        net = UNetModel(64, 3, 32, 6, 1, (2,), 0.1, (1, 2, 2), False, 2, 10, True, False, 4)
     assert net.cfg == UNetConfig(3, 6, 32, (1, 2, 2), 1, (0, 1, 0), num_heads=4, use_scale_shift_norm=False, resblock_updown=False,
                                  conv_resample=False, num_classes=10, dropout=0.1) and net.checkpointing
     with pytest.raises(TypeError, match="missing out_channels, attention_resolutions"):
-        guided_diffusion(64, 3, 32, num_res_blocks=1)
+        UNetModel(64, 3, 32, num_res_blocks=1)
     for name in ("channel_mult", "attention_resolutions"):
         with pytest.raises(UserError, match=f"{name}='1,2,3,4': wanted numbers"):
-            guided_diffusion(**(TOY_CALL | {name: "1,2,3,4"}))
+            UNetModel(**(TOY_CALL | {name: "1,2,3,4"}))
 
 
 def test_use_checkpoint_means_checkpointing():
     with torch.device("meta"):
-        assert guided_diffusion(**TOY_CALL, use_checkpoint=True, dims=2, use_fp16=False, image_size=32).checkpointing
+        assert UNetModel(**TOY_CALL, use_checkpoint=True, dims=2, use_fp16=False, image_size=32).checkpointing
 
 
 def test_an_odd_objective_is_none():
