@@ -1,246 +1,543 @@
-"""Write the numbers in README.md:  python benchmarks/readme.py [--check]
+"""Write the numbers that README.md and docs/*.md show:  python benchmarks/readme.py [--check]
 
-Every block between <!-- name --> and <!-- end --> that is named below is replaced by what the tree and
-benchmarks/results/*.json say. --check only says whether it is up to date (exit code 1 if not).
+Every block between <!-- name --> and <!-- end --> that is named below is replaced by what the tree
+and benchmarks/results/*.json say. docs/results.md holds all tables of results, README.md the short
+one, `results`; `map`, the list of files, may stand in any page of docs. --check only says whether
+the pages are up to date (exit code 1 if not).
 """
 
+import ast
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MAP = {
-    "model.py": "the U-Nets: config, presets, forward; the config that a file's names and shapes tell",
-    "blocks.py": "what they are made of: ADM's blocks, Stable Diffusion's transformer, under their authors' names",
-    "objectives.py": "one interpolant; DDPM, v, x0, flow matching; weights, losses, learned variance; conversion to one velocity",
-    "schedules.py": "noise schedules as maps to one clock; how training times are drawn",
-    "coupling.py": "which noise, or other start, belongs to which data: minibatch OT, low resolution",
-    "solvers.py": "time grids and fourteen methods, a small function each: Runge–Kutta, multistep, stochastic, adaptive",
-    "samplers.py": "sampling, guidance, image to image, inpainting, inversion",
-    "pictures.py": "pictures in and out: PNG, grids, npz, masks",
-    "drawing.py": "the sampling command: its flags, what they may be together, the pictures it makes",
-    "train.py": "the training loop, and all of its settings on one screen",
-    "settings.py": "its flags: what depends on others filled in, what cannot run refused",
-    "start.py": "what a run starts from: another network's weights, an autoencoder",
-    "ema.py": "power-function averages of the weights",
-    "run.py": "a run: its ranks, its folder, its log, its signals",
-    "watch.py": "held-out loss by t, sample previews",
-    "data.py": "stages cut out by tag, and an order that is a function of (seed, images seen)",
-    "sources.py": "where images come from: folders, parquet, the Hub, the embedded sets",
-    "images.py": "one image file to pixels, whatever is in it",
-    "tags.py": "tags, expressions over them, captions",
-    "latents.py": "the latent cache: what is in it, reading and verifying it",
-    "encode.py": "… and writing it: on any number of ranks, through any kill, the same bytes",
-    "toyfaces.py": "the embedded data set: tagged faces, drawn",
-    "robo.py": "real tagged art, put together from the pictures of robohash",
-    "vae.py": "autoencoders of SD, SDXL, Flux 1 and Flux 2, in every layout",
-    "distill.py": "a teacher's targets in train.py's loop, blocks weighed by an assessor, progressive halving",
-    "distill_flags.py": "its flags: filled in from the teacher, refused where they cannot run or change nothing",
-    "teacher.py": "a frozen network to ask, on its own schedule",
-    "assessor.py": "what reads timesteps and patterns out of blocks, and its pretraining",
-    "timesteps.py": "timesteps drawn by the assessor's profile",
-    "ablate.py": "arms, seeds, a rule fixed beforehand, a report",
-    "autoencoder.py": "their convolutional encoder and decoder",
-    "linear.py": "the linear autoencoder that needs no download, and pixels",
-    "ckpt.py": "U-Nets on disk, ours and others': load, save, convert; strict and self-describing",
-    "examine.py": "what a file is and lacks; whether two hold the same network",
-    "probe.py": "what a network computes, in eight numbers, kept with its weights",
-    "files.py": "tensors on disk: any container by its content, streamed and atomic writing",
-    "hub.py": "hf:org/name, fetched once, with its commit and sha256",
-    "layouts.py": "what other code bases call our tensors and configs: exact maps in both directions",
-    "eval_fid.py": "FID, KID, precision and recall, memorisation of a checkpoint or of folders; metric cards and their table",
-    "metrics.py": "distances between sets of features, and the statistics they are made of",
-    "features.py": "sets of images and their features, computed once, kept on disk",
-    "inception.py": "the Inception network that FID means, its weights and its ways to resize",
-    "config.py": "dataclass → command line; one-line errors; device and precision",
-    "kernels/attention.py": "attention, forward and backward",
-    "kernels/groupnorm.py": "GroupNorm + FiLM + SiLU, forward and backward, channels_last",
-    "kernels/adamw8bit.py": "AdamW with 8-bit moments in bitsandbytes' format: one launch on a GPU, the same codes on a CPU",
-    "kernels/dispatch.py": "which path an op takes, said once: KERNELS=auto, triton or torch",
-    "kernels/bench.py": "kernels against their peers and against the floor, where you are",
+RESULTS = ROOT / "benchmarks" / "results"
+FOLDERS = (
+    "kernels", "diffusion", "harness", "ckpt", "data", "metrics", "distillation", "experiments",
+    "benchmarks",
+)  # fmt: skip
+ARMS = {
+    "A": "no block losses",
+    "B": "λ = w",
+    "C": "λ = D's mean",
+    "D": "λ by the assessor",
+    "E": "by an untrained one (placebo)",
+    "S": "by other blocks' (placebo)",
 }
 
 
-ABLATION = {"A": "no block losses", "B": "λ = w", "C": "λ = D's mean", "D": "λ by the assessor", "E": "by an untrained one (placebo)", "S": "by other blocks' (placebo)"}
+# ---- parts of a page -----------------------------------------------------------------------------
 
 
-def results(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def origin(r: dict) -> str:
-    """Where a result comes from, as a line of small print."""
-    commit = (r["commit"] or "no commit")[:9] + (" + uncommitted changes" if r["dirty"] else "")
-    where = r["machine"]["gpu"] or f"{r['machine']['cpu']}, {r['machine']['threads']} threads"
-    return f"<sub>`{r['command']}`; {where}; torch {r['versions']['torch']}; commit {commit}</sub>"
+def is_measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
 
 
-def block_map() -> str:
-    lines = ["| file | lines | concept |", "|---|---:|---|"]
-    for name, what in MAP.items():
-        lines.append(f"| [{name}]({name}) | {len((ROOT / name).read_text().splitlines())} | {what} |")
-    return "\n".join(lines)
+def commit(r: dict[str, Any]) -> str:
+    return (r["commit"] or "no commit")[:9]
 
 
-def block_speed() -> str:
+def machine(r: dict[str, Any]) -> str:
+    m = r["machine"]
+    return m["gpu"] or f"{m['cpu']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}"
+
+
+def origin(r: dict[str, Any], how: str) -> str:
+    """Where a result comes from, as a line of small print; how: its seeds and its spread."""
+    dirty = " + uncommitted changes" if r["dirty"] else ""
+    where = f"{machine(r)}; torch {r['versions']['torch']}; commit {commit(r)}{dirty}"
+    return f"<sub>`{r['command']}`; {where}; {how}</sub>"
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are text, the others numbers."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    return "\n".join([row_of(head), rule, *map(row_of, rows)])
+
+
+def row_of(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def mean(values: list[float], form: str) -> str:
+    """Their mean ± its standard error."""
+    return f"{statistics.mean(values):{form}} ± {standard_error(values):.2g}"
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+# Each block is a function of `up`, the way from its page to the root: "" or "../".
+
+
+def block_map(up: str) -> str:
+    """Every file, its lines, and the first sentence of its docstring."""
+    rows = []
+    for folder in ("", *FOLDERS):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            text = path.read_text()
+            sentence = first_sentence(ast.get_docstring(ast.parse(text)) or "")
+            if path.name != "__init__.py":
+                rows.append([f"[{name}]({up}{name})", str(len(text.splitlines())), sentence])
+    head = row_of(["file", "lines", "concept"])
+    return "\n".join([head, "|---|---:|---|", *map(row_of, rows)])
+
+
+def first_sentence(doc: str) -> str:
+    """Without the command that may stand behind it."""
+    text = doc.split("\n\n")[0].replace("\n", " ")
+    text = re.split(r"\s{2,}|(?<=[.?!])\s(?=[A-Z])", text)[0].replace("|", "\\|")
+    return text.rstrip(":.")
+
+
+def block_speed(up: str) -> str:
     r = results("train_cpu")
-    lines = ["| one training step on a CPU | images/s | against diffusers `UNet2DModel` | … in channels_last |", "|---|---:|---:|---:|"]
-    for name, row in r["results"].items():
-        if name != "loading":
-            lines.append(f"| {name} | {row['images/s']:.0f} | {row['ratio to diffusers']:.2f}× | {row['ratio to diffusers channels_last']:.2f}× |")
-    lines += ["", f"Same weights, inputs and optimizer; medians of {r['rounds']} alternating rounds. A step with real data takes "
-              f"{r['results']['loading']['ratio']:.3f}× the time of one with a constant batch.", "", origin(r)]
-    return "\n".join(lines)
+    rows = [
+        [name, f"{row['images/s']:.0f}", f"{row['ratio to diffusers']:.2f}×",
+         f"{row['ratio to diffusers channels_last']:.2f}×"]
+        for name, row in r["results"].items() if name != "loading"
+    ]  # fmt: skip
+    head = ["one training step on a CPU", "images/s", "against diffusers `UNet2DModel`",
+            "… in channels_last"]  # fmt: skip
+    ratio = r["results"]["loading"]["ratio"]
+    return paragraphs(
+        table(head, rows),
+        "Both sides have the same weights, inputs and optimizer. A step with real data takes "
+        f"{ratio:.3f}× the time of one with a constant batch.",
+        origin(r, f"seed 0; medians of {r['rounds']} alternating rounds, spread not recorded"),
+    )
 
 
-def block_stages() -> str:
+def block_stages(up: str) -> str:
     r = results("stages")
-    lines = ["| samples that show | " + " | ".join(f"`{c}`" + (" (excluded)" if c in r["excluded"] else "")
-                                                   for c in r["share of samples"]["fine"]) + " |", "|---|" + "---:|" * 4]
-    for stage, shares in r["share of samples"].items():
-        lines.append(f"| after `{stage}` | " + " | ".join(f"{v:.1%}" for v in shares.values()) + " |")
-    lines += ["", f"{r['samples a run']} samples a run, one seed; attributes read back by search for the nearest drawing, which reads "
-              f"{r['reader accuracy on real faces']:.1%} of real faces right.", "", origin(r)]
-    return "\n".join(lines)
+    n, columns = r["samples a run"], list(r["share of samples"]["fine"])
+    names = [f"`{c}` (excluded)" if c in r["excluded"] else f"`{c}`" for c in columns]
+    rows = [
+        [f"after `{stage}`", *(share(value, n) for value in shares.values())]
+        for stage, shares in r["share of samples"].items()
+    ]
+    right = r["reader accuracy on real faces"]
+    return paragraphs(
+        table(["samples that show", *names], rows),
+        f"{n} samples a run. Attributes are read back by a search for the nearest drawing, which "
+        f"reads {right:.1%} of real faces right.",
+        origin(r, f"one seed; ± standard errors of a share of {n}"),
+    )
 
 
-def block_convert() -> str:
-    """Only once it has been measured."""
-    if not (ROOT / "benchmarks" / "results" / "convert.json").exists():
-        return ""
+def share(p: float, n: int) -> str:
+    return f"{p:.1%} ± {(p * (1 - p) / n) ** 0.5:.1%}"
+
+
+def block_convert(up: str) -> str:
     r = results("convert")
-    return (f"Files are converted tensor by tensor: {r['preset']} in fp16 ({r['bytes'] / 1e9:.1f} GB) to diffusers' layout takes {r['convert']['seconds']:.0f} s, "
-            f"reading back included, and {r['convert']['extra / largest tensor']:.2f} times the memory of its largest tensor.\n\n" + origin(r))
+    c = r["convert"]
+    return paragraphs(
+        f"Files are converted tensor by tensor: {r['preset']} in fp16 ({r['bytes'] / 1e9:.1f} GB) "
+        f"to diffusers' layout takes {c['seconds']:.0f} s, reading back included, and "
+        f"{c['extra / largest tensor']:.2f} times the memory of its largest tensor.",
+        origin(r, "random weights; measured once"),
+    )
 
 
-def block_latents() -> str:
+def block_latents(up: str) -> str:
     r, v, k = results("latents"), results("vae"), results("robohash")
-    ratios = [[f"{row[f'{part}, ratio to {peer}']:.2f}×" for part in ("encode", "decode") for peer in ("diffusers", "diffusers channels_last")]
-              for row in v["results"].values()]
-    rows = [f"| {name} | {' | '.join(row)} |" for name, row in zip(v["results"], ratios)]
+    peers = ("diffusers", "diffusers channels_last")
+    rows = [
+        [name, *(f"{row[f'{way}, ratio to {peer}']:.2f}×"
+                 for way in ("encode", "decode") for peer in peers)]
+        for name, row in v["results"].items()
+    ]  # fmt: skip
+    head = ["autoencoder on a CPU, random weights", "encode, against diffusers",
+            "… in channels_last", "decode", "… in channels_last"]  # fmt: skip
     kitten = k["results"]["compositor"]["64 px"]
-    return "\n".join(["| autoencoder on a CPU, random weights | encode, against diffusers | … in channels_last | decode | … in channels_last |",
-                      "|---|---:|---:|---:|---:|", *rows, "",
-                      f"A latent cache is read at {r['ratio']:.2f} times the speed of a numpy memmap. A kitten of 64 px takes {kitten['ms/image']:.2f} ms, with "
-                      f"robohash's own code {kitten['assemble() ms/image']:.0f}.", "", origin(v), "", origin(r), "", origin(k)])
+    return paragraphs(
+        table(head, rows),
+        f"A latent cache is read at {r['ratio']:.2f} times the speed of a numpy memmap. A kitten "
+        f"of 64 px takes {kitten['ms/image']:.2f} ms, with robohash's own code "
+        f"{kitten['assemble() ms/image']:.0f}.",
+        origin(v, f"seed 0; medians of {v['rounds']} rounds, spread not recorded"),
+        origin(r, f"seed 0; medians of {r.get('rounds', 9)} rounds, spread not recorded"),
+        origin(k, f"kittens from 0 on; medians of {k['rounds']} rounds, spread not recorded"),
+    )
 
 
-def block_solvers() -> str:
-    r, s, calls = results("solvers"), results("samplers"), "24"
-    rows = {name: next(row for row in rows if str(row["calls"]) == calls) for name, rows in r["results"].items()}
-    lines = [f"| {calls} network calls on the network of the first picture | FD-pca of {r['n']} samples | distance to 1,000 Heun steps |", "|---|---:|---:|"]
-    lines += [f"| {name} | {row['FD-pca']:.0f} | {format(row['distance'], '.4f') if 'distance' in row else '(stochastic)'} |" for name, row in rows.items()]
-    saved = ", ".join(f"{row['calls saved']:.0%} at rtol {row['rtol']:g}" for row in r["dopri5"])
-    loops = {name: row for name, row in s["results"].items()}
-    cost = ", ".join(f"{name} {1 / row['ratio to bare'] - 1:+.1%}" for name, row in loops.items())
-    peers = ", ".join(f"{name.removeprefix('25 ').removesuffix(' steps')} {row['ratio to diffusers']:.2f}×" for name, row in loops.items() if "ratio to diffusers" in row)
-    return "\n".join([*lines, "", "[More numbers of calls, and dopri5](benchmarks/results/solvers.md). A step size for every sample, which makes a sample independent of "
-                      f"its batch, saves few calls here ({saved}): in latents of 2,048 numbers all samples are about equally hard. In few dimensions it saves "
-                      f"about a quarter (tests/test_solvers.py).", "", f"The loop's own cost beside its network calls: {cost}. Against diffusers' scheduler loops "
-                      f"with the same network: {peers}.", "", origin(r), "", origin(s)])
+def block_solvers(up: str) -> str:
+    r, s, calls = results("solvers"), results("samplers"), 24
+    rows = []
+    for name, counts in r["results"].items():
+        row = next(row for row in counts if row["calls"] == calls)
+        distance = f"{row['distance']:.4f}" if "distance" in row else "(stochastic)"
+        rows.append([name, f"{row['FD-pca']:.0f}", distance])
+    head = [f"{calls} network calls on the network of the first picture",
+            f"FD-pca of {r['n']} samples", "distance to 1,000 Heun steps"]  # fmt: skip
+    saved = [f"{row['calls saved']:.0%} at rtol {row['rtol']:g}" for row in r["dopri5"]]
+    cost = [f"{name} {loop_cost(row)}" for name, row in s["results"].items()]
+    peers = [
+        f"{name.removeprefix('25 ').removesuffix(' steps')} {row['ratio to diffusers']:.2f}×"
+        for name, row in s["results"].items()
+        if "ratio to diffusers" in row
+    ]
+    spread = max(
+        row["times"]["ours"]["interquartile range"] / row["times"]["ours"]["seconds"]
+        for row in s["results"].values()
+    )
+    return paragraphs(
+        table(head, rows),
+        f"[More numbers of calls, and dopri5]({up}benchmarks/results/solvers.md). A step size for "
+        "every sample makes a sample independent of its batch. It saves few calls here "
+        f"({', '.join(saved)}): in latents of 2,048 numbers all samples are about equally hard. "
+        "In few dimensions it saves about a quarter (tests/diffusion/test_solvers.py).",
+        f"The loop's own cost beside its network calls: {', '.join(cost)}. Against diffusers' "
+        f"scheduler loops with the same network: {', '.join(peers)}.",
+        origin(r, f"seeds 0 to {r['n'] - 1}, one set of samples, so no spread"),
+        origin(s, f"inputs of seed 0; medians of {s['repeats']} rounds, interquartile range up to "
+                  f"{spread:.1%}"),
+    )  # fmt: skip
 
 
-def block_protocol() -> str:
+def loop_cost(row: dict[str, Any]) -> str:
+    return f"{1 / row['ratio to bare'] - 1:+.1%}"
+
+
+def block_protocol(up: str) -> str:
     """The runs on kittens against parts of their data."""
     r, columns = results("protocol-robohash-pca"), ("all", "excluded tags", "rest")
     name = f"FD-pca{r['n']}"
+    runs = {run: row for run, row in r["results"].items() if name in row["metrics"]["all"]}
 
-    def cell(run: dict, part: str) -> str:
-        m = run["metrics"].get(part, {}).get(name)
-        return "" if m is None else ("**" * (part == run["trained on"])).join(("", f"{m['value']:.0f} ± {m['error']:.0f}", ""))
-    lines = [f"| {name} of the kittens above (bold: what a run was trained on) | {' | '.join(columns)} | nearer to training than held-out images lie |",
-             "|---|---:|---:|---:|---|"]
-    for run, row in r["results"].items():
-        if name in row["metrics"]["all"]:
-            memory = row["metrics"].get(row["trained on"], {}).get("memorisation")
-            note = "too few held out" if memory is None else "FLAGGED" if memory["flagged"] else "no"
-            lines.append(f"| {run} | {' | '.join(cell(row, part) for part in columns)} | {note} |")
-    floors = [next(iter(r["results"].values()))["metrics"][part][name]["floor"] for part in columns]
-    return "\n".join([*lines, f"| floor: real against real | {' | '.join(f'{v:.0f}' for v in floors)} | |", "", origin(r)])
+    def cell(row: dict[str, Any], part: str) -> str:
+        metric = row["metrics"].get(part, {}).get(name)
+        if metric is None:
+            return ""
+        text = f"{metric['value']:.0f} ± {metric['error']:.0f}"
+        return f"**{text}**" if part == row["trained on"] else text
+
+    def memory(row: dict[str, Any]) -> str:
+        found = row["metrics"].get(row["trained on"], {}).get("memorisation")
+        if found is None:
+            return "too few held out"
+        return "FLAGGED" if found["flagged"] else "no"
+
+    rows = [[run, *(cell(row, c) for c in columns), memory(row)] for run, row in runs.items()]
+    any_run = next(iter(r["results"].values()))
+    floors = [f"{any_run['metrics'][part][name]['floor']:.0f}" for part in columns]
+    rows.append(["floor: real against real", *floors, ""])
+    head = [f"{name} of the kittens above (bold: what a run was trained on)", *columns,
+            "nearer to training than held-out images lie"]  # fmt: skip
+    rule = "|---|---:|---:|---:|---|"
+    return paragraphs(
+        "\n".join([row_of(head), rule, *map(row_of, rows)]),
+        origin(r, f"one seed a run; {r['n']} samples, ± standard errors"),
+    )
 
 
-def block_fid() -> str:
-    parity, speed = results("fid-parity"), results("fid-speed")
-    modes = ", ".join(f"{mode} {row['difference']:.0e}" for mode, row in parity["parity"].items())
+def block_fid(up: str) -> str:
+    parity, speed = results("fid-parity"), results("fid-speed")["speed"]
+    n = parity["n"]
+    modes = [f"{mode} {row['difference']:.0e}" for mode, row in parity["parity"].items()]
     apart = max(row["largest difference of features"] for row in parity["parity"].values())
-    s = speed["speed"]
-    features = " and ".join(f"{v:.2f}× {peer}" for peer, v in s["times faster"].items())
-    frechet = ", ".join(f"{s[key]['times faster']:.0f}× scipy's sqrtm at {key.split(', ')[-1]}" for key in s if key.startswith("Fr"))
-    return (f"On {parity['n']} kittens, features differ from the peers' (pytorch-fid, clean-fid, torch-fidelity) by at most {apart:g}, FIDs by {modes}. Features "
-            f"run at {features} on a CPU; the Fréchet distance is {frechet}.\n\n" + origin(parity) + "\n\n" + origin(speed))
+    features = [f"{value:.2f}× {peer}" for peer, value in speed["times faster"].items()]
+    frechet = [
+        f"{row['times faster']:.0f}× scipy's sqrtm at {case.split(', ')[-1]}"
+        for case, row in speed.items()
+        if case.startswith("Fr")
+    ]
+    return paragraphs(
+        f"On {n} kittens, features differ from the peers' (pytorch-fid, clean-fid, "
+        f"torch-fidelity) by at most {apart:g}, FIDs by {', '.join(modes)}. Features run at "
+        f"{' and '.join(features)} on a CPU; the Fréchet distance is {', '.join(frechet)}.",
+        origin(parity, f"kittens 0 to {n - 1}; a comparison without randomness"),
+        origin(results("fid-speed"), "seed 0; medians of a few rounds, spread not recorded"),
+    )
 
 
-def block_distill() -> str:
+def block_adamw8bit(up: str) -> str:
+    r = results("adamw8bit")
+    sides = {"fp32 moments": "adamw", "8-bit moments": "adamw8bit"}
+    rows = []
+    for label, optim in sides.items():
+        runs = [run for name, run in r["runs"].items() if name.split()[0] == optim]
+        losses = [f"{run['held-out loss']:.4f}" for run in runs]
+        rows.append([label, *losses, f"{runs[0]['state bytes a parameter']:.2f}"])
+    seeds = seeds_of(r)
+    head = [f"held-out loss after {r['steps']} steps", *(f"seed {s}" for s in seeds),
+            "bytes of state a parameter"]  # fmt: skip
+    return paragraphs(
+        table(head, rows),
+        f"The loss with 8-bit moments is {mean(r['ratios'], '.4f')} times that with fp32 moments.",
+        origin(r, f"seeds {', '.join(seeds)}; ± standard error over seeds"),
+    )
+
+
+def seeds_of(r: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name.split()[-1] for name in r["runs"]))
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+def block_distill(up: str) -> str:
     """The ablation's two tables, what an assessor costs, and progressive halving."""
-    mean = lambda values, form: f"{statistics.mean(values):{form}} ± {statistics.stdev(values) / len(values) ** 0.5:.2g}"
-    lines, small = [], []
-    for part, students in (("ablation", "start as the teacher"), ("scratch", "start from nothing")):
-        r = results(f"distill/cpu/{part}")
-        by = {(c["arm"], c["seed"]): c for c in r["cards"]}
-        arms, seeds = dict.fromkeys(c["arm"] for c in r["cards"]), dict.fromkeys(c["seed"] for c in r["cards"])
-        own, b = lambda arm: [by[arm, seed] for seed in seeds], [by["B", seed] for seed in seeds]
-        lines += [f"| students that {students}, {r['cards'][0]['images']:,} images, {len(seeds)} seeds | held-out loss | FD | FD - B's, paired | λ clipped |", "|---|---:|---:|---:|---:|"]
-        for arm in sorted(arms):
-            apart = "" if arm == "B" else mean([c["fd"] - d["fd"] for c, d in zip(own(arm), b)], "+.2f")
-            clipped = [v for c in own(arm) for block in c["blocks"].values() for v in block["clipped"]]
-            lines.append(f"| {arm}: {ABLATION[arm]} | {mean([c['held_out'][-1]['loss'] for c in own(arm)], '.4f')} | {mean([c['fd'] for c in own(arm)], '.2f')} | "
-                         f"{apart} | {f'{statistics.mean(clipped):.0%}' if clipped and arm in 'DES' else ''} |")
-        hold = r["references"]
-        lines += [f"| the teacher; training images against others | | {hold['teacher']:.2f}; {hold['floor']:.2f} | | |", "",
-                  f"**The hypothesis is {r['verdict']}.** {' '.join(w[0].upper() + w[1:] for w in r['reasons'] if w.startswith(('FD of D - B', 'FD of D - C', 'the tr')))} "
-                  f"[Report](benchmarks/results/distill/cpu/{part}.txt), [curves](benchmarks/results/distill/cpu/{part}.png).", ""]
-        small += [origin(r), ""]
-    cost, halved = results("distill/cpu/cost"), results("distill/cpu/progressive")
-    lines += [f"± are standard errors over seeds; FD is of {r['references']['fd_images']:,} samples (10 Heun steps) in latents averaged to 4×4. The assessor named the timestep "
-              f"of held-out images with accuracy {r['assessor']['mean']:.2f}, chance {r['assessor']['chance']:.2f}. Assessing takes {cost['shares']['assessing, of D']:.1%} of a "
-              f"step of {cost['model']}, batch {cost['batch']}; a step of D takes {1 + cost['shares']['D over B']:.3f} times one of B, one of B "
-              f"{1 + cost['shares']['B over A']:.3f} times one of A.", "",
-              "| progressive halving: FD by Euler steps | " + " | ".join(halved["results"]) + " |", "|---|" + "---:|" * len(halved["results"])]
+    ablation, cost = results("distill/cpu/ablation"), results("distill/cpu/cost")
+    scratch = results("distill/cpu/scratch")
+    shares, named = cost["shares"], scratch["assessor"]
+    return paragraphs(
+        arms(ablation, "start as the teacher"),
+        verdict(ablation, "ablation", up),
+        arms(scratch, "start from nothing"),
+        verdict(scratch, "scratch", up),
+        "± are standard errors over seeds; FD is of "
+        f"{scratch['references']['fd_images']:,} samples (10 Heun steps) in latents averaged to "
+        f"4×4. The assessor named the timestep of held-out images with accuracy "
+        f"{named['mean']:.2f}, chance {named['chance']:.2f}. Assessing takes "
+        f"{shares['assessing, of D']:.1%} of a step of {cost['model']}, batch {cost['batch']}; a "
+        f"step of D takes {1 + shares['D over B']:.3f} times one of B, one of B "
+        f"{1 + shares['B over A']:.3f} times one of A.",
+        halving(),
+        origin(ablation, seeds_of_cards(ablation)),
+        origin(scratch, seeds_of_cards(scratch)),
+        origin(cost, f"seed 0; medians of {cost['rounds']} rounds, spread not recorded"),
+        origin(results("distill/cpu/progressive"), "one run; three sets of seeds for its samples"),
+    )
+
+
+def seeds_of_cards(r: dict[str, Any]) -> str:
+    seeds = dict.fromkeys(str(card["seed"]) for card in r["cards"])
+    return f"seeds {', '.join(seeds)}; ± standard errors over seeds"
+
+
+def arms(r: dict[str, Any], start: str) -> str:
+    """A row an arm: its loss, its FD, what lies between that and B's."""
+    cards = {(card["arm"], card["seed"]): card for card in r["cards"]}
+    seeds = list(dict.fromkeys(card["seed"] for card in r["cards"]))
+    rows = []
+    for arm in sorted(dict.fromkeys(card["arm"] for card in r["cards"])):
+        own = [cards[arm, seed] for seed in seeds]
+        apart = [card["fd"] - cards["B", card["seed"]]["fd"] for card in own]
+        clipped = [v for card in own for block in card["blocks"].values() for v in block["clipped"]]
+        rows.append(
+            [
+                f"{arm}: {ARMS[arm]}",
+                mean([card["held_out"][-1]["loss"] for card in own], ".4f"),
+                mean([card["fd"] for card in own], ".2f"),
+                "" if arm == "B" else mean(apart, "+.2f"),
+                f"{statistics.mean(clipped):.0%}" if clipped and arm in "DES" else "",
+            ]
+        )
+    known = r["references"]
+    rows.append(["the teacher; training images against others", "",
+                 f"{known['teacher']:.2f}; {known['floor']:.2f}", "", ""])  # fmt: skip
+    images = f"{r['cards'][0]['images']:,} images, {len(seeds)} seeds"
+    head = [f"students that {start}, {images}", "held-out loss", "FD", "FD - B's, paired",
+            "λ clipped"]  # fmt: skip
+    return table(head, rows)
+
+
+def verdict(r: dict[str, Any], part: str, up: str) -> str:
+    shown = ("FD of D - B", "FD of D - C", "the tr")
+    reasons = [why[0].upper() + why[1:] for why in r["reasons"] if why.startswith(shown)]
+    folder = f"{up}benchmarks/results/distill/cpu/{part}"
+    return (
+        f"**The hypothesis is {r['verdict']}.** {' '.join(reasons)} "
+        f"[Report]({folder}.txt), [curves]({folder}.png)."
+    )
+
+
+def halving() -> str:
+    r = results("distill/cpu/progressive")
+    rows = []
     for who in ("teacher", "student"):
-        lines.append(f"| {who} | " + " | ".join(f"{row[who]['FD']:.2f} ± {row[who]['error']:.2g}" if who in row else "" for row in halved["results"].values()) + " |")
-    lines += ["", f"± here over three sets of {halved['size']['fd']:,} samples of one run; {halved['size']['halved']:,} images a halving.", ""]
-    return "\n".join([*lines, *small, origin(cost), "", origin(halved)])
+        cells = [row.get(who) for row in r["results"].values()]
+        rows.append([who, *("" if c is None else f"{c['FD']:.2f} ± {c['error']:.2g}"
+                            for c in cells)])  # fmt: skip
+    return paragraphs(
+        table(["progressive halving: FD by Euler steps", *r["results"]], rows),
+        f"± here over three sets of {r['size']['fd']:,} samples of one run; "
+        f"{r['size']['halved']:,} images a halving.",
+    )
 
 
-def block_kernels() -> str:
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def block_kernels(up: str) -> str:
     """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
-    if not (ROOT / "benchmarks" / "results" / "kernels-cuda.json").exists():
+    if not is_measured("kernels-cuda"):
         return ""
-    parts, lines, number = results("kernels-cuda"), [], lambda value, form: "–" if value is None else format(value, form)
-    for part in ("groupnorm", "attention", "optimizer"):
-        rows = [(row["shape"], way, row[way], row.get("errors", {})) for row in parts.get(part, {}).get("rows", []) if parts[part]["complete"]
-                for way in ("forward", "backward", "step") if way in row]
-        if not rows:
-            continue
-        lines += [f"| {part} | | ours, µs | of the floor | against the best peer | error, ours / peer |", "|---|---|---:|---:|---:|---:|"]
-        for shape, way, r, errors in rows:
-            of, seconds, faster = "gradients" if way == "backward" else "output", r["times"]["ours"].get("seconds"), r["times faster"]
-            error = [errors.get(side, {}).get(of, {}).get("frobenius") for side in ("ours", r["best peer"])]
-            lines.append(f"| {shape} | {way} | {number(seconds and seconds * 1e6, '.1f')} | {number(r['share of floor'], '.0%')} | "
-                         f"{number(faster, '.2f')}× {r['best peer'] or ''} | {' / '.join(number(e, '.1e') for e in error)} |")
-        lines += ["", origin(parts[part]), ""]
-    steps = [row for row in parts.get("step", {}).get("rows", []) if "seconds" in row and parts["step"]["complete"]]
-    if steps:
-        lines += ["| training step, bf16 | | images/s | MFU | peak GB | optimizer |", "|---|---|---:|---:|---:|---|"]
-        lines += [f"| {r['shape'].removeprefix('step ')} | {r['side']} | {r['images/s']:.0f} | {r['MFU']:.0%} | {r['peak bytes'] / 1e9:.1f} | "
-                  f"{r['optimizer']} |" for r in steps]
-        lines += ["", origin(parts["step"]), ""]
-    return "\n".join(lines + ["Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold caches; errors are relative, to fp64; MFU is the share of that matmul's rate."])
+    parts = {name: part for name, part in results("kernels-cuda").items() if part["complete"]}
+    shown = [kernel_table(name, parts[name]) for name in ("groupnorm", "attention", "optimizer")
+             if name in parts]  # fmt: skip
+    if "step" in parts:
+        shown.append(step_table(parts["step"]))
+    return paragraphs(
+        *shown,
+        "Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold "
+        "caches; errors are relative, to fp64; MFU is the share of that matmul's rate.",
+    )
+
+
+def kernel_table(name: str, part: dict[str, Any]) -> str:
+    rows = []
+    for row in part["rows"]:
+        for way in ("forward", "backward", "step"):
+            if way in row:
+                rows.append([row["shape"], way, *kernel_cells(row, way)])
+    if not rows:
+        return ""
+    head = [name, "", "ours, µs", "of the floor", "against the best peer", "error, ours / peer"]
+    how = "seed 0; medians, their interquartile ranges are in the file"
+    return paragraphs(table(head, rows, left=2), origin(part, how))
+
+
+def kernel_cells(row: dict[str, Any], way: str) -> list[str]:
+    r, peer = row[way], row[way]["best peer"]
+    seconds = r["times"]["ours"].get("seconds")
+    of = "gradients" if way == "backward" else "output"
+    errors = [
+        number(row.get("errors", {}).get(side, {}).get(of, {}).get("frobenius"), ".1e")
+        for side in ("ours", peer)
+    ]
+    return [
+        number(seconds and seconds * 1e6, ".1f"),
+        number(r["share of floor"], ".0%"),
+        f"{number(r['times faster'], '.2f')}× {peer or ''}",
+        " / ".join(errors),
+    ]
+
+
+def step_table(part: dict[str, Any]) -> str:
+    rows = [
+        [r["shape"].removeprefix("step "), r["side"], f"{r['images/s']:.0f}", f"{r['MFU']:.0%}",
+         f"{r['peak bytes'] / 1e9:.1f}", r["optimizer"]]
+        for r in part["rows"] if "seconds" in r
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    head = ["training step, bf16", "", "images/s", "MFU", "peak GB", "optimizer"]
+    how = "seed 0; medians, their interquartile ranges are in the file"
+    return paragraphs(table(head, rows, left=2), origin(part, how))
+
+
+# ---- README's short table ------------------------------------------------------------------------
+
+
+def block_results(up: str) -> str:
+    """Eight numbers, each with its seeds or rounds and its commit."""
+    train, loops, convert = results("train_cpu"), results("samplers"), results("convert")
+    parity, speed, cache = results("fid-parity"), results("fid-speed"), results("latents")
+    adam, kittens = results("adamw8bit"), results("protocol-robohash-pca")
+    arms_of = results("distill/cpu/ablation")
+    steps = [
+        row["ratio to diffusers channels_last"]
+        for name, row in train["results"].items()
+        if name != "loading"
+    ]
+    gap = max(row["difference"] for row in parity["parity"].values())
+    frechet = speed["speed"]["Fréchet, d = 2048, N = 5000"]["times faster"]
+    name = f"FD-pca{kittens['n']}"
+    excluded = {
+        stage: kittens["results"][stage]["metrics"]["excluded tags"][name]
+        for stage in ("fine", "stage2")
+    }
+    fine, stage2 = (f"{m['value']:.0f} ± {m['error']:.0f}" for m in excluded.values())
+    fd = {(card["arm"], card["seed"]): card["fd"] for card in arms_of["cards"]}
+    apart = [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
+    rows = [
+        ["training step on a CPU, times as fast as diffusers'",
+         f"{min(steps):.2f} to {max(steps):.2f}", f"{train['rounds']} rounds", commit(train)],
+        ["25 Heun steps, cost beside the network's calls",
+         loop_cost(loops["results"]["25 Heun steps"]), f"{loops['repeats']} rounds",
+         commit(loops)],
+        ["FID, difference to pytorch-fid and others; speed of its distance",
+         f"{gap:.0e}; {frechet:.0f}×", f"n = {parity['n']}", commit(parity)],
+        [f"SDXL ({convert['bytes'] / 1e9:.1f} GB) to diffusers' layout",
+         f"{convert['convert']['seconds']:.0f} s", "one run", commit(convert)],
+        ["loss with 8-bit AdamW over that with fp32",
+         mean(adam["ratios"], ".4f"), f"{len(adam['ratios'])} seeds", commit(adam)],
+        [f"{name} to excluded tags: after `fine`, after `stage2`",
+         f"{fine}, {stage2}", f"n = {kittens['n']}", commit(kittens)],
+        [f"distillation: FD with an assessor minus without: {arms_of['verdict']}",
+         mean(apart, "+.2f"), f"{len(apart)} seeds", commit(arms_of)],
+        ["latent cache, times as fast as a memmap",
+         f"{cache['ratio']:.2f}", f"{cache.get('rounds', 9)} rounds", commit(cache)],
+    ]  # fmt: skip
+    used = (train, loops, parity, convert, adam, kittens, arms_of, cache)
+    machines = "; ".join(dict.fromkeys(machine(r) for r in used))
+    return paragraphs(
+        table(["what", "result", "seeds or rounds", "commit"], rows),
+        "± are standard errors. Nothing here was measured on a GPU.\n"
+        f"Machines: {machines}.\n"
+        f"All tables, with machines, spread and commands: [docs/results.md]({up}docs/results.md).",
+    )
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+BLOCKS = {
+    "map": block_map,
+    "results": block_results,
+    "speed": block_speed,
+    "stages": block_stages,
+    "protocol": block_protocol,
+    "latents": block_latents,
+    "solvers": block_solvers,
+    "convert": block_convert,
+    "fid": block_fid,
+    "adamw8bit": block_adamw8bit,
+    "distill": block_distill,
+    "kernels": block_kernels,
+}
+
+
+def written(page: Path) -> str:
+    """The page with its blocks made again."""
+    in_readme = page.name == "README.md"
+    up = "" if in_readme else "../"
+    text = page.read_text()
+    for name in ("results",) if in_readme else BLOCKS:
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        if start in text:
+            before, _, rest = text.partition(start)
+            _, _, after = rest.partition(end)
+            text = before + start + BLOCKS[name](up) + "\n" + end + after
+    return text
 
 
 def main() -> None:
-    path, blocks = ROOT / "README.md", {"map": block_map, "speed": block_speed, "stages": block_stages, "kernels": block_kernels, "convert": block_convert, "latents": block_latents, "solvers": block_solvers,
-                                          "protocol": block_protocol, "fid": block_fid, "distill": block_distill}
-    old = new = path.read_text()
-    for name, make in blocks.items():
-        new, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], new, flags=re.S)
-        assert n == 1, f"README.md has {n} blocks named {name}"
-    if "--check" in sys.argv:
-        print("README.md is up to date" if old == new else "README.md is out of date: python benchmarks/readme.py")
-        sys.exit(old != new)
-    path.write_text(new)
+    tables = (ROOT / "docs" / "results.md").read_text()
+    for name in BLOCKS:
+        if name not in ("map", "results") and f"<!-- {name} -->" not in tables:
+            sys.exit(f"docs/results.md has no block named {name}.")
+    changed = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = written(page)
+        if text != page.read_text():
+            changed.append(page.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv:
+                page.write_text(text)
+    if "--check" in sys.argv and changed:
+        sys.exit(f"out of date: {', '.join(changed)}.  Run python benchmarks/readme.py")
+    print(f"written: {', '.join(changed)}" if changed else "up to date")
 
 
 if __name__ == "__main__":
