@@ -28,7 +28,7 @@ from harness.cli import UserError, cli, closest, parse
 from harness.ranks import precision
 from harness.run import versions
 from metrics.cards import card_name, compare, show
-from metrics.features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, look, open_images,
+from metrics.features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, features_in_batches, open_images,
                       read_chunk, short, split_spec)
 from harness.files import make_dir, write_text
 from metrics.inception import FIDInception, cache_folder, load_inception
@@ -55,7 +55,7 @@ class Config(drawing.Config):
     fake: str = ""                     # … or images that are there: a folder, arr_0 in an npz, or mu and sigma in one
     ref: str = ""                      # DATA[:tag expression], a folder or npz; default what --ckpt was trained on
     features: Literal["inception", "pca"] = "inception"   # pca: FD-pca, instant, needs no weights
-    weights: str = ""                  # Inception's: a file, hf:org/name/file, random:SEED; default the cache (python inception.py --fetch)
+    weights: str = ""                  # Inception's: a file, hf:org/name/file, random:SEED; default the cache (python -m metrics.inception --fetch)
     preproc: Literal["torch", "clean", "tf"] = "torch"   # as pytorch-fid | clean-fid | torch-fidelity and ADM
     holdout: float = -1.0              # share of --ref held out for the memorisation check; -1 = as --ckpt was trained, else 0
     pairs: int = 5_000                 # images a side, at most, for what compares pairs: KID, precision, memorisation
@@ -123,7 +123,7 @@ def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: 
         for _ in range(1 if ranks.device.type == "cpu" else 2):                 # a GPU's first call compiles
             start = time.perf_counter()
             images, nfe, calls = gen.draw(seeds)
-            look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
+            features_in_batches(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
             seconds = (time.perf_counter() - start) / len(seeds)
         networks = f" × {calls / nfe:g} networks" if calls != nfe else ""       # guidance
         print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE{networks} = {todo * calls:,.0f} network evaluations: about "
@@ -136,7 +136,7 @@ def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: 
         images, nfe, _ = zip(*(gen.draw(group) for group in groups))
         images = torch.cat(images)
         write_text(nfe_file(chunk), repr(sum(each * len(group) for each, group in zip(nfe, groups))))
-        return look(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
+        return features_in_batches(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
     stored = compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
     gen.sampled["nfe"] = sum(float(nfe_file(chunk).read_text()) for chunk in chunks) / n
     return stored
@@ -258,7 +258,7 @@ class FID:
         """(B, d): this rank's rows are the features of its share of the images, the others are zero."""
         share = slice(self.ranks.rank, None, self.ranks.world)
         own = images[share]
-        seen = look(self.extractor, lambda part: own[part.start:part.stop], range(len(own)), self.ranks.device)
+        seen = features_in_batches(self.extractor, lambda part: own[part.start:part.stop], range(len(own)), self.ranks.device)
         rows = seen.new_zeros(len(images), seen.shape[1], device=self.ranks.device)
         rows[share] = seen.to(rows)
         return rows

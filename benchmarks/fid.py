@@ -2,7 +2,7 @@
 
 parity: features and FID on real art (robohash), in each tradition of preprocessing, against pytorch-fid, torch-fidelity and clean-fid.
 damage: FID and KID of the same art under blur, JPEG and noise. speed: features and Fréchet distances, alternating rounds.
-memory: what statistics of N images need beyond the process itself. Wants the Inception weights (python inception.py --fetch)
+memory: what statistics of N images need beyond the process itself. Wants the Inception weights (python -m metrics.inception --fetch)
 and, for parity and speed, the peers (tests/fid_peers.py says how to install them aside).
 """
 

@@ -11,6 +11,7 @@ and label dropout depend on (seed, p) and on nothing else. So a resumed run, mor
 objective see exactly the same.
 """
 
+import atexit
 import hashlib
 import os
 import signal
@@ -308,15 +309,23 @@ def batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=outlive_signals,
     )
+    iterator = iter(loader)
+    # Workers outlive signals, so whoever is done with them has to end them: here, or, where
+    # nobody reads to the end, at the script's exit, which would wait for them.
+    if workers:
+        atexit.register(iterator._shutdown_workers)
     error = None
-    for batch in loader:
-        if isinstance(batch, UserError):
-            error = batch
-            break
-        yield batch
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                error = batch
+                break
+            yield batch
+    finally:
+        if workers:
+            atexit.unregister(iterator._shutdown_workers)
+            iterator._shutdown_workers()
     if error:
-        # The traceback refers to this frame, and would keep the workers until the script ends.
-        del loader
         raise error
 
 

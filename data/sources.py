@@ -69,17 +69,19 @@ class Source:
     def pixel(self, i: int, where: float | None = None) -> np.ndarray:
         """uint8 (resolution, resolution, 3): the middle, or the square at `where` in [0, 1) along
         the longer side."""
+        return cut(self.strip(i), where)
+
+    def strip(self, i: int) -> np.ndarray:
+        """uint8 (h, w, 3): all that is kept of image i."""
+        if self.pixels is not None:
+            return self.pixels[i]
         try:
-            return cut(self.strip(i), where)
+            return self.load(i)
         except BadImage as error:
             raise UserError(
                 f"{printable(self.names[i])}: {error}; it could be read when the data was opened",
                 do="Restore it, and run the same command again.",
             ) from None
-
-    def strip(self, i: int) -> np.ndarray:
-        """uint8 (h, w, 3): all that is kept of image i."""
-        return self.pixels[i] if self.pixels is not None else self.load(i)
 
 
 def open_source(spec: str, resolution: int, crop: str = "center") -> Source:

@@ -35,7 +35,7 @@ from harness.run import versions
 from data.dataset import open_dataset
 from data.images import to_float
 from distill_flags import ASSESSED, BLOCKS, DRAWN
-from metrics.features import cached_data, look, pooled
+from metrics.features import cached_data, features_in_batches, pooled
 from harness.files import make_dir, write_text
 from metrics.inception import load_inception
 from data.cache import is_cache
@@ -110,7 +110,7 @@ def features_of(images: Tensor, vae: AnyVAE, kind: str, device: torch.device) ->
     """uint8 (n, 3, H, W) -> (n, d) fp32 on the CPU: latent_features, or Inception's."""
     if kind == "latents":
         return latent_features(images, vae, device)
-    return look(load_inception(device=device), lambda part: images[part.start:part.stop], range(len(images)), device)
+    return features_in_batches(load_inception(device=device), lambda part: images[part.start:part.stop], range(len(images)), device)
 
 
 def distance(ckpt: Path | str, ds: Any, n: int, steps: int, device: torch.device, method: str = "heun", kind: str = "latents", seed: int = 0) -> float:

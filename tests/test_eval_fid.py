@@ -264,7 +264,7 @@ def test_moments_are_written_read_and_checked(cache, user, capsys):
 @pytest.mark.parametrize("flags, what", [
     ((), "give one of --ckpt"), (("--fake", "x"), "--fake needs --ref"), (("--ckpt", "{run}", "--n", 1), "at least 2 images"),
     (("--ckpt", "{run}", "--cfg", 2), "--cfg 2.0 needs --labels"), (("--ckpt", "{run}", "--seed", 2 ** 63 - 5), "wanted 0 to 2^63"),
-    (("--ckpt", "{run}", "--n", 40), "python inception.py --fetch"),
+    (("--ckpt", "{run}", "--n", 40), "python -m metrics.inception --fetch"),
     (("--fake", "x", "--ref", "nowhere"), "no data at nowhere"), (("--fake", "x", "--ref", "one"), "has 1 images; a distance between sets needs at least 2"),
     (("--fake", "x", "--ref", "mixed"), "mixes image sizes (32×32, 40×40).  Resizing is part of the metric"),
     (("--fake", "x", "--ref", "big"), "the two sides have"), (("--fake", "x", "--ref", "bad.npz"), "wanted images as arr_0"),
@@ -358,7 +358,7 @@ def test_a_run_can_log_its_own_fid(cache, tmp_path, monkeypatch, user):
     assert card["metrics"]["FD-pca24"]["value"] == pytest.approx(rows[1]["FD-pca24"], rel=1e-5)
     flags = [w for k, v in {**fields, "fid_features": "inception", "name": "no"}.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     code, _, err = user(train.main, *flags)
-    assert code == 2 and "python inception.py --fetch" in err[-1] and "cfg" in locals()
+    assert code == 2 and "python -m metrics.inception --fetch" in err[-1] and "cfg" in locals()
 
 
 def test_every_flag_of_drawing_is_used_or_refused(run, cache, user):
