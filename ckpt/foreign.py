@@ -20,7 +20,7 @@ from ckpt.configs import config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside
 from ckpt.hub import origin
-from ckpt.layouts import detect, family, native_view, parts, strip_prefix
+from ckpt.layouts import detect, family, native_shapes, native_view, parts, strip_prefix
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
 from harness.cli import UserError, closest
 from harness.files import Container, check_shapes, is_ours, listed, load_strict
@@ -76,9 +76,8 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
     if not is_ours(box):
         return open_foreign(box, ema, known)
     source = open_own(box, ema, known)
-    own = {k: tuple(v.shape) for k, v in skeleton(source.cfg).state_dict().items()}
     given = {k: e.shape for k, e in source.weights.table.items()}
-    check_shapes(own, given, str(source.weights.path))
+    check_shapes(native_shapes(source.cfg), given, str(source.weights.path))
     return source
 
 

@@ -8,40 +8,53 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
-from harness.cli import UserError
 from ckpt.containers import INDEX, USUAL, WEIGHTS
+from harness.cli import UserError
+from harness.files import listed
 
 HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
 
 
 def resolve(spec: Path | str) -> Path:
-    """A local path as it is; hf:org/name[/file][@revision] as the path of the file in huggingface_hub's cache."""
+    """A local path as it is; hf:org/name[/file][@revision] as the path of the file in
+    huggingface_hub's cache."""
     if not str(spec).startswith("hf:"):
         return Path(spec)
     match = HUB.fullmatch(str(spec))
     if not match:
-        raise UserError(f"{spec!r} is not a name on the Hub.  Wanted hf:org/name, hf:org/name/file or hf:org/name/file@revision.")
+        raise UserError(
+            f"{spec!r} is not a name on the Hub",
+            do="Wanted hf:org/name, hf:org/name/file or hf:org/name/file@revision.",
+        )
     repo, file, revision = match.groups()
     try:
         import huggingface_hub as hub
         import huggingface_hub.errors
     except ImportError:
-        raise UserError(f"{spec} needs a package that is not installed.  pip install huggingface_hub") from None
+        what = f"{spec} needs a package that is not installed"
+        raise UserError(what, do="pip install huggingface_hub") from None
 
     def get(name: str) -> Path:
         return Path(hub.hf_hub_download(repo, name, revision=revision))
 
-    with explained(str(spec), repo, f" {file}" * bool(file) + f" --revision {revision}" * bool(revision)):
-        names = [] if file else hub_files(hub, repo, revision)                  # a file that is named needs no listing
+    # What `hf download` would be given.
+    words = f" {file}" if file else ""
+    words += f" --revision {revision}" if revision else ""
+    with explained(str(spec), repo, words):
+        # A file that is named needs no listing.
+        names = [] if file else hub_files(hub, repo, revision)
         file = file or pick_file(str(spec), names)
         path = get(file)
         folder = file.rpartition("/")[0]
         beside = f"{folder}/config.json".lstrip("/")
-        if beside in names or not names and Path(file).name.startswith("diffusion_pytorch_model"):
-            with contextlib.suppress(hub.errors.EntryNotFoundError):            # if it is missed, that is said where it is read
+        usual = Path(file).name.startswith("diffusion_pytorch_model")
+        if beside in names or (usual and not names):
+            # If it is missed, that is said where it is read.
+            with contextlib.suppress(hub.errors.EntryNotFoundError):
                 get(beside)
         if INDEX.search(file):
             for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
@@ -50,14 +63,16 @@ def resolve(spec: Path | str) -> Path:
 
 
 def hub_files(hub: Any, repo: str, revision: str | None) -> list[str]:
-    """The files of a repository; where the Hub cannot be reached, those of the usual ones that are in the cache."""
+    """The files of a repository; where the Hub cannot be reached, those of the usual ones that are
+    in the cache."""
     try:
         return hub.HfApi().list_repo_files(repo, revision=revision)
-    except hub.errors.HfHubHTTPError:                                           # it was reached, and said no
+    except hub.errors.HfHubHTTPError:  # it was reached, and said no
         raise
-    except Exception as error:                                                  # offline by choice or not
-        names = [n for n in USUAL + ["config.json", "unet/config.json"]
-                 if isinstance(hub.try_to_load_from_cache(repo, n, revision=revision), str)]
+    except Exception as error:  # offline by choice or not
+        usual = [*USUAL, "config.json", "unet/config.json"]
+        cached = {n: hub.try_to_load_from_cache(repo, n, revision=revision) for n in usual}
+        names = [name for name, path in cached.items() if isinstance(path, str)]
         if not names and not isinstance(error, hub.errors.OfflineModeIsEnabled):
             raise
         return names
@@ -67,44 +82,70 @@ def pick_file(spec: str, names: list[str]) -> str:
     """The repository's U-Net, if the names leave no doubt."""
     usual = [n for n in USUAL if n in names]
     if len(usual) > 1 and {Path(n).parent for n in usual} == {Path(usual[0]).parent}:
-        usual = usual[:1]                                                       # the same weights in several containers
+        usual = usual[:1]  # the same weights in several containers
     others = usual or [n for n in names if n.endswith(WEIGHTS)]
     if len(others) != 1:
-        listed = f"one of {', '.join(others[:8])}{' …' if len(others) > 8 else ''}" if others else "it has no weights under a usual name"
-        raise UserError(f"{spec}: which file?  Write hf:org/name/FILE ({listed}).")
+        choice = "it has no weights under a usual name"
+        if others:
+            choice = f"one of {listed(others, 8)}"
+        raise UserError(f"{spec}: which file?", do=f"Write hf:org/name/FILE ({choice}).")
     return others[0]
 
 
 @contextlib.contextmanager
 def explained(spec: str, repo: str, wanted: str = "") -> Iterator[None]:
-    """Whatever fails on the way to the Hub, in one line with what to do. `wanted`: the file and revision, as hf download takes them."""
+    """Whatever fails on the way to the Hub, in one line with what to do.
+
+    wanted: the file and revision, as `hf download` takes them.
+    """
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
+
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()                                               # its retries are announced one by one
+    logging.set_verbosity_error()  # its retries are announced one by one
     try:
         yield
     except UserError:
         raise
     except errors.GatedRepoError:
-        raise UserError(f"{spec} is gated: accept its terms at https://huggingface.co/{repo}, then run: hf auth login") from None
+        raise UserError(
+            f"{spec} is gated",
+            do=f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login",
+        ) from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{spec}: the repository has no such revision.  Give a branch, a tag or a commit after @.") from None
+        raise UserError(
+            f"{spec}: the repository has no such revision",
+            do="Give a branch, a tag or a commit after @.",
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{spec}: no such repository, or it is private.  Check https://huggingface.co/{repo}, or run: hf auth login") from None
+        raise UserError(
+            f"{spec}: no such repository, or it is private",
+            do=f"Check https://huggingface.co/{repo}, or run: hf auth login",
+        ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise UserError(f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set).  "
-                        f"Fetch it first where there is a network: hf download {repo}{wanted}") from None
+        raise UserError(
+            f"{spec} is not in the local cache, and the Hub cannot be reached (offline, or "
+            "HF_HUB_OFFLINE is set)",
+            do=f"Fetch it first where there is a network: hf download {repo}{wanted}",
+        ) from None
     except errors.EntryNotFoundError:
-        raise UserError(f"{spec}: the repository has no such file.  Its files: https://huggingface.co/{repo}/tree/main") from None
-    except Exception as error:                                                  # the HTTP library's own, which changes with hub versions
-        raise UserError(f"{spec}: {type(error).__name__}: {' '.join(str(error).split())[:160]}.  Check the network, or give a local file.") from None
+        raise UserError(
+            f"{spec}: the repository has no such file",
+            do=f"Its files: https://huggingface.co/{repo}/tree/main",
+        ) from None
+    except Exception as error:  # the HTTP library's own, which changes with hub versions
+        text = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{spec}: {type(error).__name__}: {text}",
+            do="Check the network, or give a local file.",
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
 
 
 def origin(path: Path) -> dict[str, str]:
-    """Where weights came from, to be recorded: a path, or for the Hub's the commit too, and the sha256 of the file.
+    """Where weights came from, to be recorded: a path, or for the Hub's the commit too, and the
+    sha256 of the file.
 
     The cache names a large file by its sha256, so a damaged download is found here.
     """
@@ -116,6 +157,9 @@ def origin(path: Path) -> dict[str, str]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     blob = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != digest:
-        raise UserError(f"{path} is damaged: its sha256 is {digest}, wanted {blob}.  Delete it, so that it is fetched again.")
+        raise UserError(
+            f"{path} is damaged: its sha256 is {digest}, wanted {blob}",
+            do="Delete it, so that it is fetched again.",
+        )
     repo = parts[i - 1].removeprefix("models--").replace("--", "/", 1)
-    return {"source": f"hf:{repo}/{'/'.join(parts[i + 2:])}@{parts[i + 1]}", "sha256": digest}
+    return {"source": f"hf:{repo}/{'/'.join(parts[i + 2 :])}@{parts[i + 1]}", "sha256": digest}

@@ -33,7 +33,7 @@ from torch import Tensor
 from ckpt.diffusers import diffusers_config
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, check_shapes, listed
-from model import UNet, UNetConfig
+from model import UNetConfig, build
 
 LAYOUTS = ("native", "diffusers")
 
@@ -62,9 +62,10 @@ RESNET = {
 
 
 @lru_cache
-def native_shapes(cfg: UNetConfig) -> dict[str, tuple[int, ...]]:
+def native_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a config's network, whatever the network."""
     with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in UNet(cfg).state_dict().items()}
+        return {k: tuple(v.shape) for k, v in build(cfg).state_dict().items()}
 
 
 @lru_cache

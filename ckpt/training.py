@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ckpt.unets import load_strict, load_unet
+from ckpt.foreign import load_unet
+from harness.files import load_strict
 
 
 def load_weights(

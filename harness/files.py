@@ -26,13 +26,25 @@ from torch import Tensor
 from harness.cli import UserError
 
 META = "twinpath"
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-          "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
-          "F64": torch.float64, "I64": torch.int64}                             # in the order of safetensors' own list
-HEADER_LIMIT = 100_000_000                   # bytes; safetensors' own
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}  # in the order of safetensors' own list
+HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
 
 def make_dir(path: Path) -> None:
     """Create a folder we can write to, or say why not."""
@@ -42,7 +54,9 @@ def make_dir(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}.  Give a writable folder.") from None
+        raise UserError(
+            f"cannot write to {path}: {error.strerror or error}.  Give a writable folder."
+        ) from None
 
 
 def fsync(path: Path) -> None:
@@ -83,11 +97,18 @@ def write_text(path: Path, text: str) -> None:
 def raw_bytes(tensor: Tensor) -> Any:
     """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return (flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)).numpy()      # an empty one may have stride 0
+    return (
+        flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+    ).numpy()  # an empty one may have stride 0
 
 
-def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta: Mapping[str, str],
-                   get: Callable[[str], Tensor], check: Callable[[Path], None] = lambda path: None) -> None:
+def stream_tensors(
+    path: Path,
+    header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    meta: Mapping[str, str],
+    get: Callable[[str], Tensor],
+    check: Callable[[Path], None] = lambda path: None,
+) -> None:
     """A safetensors file of get(name) for each name, asked for one by one; atomic. check(file) may refuse what was written.
 
     Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that of safetensors' own
@@ -115,12 +136,25 @@ def stream_tensors(path: Path, header: Mapping[str, tuple[torch.dtype, tuple[int
                     del tensor  # before the next one is made
             check(temporary)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.  No file was replaced.") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}.  No file was replaced."
+        ) from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], check: Callable[[Path], None] = lambda path: None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    meta: dict[str, Any],
+    check: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Tensors + JSON metadata as one safetensors file, atomically."""
-    stream_tensors(path, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, text_meta(meta), tensors.__getitem__, check)
+    stream_tensors(
+        path,
+        {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()},
+        text_meta(meta),
+        tensors.__getitem__,
+        check,
+    )
 
 
 def text_meta(meta: dict[str, Any]) -> dict[str, str]:
@@ -137,33 +171,50 @@ def is_ours(box: "Container") -> bool:
 def read_meta(box: "Container") -> dict[str, Any]:
     """The inverse. Older files have no checksum."""
     text, mark = box.meta.get(META, ""), box.meta.get(f"{META}_sha256")
-    renamed = any(re.fullmatch(r"[0-9a-f]{64}", str(value)) for key, value in box.meta.items())  # a checksum under a damaged name
+    renamed = any(
+        re.fullmatch(r"[0-9a-f]{64}", str(value)) for key, value in box.meta.items()
+    )  # a checksum under a damaged name
     if hashlib.sha256(text.encode()).hexdigest() != mark and (renamed or mark):
-        raise UserError(f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged.")
+        raise UserError(
+            f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged."
+        )
     try:
         meta = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{box.path}: the metadata is damaged ({error}).") from None
     if not isinstance(meta, dict):
-        raise UserError(f"{box.path}: the metadata is damaged (a JSON {type(meta).__name__}, wanted an object).")
+        raise UserError(
+            f"{box.path}: the metadata is damaged (a JSON {type(meta).__name__}, wanted an object)."
+        )
     return meta
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
+
 class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]               # a tensor of its own memory
+    read: Callable[[], Tensor]  # a tensor of its own memory
 
 
 class Container(Mapping[str, Tensor]):
     """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without reading."""
 
-    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any],
-                 emas: Mapping[str, Mapping[str, Entry]] = {}, beside: Mapping[str, int] = {}):
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        table: Mapping[str, Entry],
+        meta: Mapping[str, Any],
+        emas: Mapping[str, Mapping[str, Entry]] = {},
+        beside: Mapping[str, int] = {},
+    ):
         self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
-        self.emas, self.beside = dict(emas), dict(beside)                       # of a pickle: EMAs under their own names; tensors not taken
+        self.emas, self.beside = (
+            dict(emas),
+            dict(beside),
+        )  # of a pickle: EMAs under their own names; tensors not taken
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[name].read()
@@ -200,12 +251,20 @@ def open_safetensors(path: Path) -> Container:
         header.pop("__metadata__", None)
         table = {}
         for name, entry in header.items():
-            dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            dtype, shape, start = (
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
             table[name] = Entry(dtype, shape, partial(read_range, path, start, dtype, shape))
     except KeyError as error:
-        raise UserError(f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}.") from None
+        raise UserError(
+            f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}."
+        ) from None
     except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one.") from None
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one."
+        ) from None
     return Container(path, "safetensors", table, meta)
 
 
@@ -215,14 +274,18 @@ def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
     if size < 1 << 20:
         data = torch.empty(size, dtype=torch.uint8)
     else:
-        data = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        data = torch.frombuffer(
+            mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+        )
     view, done = memoryview(data.numpy()), 0
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while done < len(view):                                                 # a read returns at most 2 GiB
+        while done < len(view):  # a read returns at most 2 GiB
             n = file.readinto(view[done:])
             if not n:
-                raise UserError(f"{path} became shorter while it was read.  Is something still writing it?")
+                raise UserError(
+                    f"{path} became shorter while it was read.  Is something still writing it?"
+                )
             done += n
     return data.view(dtype).view(shape)
 

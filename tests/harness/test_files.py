@@ -478,7 +478,7 @@ def test_what_fails_on_the_way_to_the_hub_is_one_line(hub, monkeypatch):
     hub.remote = {"model.safetensors": b"w"}
     def http(kind):
         return kind.__new__(kind, "no")                                         # its __init__ wants a response of the HTTP library
-    for error, message in ((http(errors.GatedRepoError), "is gated: accept its terms at https://huggingface.co/org/name.*hf auth login"),
+    for error, message in ((http(errors.GatedRepoError), "is gated.  Accept its terms at https://huggingface.co/org/name.*hf auth login"),
                            (http(errors.RevisionNotFoundError), "no such revision"),
                            (http(errors.RepositoryNotFoundError), "no such repository, or it is private"),
                            (errors.LocalEntryNotFoundError("no"), "not in the local cache.*HF_HUB_OFFLINE.*: hf download org/name model.safetensors --revision v9$"),
