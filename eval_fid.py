@@ -1,176 +1,358 @@
 """FID and its company, with a card that says what the number means:
 
-    python eval_fid.py --ckpt runs/toyfaces-fm-standard --n 10000         # against what it was trained on; the same command goes on
-    python eval_fid.py --ckpt RUN --ref "toyfaces:character:nova"         # … against the images with a tag
-    python eval_fid.py --fake DIR --ref DIR                               # folders, arr_0 or mu/sigma npz: no network is sampled
-    python eval_fid.py compare a.json b.json                              # a table, unless the cards do not fit together
-    torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN                 # every rank samples; without the -- torchrun takes --n for its own
+    python eval_fid.py --ckpt runs/toyfaces-fm-standard --n 10000  # against what it was trained on
+    python eval_fid.py --ckpt RUN --ref "toyfaces:character:nova"  # against the images with a tag
+    python eval_fid.py --fake DIR --ref DIR         # folders or npz: nothing is sampled
+    python eval_fid.py compare a.json b.json        # a table, unless the cards do not fit together
+    torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN          # every rank samples
 
-Generated images are rounded to uint8 and never touch a lossy format; features are kept on disk. FID against training images
-rewards copies, so the floor (real against real) and a memorisation check stand beside it.
+The same command goes on where it was stopped. (Without the -- torchrun takes --n for its own.)
+Generated images are rounded to uint8 and never touch a lossy format; features are kept on disk. FID
+against training images rewards copies, so the floor (real against real) and a memorisation check
+stand beside it.
 """
 
 import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import drawing
-import samplers
-from harness.cli import UserError, cli, closest, parse
-from harness.ranks import precision
-from harness.run import versions
-from metrics.cards import card_name, compare, show
-from metrics.features import (CHUNK, Images, Stored, cached_data, chunk_path, compute, extract, fit_extractor, is_statistics, key_of, features_in_batches, open_images,
-                      read_chunk, short, split_spec)
-from harness.files import make_dir, write_text
-from metrics.inception import FIDInception, cache_folder, load_inception
 from data.cache import is_cache
-from metrics.distances import (Statistics, frechet, frechet_distance, frechet_from_features, frechet_infinity, jackknife, kernel_distance, load_statistics,
-                     memorisation, precision_recall, save_statistics)
-from harness.pictures import to_uint8
+from harness.cli import UserError, check_flags, cli, dashed, flag, parse
+from harness.files import make_dir, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
+from harness.run import versions
+from metrics.cards import Card, card_name, compare, show
+from metrics.distances import (
+    Statistics,
+    frechet,
+    frechet_distance,
+    frechet_from_features,
+    frechet_infinity,
+    jackknife,
+    kernel_distance,
+    load_statistics,
+    memorisation,
+    precision_recall,
+    save_statistics,
+)
+from metrics.features import (
+    CHUNK,
+    Images,
+    Stored,
+    cached_data,
+    chunk_path,
+    compute,
+    extract,
+    fit_extractor,
+    is_statistics,
+    key_of,
+    look,
+    open_images,
+    read_chunk,
+    short,
+    split_spec,
+)
+from metrics.inception import FIDInception, cache_folder, load_inception
+from samplers import Drawn, Generator, Sampling, open_generator, pick_labels
 
-__all__ = ["FIDInception", "frechet_distance", "frechet_from_features", "kernel_distance", "precision_recall"]
-LOW = 2048                                   # images; below this Inception's covariance has not full rank
-DRAWN = 10_000                               # images of --ckpt, if nobody says
-FID_IMAGES = 2_048                           # samples of an FID in training: enough to see it fall, too few for a table
-GROUPS = 10                                  # of the jackknife
-HELD = 10                                    # held-out images; fewer say nothing of memorisation
+__all__ = [
+    "FIDInception",
+    "frechet_distance",
+    "frechet_from_features",
+    "kernel_distance",
+    "precision_recall",
+]
+# Images; below this Inception's covariance has not full rank.
+LOW = 2_048
+# Images of --ckpt if the user does not say.
+DRAWN = 10_000
+# Samples of an FID in training: enough to see it fall, too few for a table.
+FID_IMAGES = 2_048
+# Parts of the jackknife.
+GROUPS = 10
+# Held-out images; fewer say nothing of memorisation.
+HELD = 10
 NAMES = {"inception": ("FID", "KID"), "pca": ("FD-pca", "KD-pca")}
 
 
 @dataclass(frozen=True)
-class Config(drawing.Config):
-    ckpt: str = ""                     # what to sample: a file, a run's folder, hf:org/name[/file] …
-    n: int = 0                         # images; default 10,000 of --ckpt, all of --fake
-    out: str = ""                      # the card, a JSON file; default cards/<what>.json
-    fake: str = ""                     # … or images that are there: a folder, arr_0 in an npz, or mu and sigma in one
-    ref: str = ""                      # DATA[:tag expression], a folder or npz; default what --ckpt was trained on
-    features: Literal["inception", "pca"] = "inception"   # pca: FD-pca, instant, needs no weights
-    weights: str = ""                  # Inception's: a file, hf:org/name/file, random:SEED; default the cache (python -m metrics.inception --fetch)
-    preproc: Literal["torch", "clean", "tf"] = "torch"   # as pytorch-fid | clean-fid | torch-fidelity and ADM
-    holdout: float = -1.0              # share of --ref held out for the memorisation check; -1 = as --ckpt was trained, else 0
-    pairs: int = 5_000                 # images a side, at most, for what compares pairs: KID, precision, memorisation
-    infinity: bool = False             # also FID at infinitely many images, by a fit
-    cache: str = ""                    # folder of features; default ~/.cache/twinpath
-    save_stats: str = ""               # also write the reference's mu and sigma: FILE.npz
+class Config(Sampling):
+    ckpt: str = flag("", "what to sample: a file, a run's folder, hf:org/name[/file] …")
+    fake: str = flag(
+        "",
+        "… or images that are there: a folder, arr_0 in an npz, or mu and sigma in one",
+        head="what is measured",
+    )
+    n: int = flag(0, "images; default 10,000 of --ckpt, all of --fake", low=0)
+    ref: str = flag("", "DATA[:tag expression], a folder, npz; default what --ckpt was trained on")
+    holdout: float = flag(
+        -1.0, "share of --ref held out, for memorisation; -1 = as --ckpt was trained, else 0"
+    )
+    features: Literal["inception", "pca"] = flag(
+        "inception", "inception | pca: FD-pca, instant, needs no weights"
+    )
+    weights: str = flag(
+        "",
+        "a file, hf:org/name/file, random:SEED; default the cache (python -m metrics.inception)",
+        of="--features inception",
+    )
+    preproc: Literal["torch", "clean", "tf"] = flag(
+        "torch", "torch | clean | tf, as pytorch-fid | clean-fid | ADM", of="--features inception"
+    )
+    pairs: int = flag(5_000, "images a side, at most, for KID, precision, memorisation", low=10)
+    infinity: bool = flag(False, "also FID at infinitely many images, by a fit")
+    out: str = flag("", "the card, a JSON file; default cards/<what>.json", head="output")
+    save_stats: str = flag("", "also write the reference's mu and sigma: FILE.npz")
+    cache: str = flag("", "folder of features; default ~/.cache/twinpath")
 
 
-# ---- sampling: the only place that knows how ------------------------------------------------------------------------
-
-class Generator(NamedTuple):
-    draw: Callable[[list[int]], tuple[Tensor, float, float]]   # seeds -> uint8 (B, 3, H, W), NFE an image, network evaluations an image
-    sampled: dict[str, Any]                                 # everything an image of a seed depends on, but for the weights …
-    means: dict[str, Any]                                   # … and for what they mean: architecture and objective
-    subject: dict[str, Any]                                 # whose weights
-    resolution: int
-    trained: dict[str, Any]                                 # the run's config, {} if the file has none
+# Flags of sampling that mean something without a checkpoint.
+USED_BY_FAKE = ("ckpt", "device", "resolution")
 
 
-def open_generator(cfg: Config, device: torch.device) -> Generator:
-    """A checkpoint as a function from seeds to images."""
-    cfg = replace(cfg, n=cfg.n or DRAWN)
-    d = drawing.load(cfg, device)
-    if d.objective.coupling == "lowres":
-        raise UserError(f"{cfg.ckpt} was trained to enlarge pictures (cfm), so what it draws depends on theirs.  Enlarge them with samplers.py, then "
-                        "give the folder as --fake.")
-    ids = drawing.pick_labels(cfg.labels, d.classes, len(cfg.labels))           # image of seed s: the (s mod len)-th
+def check(cfg: Config) -> None:
+    """What can be said of the flags alone."""
+    check_flags(cfg)
+    if bool(cfg.ckpt) == bool(cfg.fake):
+        raise UserError(
+            "wanted either images to sample or images that are there",
+            do="give one of --ckpt (to sample from) and --fake (a folder, or an npz).",
+        )
+    if cfg.fake and not cfg.ref:
+        what = "--fake needs --ref: DATA[:tag expression], a folder, or an npz"
+        raise UserError(what, do="Add --ref.")
+    if not 0 <= cfg.seed < 2**63 - max(cfg.n, DRAWN):
+        raise UserError(f"--seed {cfg.seed}", wanted="0 to 2^63 - 1 - n", do="Try --seed 0.")
+    if cfg.n == 1:
+        raise UserError(
+            "--n 1: a distance between sets needs at least 2 images",
+            do="Give more: it means something from 2,048 on.",
+        )
+    if cfg.holdout != -1 and not 0 <= cfg.holdout < 1:
+        wanted = "0 to 1, or -1 for what the checkpoint was trained with"
+        raise UserError(f"--holdout {cfg.holdout:g}", wanted=wanted, do="Try --holdout 0.02.")
+    check_outputs(cfg)
+    moments = bool(cfg.fake) and is_statistics(cfg.fake)
+    if cfg.infinity and (moments or 0 < cfg.n < 20):
+        got = "moments" if moments else str(cfg.n)
+        raise UserError(
+            f"--infinity is a fit over subsets of the images: wanted at least 20, got {got}",
+            do="Leave it out.",
+        )
+    if cfg.fake:
+        check_idle(cfg, moments)
 
-    def draw(seeds: list[int]) -> tuple[Tensor, float, float]:
-        before = d.evaluations
-        noise = samplers.draw(samplers.generators(seeds), torch.empty(1, *d.latent_shape, device=device))
-        y = None if ids is None else {"y": ids[[s % len(ids) for s in seeds]].to(device)}
-        s = samplers.sample(d.predict, samplers.begin(d.objective, noise, float(d.grid[0])), method=d.method, grid=d.grid, seeds=seeds, cond=y, **d.options)
-        return to_uint8(d.vae.decode(s.x)), float(s.nfe_each.double().mean()), (d.evaluations - before) / len(seeds)
 
-    used = f"{len(set(ids.tolist()))}" if ids is not None else "unconditional,"
-    sampled = {**d.said, "t_start": float(d.grid[0]), "cfg": cfg.cfg, "labels": list(cfg.labels),
-               "dtype": precision(device, cfg.dtype), "device": device.type, **({"classes": f"{used} of {len(d.classes)}"} if d.classes else {}),
-               **({"batch": cfg.batch} if cfg.whole_batch else {}), **({"cfg interval": list(cfg.cfg_interval)} if cfg.cfg_interval else {}),
-               **({"cfg rescale": cfg.cfg_rescale} if cfg.cfg_rescale else {}), **({"guide": d.guide} if d.guide else {})}
-    subject = {"checkpoint": str(d.path), "fingerprint": d.meta["fingerprint"], "objective": d.objective.target, "vae": d.vae.fingerprint,
-               **{k: d.meta.get(k) for k in ("run", "images", "ema")}, **{k: v for k, v in d.meta.get("config", {}).items() if k in ("flip", "crop")}}
-    means = {"objective": asdict(d.objective), "unet": d.meta.get("unet"), **{k: getattr(cfg, k) for k in ("num_heads", "num_head_channels", "attention_order")}}
-    return Generator(draw, sampled, means, subject, d.resolution, d.meta.get("config", {}))
+def check_outputs(cfg: Config) -> None:
+    if cfg.out and Path(cfg.out).is_dir():
+        wanted = f"--out {cfg.out} is a folder; wanted a file, for the card"
+        raise UserError(wanted, do=f"Try --out {Path(cfg.out) / 'card.json'}.")
+    if not cfg.save_stats:
+        return
+    path = Path(cfg.save_stats)
+    if path.suffix != ".npz" or not path.absolute().parent.is_dir():
+        wanted = "FILE.npz in a folder that exists"
+        raise UserError(f"--save-stats {path}", wanted=wanted, do="Make the folder, or change it.")
+    if is_statistics(cfg.ref):
+        raise UserError(f"--save-stats: {cfg.ref} is moments already", do="Leave it out.")
 
 
-def sample_features(cfg: Config, gen: Generator, extractor: Any, n: int, cache: Path, ranks: Ranks) -> Stored:
-    """Draw and look at images cfg.seed … + n - 1; all ranks, in chunks that a kill leaves on disk. Says first what it will cost."""
-    key = {"checkpoint": gen.subject["fingerprint"], "vae": gen.subject["vae"], **gen.sampled, **gen.means, "resolution": gen.resolution,
-           "seed": cfg.seed, "extractor": extractor.id}
+def check_idle(cfg: Config, moments: bool) -> None:
+    """Images that are there are not sampled, and moments cannot be chosen from."""
+    idle = {field.name: field.default for field in fields(Sampling)} | {"ckpt": ""}
+    if moments:
+        idle["n"] = 0
+    else:
+        del idle["seed"]
+    for name, default in idle.items():
+        if name not in USED_BY_FAKE and getattr(cfg, name) != default:
+            raise UserError(
+                f"{dashed(name)} does nothing with --fake {cfg.fake}", do="Leave it out."
+            )
+
+
+def warn(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as a function from seeds to images, and what makes its images what they are."""
+
+    generator: Generator
+    labels: Tensor | None  # the image of seed s has the (s mod len)-th
+    sampled: dict[str, Any]  # what an image of a seed depends on, beside the weights …
+    means: dict[str, Any]  # … and what those mean: architecture and objective
+    subject: dict[str, Any]  # whose weights
+    trained: dict[str, Any]  # the run's config, {} if the file has none
+
+    @property
+    def resolution(self) -> int:
+        return self.generator.resolution
+
+    def draw(self, seeds: list[int]) -> Drawn:
+        if self.labels is None:
+            return self.generator.images(seeds)
+        rows = [seed % len(self.labels) for seed in seeds]
+        return self.generator.images(seeds, self.labels[rows])
+
+    def key(self, seed: int, extractor: Any) -> dict[str, Any]:
+        """What the features of its images depend on: the name they have on disk."""
+        weights = {"checkpoint": self.subject["fingerprint"], "vae": self.subject["vae"]}
+        how = {"resolution": self.resolution, "seed": seed, "extractor": extractor.id}
+        return {**weights, **self.sampled, **self.means, **how}
+
+
+def open_checkpoint(cfg: Sampling, device: torch.device) -> Checkpoint:
+    """The checkpoint that flags name; one whose images depend on others is refused."""
+    gen = open_generator(cfg, device)
+    if gen.objective.coupling == "lowres":
+        raise UserError(
+            f"{cfg.ckpt} was trained to enlarge pictures (cfm), so what it draws depends on theirs",
+            do="Enlarge them with samplers.py, then give the folder as --fake.",
+        )
+    labels = pick_labels(cfg.labels, gen.classes, len(cfg.labels))
+    trained = gen.meta.get("config", {})
+    subject = {
+        "checkpoint": str(gen.path),
+        "fingerprint": gen.meta["fingerprint"],
+        "objective": gen.objective.target,
+        "vae": gen.vae.fingerprint,
+    }
+    subject |= {name: gen.meta.get(name) for name in ("run", "images", "ema")}
+    subject |= {name: trained[name] for name in trained if name in ("flip", "crop")}
+    means = {"objective": asdict(gen.objective), "unet": gen.meta.get("unet")}
+    for name in ("num_heads", "num_head_channels", "attention_order"):
+        means[name] = getattr(cfg, name)
+    return Checkpoint(gen, labels, dict(gen.sampled), means, subject, trained)
+
+
+def features_of(extractor: Any, images: Tensor, device: torch.device) -> Tensor:
+    """Features (B, d) of uint8 images (B, 3, H, W)."""
+    return look(extractor, lambda part: images[part.start : part.stop], range(len(images)), device)
+
+
+def sample_features(
+    cfg: Sampling, checkpoint: Checkpoint, extractor: Any, n: int, cache: Path, ranks: Ranks
+) -> Stored:
+    """Features of the images of seeds cfg.seed … + n - 1: all ranks, in chunks that a kill leaves
+    on disk. Says first what it will cost."""
+    key = checkpoint.key(cfg.seed, extractor)
     folder = cache / key_of(key)
     chunks = [range(lo, min(lo + CHUNK, n)) for lo in range(0, n, CHUNK)]
-    todo = sum(len(chunk) for chunk in chunks if read_chunk(chunk_path(folder, chunk.start, n)) is None)
 
     def nfe_file(chunk: range) -> Path:
         return chunk_path(folder, chunk.start, n).with_suffix(".nfe")
 
-    def announce() -> None:
-        if gen.sampled.get("classes", "").startswith("unconditional"):
-            print(f"warning: {cfg.ckpt} knows classes, and these images are drawn without a class; training images have theirs.  Give --labels a,b,c to "
-                  "draw of each class alike.", file=sys.stderr)
-        if not todo:
-            return
-        seeds = list(range(cfg.seed, cfg.seed + min(n, 8 if ranks.device.type == "cpu" else cfg.batch)))
-        for _ in range(1 if ranks.device.type == "cpu" else 2):                 # a GPU's first call compiles
-            start = time.perf_counter()
-            images, nfe, calls = gen.draw(seeds)
-            features_in_batches(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
-            seconds = (time.perf_counter() - start) / len(seeds)
-        networks = f" × {calls / nfe:g} networks" if calls != nfe else ""       # guidance
-        print(f"{todo:,} of {n:,} images to draw × {nfe:g} NFE{networks} = {todo * calls:,.0f} network evaluations: about "
-              f"{span(seconds * todo / ranks.world)} on {ranks.world} rank{'s' * (ranks.world > 1)}, with their features", flush=True)
-    ranks.broadcast(announce)
-
     def produce(chunk: range) -> Tensor:
         seeds = [cfg.seed + i for i in chunk]
-        groups = [seeds[i:i + cfg.batch] for i in range(0, len(seeds), cfg.batch)]
-        images, nfe, _ = zip(*(gen.draw(group) for group in groups))
-        images = torch.cat(images)
-        write_text(nfe_file(chunk), repr(sum(each * len(group) for each, group in zip(nfe, groups))))
-        return features_in_batches(extractor, lambda part: images[part.start:part.stop], range(len(images)), ranks.device)
+        parts = [seeds[i : i + cfg.batch] for i in range(0, len(seeds), cfg.batch)]
+        drawn = [checkpoint.draw(part) for part in parts]
+        nfe = sum(each.nfe * len(part) for each, part in zip(drawn, parts))
+        write_text(nfe_file(chunk), repr(nfe))
+        images = torch.cat([each.images for each in drawn])
+        return features_of(extractor, images, ranks.device)
+
+    missing = [c for c in chunks if read_chunk(chunk_path(folder, c.start, n)) is None]
+    todo = sum(map(len, missing))
+    ranks.broadcast(lambda: announce(cfg, checkpoint, extractor, todo, n, ranks))
     stored = compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
-    gen.sampled["nfe"] = sum(float(nfe_file(chunk).read_text()) for chunk in chunks) / n
+    nfe = sum(float(nfe_file(chunk).read_text()) for chunk in chunks)
+    checkpoint.sampled["nfe"] = nfe / n
     return stored
 
 
+def announce(
+    cfg: Sampling, checkpoint: Checkpoint, extractor: Any, todo: int, n: int, ranks: Ranks
+) -> None:
+    """Say what sampling will cost, after a try."""
+    if checkpoint.sampled.get("classes", "").startswith("unconditional"):
+        warn(
+            ranks,
+            f"{cfg.ckpt} knows classes, and these images are drawn without a class; training "
+            "images have theirs.  Give --labels a,b,c to draw of each class alike.",
+        )
+    if not todo:
+        return
+    on_cpu = ranks.device.type == "cpu"
+    count = min(n, 8 if on_cpu else cfg.batch)
+    seeds = list(range(cfg.seed, cfg.seed + count))
+    for _ in range(1 if on_cpu else 2):  # a GPU's first call compiles
+        start = time.perf_counter()
+        drawn = checkpoint.draw(seeds)
+        features_of(extractor, drawn.images, ranks.device)
+        seconds = (time.perf_counter() - start) / count
+    networks = ""
+    if drawn.evaluations != drawn.nfe:  # guidance
+        networks = f" × {drawn.evaluations / drawn.nfe:g} networks"
+    number = "rank" if ranks.world == 1 else "ranks"
+    print(
+        f"{todo:,} of {n:,} images to draw × {drawn.nfe:g} NFE{networks} = "
+        f"{todo * drawn.evaluations:,.0f} network evaluations: about "
+        f"{span(seconds * todo / ranks.world)} on {ranks.world} {number}, with their features",
+        flush=True,
+    )
+
+
 def span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    """A duration as it is read."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measuring ----------------------------------------------------------------------------------
+
 
 class Side(NamedTuple):
     """One of the two sets."""
-    stored: Stored | None               # None: only moments are known
-    parts: list[Statistics]             # they add up to the whole
-    n: int                              # images; 0 = an npz that does not say
+
+    stored: Stored | None  # None: only moments are known
+    parts: list[Statistics]  # they add up to the whole
+    n: int  # images; 0 = an npz that does not say
+
+    @property
+    def total(self) -> Statistics:
+        return sum(self.parts[1:], self.parts[0])
 
     def best(self, leave: int | None = None) -> Statistics | Tensor:
-        """What frechet() takes: features of a set smaller than d, else statistics; `leave`: without that part."""
+        """What frechet() takes: features of a set smaller than d, else statistics.
+        leave: without that part."""
         if self.stored and self.n < len(self.parts[0].mean):
             rows = self.stored.rows().double()
-            return rows if leave is None else rows[torch.arange(len(rows)) % len(self.parts) != leave]
-        total = sum(self.parts[1:], self.parts[0])
-        return total if leave is None else total - self.parts[leave]
+            if leave is None:
+                return rows
+            return rows[torch.arange(len(rows)) % len(self.parts) != leave]
+        return self.total if leave is None else self.total - self.parts[leave]
 
 
 def side(stored: Stored, ranks: Ranks, groups: int = 1) -> Side:
     """Every rank calls; every rank has it. Parts are for the jackknife."""
-    return Side(stored, stored.statistics(ranks, groups if len(stored) >= 2 * groups else 1), len(stored))
+    groups = groups if len(stored) >= 2 * groups else 1
+    return Side(stored, stored.statistics(ranks, groups), len(stored))
 
 
-def some(stored: Stored, limit: int, seed: int = 0) -> Tensor:
-    """Features of at most `limit` of them, chosen at random."""
-    keep = stored.index if len(stored) <= limit else np.random.default_rng(seed).permutation(stored.index)[:limit]
+def random_rows(stored: Stored, limit: int, seed: int = 0) -> Tensor:
+    """Features of at most `limit` images, chosen at random: float64 (N, d)."""
+    keep = stored.index
+    if len(stored) > limit:
+        keep = np.random.default_rng(seed).permutation(stored.index)[:limit]
     return stored.select(keep).rows().double()
 
 
@@ -181,43 +363,63 @@ def floor(ref: Side, n: int, limit: int) -> dict[str, Any]:
         return {}
     order = np.random.default_rng(0).permutation(ref.stored.index)
     a, b = ref.stored.select(order[:m]), ref.stored.select(order[m:])
-    alone = Ranks(0, 1, torch.device("cpu"))
-    one = side(a, alone)
-    rest = Side(b, [sum(ref.parts[1:], ref.parts[0]) - one.parts[0]], len(b))
-    return {"n": m, "frechet": frechet(one.best(), rest.best()), "kernel": kernel_distance(some(a, limit), some(b, limit))}
+    one = side(a, Ranks(0, 1, torch.device("cpu")))
+    rest = Side(b, [ref.total - one.parts[0]], len(b))
+    kernel = kernel_distance(random_rows(a, limit), random_rows(b, limit))
+    return {"n": m, "frechet": frechet(one.best(), rest.best()), "kernel": kernel}
 
 
-def measure(fake: Side, ref: Side, held: Stored | None, name: str, *, pairs: int = 5_000, infinity: bool = False) -> dict[str, dict[str, Any]]:
+def measure(
+    fake: Side,
+    ref: Side,
+    held: Stored | None,
+    name: str,
+    *,
+    pairs: int = 5_000,
+    infinity: bool = False,
+) -> dict[str, dict[str, Any]]:
     """Metrics by their names, which say n: {"FID10k": {"value", "error", "floor"}, …}."""
-    FD, KD, n = *NAMES.get(name, (f"FD-{name}", f"KD-{name}")), short(fake.n) if fake.n else ""
-    low, reference = floor(ref, fake.n, pairs), ref.best()
-    value, row = frechet(reference, fake.best()), {}
+    fd_name, kd_name = NAMES.get(name, (f"FD-{name}", f"KD-{name}"))
+    n = short(fake.n) if fake.n else ""
+    lowest, reference = floor(ref, fake.n, pairs), ref.best()
+    fd: dict[str, Any] = {"value": frechet(reference, fake.best())}
     if len(fake.parts) > 1:
-        row["error"] = jackknife([frechet(reference, fake.best(leave=g)) for g in range(len(fake.parts))])
-    out: dict[str, dict[str, Any]] = {FD + n: {"value": value, **row, **({"floor": low["frechet"], "floor n": low["n"]} if low else {})}}
+        groups = range(len(fake.parts))
+        fd["error"] = jackknife([frechet(reference, fake.best(leave=g)) for g in groups])
+    if lowest:
+        fd |= {"floor": lowest["frechet"], "floor n": lowest["n"]}
+    out = {fd_name + n: fd}
     if infinity:
         fit = frechet_infinity(reference, fake.stored.rows())
-        out[f"{FD}-infinity"] = {"value": fit.value, "error": fit.error}
+        out[f"{fd_name}-infinity"] = {"value": fit.value, "error": fit.error}
     if not (fake.stored and ref.stored):
         return out
-    x, y = some(ref.stored, pairs), some(fake.stored, pairs)
-    kid = kernel_distance(x, y)
-    out[KD + n] = {"value": kid.value, "error": kid.error, **({"floor": low["kernel"].value, "floor n": low["n"]} if low else {}), "images": [len(x), len(y)]}
-    if min(len(x), len(y)) > 5:
-        out |= {f"{key}{n}": {"value": v, "images": [len(x), len(y)]} for key, v in precision_recall(x, y)._asdict().items()}
+
+    x, y = random_rows(ref.stored, pairs), random_rows(fake.stored, pairs)
+    images = [len(x), len(y)]
+    kernel = kernel_distance(x, y)
+    kd: dict[str, Any] = {"value": kernel.value, "error": kernel.error}
+    if lowest:
+        kd |= {"floor": lowest["kernel"].value, "floor n": lowest["n"]}
+    out[kd_name + n] = {**kd, "images": images}
+    if min(images) > 5:
+        for key, value in precision_recall(x, y)._asdict().items():
+            out[key + n] = {"value": value, "images": images}
     if held and len(held) >= HELD:
-        memory = memorisation(y, (chunk for _, chunk in ref.stored.batches()), some(held, pairs))
+        chunks = (chunk for _, chunk in ref.stored.batches())
+        memory = memorisation(y, chunks, random_rows(held, pairs))
         out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
     return out
 
 
-# ---- in training ----------------------------------------------------------------------------------------------------
+# ---- in training --------------------------------------------------------------------------------
+
 
 class FID:
     """FID of a run while it trains, on fixed seeds, to the run's own training images.
 
-    trained: the run's config as a dict; name: what an error calls the run. Every rank calls. The reference's features are
-    extracted here, once, before training.
+    trained: the run's config as a dict; name: what an error calls the run. Every rank calls. The
+    reference's features are extracted here, once, before training.
     """
 
     def __init__(self, trained: dict[str, Any], name: str, ranks: Ranks):
@@ -229,48 +431,68 @@ class FID:
         else:
             self.extractor = fit_extractor(images)
         train, _ = images.split(trained["holdout"])
-        self.ref = side(extract(train, self.extractor, cache_folder() / "features", ranks), ranks)
+        stored = extract(train, self.extractor, cache_folder() / "features", ranks)
+        self.ref = side(stored, ranks)
         self.names = [metric + short(FID_IMAGES) for metric in NAMES[kind]]
         self.floor = floor(self.ref, FID_IMAGES, FID_IMAGES)
 
     def __call__(self, draw: Callable[[list[int]], Tensor], seen: int, of: str) -> dict[str, Any]:
         """A row of the log, after `seen` images, of the weights named `of`. Every rank calls.
 
-        draw(seeds) -> uint8 (B, 3, H, W) of all seeds, on every rank; each rank extracts the features of its share.
+        draw(seeds) -> uint8 (B, 3, H, W) of all seeds, on every rank; each rank extracts the
+        features of its share.
         """
         start = time.perf_counter()
-        group = 64 * self.ranks.world
-        parts = []
+        group, parts = 64 * self.ranks.world, []
         for lo in range(0, FID_IMAGES, group):
-            parts.append(self.features(draw(list(range(lo, min(lo + group, FID_IMAGES))))))
+            seeds = list(range(lo, min(lo + group, FID_IMAGES)))
+            parts.append(self.share_of_features(draw(seeds)))
             if not self.announced and self.ranks.rank == 0:
-                seconds = (time.perf_counter() - start) * FID_IMAGES / len(parts[0])
-                print(f"{self.names[0]}: {FID_IMAGES:,} samples each time, about {span(seconds)}", flush=True)
+                seconds = (time.perf_counter() - start) * FID_IMAGES / len(seeds)
+                what = f"{self.names[0]}: {FID_IMAGES:,} samples each time"
+                print(f"{what}, about {span(seconds)}", flush=True)
             self.announced = True
         y = self.ranks.all_reduce(torch.cat(parts)).double().cpu()
         fid, kid, error = self.ranks.broadcast(lambda: self.distances(y))
-        row = {"event": "fid", "images": seen, "of": of, self.names[0]: fid, self.names[1]: kid, f"{self.names[1]} error": error}
+        row = {"event": "fid", "images": seen, "of": of, self.names[0]: fid}
+        row |= {self.names[1]: kid, f"{self.names[1]} error": error}
         if self.floor:
             row |= {"floor": self.floor["frechet"], "floor n": self.floor["n"]}
         return {**row, "seconds": time.perf_counter() - start}
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, d): this rank's rows are the features of its share of the images, the others are zero."""
+    def share_of_features(self, images: Tensor) -> Tensor:
+        """(B, d): this rank's rows are the features of its share of the images, the others are
+        zero."""
         share = slice(self.ranks.rank, None, self.ranks.world)
-        own = images[share]
-        seen = features_in_batches(self.extractor, lambda part: own[part.start:part.stop], range(len(own)), self.ranks.device)
-        rows = seen.new_zeros(len(images), seen.shape[1], device=self.ranks.device)
-        rows[share] = seen.to(rows)
+        own = features_of(self.extractor, images[share], self.ranks.device)
+        rows = own.new_zeros(len(images), own.shape[1], device=self.ranks.device)
+        rows[share] = own.to(rows)
         return rows
 
     def distances(self, y: Tensor) -> list[float]:
         """[Fréchet distance, kernel distance, its standard error] of features (N, d)."""
-        kid = kernel_distance(some(self.ref.stored, FID_IMAGES), y)
+        kid = kernel_distance(random_rows(self.ref.stored, FID_IMAGES), y)
         generated = y if len(y) < y.shape[1] else Statistics.of(y)
         return [frechet(self.ref.best(), generated), *kid]
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the two sides ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compared with what, opened."""
+
+    cfg: Config
+    ranks: Ranks
+    checkpoint: Checkpoint | None
+    spec: str  # the reference
+    holdout: float  # the share of it that training did not see
+    images: dict[str, Images]  # by spec; moments have none
+    size: tuple[int, int] | None  # (width, height) of both sides; None: moments only
+    extractor: Any
+    cache: Path
+
 
 def images_of(data: str) -> str:
     """The images a run saw; for a latent cache, what it was made from."""
@@ -280,154 +502,243 @@ def images_of(data: str) -> str:
 def default_ref(trained: dict[str, Any], ckpt: str) -> str:
     """What a run was trained on, as DATA:expression."""
     if not trained.get("data"):
-        raise UserError(f"{ckpt} does not say what it was trained on.  Give --ref DATA.")
-    data, tags = images_of(trained["data"]), [f"({text})" for text in trained.get("exclude_tags", ())]
-    text = {"standard": "", "fine": " & ".join(f"!{t}" for t in tags), "stage2": " | ".join(tags)}[trained.get("stage", "standard")]
+        raise UserError(f"{ckpt} does not say what it was trained on", do="Give --ref DATA.")
+    data, stage = images_of(trained["data"]), trained.get("stage", "standard")
+    tags = [f"({text})" for text in trained.get("exclude_tags", ())]
+    text = ""
+    if stage == "fine":
+        text = " & ".join(f"!{tag}" for tag in tags)
+    elif stage == "stage2":
+        text = " | ".join(tags)
     return f"{data}:{text}" if text else data
 
 
-def check(cfg: Config) -> None:
-    """What can be said of the flags alone; those of drawing are drawing.check()'s."""
-    if bool(cfg.ckpt) == bool(cfg.fake):
-        raise UserError("give one of --ckpt (to sample from) and --fake (images or statistics that are there).")
-    if cfg.fake and not cfg.ref:
-        raise UserError("--fake needs --ref: DATA[:tag expression], a folder, or an npz.")
-    for name in ("init", "strength", "mask", "invert", "interpolate", "npz", "grid_image"):
-        if getattr(cfg, name) != getattr(drawing.Config, name):
-            raise UserError(f"--{'no-' * (name == 'grid_image')}{name.replace('_', '-')} is not for measuring.  Draw with samplers.py, then give its folder "
-                            "as --fake.")
-    for name, least in (("n", 0), ("batch", 1), ("pairs", 10)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name} {getattr(cfg, name)}: wanted at least {least}.")
-    if not 0 <= cfg.seed < 2 ** 63 - max(cfg.n, DRAWN):
-        raise UserError(f"--seed {cfg.seed}: wanted 0 to 2^63 - 1 - n.")
-    if cfg.n == 1:
-        raise UserError("--n 1: a distance between sets needs at least 2 images, and means something from 2,048 on.")
-    if cfg.holdout != -1 and not 0 <= cfg.holdout < 1:
-        raise UserError(f"--holdout {cfg.holdout:g}: wanted 0 to 1, or -1 for what the checkpoint was trained with.")
-    if Path(cfg.out).is_dir() and cfg.out:
-        raise UserError(f"--out {cfg.out} is a folder; wanted a file, for the card.")
-    if cfg.save_stats and (not cfg.save_stats.endswith(".npz") or not Path(cfg.save_stats).absolute().parent.is_dir()):
-        raise UserError(f"--save-stats {cfg.save_stats}: wanted FILE.npz in a folder that exists.")
-    if cfg.save_stats and is_statistics(cfg.ref):
-        raise UserError(f"--save-stats: {cfg.ref} is moments already.  Leave it out.")
-    moments = cfg.fake and is_statistics(cfg.fake)
-    if cfg.infinity and (moments or 0 < cfg.n < 20):
-        raise UserError(f"--infinity is a fit over subsets of the images: wanted at least 20, got {'moments' if moments else cfg.n}.")
-    useful = ("ckpt", "out", "device", "resolution", "weights", "preproc", *(() if moments else ("n", "seed")))
-    default = {f.name: f.default for f in fields(drawing.Config)}
-    idle = [(k, f"--fake {cfg.fake}") for k, v in default.items() if cfg.fake and k not in useful and getattr(cfg, k) != v and (k != "n" or cfg.n)]
-    idle += [(k, "--features pca") for k in ("weights", "preproc") if cfg.features == "pca" and getattr(cfg, k) != getattr(Config, k)]
-    if idle:
-        raise UserError(f"--{idle[0][0].replace('_', '-')} does nothing with {idle[0][1]}.  Leave it out.")
+def holdout_of(cfg: Config, spec: str, trained: dict[str, Any]) -> float:
+    """The share of the reference that training did not see: the run's own, if it is its data."""
+    if cfg.holdout >= 0:
+        return cfg.holdout
+    if not trained.get("data"):
+        return 0.0
+    own = Path(images_of(trained["data"])).resolve()
+    return trained.get("holdout", 0.0) if Path(split_spec(spec)[0]).resolve() == own else 0.0
 
 
-def given_moments(path: str, extractor: Any, size: tuple[int, int] | None, loud: bool) -> tuple[Side, dict[str, Any]]:
-    """An npz of mu and sigma as a side, and what it says of itself; refused if that is not how the other side is made."""
-    stats, meta = load_statistics(Path(path), 2048 if isinstance(extractor, FIDInception) else None)
-    differs = [f"{k} {v!r}, and this asks for {extractor.id.get(k)!r}" for k, v in meta.get("features", {}).items() if v != extractor.id.get(k)]
-    if differs:
-        raise UserError(f"{path} was made with {'; '.join(differs)}.  Repeat with its settings, or make it anew with --save-stats.")
-    if size and meta.get("size") and tuple(meta["size"]) != size:
-        raise UserError(f"{path} was made of images of {meta['size'][0]}×{meta['size'][1]} pixels, and the others have {size[0]}×{size[1]}.  Make it anew "
-                        "with --save-stats, at one --resolution.")
-    if "features" not in meta and loud:
-        print(f"warning: {path} does not say which weights saw its images, nor how they were resized; this card cannot vouch for it.",
-              file=sys.stderr)
-    return Side(None, [stats], meta["n"]), {"hash": hashlib.sha256(Path(path).read_bytes()).hexdigest(), **meta}
-
-
-def what_against(cfg: Config, gen: Generator | None) -> tuple[str, float]:
-    """The reference's spec, and the share of it that training did not see."""
-    spec, own = cfg.ref or default_ref(gen.trained, cfg.ckpt), images_of(gen.trained["data"]) if gen and gen.trained.get("data") else ""
-    same = bool(own) and Path(split_spec(spec)[0]).resolve() == Path(own).resolve()
-    return spec, cfg.holdout if cfg.holdout >= 0 else gen.trained.get("holdout", 0.0) if same else 0.0
-
-
-def evaluate(cfg: Config, ranks: Ranks) -> dict[str, Any]:
-    """The card."""
-    check(cfg)
-    cache, start = Path(cfg.cache) if cfg.cache else cache_folder() / "features", time.perf_counter()
-    gen = open_generator(cfg, ranks.device) if cfg.ckpt else None
-    spec, holdout = what_against(cfg, gen)
-    opened = {s: open_images(s, gen.resolution if gen else cfg.resolution) for s in (spec, cfg.fake) if s and not is_statistics(s)}
-    sizes = list(dict.fromkeys([*(images.size for images in opened.values()), *([(gen.resolution, gen.resolution)] if gen else [])]))
+def open_task(cfg: Config, ranks: Ranks) -> Task:
+    """Load the checkpoint, open both sets, and refuse sets of two sizes."""
+    checkpoint = open_checkpoint(cfg, ranks.device) if cfg.ckpt else None
+    trained = checkpoint.trained if checkpoint else {}
+    spec = cfg.ref or default_ref(trained, cfg.ckpt)
+    holdout = holdout_of(cfg, spec, trained)
+    resolution = checkpoint.resolution if checkpoint else cfg.resolution
+    specs = [name for name in (spec, cfg.fake) if name and not is_statistics(name)]
+    images = {name: open_images(name, resolution) for name in specs}
+    sizes = [each.size for each in images.values()]
+    if checkpoint:
+        sizes.append((resolution, resolution))
+    sizes = list(dict.fromkeys(sizes))
     if len(sizes) > 1:
-        raise UserError(f"the two sides have {' and '.join(f'{w}×{h}' for w, h in sizes)} pixels.  Give --resolution N, and folders are resized to it "
-                        "as for training (shorter side by Lanczos, middle cut out); arr_0 in an npz is taken as it is.")
-    size, extractor, held = next(iter(sizes), None), build_extractor(cfg, opened.get(spec), ranks), None
-    if spec in opened:
-        train, rest = opened[spec].split(holdout)
-        if len(opened[spec]) > 1 and len(train) < 2:
-            raise UserError(f"{spec} has {len(train)} images that are not held out (--holdout {holdout:g}); a distance needs at least 2.")
-        both = extract(opened[spec], extractor, cache, ranks)
-        ref, held = side(both.select(train.index), ranks), both.select(rest.index)
-        about = {"hash": train.hash, "filter": train.filter, "reference": train.spec, "holdout": holdout, "size": list(size)}
-        if cfg.ckpt and len(rest) < HELD and ranks.rank == 0:
-            print(f"warning: no memorisation check: {len(rest)} images are held out of {spec}, and it takes {HELD}.", file=sys.stderr)
-        seen = [what for key, value, what in (("flip", True, "mirrored images"), ("crop", "random", "random crops")) if gen and gen.trained.get(key) == value]
-        if seen and ranks.rank == 0:
-            print(f"warning: {cfg.ckpt} was trained on {' and '.join(seen)} too, and the reference is the middle of each image as it is: copies of the others "
-                  "may go unseen.", file=sys.stderr)
-    else:
-        ref, about = given_moments(spec, extractor, size, ranks.rank == 0)
-    shown: dict[str, Any] = {}
-    if cfg.ckpt:
-        fake = side(sample_features(cfg, gen, extractor, cfg.n or DRAWN, cache, ranks), ranks, GROUPS)
-    elif cfg.fake in opened:
-        given = opened[cfg.fake]
-        fake = side(extract(given.take(cfg.n, cfg.seed), extractor, cache, ranks), ranks, GROUPS)
-        shown = {"hash": given.hash, "filter": given.filter, "unreadable": given.unreadable}
-    else:
-        fake, shown = given_moments(cfg.fake, extractor, size, ranks.rank == 0)
-    least = min(side.n or LOW for side in (fake, ref))
-    if least < LOW and ranks.rank == 0:
-        print(f"warning: {least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards there, and compares only with others at "
-              "the same number.  Look at the floor and at the kernel distance.", file=sys.stderr)
-    if cfg.save_stats and ranks.rank == 0:
-        save_statistics(Path(cfg.save_stats), sum(ref.parts[1:], ref.parts[0]), {"features": extractor.id, **about})
-    metrics = ranks.broadcast(lambda: measure(fake, ref, held, name_of(extractor), pairs=cfg.pairs, infinity=cfg.infinity))
-    measured = {**extractor.id, "n": fake.n, "reference": about.get("reference", spec), "reference hash": about.get("hash"),
-                "filter": about.get("filter", ""), "reference images": ref.n, "holdout": about.get("holdout"),
-                "size": list(size or about.get("size", ())), "pairs": cfg.pairs}
-    card = {"kind": "metric card", "metrics": metrics, "measured": measured,
-            "sampled": {**gen.sampled, "seeds": [cfg.seed, cfg.seed + fake.n - 1]} if gen else {}, "subject": gen.subject if gen else {"fake": cfg.fake, **shown},
-            "weights_sha256": getattr(extractor, "sha256", ""), "seconds": time.perf_counter() - start, "ranks": ranks.world,
-            **versions("pillow", "scipy")}
-    return json.loads(json.dumps(card), parse_constant=lambda name: None)       # JSON has no NaN
+        both = " and ".join(f"{width}×{height}" for width, height in sizes)
+        raise UserError(
+            f"the two sides have {both} pixels",
+            do="Give --resolution N, and folders are resized to it as for training (shorter side "
+            "by Lanczos, middle cut out); arr_0 in an npz is taken as it is.",
+        )
+    size = sizes[0] if sizes else None
+    extractor = build_extractor(cfg, images.get(spec), ranks)
+    cache = Path(cfg.cache) if cfg.cache else cache_folder() / "features"
+    return Task(cfg, ranks, checkpoint, spec, holdout, images, size, extractor, cache)
+
+
+def build_extractor(cfg: Any, images: Images | None, ranks: Ranks) -> Any:
+    """What makes features of images; images: the reference's."""
+    if cfg.features == "inception":
+        return load_inception(cfg.weights, cfg.preproc, ranks.device)
+    if images is None:
+        raise UserError(
+            "--features pca is fitted to the reference's images, and --ref gives only moments",
+            do="Give DATA or a folder.",
+        )
+    return fit_extractor(images)
 
 
 def name_of(extractor: Any) -> str:
     """For NAMES; random weights never pass for FID."""
-    return "random" if str(extractor.id.get("weights")).startswith("random") else extractor.id["features"]
+    if str(extractor.id.get("weights")).startswith("random"):
+        return "random"
+    return extractor.id["features"]
 
 
-def build_extractor(cfg: Config, images: Images | None, ranks: Ranks) -> Any:
-    if cfg.features == "inception":
-        return load_inception(cfg.weights, cfg.preproc, ranks.device)
-    if images is None:
-        raise UserError("--features pca is fitted to the reference's images, and --ref gives only moments.  Give DATA or a folder.")
-    return fit_extractor(images)
+def moments_of(path: str, task: Task) -> tuple[Side, dict[str, Any]]:
+    """An npz of mu and sigma as a side, and what it says of itself; refused if that is not how the
+    other side is made."""
+    asked = task.extractor.id
+    dimensions = 2048 if isinstance(task.extractor, FIDInception) else None
+    stats, meta = load_statistics(Path(path), dimensions)
+    differs = [
+        f"{key} {value!r}, and this asks for {asked.get(key)!r}"
+        for key, value in meta.get("features", {}).items()
+        if value != asked.get(key)
+    ]
+    if differs:
+        raise UserError(
+            f"{path} was made with {'; '.join(differs)}",
+            do="Repeat with its settings, or make it anew with --save-stats.",
+        )
+    if task.size and meta.get("size") and tuple(meta["size"]) != task.size:
+        own, other = (f"{width}×{height}" for width, height in (meta["size"], task.size))
+        raise UserError(
+            f"{path} was made of images of {own} pixels, and the others have {other}",
+            do="Make it anew with --save-stats, at one --resolution.",
+        )
+    if "features" not in meta:
+        warn(
+            task.ranks,
+            f"{path} does not say which weights saw its images, nor how they were resized; "
+            "this card cannot vouch for it.",
+        )
+    content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Side(None, [stats], meta["n"]), {"hash": content, **meta}
+
+
+def reference_side(task: Task) -> tuple[Side, Stored | None, dict[str, Any]]:
+    """(what training saw of the reference, what it did not, what the card says of it)."""
+    if task.spec not in task.images:
+        ref, about = moments_of(task.spec, task)
+        return ref, None, about
+    images = task.images[task.spec]
+    train, rest = images.split(task.holdout)
+    if len(images) > 1 and len(train) < 2:
+        raise UserError(
+            f"{task.spec} has {len(train)} images that are not held out "
+            f"(--holdout {task.holdout:g}); a distance needs at least 2",
+            do="Lower --holdout.",
+        )
+    both = extract(images, task.extractor, task.cache, task.ranks)
+    ref, held = side(both.select(train.index), task.ranks), both.select(rest.index)
+    if task.checkpoint:
+        warn_of_copies(task, len(rest))
+    about = {"hash": train.hash, "filter": train.filter, "reference": train.spec}
+    return ref, held, {**about, "holdout": task.holdout, "size": list(task.size)}
+
+
+def warn_of_copies(task: Task, held: int) -> None:
+    """Say where the memorisation check cannot see."""
+    if held < HELD:
+        what = f"no memorisation check: {held} images are held out of {task.spec}"
+        warn(task.ranks, f"{what}, and it takes {HELD}.")
+    views = []
+    if task.checkpoint.trained.get("flip"):
+        views.append("mirrored images")
+    if task.checkpoint.trained.get("crop") == "random":
+        views.append("random crops")
+    if views:
+        warn(
+            task.ranks,
+            f"{task.cfg.ckpt} was trained on {' and '.join(views)} too, and the reference is the "
+            "middle of each image as it is: copies of the others may go unseen.",
+        )
+
+
+def generated_side(task: Task) -> tuple[Side, dict[str, Any]]:
+    """What is measured, and what the card says of whose it is."""
+    cfg, ranks = task.cfg, task.ranks
+    if task.checkpoint:
+        n = cfg.n or DRAWN
+        stored = sample_features(cfg, task.checkpoint, task.extractor, n, task.cache, ranks)
+        return side(stored, ranks, GROUPS), task.checkpoint.subject
+    if cfg.fake not in task.images:
+        fake, meta = moments_of(cfg.fake, task)
+        return fake, {"fake": cfg.fake, **meta}
+    images = task.images[cfg.fake]
+    stored = extract(images.take(cfg.n, cfg.seed), task.extractor, task.cache, ranks)
+    about = {"hash": images.hash, "filter": images.filter, "unreadable": images.unreadable}
+    return side(stored, ranks, GROUPS), {"fake": cfg.fake, **about}
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def evaluate(cfg: Config, ranks: Ranks) -> Card:
+    """Open both sides, get their features, measure, and write down how."""
+    check(cfg)
+    start = time.perf_counter()
+    task = open_task(cfg, ranks)
+    ref, held, about = reference_side(task)
+    fake, subject = generated_side(task)
+    least = min(each.n or LOW for each in (fake, ref))
+    if least < LOW:
+        warn(
+            ranks,
+            f"{least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards there, "
+            "and compares only with others at the same number.  Look at the floor and at the "
+            "kernel distance.",
+        )
+    extractor = task.extractor
+    if cfg.save_stats and ranks.rank == 0:
+        save_statistics(Path(cfg.save_stats), ref.total, {"features": extractor.id, **about})
+    how = {"pairs": cfg.pairs, "infinity": cfg.infinity}
+    metrics = ranks.broadcast(lambda: measure(fake, ref, held, name_of(extractor), **how))
+    sampled = {}
+    if task.checkpoint:
+        seeds = [cfg.seed, cfg.seed + fake.n - 1]
+        sampled = {**task.checkpoint.sampled, "seeds": seeds}
+    card = {
+        "kind": "metric card",
+        "metrics": metrics,
+        "measured": measured_of(task, fake, ref, about),
+        "sampled": sampled,
+        "subject": subject,
+        "weights_sha256": getattr(extractor, "sha256", ""),
+        "seconds": time.perf_counter() - start,
+        "ranks": ranks.world,
+        **versions("pillow", "scipy"),
+    }
+    return json.loads(json.dumps(card), parse_constant=lambda name: None)  # JSON has no NaN
+
+
+def measured_of(task: Task, fake: Side, ref: Side, about: dict[str, Any]) -> dict[str, Any]:
+    """What two cards must share to stand in one table: extractor, numbers of images, reference."""
+    return {
+        **task.extractor.id,
+        "n": fake.n,
+        "reference": about.get("reference", task.spec),
+        "reference hash": about.get("hash"),
+        "filter": about.get("filter", ""),
+        "reference images": ref.n,
+        "holdout": about.get("holdout"),
+        "size": list(task.size or about.get("size", ())),
+        "pairs": task.cfg.pairs,
+    }
+
+
+def compare_words(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """A.json B.json … [--allow field,field] -> (files, fields)."""
+    names, allowed, rest = [], [], iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if key != "--allow":
+            names.append(word)
+        elif equals:
+            allowed.append(value)
+        else:
+            allowed.append(next(rest, "--"))
+    if len(names) < 2 or any(word.startswith("--") for word in (*names, *allowed)):
+        usage = "python eval_fid.py compare A.json B.json … [--allow field,field]"
+        raise UserError("compare takes two cards or more", do=f"Write {usage}")
+    fields = [field.strip() for text in allowed for field in text.split(",")]
+    return names, tuple(filter(None, fields))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        names, allow, words = [], [], iter(sys.argv[2:])
-        for word in words:
-            flag, given, value = word.partition("=")
-            if flag == "--allow":
-                allow += (value if given else next(words, "--")).split(",")
-            else:
-                names.append(word)
-        if len(names) < 2 or any(word.startswith("--") for word in (*names, *allow)):
-            raise UserError("wanted: python eval_fid.py compare A.json B.json … [--allow field,field]")
-        print(compare(names, tuple(k.strip() for k in allow if k.strip())))
+        print(compare(*compare_words(sys.argv[2:])))
         return
     cfg, dry_run = parse(Config, __doc__)
     if dry_run:
         print(json.dumps(vars(cfg), indent=1))
         return
-    ranks = join_ranks(cfg.device, patience=PATIENCE)                                  # a resumed rank may have nothing to do, and another all
+    # A resumed rank may have nothing to do, and another one all.
+    ranks = join_ranks(cfg.device, patience=PATIENCE)
     card = evaluate(cfg, ranks)
     if ranks.rank == 0:
         path = Path(cfg.out or card_name(card))

@@ -10,9 +10,9 @@ memorisation check has to flag it.
 
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -25,22 +25,41 @@ import data.toyfaces as toyfaces
 import eval_fid
 from eval_fid import GROUPS, HELD, Side, default_ref, measure, side
 from harness import record
-from harness.cli import UserError, cli, parse
+from harness.cli import UserError, cli, flag, flag_like, parse
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import read_config
 from metrics.cards import table
 from metrics.features import Images, Stored, extract, open_images, split_spec
 from metrics.inception import cache_folder
+from samplers import METHODS
 
 # Which of the references a stage was trained on.
 OWN = {"standard": "all", "fine": "rest", "stage2": "excluded tags"}
 
 
 @dataclass(frozen=True)
-class Config(eval_fid.Config):
-    runs: tuple[str, ...] = ()  # folders of runs of one data set, a,b,c
-    n: int = 2_048  # samples of each
-    holdout: float = -1.0  # as the runs were trained
+class Config:
+    runs: tuple[str, ...] = flag((), "folders of runs of one data set, a,b,c")
+    n: int = flag(2_048, "samples of each", low=2)
+    seed: int = flag_like(eval_fid.Config, "seed", 0)
+    labels: tuple[str, ...] = flag_like(eval_fid.Config, "labels", ())
+    cfg: float = flag_like(eval_fid.Config, "cfg", 1.0)
+    method: Literal[("", *METHODS)] = flag_like(eval_fid.Config, "method", "")
+    steps: int | None = flag_like(eval_fid.Config, "steps", None)
+    batch: int = flag_like(eval_fid.Config, "batch", 64)
+    device: str = flag_like(eval_fid.Config, "device", "auto")
+    dtype: Literal["auto", "fp32", "bf16"] = flag_like(eval_fid.Config, "dtype", "auto")
+    features: Literal["inception", "pca"] = flag_like(eval_fid.Config, "features", "inception")
+    weights: str = flag_like(eval_fid.Config, "weights", "")
+    preproc: Literal["torch", "clean", "tf"] = flag_like(eval_fid.Config, "preproc", "torch")
+    pairs: int = flag_like(eval_fid.Config, "pairs", 5_000)
+    cache: str = flag_like(eval_fid.Config, "cache", "")
+
+    def sampling(self, run: str) -> eval_fid.Config:
+        """The same flags, for one run."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        del own["runs"]
+        return eval_fid.Config(ckpt=run, **own)
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ def open_references(
     return References(extractor, name, stored, train.index, held_out.index, sides, fresh)
 
 
-def feature_cache(cfg: Config) -> Path:
+def feature_cache(cfg: Any) -> Path:
     return Path(cfg.cache) if cfg.cache else cache_folder() / "features"
 
 
@@ -126,19 +145,20 @@ def assess(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     refs = open_references(cfg, images, configs[0]["holdout"], tags, ranks)
     out = {}
     for run, config in zip(cfg.runs, configs):
-        out[Path(run).name] = assess_run(replace(cfg, ckpt=run), config["stage"], refs, ranks)
+        out[Path(run).name] = assess_run(cfg.sampling(run), config["stage"], refs, ranks)
     return out | assess_controls(cfg, refs, ranks)
 
 
-def assess_run(cfg: Config, stage: str, refs: References, ranks: Ranks) -> dict[str, Any]:
+def assess_run(cfg: eval_fid.Config, stage: str, refs: References, ranks: Ranks) -> dict[str, Any]:
     """One run's samples against every reference."""
-    gen = eval_fid.open_generator(cfg, ranks.device)
-    stored = eval_fid.sample_features(cfg, gen, refs.extractor, cfg.n, feature_cache(cfg), ranks)
+    checkpoint = eval_fid.open_checkpoint(cfg, ranks.device)
+    cache = feature_cache(cfg)
+    stored = eval_fid.sample_features(cfg, checkpoint, refs.extractor, cfg.n, cache, ranks)
     fake = side(stored, ranks, GROUPS)
     return {
         "trained on": OWN[stage],
-        "sampled": gen.sampled,
-        "fingerprint": gen.subject["fingerprint"],
+        "sampled": checkpoint.sampled,
+        "fingerprint": checkpoint.subject["fingerprint"],
         "metrics": {key: refs.measure(fake, key, cfg.pairs, ranks) for key in refs.sides},
     }
 

@@ -1,8 +1,8 @@
 """Draw runs from their logs:  python -m harness.plot RUN [RUN …] [--out FILE.png]
 
-Loss, held-out loss by t, Fréchet distances and learning rate over the images seen, as one PNG. A run
-is a folder or its log.jsonl. The picture of one run is RUN/samples/plot.png, that of several is
-samples/plot.png here; its path is the last line printed.
+Loss, held-out loss by t, Fréchet distances and learning rate over the images seen, as one PNG.
+A run is a folder or its log.jsonl. The picture of one run is RUN/samples/plot.png, that of several
+is samples/plot.png here; its path is the last line printed.
 """
 
 import json
@@ -43,7 +43,7 @@ DOTS = {"marker": "o", "markersize": 3.5}
 
 @dataclass(frozen=True)
 class Config:
-    out: str = flag("", "the picture, FILE.png; default samples/plot.png, of a single run inside it")
+    out: str = flag("", "the picture, FILE.png; default samples/plot.png, of one run inside it")
 
 
 class Run(NamedTuple):

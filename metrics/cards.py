@@ -1,7 +1,8 @@
 """Metric cards: what was measured, of what, how it was sampled, and what the numbers are.
 
-A card is JSON: {"kind": "metric card", "metrics": {name: {"value", "error", "floor", …}}, "measured",
-"sampled", "subject", …}. Several stand in one table if what was measured and how it was sampled agree.
+A card is JSON: {"kind": "metric card", "metrics": {name: {"value", "error", "floor", …}},
+"measured", "sampled", "subject", …}. Several stand in one table if what was measured and how it was
+sampled agree.
 """
 
 import json
