@@ -55,10 +55,10 @@ from metrics.features import (
     chunk_path,
     compute,
     extract,
+    features_in_batches,
     fit_extractor,
     is_statistics,
     key_of,
-    look,
     open_images,
     read_chunk,
     short,
@@ -245,7 +245,9 @@ def open_checkpoint(cfg: Sampling, device: torch.device) -> Checkpoint:
 
 def features_of(extractor: Any, images: Tensor, device: torch.device) -> Tensor:
     """Features (B, d) of uint8 images (B, 3, H, W)."""
-    return look(extractor, lambda part: images[part.start : part.stop], range(len(images)), device)
+    return features_in_batches(
+        extractor, lambda part: images[part.start : part.stop], range(len(images)), device
+    )
 
 
 def sample_features(

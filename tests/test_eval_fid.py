@@ -490,7 +490,7 @@ def test_moments_are_written_read_and_checked(cache, user, capsys):
         (("--ckpt", "{run}", "--n", 1), "at least 2 images"),
         (("--ckpt", "{run}", "--cfg", 2), "--cfg 2.0 needs --labels"),
         (("--ckpt", "{run}", "--seed", 2**63 - 5), "wanted 0 to 2^63"),
-        (("--ckpt", "{run}", "--n", 40), "python inception.py --fetch"),
+        (("--ckpt", "{run}", "--n", 40), "python -m metrics.inception --fetch"),
         (("--fake", "x", "--ref", "nowhere"), "no data at nowhere"),
         (("--fake", "x", "--ref", "one"), "has 1 images; a distance between sets needs at least 2"),
         (
