@@ -15,6 +15,9 @@ and teacher, averaged over space; e_t, e_p and coh are the assessor's (assessor.
 A run is a folder as train.py makes it, and train.py's loop is what runs.
 """
 
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
+
 import json
 import sys
 import weakref

@@ -12,6 +12,9 @@ against training images rewards copies, so the floor (real against real) and a m
 stand beside it.
 """
 
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
+
 import hashlib
 import json
 import sys

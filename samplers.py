@@ -11,6 +11,9 @@ t = 0 along dx/dt = u, and predict(x, t) returns (x0, eps, u) there. Objectives 
 it (objectives.py), so one Heun serves flow matching, DDPM and v-prediction alike.
 """
 
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
+
 import inspect
 import math
 import sys

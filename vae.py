@@ -12,6 +12,9 @@ Black Forest Labs' too; encode() gives the posterior's mean, never a sample. cho
 rule by which commands decide whose autoencoder they use.
 """
 
+if __name__ == "__main__":
+    import harness.interrupt  # noqa: F401
+
 import base64
 import math
 import re

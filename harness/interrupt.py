@@ -18,4 +18,6 @@ def stop(kind: int, frame: object) -> None:
     os._exit(130)
 
 
-signal.signal(signal.SIGINT, stop)
+# A shell that starts a job in the background has it ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, stop)
