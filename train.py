@@ -29,7 +29,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data.dataset as data
-from ckpt import fingerprint, load_strict, read_tensors, save_checkpoint
+from ckpt import fingerprint, load_like, load_strict, read_tensors, save_checkpoint
 from ckpt.training import load_optimizer, load_weights, optimizer_state
 from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of, open_dataset
@@ -49,10 +49,9 @@ from harness.run import print_end, read_config, run_name, versions
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from metrics import heldout
-from model import PRESETS, UNet, build, num_params
+from model import PRESETS, build
 from objectives import Loss, Objective, make_objective
 from samplers import Generator
-from start import start_from
 from vae import AnyVAE, choose, save_vae, vae_from_meta
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def resolve(cfg: Config) -> Config:
             f"--model {cfg.model!r} is not a preset",
             do=f"{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.",
         )
-    if PRESETS[cfg.model].context_dim:
+    if getattr(PRESETS[cfg.model], "context_dim", 0):
         raise UserError(
             f"--model {cfg.model} is told what to draw by text, and data sets here have none yet",
             do="Choose another.",
@@ -379,7 +378,7 @@ class Trainer:
     vae: AnyVAE
     objective: Objective
     # The bare module, which is saved; and that inside torch.compile and DistributedDataParallel.
-    net: UNet
+    net: torch.nn.Module
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
@@ -420,7 +419,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if not checkpoints(run):
         start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     if start:
-        other, meta = start_from(cfg, start)
+        other, meta = load_like(start, PRESETS[cfg.model], cfg.model)
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
@@ -507,7 +506,7 @@ def assemble(
     ds: Dataset,
     vae: AnyVAE,
     objective: Objective,
-    net: UNet,
+    net: torch.nn.Module,
     classes: list[str],
     labels: Any,
     init: dict[str, Any],
@@ -522,7 +521,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     kept = cfg.keep + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
-    check_disk(run, num_params(net.cfg), len(cfg.ema), kept)
+    check_disk(run, sum(p.numel() for p in net.parameters()), len(cfg.ema), kept)
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
@@ -639,7 +638,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
         if tr.ranks.world > 1:
             # All-reduce once a step, not once a micro-batch.
             tr.model.require_backward_grad_sync = i == cfg.accum - 1
-        if tr.net.cfg.dropout:
+        if getattr(tr.net.cfg, "dropout", 0):
             # Masks too are a function of position.
             torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))
         loss = tr.loss(tr.model, batch)
@@ -702,7 +701,9 @@ def ema_net(tr: Trainer) -> tuple[str, Any]:
     if not tr.ema.weights:
         return "raw", tr.net
     width, weights = next(iter(tr.ema.weights.items()))
-    return f"ema-{width}", lambda x, t, **cond: functional_call(tr.net, weights, (x, t), cond)
+    # A function of the network, not of the trainer: who keeps it does not keep the folder's lock.
+    net = tr.net
+    return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
 
 
 def held_out_loss(tr: Trainer) -> dict[str, Any]:
