@@ -14,299 +14,50 @@ it (objectives.py), so one Heun serves flow matching, DDPM and v-prediction alik
 if __name__ == "__main__":
     import harness.interrupt  # noqa: F401
 
+import hashlib
 import inspect
+import json
 import math
+import re
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
-from diffusion.solvers import METHODS, dopri5, native_grid, norm64, time_grid  # noqa: F401
-from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, shown
-from harness.pictures import to_uint8
-from harness.ranks import Ranks, autocast, precision
+from data.images import read_picture
+from diffusion.coupling import enlarged
+from diffusion.guidance import EVERYWHERE, guided
+from diffusion.sampling import (
+    DETERMINISTIC, METHODS, Predict, Sample, draw, generators, invert, sample, slerp,
+)
+from diffusion.solvers import norm64, time_grid
+from harness.cli import (
+    UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown,
+)
+from harness.files import make_dir
+from harness.pictures import save_all, to_uint8
+from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective, make_objective
 from vae import AnyVAE, load_vae, vae_from_meta
 
-# (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u[, v]); v: a learned variance, or None
-Predict = Callable[..., tuple]
-# Can be walked backwards.
-DETERMINISTIC = ("euler", "heun", "midpoint", "rk4", "ab2", "lms4", "ddim")
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "sde")
-# The rows of a network's own table, as a time grid.
+# The last three are rows of a network's own table.
 GRIDS = ("", "uniform", "karras", "logsnr", "trailing", "leading", "linspace")
-EVERYWHERE = (0.0, math.inf)  # the interval of sigma where guidance acts
-
-
-class Sample(NamedTuple):
-    x: Tensor  # like the x given
-    nfe: int  # calls of predict
-    nfe_each: Tensor  # (B,) of them, how many each sample took part in (dopri5 retires rows early)
-
-
-# ---- sampling -----------------------------------------------------------------------------------
-
-
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    """One CPU generator a sample, so that image i does not depend on its batch, rank or device."""
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-
-def draw(gens: list[torch.Generator], like: Tensor) -> Tensor:
-    """The next unit noise of each generator: (B, C, H, W) in like's shape (from dim 1), dtype and
-    device."""
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in gens]).to(like)
-
-
-@torch.no_grad()
-def sample(
-    predict: Predict,
-    x: Tensor,
-    *,
-    method: str = "heun",
-    steps: int = 25,
-    shift: float = 1.0,
-    seeds: list[int] | None = None,
-    t_start: float = 1.0,
-    grid: Tensor | None = None,
-    cond: dict[str, Tensor] | None = None,
-    callback: Callable[[float, Tensor], None] | None = None,
-    **options: Any,
-) -> Sample:
-    """Integrate x (B, C, H, W) from t_start on the linear path to data at t = 0.
-
-    predict(x, t (B,), **cond) returns (x0, eps, u); `cond` holds tensors with one row a sample.
-    x's fp32/fp64 is kept. `grid` (steps + 1 falling times, usually ending in 0) replaces steps,
-    shift and t_start. `seeds`, one a sample, feed the stochastic methods: their first draw is taken
-    to be the initial noise, so steps use the later ones.
-    options: eta of ddim, euler_ancestral, sde and dpmpp_2m_sde; ddpm's variance; dopri5's rtol,
-    atol, max_nfe, whole_batch (it ignores steps). callback(progress, x).
-    """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}.")
-    cond, nfe = cond or {}, 0
-
-    def counted(x: Tensor, t: float | Tensor, rows: Tensor | None = None) -> tuple:
-        nonlocal nfe
-        nfe += 1
-        if not isinstance(t, Tensor):
-            t = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        own = cond if rows is None else {k: v[rows] for k, v in cond.items()}
-        return predict(x, t, **own)
-
-    if method == "dopri5":
-        start = t_start if grid is None else float(grid[0])
-        x, each = dopri5(counted, x, start, callback, **options)
-        return Sample(x, nfe, each)
-    gens = [] if seeds is None else generators(seeds)
-    if gens:
-        draw(gens, x)
-
-    def noise(like: Tensor) -> Tensor:
-        return draw(gens, like) if gens else torch.randn_like(like)
-
-    if grid is None:
-        grid = time_grid(steps, shift, t_start)
-    for i, x in enumerate(METHODS[method](counted, x, grid, noise, **options), 1):
-        if callback:
-            callback(i / (len(grid) - 1), x)
-    return Sample(x, nfe, torch.full((len(x),), nfe))
 
 
 def begin(objective: Objective, noise: Tensor, t: float) -> Tensor:
     """Unit noise as the state at the time t where plain sampling begins, at or a little below
     objective.t_max."""
     return objective.prior(noise) * (norm64(t) / norm64(objective.t_max))
-
-
-# ---- guidance -----------------------------------------------------------------------------------
-
-
-def guided(
-    objective: Objective,
-    net: Net,
-    cfg: float = 1.0,
-    *,
-    rescale: float = 0.0,
-    interval: tuple[float, float] = EVERYWHERE,
-    guide: Predict | None = None,
-) -> Predict:
-    """predict(x, t, y=None) -> (x0, eps, u, v) with guidance: weak + cfg · (conditional - weak).
-
-    weak is the same network without a label, in the same call (classifier-free guidance, Ho &
-    Salimans 2022), or `guide`'s prediction (autoguidance, Karras et al. 2024). cfg = 1 is the
-    conditional model itself, 0 the weak one. Only samples with lo < sigma <= hi, sigma = t / (1-t),
-    are guided (Kynkäänniemi et al. 2024); for the others nothing weak is evaluated. rescale in
-    [0, 1]: see rescaled().
-    y (B,) holds labels, -1 = none; what else is given goes to the objective as it is (concat of
-    cfm). v is what a network with twice the channels says of the variance, unguided; else None.
-    """
-
-    def predict(x: Tensor, t: Tensor, y: Tensor | None = None, **cond: Tensor) -> tuple:
-        cond = cond if y is None else {"y": y, **cond}
-        rows = within(t, interval)
-        if cfg == 1.0 or (guide is None and y is None) or not len(rows):
-            return ask(objective, net, x, t, cond)
-        if guide is None:
-            strong, weak = ask_both(objective, net, x, t, cond, rows)
-        else:
-            strong = ask(objective, net, x, t, cond)
-            weak = guide(x[rows], t[rows], **{k: v[rows] for k, v in cond.items()})
-        return combine(strong, weak, rows, x, t, cfg, rescale)
-
-    return predict
-
-
-def within(t: Tensor, interval: tuple[float, float]) -> Tensor:
-    """The rows whose time t (B,) lies where guidance acts."""
-    rows = torch.arange(len(t), device=t.device)
-    if interval == EVERYWHERE:
-        return rows
-    sigma = t.double() / (1 - t.double())
-    return rows[(interval[0] < sigma) & (sigma <= interval[1])]
-
-
-def ask(objective: Objective, net: Net, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple:
-    """(x0, eps, u, v): the prediction, and what a network with twice the channels says beside it."""
-    channels, variances = x.shape[1], []
-
-    def mean(x: Tensor, k: Tensor, **cond: Any) -> Tensor:
-        out = net(x, k, **cond)
-        if out.shape[1] > channels:
-            variances.append(out[:, channels:])
-        return out[:, :channels]
-
-    x0, eps, u = objective.predict(mean, x, t, **cond)
-    v = variances[0].to(x.dtype) if variances else None
-    return x0, eps, u, v
-
-
-def ask_both(
-    objective: Objective,
-    net: Net,
-    x: Tensor,
-    t: Tensor,
-    cond: dict[str, Tensor],
-    rows: Tensor,
-) -> tuple[tuple, tuple]:
-    """The predictions with labels, and without for `rows`, from one call."""
-    weak = {k: v[rows] for k, v in cond.items()}
-    weak["y"] = torch.full_like(weak["y"], -1)
-    together = {k: torch.cat([cond[k], weak[k]]) for k in cond}
-    x, t = torch.cat([x, x[rows]]), torch.cat([t, t[rows]])
-    *out, v = ask(objective, net, x, t, together)
-    B = len(x) - len(rows)
-    strong = [part[:B] for part in out]
-    return (*strong, None if v is None else v[:B]), tuple(part[B:] for part in out)
-
-
-def combine(
-    strong: tuple, weak: tuple, rows: Tensor, x: Tensor, t: Tensor, cfg: float, rescale: float
-) -> tuple:
-    """weak + cfg · (strong - weak) for `rows`, strong elsewhere; the variance is strong's."""
-    *strong, v = strong
-    mixed = [w + cfg * (s[rows] - w) for s, w in zip(strong, weak)]
-    if rescale:
-        mixed = rescaled(mixed[0], strong[0][rows], x[rows], t[rows], rescale)
-    return (*(s.index_copy(0, rows, m) for s, m in zip(strong, mixed)), v)
-
-
-def rescaled(
-    x0: Tensor, conditional: Tensor, x: Tensor, t: Tensor, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each sample's standard deviation of x0 drawn back, by `share`, to the conditional one's (Lin
-    et al. 2023, eq. 15-16): (x0, eps, u) on the line from x0 through x."""
-    ratio = conditional.flatten(1).std(1) / x0.flatten(1).std(1)
-    x0 = share * ratio.view(-1, 1, 1, 1) * x0 + (1 - share) * x0
-    u = (x - x0) / t.view(-1, 1, 1, 1).clamp(min=1e-5)
-    return x0, x0 + u, u
-
-
-# ---- editing ------------------------------------------------------------------------------------
-
-
-def edit(
-    objective: Objective,
-    predict: Predict,
-    z: Tensor,
-    noise: Tensor,
-    grid: Tensor,
-    *,
-    strength: float = 1.0,
-    mask: Tensor | None = None,
-    cond: dict[str, Tensor] | None = None,
-    **how: Any,
-) -> Sample:
-    """Image to image and inpainting. z (B, C, H, W) is the data to start from, noise unit noise of
-    its shape, grid a time_grid() with t_start = strength · objective.t_max; `how` goes to sample().
-
-    strength 0 returns z itself; 1 forgets it, and is plain sampling. Where the bool mask
-    (B or 1, 1 or C, H, W) is False, z is kept: the network is shown z on its own straight way from
-    this noise, at whatever time a method asks, and the result is z.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(
-            f"strength is {strength}: wanted 0 (the input itself) to 1 (nothing of it)."
-        )
-    if strength == 0:
-        return Sample(z.clone(), 0, torch.zeros(len(z), dtype=torch.long))
-    t0 = float(grid[0])
-    x = begin(objective, noise, t0) if strength == 1 else (1 - t0) * z + t0 * noise
-    if mask is None:
-        return sample(predict, x, grid=grid, cond=cond, **how)
-    mask = mask.expand(len(z), *mask.shape[1:])
-
-    def painted(
-        x: Tensor, t: Tensor, *, mask: Tensor, z: Tensor, noise: Tensor, **cond: Tensor
-    ) -> tuple:
-        w = t.view(-1, 1, 1, 1)
-        x0, eps, u, *v = predict(torch.where(mask, x, (1 - w) * z + w * noise), t, **cond)
-        kept = torch.where(mask, x0, z), torch.where(mask, eps, noise)
-        return (*kept, torch.where(mask, u, noise - z), *v)
-
-    rows = {**(cond or {}), "mask": mask, "z": z, "noise": noise}
-    s = sample(painted, x, grid=grid, cond=rows, **how)
-    return s._replace(x=torch.where(mask, s.x, z))
-
-
-def invert(
-    predict: Predict,
-    z: Tensor,
-    grid: Tensor,
-    *,
-    method: str = "heun",
-    cond: dict[str, Tensor] | None = None,
-) -> Sample:
-    """The state at grid[0] from which a deterministic method comes to z (B, C, H, W): the same
-    falling grid, walked up. The first step, from 0, is DDIM's inverse, which asks at the later
-    time: t = 0 is never evaluated."""
-    if method not in DETERMINISTIC:
-        raise ValueError(
-            f"method {method!r} cannot be inverted: wanted one of {', '.join(DETERMINISTIC)}."
-        )
-    up = grid.flip(0)
-    s = sample(predict, z, method="ddim", grid=up[:2], cond=cond)
-    rest = sample(predict, s.x, method=method, grid=up[1:], cond=cond)
-    return Sample(rest.x, s.nfe + rest.nfe, s.nfe_each + rest.nfe_each)
-
-
-def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Between a and b (1 or n, C, H, W) along a great circle: share (n,) 0 = a, 1 = b. Noise keeps
-    its length on the way."""
-    shape, f = (len(share), *a.shape[1:]), share.to(a).view(-1, 1)
-    a, b = a.expand(shape).flatten(1), b.expand(shape).flatten(1)
-    angle = torch.acos(F.cosine_similarity(a, b, dim=1).clamp(-1, 1)).view(-1, 1)
-    straight = angle.sin() < 1e-4  # parallel or opposite: no circle to follow
-    whole = angle.sin().where(~straight, torch.ones_like(angle))
-    wa = torch.where(straight, 1 - f, ((1 - f) * angle).sin() / whole)
-    wb = torch.where(straight, f, (f * angle).sin() / whole)
-    return (wa * a + wb * b).view(shape)
 
 
 # ---- from seeds to images -----------------------------------------------------------------------
@@ -500,16 +251,19 @@ class Sampling:
     )
 
     cfg: float = flag(
-        1.0, "null + cfg * (conditional - null); 1 = off, 0 = unconditional", head="guidance"
+        1.0,
+        "null + cfg * (conditional - null); 1 = off, 0 = unconditional",
+        off=1.0,
+        head="guidance",
     )
     cfg_interval: tuple[float, ...] = flag(
-        (), "LO,HI: only while LO < sigma <= HI, sigma = t / (1 - t)"
+        (), "LO,HI: only while LO < sigma <= HI, sigma = t / (1 - t)", of="--cfg"
     )
     cfg_rescale: float = flag(
-        0.0, "draw the standard deviation back to the conditional one's", low=0, high=1
+        0.0, "draw the standard deviation back to the conditional one's", low=0, high=1, of="--cfg"
     )
     guide_ckpt: str = flag(
-        "", "autoguidance: a worse network of the same latents instead of null"
+        "", "autoguidance: a worse network of the same latents instead of null", of="--cfg"
     )
 
     objective: Literal["", "fm", "eps", "v", "x0"] = flag(
@@ -536,20 +290,13 @@ def check(cfg: Sampling) -> None:
     check_flags(cfg)
     if not math.isfinite(cfg.cfg):
         raise UserError(f"--cfg {cfg.cfg}", wanted="a number", do="Try --cfg 2.")
-    if cfg.cfg_interval:
-        low, high = (*cfg.cfg_interval, -1, -1)[:2]
-        if len(cfg.cfg_interval) != 2 or not 0 <= low < high:
-            raise UserError(
-                f"--cfg-interval {shown(cfg.cfg_interval)}",
-                wanted="LO,HI with 0 <= LO < HI",
-                do="Try --cfg-interval 0.3,5.",
-            )
-    for name in ("cfg_interval", "cfg_rescale", "guide_ckpt"):
-        if cfg.cfg == 1 and getattr(cfg, name) != field_of(Sampling, name).default:
-            raise UserError(
-                f"{dashed(name)} does nothing without --cfg: 1 is no guidance",
-                do="Add --cfg 2, or leave it out.",
-            )
+    interval = cfg.cfg_interval
+    if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+        raise UserError(
+            f"--cfg-interval {shown(interval)}",
+            wanted="LO,HI with 0 <= LO < HI",
+            do="Try --cfg-interval 0.3,5.",
+        )
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -743,16 +490,11 @@ def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor |
 def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, what: str) -> None:
     """Refuse flags that a network of config `net` cannot answer; warn of a class it may not know."""
     if cfg.cfg != 1.0 and not cfg.labels and not cfg.guide_ckpt:
-        if net.num_classes:
-            raise UserError(
-                f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional "
-                "prediction",
-                do="Add --labels, or leave --cfg out.",
-            )
+        none = "" if net.num_classes else ", and this checkpoint was trained without classes"
         raise UserError(
-            f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction, "
-            "and this checkpoint was trained without classes",
-            do="Leave --cfg out.",
+            f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
+            f"{none}",
+            do="Add --labels, or leave --cfg out." if net.num_classes else "Leave --cfg out.",
         )
     if cfg.variance == "learned" and net.out_channels != 2 * vae.channels:
         raise UserError(
@@ -827,7 +569,308 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
     return sampled
 
 
-if __name__ == "__main__":
-    from drawing import main
+# ---- editing ------------------------------------------------------------------------------------
 
+
+def edit(
+    objective: Objective,
+    predict: Predict,
+    z: Tensor,
+    noise: Tensor,
+    grid: Tensor,
+    *,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
+    cond: dict[str, Tensor] | None = None,
+    **how: Any,
+) -> Sample:
+    """Image to image and inpainting. z (B, C, H, W) is the data to start from, noise unit noise of
+    its shape, grid a time_grid() with t_start = strength · objective.t_max; `how` goes to sample().
+
+    strength 0 returns z itself; 1 forgets it, and is plain sampling. Where the bool mask
+    (B or 1, 1 or C, H, W) is False, z is kept: the network is shown z on its own straight way from
+    this noise, at whatever time a method asks, and the result is z.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"strength is {strength}: wanted 0 (the input itself) to 1 (nothing of it)."
+        )
+    if strength == 0:
+        return Sample(z.clone(), 0, torch.zeros(len(z), dtype=torch.long))
+    t0 = float(grid[0])
+    x = begin(objective, noise, t0) if strength == 1 else (1 - t0) * z + t0 * noise
+    if mask is None:
+        return sample(predict, x, grid=grid, cond=cond, **how)
+    mask = mask.expand(len(z), *mask.shape[1:])
+
+    def painted(
+        x: Tensor, t: Tensor, *, mask: Tensor, z: Tensor, noise: Tensor, **cond: Tensor
+    ) -> tuple:
+        w = t.view(-1, 1, 1, 1)
+        x0, eps, u, *v = predict(torch.where(mask, x, (1 - w) * z + w * noise), t, **cond)
+        kept = torch.where(mask, x0, z), torch.where(mask, eps, noise)
+        return (*kept, torch.where(mask, u, noise - z), *v)
+
+    rows = {**(cond or {}), "mask": mask, "z": z, "noise": noise}
+    s = sample(painted, x, grid=grid, cond=rows, **how)
+    return s._replace(x=torch.where(mask, s.x, z))
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(Sampling):
+    n: int = flag(16, "images", low=1, head="what to draw")
+    init: tuple[str, ...] = flag((), "images to start from, cycled; a cfm network enlarges them")
+    strength: float | None = flag(
+        None,
+        "0 = the image itself, 1 = nothing of it; 0.6, or with --mask or --invert 1",
+        low=0,
+        high=1,
+        of=("--init", "not --interpolate"),
+    )
+    mask: str = flag(
+        "",
+        "image of --init's size: white is painted anew, black is kept",
+        of=("--init", "not --interpolate", "not --invert"),
+    )
+    invert: bool = flag(
+        False,
+        "the noise is --init's own, found by going backwards",
+        of=("--init", "not --interpolate"),
+    )
+    interpolate: bool = flag(
+        False,
+        "n images between the two of --init: their noise by inversion, along a great circle",
+        of="--init",
+    )
+    out: str = flag("", "folder; default samples/<run>-<settings>", head="output")
+    npz: str = flag("", "also this file: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator")
+    grid_image: bool = flag(True, "grid.png of all images")
+
+
+def check_command(cfg: Config) -> None:
+    """What can be said of the flags alone."""
+    check(cfg)
+    if cfg.seed >= 2**63 - cfg.n:
+        raise UserError(f"--seed {cfg.seed}", wanted="0 to 2^63 - 1 - n", do="Try --seed 0.")
+    if cfg.interpolate and len(cfg.init) != 2:
+        raise UserError(
+            f"--init {shown(cfg.init)}",
+            wanted="two images, to --interpolate between",
+            do="Write --init A.png,B.png.",
+        )
+    if cfg.interpolate and len(cfg.labels) > 1:
+        raise UserError(
+            f"--labels {shown(cfg.labels)}",
+            wanted="one for all images of --interpolate",
+            do="Name one class.",
+        )
+    if cfg.npz and not Path(cfg.npz).absolute().parent.is_dir():
+        raise UserError(
+            f"--npz {cfg.npz}",
+            wanted="a file in a folder that exists",
+            do="Make the folder, or name another.",
+        )
+    method = cfg.method or "heun"
+    if (cfg.invert or cfg.interpolate) and (method not in DETERMINISTIC or cfg.eta):
+        raise UserError(
+            f"--method {method}{' --eta' if cfg.eta else ''} cannot be inverted",
+            do=f"Use one of {', '.join(DETERMINISTIC)}, with eta 0.",
+        )
+
+
+class Init(NamedTuple):
+    """What --init and --mask hold, and how far from it to start."""
+
+    z: Tensor  # (k, C, h, w) latents, cycled over the images
+    strength: float = 1.0
+    pixels: Tensor | None = None  # (k, 3, R, R) uint8
+    mask: Tensor | None = None  # (1, 1, R, R) bool: white, which is painted anew
+    cells: Tensor | None = None  # (1, 1, h, w) the latent cells with any white
+
+
+def read_init(cfg: Config, gen: Generator) -> Init | None:
+    """Read what there is to start from; None: noise."""
+    if gen.objective.coupling == "lowres":
+        return Init(enlarge(cfg, gen))
+    if not cfg.init:
+        return None
+    pixels = torch.stack([read_picture(path, gen.resolution) for path in cfg.init])
+    z = gen.vae.encode(pixels.to(gen.device) / 127.5 - 1)
+    whole = cfg.mask or cfg.invert or cfg.interpolate
+    strength = (1.0 if whole else 0.6) if cfg.strength is None else cfg.strength
+    if not cfg.mask:
+        return Init(z, strength, pixels)
+    mask = read_mask(cfg.mask, cfg.init, gen.resolution)
+    cells = F.max_pool2d(mask.float(), gen.vae.factor).bool().to(gen.device)
+    return Init(z, strength, pixels, mask, cells)
+
+
+def read_mask(path: str, like: tuple[str, ...], resolution: int) -> Tensor:
+    """A mask file as bool (1, 1, resolution, resolution), white = True, resized and cropped as the
+    images `like` it, whose size it must have."""
+    mask = read_picture(path, resolution).float().mean(0) > 127
+    sizes = {}
+    for name in (path, *like):
+        with Image.open(name) as file:
+            sizes[name] = f"{file.width}×{file.height}"
+        if sizes[name] != sizes[path]:
+            raise UserError(
+                f"--mask {path} is {sizes[path]}, but {name} is {sizes[name]}",
+                do="Make them the same size.",
+            )
+    return mask[None, None]
+
+
+def enlarge(cfg: Config, gen: Generator) -> Tensor:
+    """What the small pictures of --init say of large ones to a cfm network, (k, C, h, w)."""
+    objective, R = gen.objective, gen.resolution
+    side = R // objective.lowres
+    if not cfg.init:
+        raise UserError(
+            f"{cfg.ckpt} was trained to enlarge pictures {objective.lowres} times",
+            do=f"Add --init A.png,B.png: they become {side} px.",
+        )
+    for name in ("strength", "mask", "invert", "interpolate"):
+        if getattr(cfg, name) != field_of(Config, name).default:
+            raise UserError(
+                f"{dashed(name)}: {cfg.ckpt} was trained to enlarge pictures (cfm), which is all "
+                "it can do with --init",
+                do="Leave it out.",
+            )
+    if cfg.eta or (cfg.method in STOCHASTIC and cfg.eta is None):
+        raise UserError(
+            f"--method {cfg.method}{' --eta' if cfg.eta else ''} adds noise as if the path began "
+            f"in noise, and that of {cfg.ckpt} (cfm) begins in a picture",
+            do="Use an ODE solver, such as heun.",
+        )
+    if R % objective.lowres or (objective.upsample != "psu" and side % gen.vae.factor):
+        raise UserError(
+            f"--resolution {R} cannot be enlarged from {objective.lowres} times smaller pictures",
+            do="Leave it out.",
+        )
+    small = torch.stack([read_picture(path, side) for path in cfg.init])
+    small = small.to(gen.device) / 127.5 - 1
+    return enlarged(small, (R, R), gen.vae.encode, objective.upsample)
+
+
+def draw_images(
+    cfg: Config, gen: Generator, labels: Tensor | None, init: Init | None, how: dict[str, Any]
+) -> tuple[Tensor, int]:
+    """All images, uint8 (n, 3, R, R), and the NFE of all together."""
+    images, nfe, ends = [], 0, None
+    with tqdm(total=cfg.n, unit="img", disable=None) as bar:
+        if cfg.interpolate:
+            both = None if labels is None else labels[:1].expand(2)
+            ends = invert(gen.plain, init.z, how["grid"], method=how["method"], cond=gen.cond(both))
+            nfe += int(ends.nfe_each.sum())
+        for lo in range(0, cfg.n, cfg.batch):
+            index = torch.arange(lo, min(lo + cfg.batch, cfg.n))
+            y = None if labels is None else labels[index]
+            how = {**how, "callback": progress(bar, len(index))}
+            seeds = (cfg.seed + index).tolist()
+            if ends is not None:
+                before, share = gen.evaluations, torch.linspace(0, 1, cfg.n)[index]
+                x = slerp(ends.x[:1], ends.x[1:], share)
+                s = sample(gen.predict, x, seeds=seeds, cond=gen.cond(y), **how)
+                drawn = gen.drawn(s, before)
+            elif init is None:
+                drawn = gen.images(seeds, y, **how)
+            elif init.pixels is None:
+                drawn = gen.images(seeds, y, low=init.z[index % len(init.z)], **how)
+            else:
+                drawn = edited(cfg, gen, seeds, y, init, index % len(init.z), how)
+            images.append(drawn.images.cpu())
+            nfe += round(drawn.nfe * len(index))
+    return torch.cat(images), nfe
+
+
+def progress(bar: tqdm, n: int) -> Callable[[float, Tensor], None]:
+    """A callback of sample() that moves the bar by its share of n images."""
+    done = 0.0
+
+    def advance(share: float, _: Tensor) -> None:
+        nonlocal done
+        bar.update((share - done) * n)
+        done = share
+
+    return advance
+
+
+def edited(
+    cfg: Config,
+    gen: Generator,
+    seeds: list[int],
+    labels: Tensor | None,
+    init: Init,
+    rows: Tensor,
+    how: dict[str, Any],
+) -> Drawn:
+    """Images from --init's `rows` (B,), with the noise of seeds or, inverted, their own."""
+    z, before, cond = init.z[rows], gen.evaluations, gen.cond(labels)
+    if cfg.invert and init.strength:
+        back = invert(gen.plain, z, how["grid"], method=how["method"], cond=cond)
+        s = sample(gen.predict, back.x, seeds=seeds, cond=cond, **how)
+        s = s._replace(nfe_each=s.nfe_each + back.nfe_each)
+    else:
+        noise = gen.noise(seeds)
+        edits = {"strength": init.strength, "mask": init.cells, "seeds": seeds, "cond": cond}
+        s = edit(gen.objective, gen.predict, z, noise, **edits, **how)
+    drawn = gen.drawn(s, before)
+    if init.mask is None:
+        return drawn
+    return drawn._replace(images=torch.where(init.mask, drawn.images.cpu(), init.pixels[rows]))
+
+
+def settings(cfg: Config) -> str:
+    """What makes an image of a seed, as far as it is not the default: two different images never
+    share a default folder."""
+    silent = ("ckpt", "n", "seed", "out", "batch", "device", "npz", "grid_image")
+    text = ""
+    for field in fields(Config):
+        value = getattr(cfg, field.name)
+        if field.name not in silent and value != field.default:
+            text += f"-{field.name}={shown(value).replace(',', '+')}"
+    text = re.sub(r"[^\w=.+-]+", "_", text)
+    # A folder's name has an end.
+    return text if len(text) < 150 else "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
+    """Where samples of a file go if nobody says: what it is, its weights, the settings."""
+    same = path.name.startswith("diffusion_pytorch_model.")  # all of diffusers' have that name
+    stem = path.resolve().parent.name if same else path.stem
+    parts = [str(meta[key]) for key in ("run", "images") if key in meta]
+    return f"samples/{'-'.join([*parts, stem, meta['fingerprint'][:6]])}{settings(cfg)}"
+
+
+def main() -> None:
+    cfg, dry_run = parse(Config, __doc__)
+    check_command(cfg)
+    device = pick_device(cfg.device)
+    if dry_run:
+        resolved = {**asdict(cfg), **solver_of(cfg), "method": cfg.method}
+        resolved |= {"ckpt": str(find_checkpoint(cfg.ckpt)), "device": str(device)}
+        print(json.dumps(resolved, indent=1))
+        return
+    gen = open_generator(cfg, device)
+    labels = pick_labels(cfg.labels, gen.classes, cfg.n)
+    init = read_init(cfg, gen)
+    how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)
+    out = Path(cfg.out or default_folder(cfg, gen.path, gen.meta))
+    make_dir(out)  # after all that can be refused, before hours of work
+    start = time.perf_counter()
+    images, nfe = draw_images(cfg, gen, labels, init, how)
+    seconds = time.perf_counter() - start
+    save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image)
+    line = f"{cfg.n} images  {gen.solver['method']}  NFE/image {nfe / cfg.n:g}"
+    if gen.evaluations != nfe:
+        line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"
+    print(f"{line}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
+    print(out / "grid.png" if cfg.grid_image else cfg.npz or out)
+
+
+if __name__ == "__main__":
     cli(main)

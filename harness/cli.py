@@ -109,7 +109,7 @@ def flag(
     of: the flags with which it has an effect, all of them: "--init" (that flag is on),
         "not --invert" (it is off), "--weight min_snr | soft_min_snr" (it has one of these values),
         "--this or --that" (one of these conditions holds).
-    off: the value that switches this flag off, where that is not 0, false or empty.
+    off: the one value that switches this flag off, instead of 0, false or empty.
     head: a heading before it in --help.
     """
     of = (of,) if isinstance(of, str) else of
@@ -303,7 +303,7 @@ def holds(cfg: Any, condition: str) -> bool:
     if values:
         true = str(value) in values.split(" | ")
     else:
-        true = bool(value) and value != off
+        true = bool(value) if off is None else value != off
     return true != negated
 
 
