@@ -47,7 +47,7 @@ from harness.files import make_dir
 from harness.pictures import save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective, make_objective
-from vae import AnyVAE, load_vae, vae_from_meta
+from vae import AnyVAE, choose
 
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "sde")
 # The last three are rows of a network's own table.
@@ -351,7 +351,7 @@ def describe(
         )
     objective = objective_of(cfg, meta, what)
     vae = vae_of(cfg, net, meta, objective, what)
-    unit = vae.factor * 2 ** (len(net.channel_mult) - 1)
+    unit = vae.factor * net.multiple
     resolution = cfg.resolution or meta.get("resolution", 0)
     if not resolution:
         raise UserError(
@@ -403,19 +403,10 @@ def vae_of(
     cfg: Sampling, net: Any, meta: dict[str, Any], objective: Objective, what: str
 ) -> AnyVAE:
     """The autoencoder whose latents a network knows."""
-    kept = meta.get("vae")
-    # Of those with a family only the place is in the file, and --vae may name another.
-    if kept and cfg.vae and "family" not in kept:
-        raise UserError(
-            f"--vae {cfg.vae}, but {what} carries its own autoencoder ({kept['name']})",
-            do="Leave it out.",
-        )
-    if not kept and not cfg.vae and net.in_channels != 3:
-        raise UserError(
-            f"{what} works on latents of {net.in_channels} channels and names no autoencoder",
-            do="Add --vae FILE (or pixel:N).",
-        )
-    vae = vae_from_meta(kept, cfg.vae) if kept else load_vae(cfg.vae or "pixel")
+    name = cfg.vae
+    if not name and "vae" not in meta and net.in_channels == 3:
+        name = "pixel"
+    vae = choose(name, meta=meta, network=what)
     channels = vae.channels
     takes = 2 * channels if objective.coupling == "lowres" else channels
     if takes != net.in_channels or net.out_channels not in (channels, 2 * channels):

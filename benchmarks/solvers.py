@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import drawing
 from harness import record
 from harness.cli import cli, parse
 from harness.ranks import pick_device
@@ -25,7 +24,7 @@ from eval_fid import default_ref
 from metrics.features import fit_extractor, open_images
 from metrics.distances import frechet_from_features
 from harness.pictures import to_uint8
-from samplers import begin, draw, generators, sample, time_grid
+from samplers import Sampling, begin, open_generator, sample, time_grid
 
 CALLS = (6, 12, 24, 48)                      # network calls a sample
 PER_STEP = {"heun": 2, "midpoint": 2, "rk4": 4}
@@ -49,18 +48,18 @@ class Config:
 class Bench:
     def __init__(self, cfg: Config):
         self.cfg, device = cfg, pick_device("auto")
-        self.d = d = drawing.load(drawing.Config(cfg.ckpt), device)
+        self.d = d = open_generator(Sampling(cfg.ckpt), device)
         images = open_images(default_ref(d.meta["config"], cfg.ckpt), d.resolution)
         self.look = fit_extractor(images)
         self.real = torch.cat([self.look(images.batch(range(i, min(i + 256, cfg.reference)))) for i in range(0, min(cfg.reference, images.total), 256)])
-        self.noise = draw(generators(list(range(cfg.n))), torch.empty(1, *d.latent_shape, device=device))
+        self.noise = d.noise(list(range(cfg.n)))
 
     def run(self, n: int, method: str, grid: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """Latents (n, C, h, w), and the calls that each took part in (n,)."""
         parts, d = [], self.d
         for lo in range(0, n, self.cfg.batch):
             seeds = list(range(lo, min(lo + self.cfg.batch, n)))
-            x = begin(d.objective, self.noise[seeds], float(d.grid[0]))
+            x = begin(d.objective, self.noise[seeds], float(d.how["grid"][0]))
             parts.append(sample(d.predict, x, method=method, grid=grid, t_start=d.objective.t_max, seeds=seeds, **options))
         return torch.cat([p.x for p in parts]), torch.cat([p.nfe_each for p in parts])
 

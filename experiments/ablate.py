@@ -25,7 +25,6 @@ from scipy.special import stdtr
 from torch import Tensor
 
 import distill
-import drawing
 from distillation.assessor import load_assessor
 from harness.run import checkpoints
 from ckpt import find_checkpoint, load_unet, open_unet
@@ -42,6 +41,7 @@ from data.cache import is_cache
 from metrics.distances import frechet_from_features
 from harness.ranks import Ranks, join_ranks
 from distillation.teacher import describe_teacher
+from samplers import Sampling, open_generator
 from vae import AnyVAE, vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -94,10 +94,14 @@ def mean_lambdas(run: Path) -> tuple[float, ...]:
 @torch.no_grad()
 def generate(ckpt: Path | str, n: int, steps: int, device: torch.device, method: str = "heun", seed: int = 0) -> tuple[Tensor, AnyVAE]:
     """n images of seeds seed, seed + 1, … from a checkpoint that says what it is: uint8 (n, 3, H, W), and its autoencoder. Classes in turn."""
-    cfg = drawing.Config(str(ckpt), n=n, seed=seed, method=method, steps=steps)
-    d = drawing.load(cfg, device)
-    labels = torch.arange(n) % len(d.classes) if d.classes else None
-    return drawing.draw_images(cfg, d, labels, None, None, None, device)[0], d.vae
+    gen = open_generator(Sampling(str(ckpt), method=method, steps=steps), device)
+    labels = torch.arange(n) % len(gen.classes) if gen.classes else None
+    parts = []
+    for index in torch.arange(n).split(64):
+        y = None if labels is None else labels[index]
+        parts.append(gen.images((seed + index).tolist(), y).images.cpu())
+    return torch.cat(parts), gen.vae
+
 
 
 def latent_features(images: Tensor, vae: AnyVAE, device: torch.device) -> Tensor:

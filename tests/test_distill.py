@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import experiments.ablate as ablate
 import distillation.pretrain as pretrain_file
 import distill
-import drawing
 import samplers
 import distillation.teacher as teacher_file
 import train
@@ -771,7 +770,7 @@ def test_a_students_checkpoint_says_what_it_is(home, arms, tmp_path, user):
     net, meta = load_unet(checkpoints(run)[-1] / "model.safetensors")
     objective = Objective(**meta["objective"])
     assert (objective.target, objective.table) == ("v", "scaled_linear") and meta["init"]["teacher"] == load_unet(home / "teacher.safetensors")[1]["fingerprint"]
-    code, out, err = user(drawing.main, "--ckpt", run, "--n", 2, "--steps", 2, "--out", tmp_path / "s")
+    code, out, err = user(samplers.main, "--ckpt", run, "--n", 2, "--steps", 2, "--out", tmp_path / "s")
     assert code == 0 and not err and (tmp_path / "s" / "000001.png").exists()
 
 
@@ -830,7 +829,7 @@ def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeyp
     first = json.loads((tmp_path / "p-1" / "config.json").read_text())
     assert (first["teacher"], first["start_steps"], first["end_steps"]) == (str(tmp_path / "p-2"), 2, 1)
     for steps in (1, 2):                                                        # without a flag, by the steps it was made for
-        code, out, err = user(drawing.main, "--ckpt", tmp_path / f"p-{steps}", "--n", 2, "--out", tmp_path / "drawn" / str(steps))
+        code, out, err = user(samplers.main, "--ckpt", tmp_path / f"p-{steps}", "--n", 2, "--out", tmp_path / "drawn" / str(steps))
         assert code == 0 and f"2 images  euler  NFE/image {steps} " in out, err
     assert "finished" in user(distill.main, *flags)[1]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import drawing
+import samplers
 import eval_fid
 import train
 from ckpt import find_checkpoint, load_unet, save_unet
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_scored_against_what_it_was_trained_on(run, cache, user)
 def test_sampling_in_one_go_is_the_same_as_through_files(run, cache, user):
     card = card_of("--ckpt", run, "--n", 40, *FAST, "--seed", 5)
     user(
-        drawing.main,
+        samplers.main,
         "--ckpt",
         run,
         "--n",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ckpt.__main__ as ckpt
-import drawing
+import samplers
 import data.encode as encode
 import train
 from harness.cli import parse
@@ -32,7 +32,7 @@ def test_every_command_of_the_readme_parses(script, args):
         cfg, _ = parse(train.Config, argv=words)
         train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)      # its fine run is not here
     elif script == "samplers.py":
-        parse(drawing.Config, argv=words)
+        parse(samplers.Config, argv=words)
     elif script == "-m data.encode":
         parse(encode.Encode, argv=words)
     else:

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from scipy import integrate
 
-import drawing
 import samplers
 from ckpt import load_unet, save_unet
 from harness.cli import UserError
 from conftest import randomize
-from drawing import pick_labels
+from samplers import pick_labels
 from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
 from vae import pixel
@@ -344,7 +343,7 @@ def test_every_method_draws_the_same_image_for_a_seed_at_any_batch_size(tmp_path
     path = checkpoint(tmp_path / "m.safetensors")
     images = {}
     for batch in (1, 4, 16):
-        code, out, err = user(drawing.main, "--ckpt", path, "--n", 4, "--batch", batch, "--method", method, "--out", tmp_path / str(batch),
+        code, out, err = user(samplers.main, "--ckpt", path, "--n", 4, "--batch", batch, "--method", method, "--out", tmp_path / str(batch),
                               "--labels", "a,b", *([] if method == "dopri5" else ["--steps", 3]))
         assert code == 0 and f"4 images  {method}  NFE/image" in out and "s/image" in out and "images/s" in out, err
         images[batch] = np.stack([pixels_of(tmp_path / str(batch), i) for i in range(4)]).astype(int)
@@ -354,7 +353,7 @@ def test_every_method_draws_the_same_image_for_a_seed_at_any_batch_size(tmp_path
 
 def test_npz_is_what_the_evaluator_reads_and_the_grid_can_be_left_out(tmp_path, user):
     path = checkpoint(tmp_path / "m.safetensors")
-    code, out, err = user(drawing.main, "--ckpt", path, "--n", 3, "--steps", 2, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz",
+    code, out, err = user(samplers.main, "--ckpt", path, "--n", 3, "--steps", 2, "--out", tmp_path / "s", "--npz", tmp_path / "s.npz",
                           "--no-grid-image")
     assert code == 0, err
     array = np.load(tmp_path / "s.npz")["arr_0"]
@@ -365,16 +364,16 @@ def test_npz_is_what_the_evaluator_reads_and_the_grid_can_be_left_out(tmp_path, 
 def test_network_evaluations_are_counted(tmp_path, user):
     path, weak = checkpoint(tmp_path / "m.safetensors"), checkpoint(tmp_path / "weak.safetensors", seed=1)
     run = ["--ckpt", path, "--n", 2, "--steps", 4, "--method", "euler", "--out", tmp_path / "s", "--labels", "a", "--cfg", 2]
-    assert "NFE/image 4 (8 network evaluations: guidance)" in user(drawing.main, *run)[1]
-    assert "NFE/image 4 (6 network evaluations: guidance)" in user(drawing.main, *run, "--cfg-interval", "0.5,4")[1]   # t = .75, .5
-    assert "NFE/image 4 (8 network evaluations: guidance)" in user(drawing.main, *run, "--guide-ckpt", weak)[1]
+    assert "NFE/image 4 (8 network evaluations: guidance)" in user(samplers.main, *run)[1]
+    assert "NFE/image 4 (6 network evaluations: guidance)" in user(samplers.main, *run, "--cfg-interval", "0.5,4")[1]   # t = .75, .5
+    assert "NFE/image 4 (8 network evaluations: guidance)" in user(samplers.main, *run, "--guide-ckpt", weak)[1]
 
 
 def test_autoguidance_by_the_same_network_changes_nothing_and_by_another_does(tmp_path, user):
     path, weak = checkpoint(tmp_path / "m.safetensors"), checkpoint(tmp_path / "weak.safetensors", seed=1, name="ddpm")
     images = {}
     for name, flags in (("plain", []), ("same", ["--cfg", 2, "--guide-ckpt", path]), ("weak", ["--cfg", 2, "--guide-ckpt", weak])):
-        code, _, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 3, "--out", tmp_path / name, *flags)
+        code, _, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 3, "--out", tmp_path / name, *flags)
         assert code == 0, err
         images[name] = pixels_of(tmp_path / name).astype(int)
     assert abs(images["plain"] - images["same"]).max() <= 1 and (images["plain"] != images["weak"]).any()
@@ -394,7 +393,7 @@ def test_flags_do_what_the_functions_do(tmp_path, user, name, flags, guidance, h
     objective = FM if name == "fm" else make_objective("v", table="scaled_linear", zero_snr=True)
     path, weak = checkpoint(tmp_path / "m.safetensors", objective=asdict(objective)), checkpoint(tmp_path / "WEAK", seed=1, name="x0")
     words = flags.replace("WEAK", str(weak)).split() + ([] if how.get("method") == "dopri5" else ["--steps", 4])
-    code, _, err = user(drawing.main, "--ckpt", path, "--n", 2, "--seed", 5, "--labels", "b", "--out", tmp_path / "s", *words)
+    code, _, err = user(samplers.main, "--ckpt", path, "--n", 2, "--seed", 5, "--labels", "b", "--out", tmp_path / "s", *words)
     assert code == 0, err
     net, other = (load_unet(p)[0].eval() for p in (path, weak))
     if "guide" in guidance:
@@ -413,7 +412,7 @@ def test_editing_through_the_command(tmp_path, user):
     Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "white.png")
 
     def run(*flags):
-        code, out, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 4, "--out", tmp_path / "s", "--seed", 7, *flags)
+        code, out, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 4, "--out", tmp_path / "s", "--seed", 7, *flags)
         assert code == 0, err
         return np.asarray(Image.open(tmp_path / "s/000007.png"))
     original, plain = np.asarray(Image.open(init)), run()
@@ -443,11 +442,11 @@ def test_inversion_and_interpolation_through_the_command(tmp_path, user):
     path, a, b = tmp_path / "m.safetensors", picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 1)
     save_unet(path, net, {"objective": asdict(FM), "vae": pixel(2).meta(), "resolution": 16, "run": "r", "images": 8})
     run = ["--ckpt", path, "--steps", 60, "--out", tmp_path / "s"]
-    code, out, err = user(drawing.main, *run, "--n", 2, "--init", f"{a},{b}", "--invert")
+    code, out, err = user(samplers.main, *run, "--n", 2, "--init", f"{a},{b}", "--invert")
     assert code == 0, err
     for i, name in enumerate((a, b)):
         assert abs(pixels_of(tmp_path / "s", i).astype(int) - np.asarray(Image.open(name))).max() <= 2
-    code, out, err = user(drawing.main, *run, "--n", 5, "--batch", 2, "--init", f"{a},{b}", "--interpolate")
+    code, out, err = user(samplers.main, *run, "--n", 5, "--batch", 2, "--init", f"{a},{b}", "--interpolate")
     assert code == 0, err
     frames = [pixels_of(tmp_path / "s", i).astype(int) for i in range(5)]
     assert abs(frames[0] - np.asarray(Image.open(a))).max() <= 2 and abs(frames[4] - np.asarray(Image.open(b))).max() <= 2
@@ -457,7 +456,7 @@ def test_inversion_and_interpolation_through_the_command(tmp_path, user):
 
 def test_inversion_knows_the_labels(tmp_path, user):
     path, init = checkpoint(tmp_path / "m.safetensors"), picture(tmp_path / "i.png")
-    code, _, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 3, "--init", init, "--invert", "--labels", "b", "--out", tmp_path / "s")
+    code, _, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 3, "--init", init, "--invert", "--labels", "b", "--out", tmp_path / "s")
     assert code == 0, err
     z = pixel(2).encode(torch.tensor(np.asarray(Image.open(init))).permute(2, 0, 1)[None] / 127.5 - 1)
     predict, grid, images = guided(FM, load_unet(path)[0].eval()), time_grid(3), []
@@ -473,7 +472,7 @@ def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, us
     images = {}
     for name, flags in {"trailing": ["--grid", "trailing"], "leading": ["--grid", "leading"], "small": [], "large": ["--variance", "large"],
                         "learned": ["--variance", "learned"]}.items():
-        code, _, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 5, "--method", "ddpm", "--out", tmp_path / name, *flags)
+        code, _, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 5, "--method", "ddpm", "--out", tmp_path / name, *flags)
         assert code == 0, err
         images[name] = pixels_of(tmp_path / name).tobytes()
     assert len(set(images.values())) == 5
@@ -485,23 +484,23 @@ def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, us
     ("--atol -1 --method dopri5", "wanted more than 0"), ("--rtol nan --method dopri5", "wanted more than 0"),
     ("--shift 0", "wanted more than 0"), ("--eta 2 --method ddim", "--eta 2.0: wanted 0 to 1"),
     ("--eta x --method ddim", "--eta takes float, got 'x'"),
-    ("--eta 0", "--eta does nothing with --method heun.  It is for ddim, euler_ancestral, dpmpp_2m_sde, sde"),
-    ("--eta 1 --method dpmpp_2m", "does nothing with"), ("--rtol 1e-3", "--rtol does nothing with --method heun.  It is for dopri5"),
-    ("--whole-batch", "--whole-batch does nothing with --method heun"),
-    ("--method dopri5 --steps 25", "--steps does nothing with --method dopri5"), ("--method dopri5 --grid uniform", "--grid does nothing"),
-    ("--method dopri5 --shift 1", "--shift does nothing"), ("--variance small", "--variance does nothing with --method heun.  It is for ddpm"),
+    ("--eta 0", "--eta changes nothing here: it is of --method ddim | euler_ancestral | dpmpp_2m_sde | sde"),
+    ("--eta 1 --method dpmpp_2m", "--eta changes nothing here"), ("--rtol 1e-3", "--rtol changes nothing here: it is of --method dopri5"),
+    ("--whole-batch", "--whole-batch changes nothing here: it is of --method dopri5"),
+    ("--method dopri5 --steps 25", "--steps changes nothing here: it is of not --method dopri5"), ("--method dopri5 --grid uniform", "--grid changes nothing here"),
+    ("--method dopri5 --shift 1", "--shift changes nothing here"), ("--variance small", "--variance changes nothing here: it is of --method ddpm"),
     ("--method dopri5 --max-nfe 3", "--max-nfe 3: wanted at least 8"), ("--cfg nan", "--cfg nan: wanted a number"),
-    ("--cfg-interval 1,2", "--cfg-interval does nothing without --cfg"), ("--cfg-rescale 0.7", "does nothing without --cfg"),
-    ("--guide-ckpt CKPT", "--guide-ckpt does nothing without --cfg"),
+    ("--cfg-interval 1,2", "--cfg-interval changes nothing here: it is of --cfg"), ("--cfg-rescale 0.7", "--cfg-rescale changes nothing here: it is of --cfg"),
+    ("--guide-ckpt CKPT", "--guide-ckpt changes nothing here: it is of --cfg"),
     ("--cfg 2 --labels a --cfg-interval 3,1", "--cfg-interval 3.0,1.0: wanted LO,HI"), ("--cfg 2 --labels a --cfg-interval 3", "wanted LO,HI"),
     ("--cfg 2 --labels a --cfg-rescale 1.5", "wanted 0 to 1"), ("--cfg 2", "--cfg 2.0 needs --labels"), ("--labels d", "no class 'd' among 3"),
-    ("--labels 3", "no class '3' among 3"), ("--labels -1", "no class '-1'"), ("--strength 0.5", "--strength does nothing without --init"),
-    ("--strength 0", "--strength does nothing without --init"), ("--mask INIT", "--mask does nothing without --init"),
-    ("--invert", "--invert does nothing without --init"), ("--init INIT --strength 1.5", "--strength 1.5: wanted 0 to 1"),
+    ("--labels 3", "no class '3' among 3"), ("--labels -1", "no class '-1'"), ("--strength 0.5", "--strength changes nothing here: it is of --init"),
+    ("--strength 0", "--strength changes nothing here: it is of --init"), ("--mask INIT", "--mask changes nothing here: it is of --init"),
+    ("--invert", "--invert changes nothing here: it is of --init"), ("--init INIT --strength 1.5", "--strength 1.5: wanted 0 to 1"),
     ("--init INIT --strength -0.1", "wanted 0 to 1"), ("--init INIT --mask WIDE", "is 20×16, but"), ("--init INIT --mask CKPT", "Give an image"),
     ("--init CKPT", "Give an image"), ("--init nowhere.png", "nowhere.png"), ("--init INIT --interpolate", "wanted two images"),
-    ("--init INIT,INIT --interpolate --strength 0.5", "--strength does nothing with --interpolate"),
-    ("--init INIT,INIT --interpolate --labels a,b", "--labels a,b: wanted one"), ("--init INIT --invert --mask INIT", "--mask does nothing with --invert"),
+    ("--init INIT,INIT --interpolate --strength 0.5", "--strength changes nothing here: it is of not --interpolate"),
+    ("--init INIT,INIT --interpolate --labels a,b", "--labels a,b: wanted one"), ("--init INIT --invert --mask INIT", "--mask changes nothing here: it is of not --invert"),
     ("--init INIT --invert --method unipc", "--method unipc cannot be inverted"),
     ("--init INIT --invert --method ddim --eta 0.5", "--method ddim --eta cannot be inverted"),
     ("--grid trailing", "rows of a VP table, unshifted"), ("--method ddpm --variance learned", "gives no variance (it has 12 output channels)"),
@@ -522,21 +521,21 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, user, flags, message
         if any(name in word.split(",") for word in words):
             file = make(tmp_path / f"{name}.{'png' if name in ('INIT', 'WIDE') else 'safetensors'}")
             words = [",".join(str(file) if part == name else part for part in word.split(",")) for word in words]
-    code, out, err = user(drawing.main, *words, "--out", tmp_path / "s")
+    code, out, err = user(samplers.main, *words, "--out", tmp_path / "s")
     assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "s").exists(), err
 
 
 def test_a_dry_run_says_what_the_method_will_use(tmp_path, user):
     import json
     path = checkpoint(tmp_path / "m.safetensors")
-    said = {m: json.loads(user(drawing.main, "--ckpt", path, "--method", m, "--dry-run")[1]) for m in ("heun", "ddim", "sde", "dopri5")}
+    said = {m: json.loads(user(samplers.main, "--ckpt", path, "--method", m, "--dry-run")[1]) for m in ("heun", "ddim", "sde", "dopri5")}
     assert (said["heun"]["steps"], said["heun"]["grid"], said["heun"]["eta"]) == (25, "uniform", None)
     assert said["ddim"]["eta"] == 0.0 and said["sde"]["eta"] == 1.0 and (said["dopri5"]["rtol"], said["dopri5"]["steps"]) == (1e-3, None)
 
 
 def test_default_folders_of_long_settings_are_short_and_differ():
-    names = {drawing.settings(drawing.Config("F", init=(f"{'x' * 200}{i}.png",))) for i in range(3)}
-    names |= {drawing.settings(drawing.Config("F", cfg=2.0, cfg_interval=interval)) for interval in ((), (0.5, 4.0))}
+    names = {samplers.settings(samplers.Config("F", init=(f"{'x' * 200}{i}.png",))) for i in range(3)}
+    names |= {samplers.settings(samplers.Config("F", cfg=2.0, cfg_interval=interval)) for interval in ((), (0.5, 4.0))}
     assert len(names) == 5 and all(len(name) < 150 for name in names)
 
 
@@ -556,13 +555,13 @@ PIXELS = UNetConfig(3, 3, model_channels=32, channel_mult=(1, 1), num_res_blocks
 ])
 def test_what_a_foreign_file_does_not_say_is_asked_for(flags, message):
     with pytest.raises(UserError) as error:
-        drawing.describe(drawing.Config("F", **flags), PIXELS, {"objective": flags["objective"]}, "F")
+        samplers.describe(samplers.Config("F", **flags), PIXELS, {"objective": flags["objective"]}, "F")
     assert message in str(error.value)
 
 
 def test_fm_needs_no_table_and_a_given_one_is_taken():
-    assert drawing.describe(drawing.Config("F", resolution=8), PIXELS, {"objective": "fm"}, "F")[0] == make_objective("fm")
-    assert drawing.describe(drawing.Config("F", resolution=8, table="cosine"), PIXELS, {"objective": "eps"}, "F")[0] == make_objective("ddpm", table="cosine")
+    assert samplers.describe(samplers.Config("F", resolution=8), PIXELS, {"objective": "fm"}, "F")[0] == make_objective("fm")
+    assert samplers.describe(samplers.Config("F", resolution=8, table="cosine"), PIXELS, {"objective": "eps"}, "F")[0] == make_objective("ddpm", table="cosine")
 
 
 @pytest.mark.parametrize("classes, flags, warns", [(None, [], True), (None, ["--labels", "3"], False), (None, ["--labels", "3", "--cfg", "2"], True),
@@ -572,7 +571,7 @@ def test_drawing_without_a_class_is_warned_of_where_nobody_says_it_was_trained(t
     path = tmp_path / "theirs/diffusion_pytorch_model.safetensors"
     net = randomize(UNet(PIXELS))
     save_unet(path, net, {"objective": "eps", **({"classes": classes} if classes else {})})
-    code, _, err = user(drawing.main, "--ckpt", path, "--n", 1, "--steps", 1, "--resolution", 8, "--table", "linear", "--out", tmp_path / "s", *flags)
+    code, _, err = user(samplers.main, "--ckpt", path, "--n", 1, "--steps", 1, "--resolution", 8, "--table", "linear", "--out", tmp_path / "s", *flags)
     warnings = [line for line in err if line.startswith("warning: ")]
     assert code == 0 and len(warnings) == warns and all("\"no class\"" in line for line in warnings), err
 
@@ -580,8 +579,8 @@ def test_drawing_without_a_class_is_warned_of_where_nobody_says_it_was_trained(t
 def test_sample_folders_of_diffusers_files_have_the_folders_name(tmp_path):
     for path, name in (("a/unet.safetensors", "unet-abcdef"), ("a/diffusion_pytorch_model.safetensors", "a-abcdef"),
                        ("b/diffusion_pytorch_model.safetensors.index.json", "b-abcdef")):
-        assert drawing.default_folder(drawing.Config("F"), tmp_path / path, {"fingerprint": "abcdef0123"}) == f"samples/{name}"
-    assert drawing.default_folder(drawing.Config("F", n=2, steps=3), tmp_path / "ema-0.050.safetensors",
+        assert samplers.default_folder(samplers.Config("F"), tmp_path / path, {"fingerprint": "abcdef0123"}) == f"samples/{name}"
+    assert samplers.default_folder(samplers.Config("F", n=2, steps=3), tmp_path / "ema-0.050.safetensors",
                                    {"run": "r", "images": 8, "fingerprint": "abcdef01"}) == "samples/r-8-ema-0.050-abcdef-steps=3"
 
 
@@ -594,7 +593,7 @@ def test_a_cfm_network_enlarges_pictures(tmp_path, user, upsample):
     save_unet(tmp_path / "a", UNet(replace(SMALL, in_channels=24, num_classes=0)), {"objective": asdict(objective), "vae": vae.meta(), "resolution": 16})
     picture(tmp_path / "p.png", size=(40, 30))
     base = ["--ckpt", tmp_path / "a", "--n", 2, "--steps", 3]
-    code, _, err = user(drawing.main, *base, "--init", tmp_path / "p.png", "--out", tmp_path / "s")
+    code, _, err = user(samplers.main, *base, "--init", tmp_path / "p.png", "--out", tmp_path / "s")
     assert code == 0, err
     small = torch.from_numpy(decode(tmp_path / "p.png", 8).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     up = vae.encode(torch.nn.functional.interpolate(small, (16, 16), mode="bilinear", antialias=True)) if upsample == "psu" else \
@@ -607,9 +606,9 @@ def test_a_cfm_network_enlarges_pictures(tmp_path, user, upsample):
                            (("--init", tmp_path / "p.png", "--strength", 0), "--strength: "),
                            (("--init", tmp_path / "p.png", "--method", "sde"), "Use an ODE solver"),
                            (("--init", tmp_path / "p.png", "--method", "ddim", "--eta", 1), "Use an ODE solver")):
-        code, _, err = user(drawing.main, *base, *flags, "--out", tmp_path / "t")
+        code, _, err = user(samplers.main, *base, *flags, "--out", tmp_path / "t")
         assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "t").exists(), err
-    code, _, err = user(drawing.main, *base, "--init", tmp_path / "p.png", "--method", "sde", "--eta", 0, "--out", tmp_path / "e")
+    code, _, err = user(samplers.main, *base, "--init", tmp_path / "p.png", "--method", "sde", "--eta", 0, "--out", tmp_path / "e")
     assert code == 0 and abs(pixels_of(tmp_path / "e").astype(int) - pixels_of(tmp_path / "s")).max() <= 1, err     # without noise an ODE as well
 
 
@@ -638,5 +637,5 @@ def test_only_the_network_runs_in_bf16(tmp_path, user, monkeypatch):
             seen.setdefault(what, set()).add(torch.is_autocast_enabled("cpu"))
             return plain(self, *args, **how)
         monkeypatch.setattr(owner, name, spy)
-    code, _, err = user(drawing.main, "--ckpt", tmp_path / "a.safetensors", "--init", tmp_path / "p.png", "--n", 1, "--dtype", "bf16", "--out", tmp_path / "s")
+    code, _, err = user(samplers.main, "--ckpt", tmp_path / "a.safetensors", "--init", tmp_path / "p.png", "--n", 1, "--dtype", "bf16", "--out", tmp_path / "s")
     assert code == 0 and seen["encode"] == {False} == seen["decode"] and seen["net"] == {True, False}, err    # False: the probe on loading

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import harness.run as run_module
-import drawing
+import samplers
 import train
 from harness.run import checkpoints
 from ckpt import convert, fingerprint, load_unet, save_unet
@@ -92,7 +92,7 @@ def test_a_run_leaves_everything_needed_to_repeat_and_to_sample_it(tmp_path, use
     assert Image.open(run / "samples" / "000000000016.png").size == (8 * 34 + 2, 2 * 34 + 2)
     net, meta = load_unet(checkpoints(run)[-1] / "ema-0.050.safetensors")
     assert meta["objective"]["target"] == "u" and meta["classes"] == ["glasses", "double bun"] and net.cfg.num_classes == 2
-    code, out, err = user(drawing.main, "--ckpt", run, "--n", 3, "--steps", 2, "--batch", 2, "--labels", "glasses,1", "--cfg", 2,
+    code, out, err = user(samplers.main, "--ckpt", run, "--n", 3, "--steps", 2, "--batch", 2, "--labels", "glasses,1", "--cfg", 2,
                           "--out", tmp_path / "s")
     assert code == 0 and out.splitlines()[-1] == str(tmp_path / "s" / "grid.png") and "NFE/image 3 " in out
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_needed_to_repeat_and_to_sample_it(tmp_path, use
 def test_the_sampler_gives_the_same_image_for_a_seed_at_any_batch_size(tmp_path, user):
     run = go(tmp_path)
     for out, batch, first in (("a", 4, 0), ("b", 1, 0), ("c", 2, 2)):
-        assert user(drawing.main, "--ckpt", run, "--n", 4 - first, "--seed", first, "--steps", 3, "--batch", batch,
+        assert user(samplers.main, "--ckpt", run, "--n", 4 - first, "--seed", first, "--steps", 3, "--batch", batch,
                     "--method", "ddim", "--eta", 1.0, "--out", tmp_path / out)[0] == 0
     for i in range(4):
         pixels = [torch.tensor(list(Image.open(tmp_path / o / f"{i:06d}.png").tobytes()), dtype=torch.int16)
@@ -110,11 +110,11 @@ def test_the_sampler_gives_the_same_image_for_a_seed_at_any_batch_size(tmp_path,
 
 
 def test_default_sample_folders_differ_where_images_differ():
-    base = drawing.Config(ckpt="x")
-    names = {drawing.settings(replace(base, **change)) for change in ({}, {"steps": 10}, {"labels": ("a b",)}, {"labels": ("a/c",)},
+    base = samplers.Config(ckpt="x")
+    names = {samplers.settings(replace(base, **change)) for change in ({}, {"steps": 10}, {"labels": ("a b",)}, {"labels": ("a/c",)},
              {"cfg": 2.0}, {"shift": 3.0}, {"method": "ddim"}, {"method": "ddim", "eta": 1.0})}
     assert len(names) == 8 and all("/" not in n for n in names)
-    assert drawing.settings(replace(base, n=99, batch=3, out="y", seed=4)) == ""
+    assert samplers.settings(replace(base, n=99, batch=3, out="y", seed=4)) == ""
 
 
 def test_held_out_loss_is_fixed(tmp_path):
@@ -149,7 +149,7 @@ def test_a_runs_own_samples_are_those_of_the_command(tmp_path, user):
     images = train.draw_samples(tr, tr.net, [4, 6], method="heun", steps=3)
     save_unet(tmp_path / "raw.safetensors", tr.net, load_unet(checkpoints(run)[-1] / "model.safetensors")[1])
     for i, seed in enumerate((4, 6)):
-        code, _, err = user(drawing.main, "--ckpt", tmp_path / "raw.safetensors", "--n", 1, "--seed", seed, "--labels", 0, "--steps", 3, "--out", tmp_path / "s")
+        code, _, err = user(samplers.main, "--ckpt", tmp_path / "raw.safetensors", "--n", 1, "--seed", seed, "--labels", 0, "--steps", 3, "--out", tmp_path / "s")
         assert code == 0, err
         drawn = torch.from_numpy(np.asarray(Image.open(tmp_path / f"s/{seed:06d}.png")).copy()).permute(2, 0, 1)
         assert (images[i].int() - drawn.int()).abs().max() <= 1 and len(drawn.unique()) > 20
@@ -437,7 +437,7 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path, user, 
 def test_bad_input_to_the_sampler(tmp_path, user, args, message):
     run = go(tmp_path, images=8)
     torch.save({}, tmp_path / "file.pt")
-    code, _, err = user(drawing.main, *[{"RUN": run, "FILE": tmp_path / "file.pt", "VAE": run / "vae.safetensors",
+    code, _, err = user(samplers.main, *[{"RUN": run, "FILE": tmp_path / "file.pt", "VAE": run / "vae.safetensors",
                                              "STATE": checkpoints(run)[-1] / "state.safetensors"}.get(a, a) for a in args], "--out", tmp_path / "s")
     assert code == 2 and len(err) == 1 and message in err[0] and not (tmp_path / "s").exists()
 
@@ -478,7 +478,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(tmp_path, user):
     assert cfg["exclude_tags"] == ["character:nova", "character:ember"]
 
 
-@pytest.mark.parametrize("main", [train.main, drawing.main])
+@pytest.mark.parametrize("main", [train.main, samplers.main])
 def test_help_fits_a_screen(user, main):
     code, out, _ = user(main, "--help")
     assert "fm | ddpm | v | x0" in out or ("euler | heun | midpoint" in out and "\nguidance:\n" in out)

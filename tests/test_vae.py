@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import drawing
+import samplers
 import train
 import vae as vae_py
 from ckpt import read_tensors, save_unet
@@ -745,13 +745,13 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     code, out, err = user(train.main, *flags, "--vae", file)  # it is finished
     assert code == 0, err
     sampling = ["--ckpt", run, "--n", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s"]
-    code, _, err = user(drawing.main, *sampling)
+    code, _, err = user(samplers.main, *sampling)
     assert code == 0 and (tmp_path / "s/grid.png").exists(), err
     before = (tmp_path / "s/000001.png").read_bytes()
     file.rename(tmp_path / "moved.safetensors")
-    code, _, err = user(drawing.main, *sampling)
+    code, _, err = user(samplers.main, *sampling)
     assert code == 2 and "say where it is with --vae" in err[-1]
-    code, _, err = user(drawing.main, *sampling, "--vae", tmp_path / "moved.safetensors")
+    code, _, err = user(samplers.main, *sampling, "--vae", tmp_path / "moved.safetensors")
     assert code == 0 and (tmp_path / "s/000001.png").read_bytes() == before, err
     moved = tmp_path / "moved.safetensors"
     for name, args, code, message in (

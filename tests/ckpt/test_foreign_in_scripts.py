@@ -12,7 +12,7 @@ from checkpoints import (
 from conftest import randomize
 from PIL import Image
 
-import drawing
+import samplers
 import train
 from ckpt import (
     convert,
@@ -37,7 +37,7 @@ def test_the_sampler_draws_from_a_foreign_file_what_it_draws_from_our_own(tmp_pa
     says = ["--objective", "v", "--table", "scaled_linear", "--resolution", 16, "--num-head-channels", 16, "--attention-order", "legacy"]
     grids = []
     for name, flags in (("own", []), ("adm.pt", says), ("folder", [])):
-        code, _, err = user(drawing.main, "--ckpt", tmp_path / name, "--n", 2, "--steps", 2, "--labels", "3,1" if flags else "d,b",
+        code, _, err = user(samplers.main, "--ckpt", tmp_path / name, "--n", 2, "--steps", 2, "--labels", "3,1" if flags else "d,b",
                             "--out", tmp_path / f"s{len(grids)}", *flags)
         assert code == 0, err
         grids.append((tmp_path / f"s{len(grids)}/grid.png").read_bytes())
@@ -46,12 +46,12 @@ def test_the_sampler_draws_from_a_foreign_file_what_it_draws_from_our_own(tmp_pa
                           ("--resolution", "does not say its own"),
                           ("--num-head-channels", "number of attention heads"), ("--attention-order", "order of the qkv rows")):
         i = says.index(drop)
-        code, _, err = user(drawing.main, "--ckpt", tmp_path / "adm.pt", *says[:i], *says[i + 2:])
+        code, _, err = user(samplers.main, "--ckpt", tmp_path / "adm.pt", *says[:i], *says[i + 2:])
         assert code == 2 and len(err) == 1 and message in err[0], err
     for flags, message in ((["--objective", "fm"], "says its objective is v, got fm"), (["--table", "linear"], "was trained with scaled_linear"),
                            (["--vae", "pixel"], "was trained on other latents"), (["--num-heads", 1], "got num_heads 1"),
                            (["--resolution", 17], "wanted a multiple of 2")):
-        code, _, err = user(drawing.main, "--ckpt", tmp_path / "own", *flags)
+        code, _, err = user(samplers.main, "--ckpt", tmp_path / "own", *flags)
         assert code == 2 and len(err) == 1 and message in err[0], err
 
 
@@ -62,7 +62,7 @@ def test_the_sampler_says_what_a_network_still_needs(tmp_path, user):
                                  ("latent.pt", [], "does not say which latents its network knows"),
                                  ("latent.pt", ["--vae", "pixel:2"], "makes 12 channels, but"), ("latent.pt", ["--table", "linear"], "fm has none")):
         heads = [] if name == "sd.ckpt" else ["--num-heads", 1]
-        code, _, err = user(drawing.main, "--ckpt", tmp_path / name, "--objective", "fm", *heads, *flags)
+        code, _, err = user(samplers.main, "--ckpt", tmp_path / name, "--objective", "fm", *heads, *flags)
         assert code == 2 and len(err) == 1 and message in err[0], err
 
 
