@@ -692,10 +692,10 @@ def load_vae(
     path = next((path / file for file in FOLDER if (path / file).is_file()), path)
     if not path.is_file():
         raise UserError(
-            f"no autoencoder {str(name_or_path)!r}.{closest(name, FAMILIES)}  Got no such file",
-            do="Name pixel, pixel:N (N below 100), "
-            f"{', '.join(FAMILIES)}, one of these before :FILE, hf:org/name/file, or a file such "
-            "as runs/<name>/vae.safetensors.",
+            f"no autoencoder {str(name_or_path)!r}.{closest(name, FAMILIES)}  Got no such file; "
+            f"wanted pixel, pixel:N (N below 100), {', '.join(FAMILIES)}, one of these before "
+            ":FILE, hf:org/name/file, or a file such as runs/<name>/vae.safetensors",
+            do="Name one of them.",
         )
     return open_vae(open_weights(path), said)
 

@@ -70,18 +70,22 @@ class Encode:
 
 def encode(cfg: Encode, ranks: Ranks) -> None:
     """Encode a whole source; what is there already, of the same plan, stays."""
+    with contextlib.ExitStack() as held:  # the folder's lock, on rank 0
+        write_cache(cfg, ranks, held)
+
+
+def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Agree on the autoencoder and the plan, write this rank's shards, then what is about all."""
     out = Path(cfg.out)
     vae = choose(cfg.vae, fit=lambda: pixel(8))  # pca has the same factor and is not fitted yet
     vae.latent_shape(cfg.resolution)  # before anything is read
     source = open_source(cfg.data, cfg.resolution)
-    held: list[Any] = []  # the lock, until this process ends
     old = ranks.broadcast(lambda: begun(out, held))
-    data = old.get("data", cfg.data)
     threads = set_threads(old, out, ranks)
     if cfg.vae == "pca":
         vae = vae_from_meta(ranks.broadcast(lambda: fitted(out, source, old).meta()))
     vae = vae.to(ranks.device)
-    plan = make_plan(cfg, data, threads, source, vae, ranks.device)
+    plan = make_plan(cfg, old.get("data", cfg.data), threads, source, vae, ranks.device)
     agreed = ranks.broadcast(lambda: begin(out, old, plan, vae))
     if differs := differences(agreed, plan):
         raise UserError(
@@ -94,10 +98,10 @@ def encode(cfg: Encode, ranks: Ranks) -> None:
     ranks.broadcast(lambda: finish(out, plan, source))
 
 
-def begun(out: Path, held: list[Any]) -> dict[str, Any]:
+def begun(out: Path, held: contextlib.ExitStack) -> dict[str, Any]:
     """Lock the folder, and read the plan that is there, if any."""
     make_dir(out)
-    held.append(lock(out))
+    held.enter_context(lock(out))
     if (out / "plan.json").exists():
         with contextlib.suppress(UserError):
             return read_sealed(out / "plan.json")

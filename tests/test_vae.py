@@ -1,7 +1,9 @@
-"""Convolutional autoencoders: against diffusers, in every layout, and what is refused. (pca and pixel: test_data.py)"""
+"""Autoencoders: against diffusers, in memory, what is refused, and whose is used."""
 
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,102 +11,31 @@ import torch.nn.functional as F
 import samplers
 import train
 import vae as vae_py
-from ckpt import read_tensors, save_unet
+from autoencoders import SMALL, images, peer, relative, saved, small
+from ckpt import save_unet
+from conftest import ROOT, randomize
+from data import robohash
+from data.dataset import open_dataset
+from data.images import to_float
 from harness.cli import UserError
-from conftest import randomize
-from ckpt.containers import open_weights
-from harness.files import write_tensors
 from model import PRESETS, UNet
-from ckpt.vaes import vae_map
-from vae import FAMILIES, VAE, VAEConfig, load_vae, save_vae, tensor_shapes, vae_from_meta
+from vae import (
+    FAMILIES,
+    VAE,
+    VAEConfig,
+    choose,
+    fit_pca,
+    load_vae,
+    pixel,
+    psnr,
+    save_vae,
+    vae_from_meta,
+)
 
-WIDTHS = (32, 64, 128, 128)
-SMALL = {
-    "sd": VAEConfig(4, WIDTHS, WIDTHS),
-    "sdxl": VAEConfig(4, WIDTHS, WIDTHS),
-    "flux1": VAEConfig(16, WIDTHS, WIDTHS, quant=False),
-    "flux2": VAEConfig(32, WIDTHS, (32, 64, 64, 96), stats=True),
-}  # a narrower decoder, as newer files may have
-FULL = {"sd": VAEConfig(), "flux1": VAEConfig(16, quant=False), "flux2": VAEConfig(32, stats=True)}
-
-
-def small(family, seed=0, latents="", dtype=torch.float32):
-    """Random weights and statistics; the widths are those of no real file."""
-    net = randomize(VAE(SMALL[family], family, latents), seed)
-    g = torch.Generator().manual_seed(seed)
-    if net.bn is not None:
-        net.bn.running_mean.copy_(torch.randn(128, generator=g))
-        net.bn.running_var.copy_(torch.rand(128, generator=g) + 0.1)
-        net.bn.num_batches_tracked.fill_(7)
-    return net.to(dtype)
+MADE_BEFORE = ROOT / "tests/fixtures/834bb60"
 
 
-def peer(net):
-    """diffusers' class with the same weights, put there through its own names."""
-    diffusers = pytest.importorskip(
-        "diffusers", reason="oracle: pip install -r requirements-dev.txt"
-    )
-    cfg = net.cfg
-    common = dict(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=cfg.encoder,
-        latent_channels=cfg.z,
-        use_quant_conv=cfg.quant,
-        use_post_quant_conv=cfg.quant,
-    )
-    with torch.device("meta"):
-        other = (
-            diffusers.AutoencoderKLFlux2(**common, decoder_block_out_channels=cfg.decoder)
-            if cfg.stats
-            else diffusers.AutoencoderKL(**common, layers_per_block=2)
-        )
-    state = {
-        name: net.state_dict()[k].reshape(shape).clone()
-        for k, (name, shape) in vae_map(tensor_shapes(cfg), "diffusers").items()
-    }
-    assert {k: v.shape for k, v in other.state_dict().items()} == {
-        k: v.shape for k, v in state.items()
-    }
-    other.load_state_dict(state, assign=True)
-    return other.to(net.dtype).eval()
-
-
-def images(n=2, h=32, w=48, seed=0, dtype=torch.float32):
-    return (
-        torch.rand(
-            n, 3, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        ).to(dtype)
-        * 2
-        - 1
-    )
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def saved(path, net, layout="native"):
-    """A file as its authors wrote it: no metadata of ours."""
-    write_tensors(
-        path,
-        {
-            name: net.state_dict()[k].reshape(shape)
-            for k, (name, shape) in vae_map(tensor_shapes(net.cfg), layout).items()
-        },
-        {},
-    )
-    foreign(path)
-    return path
-
-
-def foreign(path):
-    from safetensors.torch import load_file, save_file
-
-    save_file(load_file(path), path)
-
-
-# ---- the same function ----------------------------------------------------------------------------------------------
+# ---- the same function --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +155,7 @@ def test_encoding_is_fp32_whatever_the_weights_and_autocast():
     assert not any(p.requires_grad for p in net.parameters())
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -268,278 +199,35 @@ def test_only_large_images_are_decoded_in_tiles(monkeypatch):
 
 @torch.no_grad()
 def test_tiles_fade_into_each_other(monkeypatch):
-    """A decoder without a view beyond its position is put together exactly; seams of one that has offsets are spread."""
+    """A decoder without a view beyond its position is put together exactly; seams of one that has
+    offsets are spread."""
     monkeypatch.setattr(vae_py, "TILE", 12)
     monkeypatch.setattr(vae_py, "OVERLAP", 4)
-    local = lambda z: F.interpolate(z[:, :3], scale_factor=8)
+
+    def local(z):
+        return F.interpolate(z[:, :3], scale_factor=8)
+
     z = torch.randn(2, 4, 33, 12, dtype=torch.float64)
     assert torch.allclose(vae_py.tiled(local, z, 8), local(z), rtol=1e-12)
     assert torch.equal(vae_py.tiled(local, z[:, :, :12], 8), local(z[:, :, :12]))  # one tile
     calls = iter(range(10))
-    steps = vae_py.tiled(
-        lambda z: torch.full(
-            (1, 3, z.shape[2] * 8, z.shape[3] * 8), float(next(calls)), dtype=z.dtype
-        ),
-        z[:1, :, :20],
-        8,
-    )[0, 0, :, 0]
-    assert (
-        steps[0] == 0
-        and steps[-1] == 1
-        and 0 < steps.diff().max() < 2 / 32
-        and (steps.diff() >= 0).all()
-    )
+
+    def counted(z):
+        return z.new_full((1, 3, z.shape[2] * 8, z.shape[3] * 8), float(next(calls)))
+
+    steps = vae_py.tiled(counted, z[:1, :, :20], 8)[0, 0, :, 0]
+    assert steps[0] == 0 and steps[-1] == 1
+    assert 0 < steps.diff().max() < 2 / 32 and (steps.diff() >= 0).all()
     net, smooth = small("sd"), torch.sin(torch.linspace(0, 3, 40)).expand(1, 4, 12, 40) * 0.2
     net.post_quant_conv.weight.mul_(0.05)  # nearly constant images: no tile sees another world
     monkeypatch.setattr(vae_py, "TILE_ABOVE", 100)
     whole = net.decode(smooth)
     monkeypatch.setattr(vae_py, "TILE_ABOVE", 16)
-    assert (
-        0 < float((net.decode(smooth) - whole).square().mean().sqrt()) < 0.2 * float(whole.std())
-    )  # tile borders are padded
+    apart = float((net.decode(smooth) - whole).square().mean().sqrt())
+    assert 0 < apart < 0.2 * float(whole.std())  # tile borders are padded
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family, keys, params, buffers",
-    [("sd", 248, 83_653_863, 0), ("flux1", 244, 83_819_683, 0), ("flux2", 251, 84_046_115, 257)],
-)
-def test_full_size_counts_and_names(family, keys, params, buffers):
-    with torch.device("meta"):
-        net = VAE(FULL[family], family)
-    assert (
-        len(net.state_dict()) == keys
-        and sum(p.numel() for p in net.parameters()) == params
-        and sum(b.numel() for b in net.buffers()) == buffers
-    )
-    peer(net)  # asserts that diffusers has exactly our translated names and shapes
-    native = set(vae_map(tensor_shapes(net.cfg), "native"))
-    assert {
-        "encoder.down.2.block.1.norm1.weight",
-        "encoder.down.0.downsample.conv.bias",
-        "encoder.mid.attn_1.proj_out.weight",
-        "decoder.up.3.block.2.conv2.weight",
-        "decoder.up.1.upsample.conv.weight",
-        "decoder.norm_out.bias",
-    } <= native
-    bfl = {name for name, _ in vae_map(tensor_shapes(net.cfg), "bfl").values()}
-    moved = {
-        f"{part}.{name}.{leaf}"
-        for part, name in (("encoder", "quant_conv"), ("decoder", "post_quant_conv"))
-        for leaf in ("weight", "bias")
-    }
-    assert bfl - native == (moved if net.cfg.quant else set())
-
-
-@pytest.mark.parametrize("cfg", [FULL["sd"], FULL["flux1"]], ids=["sd", "flux1"])
-def test_names_agree_with_diffusers_converter(cfg):
-    """Every tensor is a constant of its own; both converters must put it in the same place. 0 disagreements."""
-    pytest.importorskip("diffusers", reason="oracle: pip install -r requirements-dev.txt")
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    native = {k: shape for k, (_, shape) in vae_map(tensor_shapes(cfg), "native").items()}
-    tags = {
-        k: torch.full([1] * len(shape), float(i)) for i, (k, shape) in enumerate(native.items())
-    }
-    theirs = convert_ldm_vae_checkpoint(
-        {f"first_stage_model.{k}": v for k, v in tags.items()},
-        {"down_block_types": [""] * 4, "up_block_types": [""] * 4},
-    )
-    ours = {
-        name: float(tags[k]) for k, (name, _) in vae_map(tensor_shapes(cfg), "diffusers").items()
-    }
-    assert ours == {k: float(v) for k, v in theirs.items()}
-
-
-@pytest.mark.parametrize("layout", ["native", "diffusers", "bfl"])
-@pytest.mark.parametrize("family", SMALL)
-def test_every_layout_loads_and_is_written_back_bit_for_bit(tmp_path, family, layout):
-    net = small(family)
-    file = saved(tmp_path / "a.safetensors", net, layout)
-    loaded = load_vae(file, family)
-    assert loaded.cfg == net.cfg and all(
-        torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items()
-    )
-    save_vae(tmp_path / "b.safetensors", loaded, layout)
-    a, b = open_weights(file), open_weights(tmp_path / "b.safetensors")
-    assert a.header() == b.header() and all(torch.equal(a[k], b[k]) for k in a)
-    own = load_vae(tmp_path / "b.safetensors")  # our file says what it is
-    assert own.family == family and own.fingerprint == loaded.fingerprint == net.fingerprint
-    assert {
-        k: read_tensors(tmp_path / "b.safetensors")[1][k] for k in ("kind", "family", "layout")
-    } == {"kind": "vae", "family": family, "layout": layout}
-    whole = (tmp_path / "b.safetensors").read_bytes()
-    (tmp_path / "c.safetensors").write_bytes(
-        whole[:-1] + bytes([whole[-1] ^ 1])
-        if family != "flux2"
-        else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
-    )
-    with pytest.raises(UserError, match="do not match their own fingerprint"):
-        load_vae(tmp_path / "c.safetensors")
-    with pytest.raises(UserError, match=f"says it is {family}, got"):
-        load_vae(tmp_path / "b.safetensors", "flux1" if family != "flux1" else "sd")
-
-
-def test_old_diffusers_names_and_half_precision_files(tmp_path):
-    net = small("sd").half()
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    tensors = {}
-    for k, (name, shape) in vae_map(tensor_shapes(net.cfg), "diffusers").items():
-        for new, was in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
-        tensors[name] = net.state_dict()[k].reshape(shape)
-    assert sum("query" in k or "proj_attn" in k for k in tensors) == 8
-    torch.save({"state_dict": tensors}, tmp_path / "old.ckpt")
-    loaded = load_vae(f"sd:{tmp_path / 'old.ckpt'}")
-    assert loaded.dtype == torch.float32 and loaded.fingerprint == net.float().fingerprint
-    with pytest.raises(UserError, match="holds no autoencoder"):  # a name twice, old and new
-        torch.save(
-            {**tensors, "encoder.mid_block.attentions.0.to_q.weight": torch.zeros(128, 128)},
-            tmp_path / "two.ckpt",
-        )
-        load_vae(f"sd:{tmp_path / 'two.ckpt'}")
-
-
-@pytest.mark.parametrize(
-    "prefix, beside",
-    [
-        (
-            "first_stage_model.",
-            [
-                "model.diffusion_model.input_blocks.0.0.weight",
-                "cond_stage_model.x",
-                "betas",
-                "model_ema.decay",
-            ],
-        ),
-        ("vae.", ["text_encoders.x"]),
-        ("first_stage_model.", []),
-        ("module.", []),
-        ("", ["loss.logvar", "loss.discriminator.main.0.weight"]),
-    ],
-)
-def test_the_autoencoder_is_found_inside_larger_files(tmp_path, prefix, beside):
-    net = small("sdxl")
-    rest = {k: torch.zeros(1) for k in beside}
-    torch.save(
-        {"state_dict": {**{prefix + k: v for k, v in net.state_dict().items()}, **rest}},
-        tmp_path / "sd.ckpt",
-    )
-    assert load_vae(f"sdxl:{tmp_path / 'sd.ckpt'}").fingerprint == net.fingerprint
-    torch.save(
-        {
-            **{prefix + k: v for k, v in net.state_dict().items()},
-            **rest,
-            prefix * (prefix == "module.") + "vea.x": torch.zeros(1),
-        },
-        tmp_path / "odd.ckpt",
-    )
-    with pytest.raises(UserError, match="vea.x"):
-        load_vae(f"sdxl:{tmp_path / 'odd.ckpt'}")
-
-
-def test_a_flux2_file_may_lack_the_batch_count_and_nothing_else(tmp_path):
-    net = small("flux2")
-    state = {k: v for k, v in net.state_dict().items() if k != "bn.num_batches_tracked"}
-    torch.save(state, tmp_path / "f.pt")
-    loaded = load_vae(tmp_path / "f.pt")
-    assert (
-        loaded.family == "flux2"
-        and loaded.latents == "unpacked32"
-        and loaded.fingerprint == net.fingerprint
-        and loaded.bn.num_batches_tracked == 0
-    )
-    torch.save({k: v for k, v in state.items() if k != "bn.running_var"}, tmp_path / "g.pt")
-    with pytest.raises(UserError, match="1 missing: bn.running_var"):
-        load_vae(tmp_path / "g.pt")
-
-
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda s: s.pop("decoder.up.2.block.1.norm2.weight"),
-            "1 missing: decoder.up.2.block.1.norm2.weight",
-        ),
-        (
-            lambda s: s.pop("encoder.down.3.block.0.conv1.weight"),
-            "1 missing: encoder.down.3.block.0.conv1.weight",
-        ),
-        (
-            lambda s: s.update({"decoder.extra.weight": torch.zeros(1)}),
-            "1 unexpected: decoder.extra.weight",
-        ),
-        (
-            lambda s: s.update({"encoder.mid.attn_1.q.weight": torch.zeros(128, 128)}),
-            r"1 of another shape: encoder.mid.attn_1.q.weight \(128, 128\)",
-        ),
-        (
-            lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}),
-            "1 of another shape: encoder.conv_in.weight",
-        ),
-        (lambda s: s.pop("decoder.conv_in.weight"), "no autoencoder has"),
-        (lambda s: [s.pop(k) for k in list(s) if k.startswith("decoder.up")], "no autoencoder has"),
-        (lambda s: s.pop("encoder.conv_in.weight"), "holds no autoencoder"),
-        (
-            lambda s: s.update({"encoder.quant_conv.weight": s["quant_conv.weight"]}),
-            "of another architecture",
-        ),
-    ],
-    ids=[
-        "missing",
-        "missing width",
-        "extra",
-        "2-D attention",
-        "4 colours",
-        "no latents",
-        "no decoder",
-        "no encoder",
-        "two layouts",
-    ],
-)
-def test_files_that_do_not_fit_are_refused(tmp_path, change, message):
-    state = dict(small("sd").state_dict())
-    change(state)
-    torch.save(state, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match=message) as info:
-        load_vae(tmp_path / "bad.pt", "sd")
-    assert "\n" not in str(info.value)
-
-
-@pytest.mark.parametrize(
-    "family, config, given, message",
-    [
-        (
-            "sd",
-            None,
-            None,
-            "4 latent channels. can be sd or sdxl or sdxl-fp16-fix.  What it is .* say it: --vae FAMILY:FILE",
-        ),
-        ("flux1", None, None, "can be flux1 .or Stable Diffusion 3.*--vae flux1:FILE"),
-        ("sd", None, "flux1", "can be sd or .*, not flux1"),
-        ("flux2", None, "sd", "running statistics. can be flux2, not sd"),
-        ("sd", '{"scaling_factor": 0.13025}', "sd", "0.13025. can be sdxl or .*, not sd"),
-        ("sd", '{"scaling_factor": 0.5}', None, "can be nothing known here"),
-        ("sd", '{"scaling_factor": 0.13025}', None, "sdxl or sdxl-fp16-fix"),
-        ("sd", '{"scaling_factor": 0.18215}', None, ""),
-        ("flux1", '{"scaling_factor": 0.3611}', None, ""),
-        ("flux2", "[]", None, ""),
-    ],
-)
-def test_families_are_asked_for_not_guessed(tmp_path, family, config, given, message):
-    file = saved(tmp_path / "f.safetensors", small(family))
-    if config:
-        (tmp_path / "config.json").write_text(config)
-    if not message:
-        assert load_vae(file, given).family == family
-        return
-    with pytest.raises(UserError, match=message):
-        load_vae(file, given)
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_names_that_are_refused(tmp_path):
@@ -563,10 +251,8 @@ def test_names_that_are_refused(tmp_path):
     pca = tmp_path / "pca.safetensors"
     save_vae(pca, vae_py.pixel(8))
     assert load_vae(pca).fingerprint == vae_py.pixel(8).fingerprint != vae_py.pixel(4).fingerprint
-    for where, what in (
-        (pca, "pixel:8, got sd"),
-        ("pixel", "no autoencoder 'pixel'"),
-    ):  # linear, where a convolutional one is wanted
+    # Linear, where a convolutional one is wanted.
+    for where, what in ((pca, "pixel:8, got sd"), ("pixel", "no autoencoder 'pixel'")):
         with pytest.raises(UserError, match=what):
             load_vae(where, "sd")
     with pytest.raises(UserError, match="says it is pixel:8, got packed128"):
@@ -576,16 +262,12 @@ def test_names_that_are_refused(tmp_path):
         load_vae(tmp_path / "unet")
     with pytest.raises(UserError, match="layout 'lmd' is not one of"):
         save_vae(tmp_path / "x", small("sd"), "lmd")
-    assert (
-        load_vae(f"flux2:packed128:{file}").channels
-        == load_vae(file, None, "packed128").channels
-        == 128
-    )
+    assert load_vae(f"flux2:packed128:{file}").channels == 128
+    assert load_vae(file, None, "packed128").channels == 128
     (tmp_path / "vae").mkdir()
     saved(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", small("flux2"), "diffusers")
-    assert (
-        load_vae(f"flux2:{tmp_path}").fingerprint == load_vae(file).fingerprint
-    )  # a pipeline's folder
+    pipeline = load_vae(f"flux2:{tmp_path}")
+    assert pipeline.fingerprint == load_vae(file).fingerprint
 
 
 @torch.no_grad()
@@ -606,11 +288,8 @@ def test_shapes_that_do_not_divide_and_numbers_that_are_not():
     assert sd.latent_shape(72) == (4, 9, 9)
     broken = torch.zeros(3, 4, 4, 4)
     broken[1] = torch.nan
-    assert sd.decode(broken).isfinite().flatten(1).all(1).tolist() == [
-        True,
-        False,
-        True,
-    ]  # not the autoencoder's fault
+    finite = sd.decode(broken).isfinite().flatten(1).all(1)
+    assert finite.tolist() == [True, False, True]  # not the autoencoder's fault
     x = images(2)
     for part, call in (
         ("encode", lambda: sd.encode(x)),
@@ -618,20 +297,19 @@ def test_shapes_that_do_not_divide_and_numbers_that_are_not():
     ):
         net = sd.encoder if part == "encode" else sd.decoder
         net.conv_out.bias[0] = torch.nan
-        with pytest.raises(
-            UserError,
-            match=f"sd: {part} made 2 of 2 samples non-finite, with weights in torch.float32.  Are its weights damaged",
-        ):
+        message = (
+            f"sd: {part} made 2 of 2 samples non-finite, with weights in torch.float32.  "
+            "Are its weights damaged"
+        )
+        with pytest.raises(UserError, match=message):
             call()
 
 
 @torch.no_grad()
 def test_sdxl_in_fp16_is_refused_but_for_its_fix():
     z = torch.randn(1, 4, 4, 4)
-    with pytest.raises(
-        UserError,
-        match="sdxl overflows in fp16.  Use bf16 or fp32, or the autoencoder sdxl-fp16-fix",
-    ):
+    message = "sdxl overflows in fp16.  Use bf16 or fp32, or the autoencoder sdxl-fp16-fix"
+    with pytest.raises(UserError, match=message):
         small("sdxl").half().decode(z)
     assert small("sdxl").half().encode(images()).dtype == torch.float32  # encoding is fp32 anyway
     fixed = randomize(VAE(SMALL["sdxl"], "sdxl-fp16-fix")).half()
@@ -641,7 +319,164 @@ def test_sdxl_in_fp16_is_refused_but_for_its_fix():
         fixed.decode(z)
 
 
-# ---- checkpoints and runs -------------------------------------------------------------------------------------------
+# ---- pca and pixel ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return open_dataset("toyfaces:300", holdout=0).images(range(300)) / 127.5 - 1
+
+
+def test_pca_latents_are_uncorrelated_of_unit_variance_and_invert(faces, tmp_path):
+    vae = fit_pca(faces)
+    z = vae.encode(faces)
+    assert z.shape == (300, 32, 8, 8)
+    flat = z.double().movedim(1, -1).reshape(-1, 32)
+    covariance = flat.T @ flat / len(flat)
+    variance = vae.std.double() ** 4  # std is the fourth root of the variance, scaled
+    diagonal = covariance.diagonal()
+    assert flat.mean(0).abs().max() < 1e-3 and float(diagonal.mean()) == pytest.approx(1, abs=1e-3)
+    assert (covariance - diagonal.diag()).abs().max() < 1e-3  # uncorrelated
+    ratio = diagonal**2 / variance
+    assert torch.allclose(ratio, ratio[:1].expand(32), rtol=1e-2)
+    random = torch.randn(4, 32, 8, 8)
+    assert (vae.encode(vae.decode(random)) - random).abs().max() < 1e-3
+    assert psnr(vae.decode(z), faces) > 27
+    save_vae(tmp_path / "vae.safetensors", vae)
+    for twin in (load_vae(tmp_path / "vae.safetensors"), vae_from_meta(vae.meta())):
+        assert torch.equal(twin.encode(faces[:2]), vae.encode(faces[:2])) and twin.name == "pca"
+
+
+def test_pca_of_full_rank_is_exact_and_no_32_components_do_better(faces):
+    full = fit_pca(faces, channels=192)
+    assert psnr(full.decode(full.encode(faces)), faces) > 80
+    vae = fit_pca(faces)
+    patches = F.pixel_unshuffle(faces.double(), 8).movedim(1, -1).reshape(-1, 192).numpy()
+    _, singular, _ = np.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    lost = (singular[32:] ** 2).sum() / patches.size  # Eckart-Young
+    error = (vae.decode(vae.encode(faces)) - faces).double().square().mean()
+    assert float(error) == pytest.approx(lost, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, shape", [("pixel", (3, 64, 64)), ("pixel:4", (48, 16, 16))])
+def test_pixel_is_the_identity(faces, name, shape):
+    vae = load_vae(name)
+    z = vae.encode(faces[:3])
+    assert z.shape[1:] == shape == vae.latent_shape(64)
+    assert torch.equal(z, F.pixel_unshuffle(faces[:3], vae.factor))
+    assert torch.equal(vae.decode(z), faces[:3])
+
+
+def test_autoencoders_that_cannot_be():
+    with pytest.raises(UserError, match="not divisible"):
+        pixel(8).latent_shape(60)
+    with pytest.raises(UserError, match="wanted pixel"):
+        load_vae("flux9")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["pixel", "sd", "flux2"])
+def test_what_a_cache_keeps_gives_the_latents(family):
+    """raw() and from_raw() are encode() in two halves, in every class and layout."""
+    x = images()
+    for net in [pixel(8)] if family == "pixel" else [small(family), small(family).half()]:
+        assert torch.equal(net.from_raw(net.raw(x)), net.encode(x))
+    if family == "flux2":
+        packed = small(family, latents="packed128")
+        one, two = small(family), packed
+        assert one.raw_fingerprint == two.raw_fingerprint and one.fingerprint != two.fingerprint
+        assert torch.equal(one.raw(x), two.raw(x))
+        assert torch.equal(two.from_raw(one.raw(x)), two.encode(x))
+
+
+def test_an_autoencoder_of_an_earlier_version_opens_unchanged():
+    vae = load_vae(MADE_BEFORE / "run/vae.safetensors")
+    assert (vae.name, vae.channels, vae.factor) == ("pca", 32, 8)
+    assert vae.fingerprint == vae.raw_fingerprint
+    assert vae.fingerprint.startswith("902ce1f18504")
+
+
+# ---- whose autoencoder? -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Files of autoencoders: {"pca": …, "flux2": …, "moved": the same flux2, "other": another}."""
+    folder = {k: tmp_path / f"{k}.safetensors" for k in ("pca", "flux2", "moved", "other")}
+    save_vae(folder["pca"], fit_pca(images(64, 32, 32)))
+    save_vae(folder["flux2"], small("flux2"))
+    shutil.copy(folder["flux2"], folder["moved"])
+    save_vae(folder["other"], small("flux2", seed=1))
+    return folder
+
+
+def never():
+    raise AssertionError("fitted, though there is an autoencoder")
+
+
+def test_nobody_has_one_so_it_is_fitted_or_asked_for():
+    fresh = pixel(4)
+    assert choose(fit=lambda: fresh) is fresh and choose("pca", fit=lambda: fresh) is fresh
+    for how in ({"meta": {}, "fit": never}, {"meta": None}):
+        with pytest.raises(UserError, match="the file does not say which latents.*with --vae FILE"):
+            choose("pca", network="the file", **how)
+
+
+def test_a_named_one_comes_before_a_cache_and_a_cache_before_a_fit(places):
+    assert choose("pixel:4", cached=places["pca"], fit=never).name == "pixel:4"
+    assert choose("pixel:4", meta={}, fit=never).name == "pixel:4"
+    for name in ("", "pca"):
+        found = choose(name, cached=places["flux2"], meta={}, fit=never)
+        assert found.fingerprint == load_vae(places["flux2"]).fingerprint
+
+
+def test_a_network_knows_its_own_latents_only(places):
+    pca, flux2 = load_vae(places["pca"]).meta(), load_vae(places["flux2"]).meta()
+    for name in ("", "pca", str(places["pca"])):
+        assert choose(name, meta={"vae": pca}, fit=never).meta() == pca
+    for name in ("", str(places["flux2"])):
+        assert choose(name, meta={"vae": flux2}, fit=never).meta() == flux2
+    # pca is what --vae says by default: a cache's own autoencoder overrules it.
+    assert choose("pca", meta={"vae": flux2}, cached=places["flux2"]).meta() == flux2
+    message = r"--init A was trained on other latents \({}\) than --vae {} makes.*Leave --vae out"
+    for meta, name in ((flux2, "pca"), (flux2, "pixel:8"), (pca, "pixel"), (pca, places["flux2"])):
+        with pytest.raises(UserError, match=message.format(meta["name"], name)):
+            choose(str(name), meta={"vae": meta}, network="--init A", fit=never)
+    with pytest.raises(UserError, match="is not the flux2 autoencoder that this belongs to"):
+        choose(str(places["other"]), meta={"vae": flux2})
+    places["flux2"].unlink()
+    with pytest.raises(UserError, match="cannot load flux2.*say where it is with --vae"):
+        choose("", meta={"vae": flux2})
+    moved = choose(str(places["moved"]), meta={"vae": flux2})
+    assert moved.meta() == {**flux2, "source": str(places["moved"])}
+
+
+def test_what_a_run_has_kept_stays(places, tmp_path):
+    """A note of a large one, or a whole linear one; a name may say where it is now, no more."""
+    run = tmp_path / "run"
+    run.mkdir()
+    kept = run / "vae.safetensors"
+    assert choose("pixel", kept=kept).name == "pixel"  # it is not there yet
+    save_vae(kept, load_vae(places["flux2"]), weights=False)
+    for name in ("", "pca", str(places["moved"])):
+        assert choose(name, kept=kept, meta={}, fit=never).raw_fingerprint.startswith("flux2 ")
+    with pytest.raises(UserError, match="is not the flux2 autoencoder that this belongs to"):
+        choose(str(places["other"]), kept=kept)
+    shutil.copy(places["pca"], kept)
+    for name in ("", "pca", str(places["pca"])):
+        assert choose(name, kept=kept, cached=places["flux2"]).name == "pca"
+    with pytest.raises(
+        UserError, match=r"run was begun with another autoencoder \(pca\) than pixel"
+    ):
+        choose("pixel", kept=kept)
+
+
+def test_the_old_spelling_of_encoding_names_the_new_one(user):
+    code, _, errors = user(vae_py.main, "encode", "--out", "x")
+    assert code == 2 and len(errors) == 1 and "python -m data.encode" in errors[0]
+
+
+# ---- checkpoints and runs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -653,29 +488,20 @@ def test_meta_finds_the_same_autoencoder_again_or_says_so(tmp_path, family, late
     meta = net.meta()
     assert meta["source"] == str(file) and len(repr(meta)) < 3000
     twin = vae_from_meta(meta)
-    assert (
-        twin.meta() == meta
-        and twin.fingerprint == net.fingerprint
-        and torch.equal(twin.encode(images()), net.encode(images()))
-    )
-    save_vae(tmp_path / "note.safetensors", net, weights=False)
-    assert (
-        load_vae(tmp_path / "note.safetensors").meta() == meta
-        and (tmp_path / "note.safetensors").stat().st_size < 4000
-    )
+    assert twin.meta() == meta and twin.fingerprint == net.fingerprint
+    assert torch.equal(twin.encode(images()), net.encode(images()))
+    note = tmp_path / "note.safetensors"
+    save_vae(note, net, weights=False)
+    assert load_vae(note).meta() == meta and note.stat().st_size < 4000
     elsewhere = file.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(
-        UserError,
-        match=f"cannot load {family}, .*no autoencoder .*f.safetensors.*say where it is with --vae",
-    ) as info:
+    message = f"cannot load {family}, .*no autoencoder .*f.safetensors.*say where it is with --vae"
+    with pytest.raises(UserError, match=message) as info:
         vae_from_meta(meta)
     assert "\n" not in str(info.value)
     assert vae_from_meta(meta, str(elsewhere)).fingerprint == net.fingerprint
     saved(file, small(family, seed=1))
-    with pytest.raises(
-        UserError,
-        match=f"is not the {family} autoencoder that this belongs to: its fingerprint is another",
-    ):
+    message = f"is not the {family} autoencoder that this belongs to: its fingerprint is another"
+    with pytest.raises(UserError, match=message):
         vae_from_meta(meta)
     if family == "flux2":
         other = "packed128" if latents == "unpacked32" else "unpacked32"
@@ -686,7 +512,8 @@ def test_meta_finds_the_same_autoencoder_again_or_says_so(tmp_path, family, late
 
 @pytest.mark.parametrize("family", ["sdxl", "flux2"])
 def test_constants_that_changed_since_are_noticed(tmp_path, monkeypatch, family):
-    """A checkpoint's latents are those of the constants it was trained with, not of those this code has now."""
+    """A checkpoint's latents are those of the constants it was trained with, not of those that this
+    code has now."""
     net = load_vae(saved(tmp_path / "f.safetensors", small(family), "native"), family)
     meta = net.meta()
     monkeypatch.setitem(vae_py.FAMILIES, family, vae_py.FAMILIES[family]._replace(scale=0.2))
@@ -705,39 +532,17 @@ def test_names_on_the_hub(monkeypatch, tmp_path):
         vae_py, "origin", lambda path: {"source": "hf:org/name/f.safetensors@0123", "sha256": "ab"}
     )
     net = load_vae("flux2:packed128")
-    assert (
-        asked == [FAMILIES["flux2"].hub]
-        and net.latents == "packed128"
-        and net.meta()["source"] == "hf:org/name/f.safetensors@0123"
-    )
-    assert (
-        vae_from_meta(net.meta()).meta() == net.meta()
-        and asked[1] == "hf:org/name/f.safetensors@0123"
-    )
+    place = "hf:org/name/f.safetensors@0123"
+    assert asked == [FAMILIES["flux2"].hub] and net.latents == "packed128"
+    assert net.meta()["source"] == place
+    assert vae_from_meta(net.meta()).meta() == net.meta() and asked[1] == place
 
 
 def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     file = saved(tmp_path / "f.safetensors", small("flux2"), "bfl")
-    flags = [
-        "--data",
-        "toyfaces:16",
-        "--resolution",
-        32,
-        "--images",
-        8,
-        "--batch",
-        8,
-        "--preview-every",
-        0,
-        "--eval-every",
-        0,
-        "--out",
-        tmp_path,
-        "--name",
-        "a",
-        "--device",
-        "cpu",
-    ]
+    flags = ["--data", "toyfaces:16", "--resolution", 32, "--images", 8, "--batch", 8]
+    flags += ["--preview-every", 0, "--eval-every", 0, "--device", "cpu"]
+    flags += ["--out", tmp_path, "--name", "a"]
     code, _, err = user(train.main, *flags, "--vae", file)
     assert code == 0, err
     run = tmp_path / "a"
@@ -768,23 +573,21 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     assert got == 2 and "images 8 -> 16" in err[-1]
 
 
-# ---- real images ----------------------------------------------------------------------------------------------------
+# ---- real images --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def kittens():
-    import data.robohash as robo
-    from harness.cli import UserError
-    from data.dataset import open_dataset
-    from data.images import to_float
-
     try:
-        robo.art_folder()
+        robohash.art_folder()
     except UserError as error:
         pytest.skip(str(error))
-    return lambda n, resolution: to_float(
-        open_dataset(f"robohash:{n}", resolution=resolution).images(range(n - n // 10))
-    )
+
+    def pictures(n, resolution):
+        kept = range(n - n // 10)
+        return to_float(open_dataset(f"robohash:{n}", resolution=resolution).images(kept))
+
+    return pictures
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,13 +1,18 @@
-"""The latent cache: bitwise twins for kills, ranks and resumes; every change is noticed; memory stays where it is."""
+"""The latent cache: bitwise twins for kills, ranks and resumes; every change is noticed; memory
+stays where it is."""
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,46 +21,80 @@ from PIL import Image
 
 import data.cache as cache_py
 import data.encode as encode
-from harness.cli import UserError
-from data.cache import open_cache, self_check, vae_path, verify
+import train
+from conftest import ROOT
+from data.cache import open_cache, read_sealed, self_check, vae_path, verify
 from data.dataset import Stream, batches, latents_of, open_dataset
+from data.images import to_float
 from data.sources import held_hash, open_source
 from data.tags import TagTable
+from harness.cli import UserError, cli
+from harness.ranks import Ranks
+from harness.run import lock
 from vae import LinearVAE, load_vae, pixel
 
-ROOT = Path(__file__).parents[2]
+MADE_BEFORE = ROOT / "tests/fixtures/834bb60"
+ONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["--data", "toyfaces:50", "--resolution", "32", "--batch", "4"]
+SHARD = 3 * 2 * 32 * 16  # bytes: three images of 32 px
+FAR = 1e-3  # of the largest latent: what fp16 rounds
 
 
-def run(*args, ranks=1, shard=None, wait=True, **env):
-    """data.encode, with shards of a few images; returns the process."""
-    code = f"import data.encode as encode; encode.SHARD = {shard or 3 * 2 * 32 * 16}; encode.cli(encode.main)"
-    launcher = (
-        ["-c", code]
-        if ranks == 1
-        else [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "--no-python",
-            sys.executable,
-            "-c",
-            code,
-        ]
+def run(*args, shard=SHARD):
+    """The command data.encode in this process -> object with .returncode and .text."""
+    text = io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), redirect_stderr(text):
+        patch.setattr(sys, "argv", ["data.encode", *map(str, args)])
+        patch.setattr(encode, "SHARD", shard)
+        try:
+            cli(encode.main)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, text=text.getvalue())
+
+
+def start(*args, ranks=1):
+    """The same in processes of its own, with shards of three images; returns the first."""
+    code = f"import data.encode as encode; encode.SHARD = {SHARD}; encode.cli(encode.main)"
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["--no-python", sys.executable]
+    words = [sys.executable, *launcher, "-c", code, *map(str, args)]
+    return subprocess.Popen(
+        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *map(str, args)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **env},
-    )
-    if wait:
-        text, _ = process.communicate(timeout=300)
-        process.text = text
-    return process
+
+
+class Fork:
+    """run() in a fork of this process, which can be killed: no second import of torch."""
+
+    def __init__(self, *args):
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                code = run(*args).returncode
+            finally:
+                os._exit(code)
+        self.ended = False
+
+    def poll(self):
+        """Has it ended?"""
+        self.ended = self.ended or os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+        return self.ended
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.ended = True
+
+
+def finished(process):
+    """Wait for it -> object with .returncode and .text."""
+    text, _ = process.communicate(timeout=300)
+    return SimpleNamespace(returncode=process.returncode, text=text)
 
 
 def files(folder):
@@ -74,97 +113,105 @@ def cache(tmp_path_factory):
     return out
 
 
+def pixels_of(source):
+    """fp32 (n, 3, H, W) in [-1, 1] of a source in memory."""
+    return to_float(torch.from_numpy(np.stack(list(source.pixels))).permute(0, 3, 1, 2))
+
+
+def kept(vae, source, mirrored=False):
+    """The latents that a cache keeps of its first 50 images."""
+    return vae.from_raw(torch.stack([source.raw(i, mirrored) for i in range(50)]))
+
+
+def near(a, b, far=FAR):
+    return bool((a - b).abs().max() < far * b.abs().max())
+
+
 def test_the_cache_holds_the_latents_of_every_image_with_names_and_tags(cache):
     source, images = open_cache(str(cache), 32), open_source("toyfaces:50", 32)
     vae = load_vae(vae_path(cache))
     self_check(source, vae)
     assert len(list(cache.glob("shard-*"))) == 17 and list(source.names) == images.names
     assert [source.tags[i] for i in range(50)] == images.tags
-    exact = vae.encode(
-        torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
-    )
-    ours = vae.from_raw(torch.stack([source.raw(i) for i in range(50)]))
-    assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()  # fp16
-    stats = source.manifest
-    assert stats["mean"] == pytest.approx(float(ours.double().mean()), abs=1e-6) and stats[
-        "std"
-    ] == pytest.approx(float(ours.double().std(correction=0)), rel=1e-6)
-    assert stats["channel_std"] == pytest.approx(
-        ours.double().std((0, 2, 3), correction=0).tolist(), rel=1e-5
-    )
+    ours = kept(vae, source)
+    assert near(ours, vae.encode(pixels_of(images)))
+    stats, wide = source.manifest, ours.double()
+    assert stats["mean"] == pytest.approx(float(wide.mean()), abs=1e-6)
+    assert stats["std"] == pytest.approx(float(wide.std(correction=0)), rel=1e-6)
+    by_channel = wide.std((0, 2, 3), correction=0).tolist()
+    assert stats["channel_std"] == pytest.approx(by_channel, rel=1e-5)
+
+
+def test_a_cache_of_an_earlier_version_opens_unchanged():
+    root = MADE_BEFORE / "cache"
+    source = open_cache(str(root), 32)
+    vae = load_vae(vae_path(root))
+    assert verify(root) == []  # with self_check()
+    plan = read_sealed(root / "plan.json")
+    assert plan["version"] == cache_py.VERSION and vae.raw_fingerprint == plan["vae"]
+    images = open_source("toyfaces:16", 32)
+    assert list(source.names) == images.names and plan["source"] == images.hash
+    # Its plan names a CPU. On another the last bits may differ, and no more.
+    raw = torch.stack([source.raw(i) for i in range(16)]).float()
+    assert near(raw, vae.raw(pixels_of(images)))
 
 
 def test_a_dataset_of_latents_is_the_dataset_of_images_in_the_same_order_and_stages(cache):
-    a, b = (
-        open_dataset(spec, stage="fine", exclude_tags=["glasses & smile"], resolution=32)
-        for spec in ("toyfaces:50", str(cache))
-    )
-    assert (
-        list(a.index) == list(b.index)
-        and list(a.heldout.index) == list(b.heldout.index)
-        and a.counts() == b.counts()
-    )
-    assert a.report.splitlines()[1:] == b.report.splitlines()[1:]
+    fine = {"stage": "fine", "exclude_tags": ["glasses & smile"], "resolution": 32}
+    a, b = open_dataset("toyfaces:50", **fine), open_dataset(str(cache), **fine)
+    assert list(a.index) == list(b.index) and list(a.heldout.index) == list(b.heldout.index)
+    assert a.counts() == b.counts() and a.report.splitlines()[1:] == b.report.splitlines()[1:]
     vae, groups = load_vae(vae_path(cache)), [[0, 1, 2], [60, 61, 62]]
-    for x, y in zip(*(batches(Stream(ds, None, (32, 4, 4), 0), iter(groups)) for ds in (a, b))):
+
+    def seen(ds, workers=0):
+        return list(batches(Stream(ds, None, (32, 4, 4), 0), iter(groups), workers=workers))
+
+    for x, y in zip(seen(a), seen(b)):
         assert torch.equal(x["eps"], y["eps"]) and torch.equal(x["q"], y["q"])
-        assert (latents_of(vae, x) - latents_of(vae, y)).abs().max() < 2e-3 * latents_of(
-            vae, x
-        ).abs().max()
-    again = list(batches(Stream(b, None, (32, 4, 4), 0), iter(groups), workers=2))
-    assert all(
-        torch.equal(u["raw"], v["raw"])
-        for u, v in zip(again, batches(Stream(b, None, (32, 4, 4), 0), iter(groups)))
-    )
+        assert near(latents_of(vae, y), latents_of(vae, x), 2 * FAR)
+    assert all(torch.equal(u["raw"], v["raw"]) for u, v in zip(seen(b, workers=2), seen(b)))
 
 
 def test_a_mirrored_image_has_its_own_latent(tmp_path):
-    assert (
-        run(*SMALL, "--flip", "--out", tmp_path / "c", shard=7 * 2 * 2 * 32 * 16).returncode == 0
-    )  # batches of 4 and 3
+    seven = 7 * 2 * 2 * 32 * 16  # images a shard: batches of 4 and 3
+    assert run(*SMALL, "--flip", "--out", tmp_path / "c", shard=seven).returncode == 0
     source, images = open_cache(str(tmp_path / "c"), 32, flip=True), open_source("toyfaces:50", 32)
     vae = load_vae(vae_path(tmp_path / "c"))
-    x = torch.from_numpy(np.stack(list(images.pixels))).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for mirrored, exact in ((False, vae.encode(x)), (True, vae.encode(x.flip(-1)))):
-        assert (
-            vae.from_raw(torch.stack([source.raw(i, mirrored) for i in range(50)])) - exact
-        ).abs().max() < 1e-3 * exact.abs().max()
-    ds = open_dataset(str(tmp_path / "c"), resolution=32, flip=True)
-    sample = [Stream(ds, None, (32, 4, 4), 0, flip=True)[p]["raw"] for p in range(40)]
-    twin = [
-        Stream(open_dataset("toyfaces:50", resolution=32), None, (32, 4, 4), 0, flip=True)[p][
-            "image"
-        ]
-        for p in range(40)
-    ]
-    exact = vae.encode(torch.stack(twin).float() / 127.5 - 1)
-    assert (vae.from_raw(torch.stack(sample)) - exact).abs().max() < 1e-3 * exact.abs().max()
+    x = pixels_of(images)
+    assert near(kept(vae, source), vae.encode(x))
+    assert near(kept(vae, source, mirrored=True), vae.encode(x.flip(-1)))
+    views = {}
+    for spec, flip, key in ((str(tmp_path / "c"), True, "raw"), ("toyfaces:50", False, "image")):
+        ds = open_dataset(spec, resolution=32, flip=flip)
+        stream = Stream(ds, None, (32, 4, 4), 0, flip=True)
+        views[key] = torch.stack([stream[p][key] for p in range(40)])
+    assert near(vae.from_raw(views["raw"]), vae.encode(to_float(views["image"])))
 
 
 def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
     kills, killed = 0, tmp_path / "killed"
+
+    def shards():
+        return list(killed.glob("shard-*.safetensors")) if killed.exists() else []
+
     while kills < 10:
-        process = run(*SMALL, "--out", killed, wait=False)
-        goal = min(len(list(killed.glob("shard-*.safetensors"))) + 1, 17) if killed.exists() else 0
-        while process.poll() is None and len(list(killed.glob("shard-*.safetensors"))) < goal + (
-            kills % 2
-        ):
+        process = Fork(*SMALL, "--out", killed)
+        goal = min(len(shards()) + 1, 17) if killed.exists() else 0
+        while not process.poll() and len(shards()) < goal + kills % 2:
             time.sleep(0.003)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if not process.poll():
+            process.kill()
             kills += 1
-        process.communicate()
         if (killed / "manifest.json").exists():  # it was done before the kill: begin again
             for path in list(killed.glob("shard-*"))[kills:] + [killed / "manifest.json"]:
                 path.unlink()
+    assert not (killed / "manifest.json").exists()
     with pytest.raises(UserError, match="is not finished"):
-        open_cache(str(killed), 32) if not (killed / "manifest.json").exists() else pytest.fail(
-            "finished"
-        )
-    assert run(*SMALL, "--out", killed).returncode == 0
-    assert files(killed) == files(cache)
+        open_cache(str(killed), 32)
+    done = finished(start(*SMALL, "--out", killed))
+    assert done.returncode == 0 and files(killed) == files(cache), done.text
     assert not verify(killed)
-    two = run(*SMALL, "--out", tmp_path / "two", ranks=2)
+    two = finished(start(*SMALL, "--out", tmp_path / "two", ranks=2))
     assert two.returncode == 0 and files(tmp_path / "two") == files(cache), two.text
 
 
@@ -181,25 +228,16 @@ def test_ten_kills_and_two_ranks_leave_the_same_bytes(cache, tmp_path):
 def test_another_plan_in_the_same_folder_is_refused(cache, change, message):
     before = files(cache)
     done = run(*SMALL, "--out", cache, *change)
-    assert (
-        done.returncode == 2 and message in done.text.splitlines()[-1] and files(cache) == before
-    ), done.text
+    assert done.returncode == 2 and message in done.text.splitlines()[-1], done.text
+    assert files(cache) == before
 
 
 def test_a_changed_image_is_noticed(tmp_path):
     (tmp_path / "d").mkdir()
     for i in range(5):
         Image.fromarray(np.full((32, 32, 3), 40 * i, np.uint8)).save(tmp_path / "d" / f"{i}.png")
-    args = [
-        "--data",
-        tmp_path / "d",
-        "--resolution",
-        "32",
-        "--vae",
-        "pixel:8",
-        "--out",
-        tmp_path / "c",
-    ]
+    args = ["--data", tmp_path / "d", "--resolution", 32, "--vae", "pixel:8"]
+    args += ["--out", tmp_path / "c"]
     first = run(*args)
     assert first.returncode == 0, first.text
     assert run(*args).returncode == 0  # nothing changed: nothing to do
@@ -209,8 +247,6 @@ def test_a_changed_image_is_noticed(tmp_path):
 
 
 def copy_of(cache, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(cache, tmp_path / "copy"))
 
 
@@ -224,14 +260,12 @@ def test_a_flipped_bit_anywhere_is_found(cache, tmp_path):
         (copy / name).write_bytes(data)
         done = run("--out", copy, "--verify")
         assert done.returncode == 1 and name in done.text and name in verify(copy)[0]
-    with pytest.raises(
-        UserError, match="index.safetensors, the names and tags of the cache, is damaged"
-    ):
+    message = "index.safetensors, the names and tags of the cache, is damaged"
+    with pytest.raises(UserError, match=message):
         open_cache(str(copy), 32)
     os.truncate(copy / "shard-00002.safetensors", 100)
-    assert (
-        run(*SMALL, "--out", copy).returncode == 0
-    )  # the same command writes what is damaged again
+    # The same command writes what is damaged again.
+    assert run(*SMALL, "--out", copy).returncode == 0
     assert verify(copy) == [] and files(copy) == files(cache)
 
 
@@ -247,30 +281,23 @@ def test_a_flipped_bit_anywhere_is_found(cache, tmp_path):
     ],
 )
 def test_damaged_json_is_one_line_and_written_again(cache, tmp_path, monkeypatch, name, text):
-    from harness.ranks import Ranks
-
-    monkeypatch.setattr(encode, "SHARD", 3 * 2 * 32 * 16)
+    monkeypatch.setattr(encode, "SHARD", SHARD)
     copy = copy_of(cache, tmp_path)
-    again = lambda: encode.encode(
-        encode.Encode(out=str(copy), data="toyfaces:50", resolution=32, batch=4),
-        Ranks(0, 1, torch.device("cpu")),
-    )
+    cfg = encode.Encode(out=str(copy), data="toyfaces:50", resolution=32, batch=4)
     (copy / name).write_text(text, encoding="latin-1")
     assert f"{name} is damaged" in verify(copy)[0]
-    again()
+    encode.encode(cfg, ONE)
     assert files(copy) == files(cache)
     (copy / "plan.json").write_text(text, encoding="latin-1")
     (copy / "manifest.json").unlink()  # the plan is in no other file now
     with pytest.raises(UserError, match="plan.json is damaged.*Remove the cache"):
-        again()
+        encode.encode(cfg, ONE)
 
 
 def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
     out = tmp_path / "c"
     out.mkdir()
     (out / ".plan.json.123.tmp").write_text("{")
-    from harness.run import lock
-
     held = lock(out)
     done = run(*SMALL, "--out", out)
     assert done.returncode == 2 and "another process is writing to" in done.text.splitlines()[-1]
@@ -282,11 +309,8 @@ def test_what_a_kill_leaves_is_no_obstacle_and_a_second_process_is(tmp_path):
     done = run(*SMALL, "--out", other)
     assert done.returncode == 2 and "is not a cache" in done.text.splitlines()[-1]
     done = run("--data", "toyfaces:50", "--resolution", "33", "--out", tmp_path / "d")
-    assert (
-        done.returncode == 2
-        and "resolution 33 is not divisible" in done.text.splitlines()[-1]
-        and not (tmp_path / "d").exists()
-    )
+    assert done.returncode == 2 and not (tmp_path / "d").exists()
+    assert "resolution 33 is not divisible" in done.text.splitlines()[-1]
 
 
 def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
@@ -305,9 +329,8 @@ def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
     with pytest.raises(UserError, match="is stale or damaged"):
         self_check(source, load_vae(vae_path(copy)))
     os.truncate(copy / "shard-00003.safetensors", 100)
-    with pytest.raises(
-        UserError, match="1 of 17 shards are missing or cut short, first shard-00003"
-    ):
+    message = "1 of 17 shards are missing or cut short, first shard-00003"
+    with pytest.raises(UserError, match=message):
         open_cache(str(copy), 32)
     manifest = json.loads((cache / "manifest.json").read_text())
     (copy / "shard-00003.safetensors").write_bytes((cache / "shard-00003.safetensors").read_bytes())
@@ -328,11 +351,8 @@ def test_rounding_of_large_latents_is_not_taken_for_damage(tmp_path, monkeypatch
         return 13 * vae.encode(images) + 0.123
 
     monkeypatch.setattr(LinearVAE, "raw", raw)
-    from harness.ranks import Ranks
-
     encode.encode(
-        encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype),
-        Ranks(0, 1, torch.device("cpu")),
+        encode.Encode(out=str(tmp_path / "c"), data="toyfaces:8", resolution=32, dtype=dtype), ONE
     )
     assert verify(tmp_path / "c") == []
     source = open_cache(str(tmp_path / "c"), 32)
@@ -361,66 +381,36 @@ def test_latents_that_do_not_fit_fp16_are_refused(tmp_path, monkeypatch):
         LinearVAE, "raw", lambda vae, images: images.mean((2, 3), keepdim=True) * 1e6
     )
     cfg = encode.Encode(out=str(tmp_path / "c"), data="toyfaces:3", vae="pixel", resolution=32)
-    from harness.ranks import Ranks
-
     with pytest.raises(
         UserError, match="the latents of toyface-00000. do not fit fp16.*--dtype bf16"
     ):
-        encode.encode(cfg, Ranks(0, 1, torch.device("cpu")))
+        encode.encode(cfg, ONE)
     encode.encode(
         encode.Encode(
             out=str(tmp_path / "b"), data="toyfaces:3", vae="pixel", resolution=32, dtype="bf16"
         ),
-        Ranks(0, 1, torch.device("cpu")),
+        ONE,
     )
     assert open_cache(str(tmp_path / "b"), 32).raw(0).dtype == torch.bfloat16
 
 
-def test_training_on_a_cache_resumes_and_equals_training_on_its_images(cache, tmp_path):
+def test_training_on_a_cache_resumes_and_equals_training_on_its_images(cache, tmp_path, user):
     """Within the rounding of fp16; the held-out loss and the picture come along."""
     losses = {}
     for name, spec in (("images", "toyfaces:50"), ("cache", str(cache))):
-        args = [
-            sys.executable,
-            "train.py",
-            "--model",
-            "nano",
-            "--data",
-            spec,
-            "--resolution",
-            "32",
-            "--batch",
-            "8",
-            "--images",
-            "160",
-            "--log-every",
-            "40",
-            "--eval-every",
-            "160",
-            "--preview-every",
-            "0",
-            "--out",
-            str(tmp_path),
-            "--name",
-            name,
-        ]
-        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        log = [
-            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
-        ]
-        losses[name] = [row["loss"] for row in log if row["event"] in ("train", "held-out")]
-        assert (
-            "finished" in subprocess.run(args, cwd=ROOT, capture_output=True, text=True).stdout
-            and (tmp_path / name / "samples/final.png").exists()
-        )
-    assert (
-        losses["cache"][0] == pytest.approx(losses["images"][0], rel=2e-3)
-        and len(losses["cache"]) == 5
-    )
-    assert losses["cache"] == pytest.approx(
-        losses["images"], rel=5e-2
-    )  # Adam amplifies the rounding from step to step
+        args = ["--model", "nano", "--data", spec, "--resolution", 32, "--batch", 8]
+        args += ["--images", 160, "--log-every", 40, "--eval-every", 160, "--preview-every", 0]
+        args += ["--out", tmp_path, "--name", name]
+        code, _, errors = user(train.main, *args)
+        assert code == 0, errors
+        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        losses[name] = [row["loss"] for row in rows if row["event"] in ("train", "held-out")]
+        assert "finished" in user(train.main, *args)[1]
+        assert (tmp_path / name / "samples/final.png").exists()
+    assert len(losses["cache"]) == 5
+    assert losses["cache"][0] == pytest.approx(losses["images"][0], rel=2e-3)
+    # Adam amplifies the rounding from step to step.
+    assert losses["cache"] == pytest.approx(losses["images"], rel=5e-2)
 
 
 MILLION = """
@@ -446,8 +436,9 @@ print(json.dumps({"opened": opened, "peak": peak, "images": images}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
-    """A synthetic cache of 1,000,000 latents with ten tags each: 2 seconds, the best of three on a machine that may be busy, and a
-    peak of 300 MB above that of a process that only imports the same."""
+    """A synthetic cache of 1,000,000 latents with ten tags each: 2 seconds, the best of three on a
+    machine that may be busy, and a peak of 300 MB above that of a process that only imports the
+    same."""
     n, shape = 1_000_000, (4, 8, 8)
     plan = {
         "version": cache_py.VERSION,
@@ -460,10 +451,9 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
         "shape": list(shape),
         "shard": 2**17,
     }
-    for k in range(-(-n // plan["shard"])):
-        zeros = torch.zeros(
-            min(plan["shard"], n - k * plan["shard"]), 1, *shape, dtype=torch.float16
-        )
+    for k in range(encode.shard_count(plan)):
+        images = len(encode.shard_images(plan, k))
+        zeros = torch.zeros(images, 1, *shape, dtype=torch.float16)
         cache_py.save_shard(tmp_path, plan, k, zeros, torch.ones(3, 4))
     (tmp_path / "vae.safetensors").write_text("not read")
     ids = np.random.default_rng(0).integers(0, 5000, 10 * n).astype(np.int32)
@@ -477,17 +467,13 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
 
     encode.finish(tmp_path, plan, Synthetic)
     (tmp_path / "plan.json").write_text(cache_py.sealed(plan))
-    empty, full = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", MILLION, str(ROOT), *args],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.splitlines()[-1]
-        )
-        for args in ([], [str(tmp_path)])
-    )
+
+    def measured(*args):
+        words = [sys.executable, "-c", MILLION, str(ROOT), *args]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    empty, full = measured(), measured(str(tmp_path))
     assert min(full["opened"]) < 2 and 0.9 * n < full["images"] < n, full
     assert full["peak"] - empty["peak"] < 300e6, (full, empty)
     print(full, empty)

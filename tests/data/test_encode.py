@@ -1,4 +1,5 @@
-"""Encoding with a convolutional autoencoder: bytes are a function of the plan; autoencoders and images may move; every bit is watched."""
+"""Encoding with a convolutional autoencoder: bytes are a function of the plan; autoencoders and
+images may move; every bit is watched."""
 
 import os
 import random
@@ -18,16 +19,16 @@ from PIL import Image
 import data.cache as cache_py
 import data.encode as encode
 import train
+from autoencoders import small
 from ckpt import read_tensors
-from harness.cli import UserError
 from conftest import ROOT
+from data.cache import open_cache, self_check, verify
 from data.dataset import latents_of, open_dataset
 from data.encode import Encode
-from data.cache import open_cache, self_check, verify
-from harness.ranks import Ranks
 from data.sources import open_source
-from test_cache import files
-from test_vae import small
+from harness.cli import UserError
+from harness.ranks import Ranks
+from test_cache import files, pixels_of
 from vae import load_vae, save_vae
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -49,23 +50,12 @@ def weights(tmp_path_factory):
     return path
 
 
-def encoded(out, vae, threads=1, **how):
-    """In this process; the batch of 3 is split unevenly by 2 threads, which rounds convolutions otherwise than 1."""
+def encoded(out, vae, threads=1, data="toyfaces:14"):
+    """In this process; the batch of 3 is split unevenly by 2 threads, which rounds convolutions
+    otherwise than 1."""
     torch.set_num_threads(threads)
-    encode.encode(
-        Encode(
-            **{
-                "out": str(out),
-                "data": "toyfaces:14",
-                "vae": str(vae),
-                "resolution": 32,
-                "batch": 3,
-                "device": "cpu",
-                **how,
-            }
-        ),
-        ONE,
-    )
+    cfg = Encode(str(out), data, str(vae), resolution=32, batch=3, device="cpu")
+    encode.encode(cfg, ONE)
     return files(out)
 
 
@@ -80,31 +70,17 @@ def cache(weights, tmp_path_factory):
 
 
 def torchrun(code, *args, ranks=2):
-    script = (
-        f"import data.encode as encode\nencode.SHARD = {SHARD}\n{code}\nencode.cli(encode.main)"
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "--no-python",
-            sys.executable,
-            "-c",
-            script,
-            *map(str, args),
-        ],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    """The command in several processes, after `code` -> (exit code, all that was printed)."""
+    head = f"import data.encode as encode\nencode.SHARD = {SHARD}\n"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words += [f"--nproc_per_node={ranks}", "--no-python", sys.executable, "-c"]
+    words += [f"{head}{code}\nencode.cli(encode.main)", "--resolution", "32", "--device", "cpu"]
+    words += map(str, args)
+    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 
-# ---- a function of the plan -----------------------------------------------------------------------------------------
+# ---- a function of the plan ---------------------------------------------------------------------
 
 
 def test_kills_ranks_and_threads_leave_no_trace(cache, weights, tmp_path, monkeypatch, capsys):
@@ -240,7 +216,7 @@ def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
         encoded("c", weights, data="im")
 
 
-# ---- the autoencoder ------------------------------------------------------------------------------------------------
+# ---- the autoencoder ----------------------------------------------------------------------------
 
 
 def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, monkeypatch):
@@ -398,7 +374,7 @@ def test_both_layouts_of_flux2_are_served_by_one_cache(cache, weights, tmp_path)
         assert latents_of(vae, batch).shape[1:] == shape == batch["eps"].shape[1:]
 
 
-# ---- every bit ------------------------------------------------------------------------------------------------------
+# ---- every bit ----------------------------------------------------------------------------------
 
 
 def test_a_plan_of_another_cache_is_found(tmp_path):
@@ -449,7 +425,7 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
     assert tried >= 90
 
 
-# ---- decoding ahead -------------------------------------------------------------------------------------------------
+# ---- decoding ahead -----------------------------------------------------------------------------
 
 
 def test_images_are_decoded_ahead_in_order_and_not_without_end():

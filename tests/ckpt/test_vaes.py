@@ -1,0 +1,255 @@
+"""Autoencoders in other people's files: names, shapes and families, and what is refused."""
+
+import pytest
+import torch
+
+from autoencoders import FULL, SMALL, peer, saved, small
+from ckpt.containers import open_weights
+from ckpt import read_tensors
+from ckpt.vaes import vae_map
+from harness.cli import UserError
+from vae import VAE, load_vae, save_vae, tensor_shapes
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, keys, params, buffers",
+    [("sd", 248, 83_653_863, 0), ("flux1", 244, 83_819_683, 0), ("flux2", 251, 84_046_115, 257)],
+)
+def test_full_size_counts_and_names(family, keys, params, buffers):
+    with torch.device("meta"):
+        net = VAE(FULL[family], family)
+    assert (
+        len(net.state_dict()) == keys
+        and sum(p.numel() for p in net.parameters()) == params
+        and sum(b.numel() for b in net.buffers()) == buffers
+    )
+    peer(net)  # asserts that diffusers has exactly our translated names and shapes
+    native = set(vae_map(tensor_shapes(net.cfg), "native"))
+    assert {
+        "encoder.down.2.block.1.norm1.weight",
+        "encoder.down.0.downsample.conv.bias",
+        "encoder.mid.attn_1.proj_out.weight",
+        "decoder.up.3.block.2.conv2.weight",
+        "decoder.up.1.upsample.conv.weight",
+        "decoder.norm_out.bias",
+    } <= native
+    bfl = {name for name, _ in vae_map(tensor_shapes(net.cfg), "bfl").values()}
+    moved = {
+        f"{part}.{name}.{leaf}"
+        for part, name in (("encoder", "quant_conv"), ("decoder", "post_quant_conv"))
+        for leaf in ("weight", "bias")
+    }
+    assert bfl - native == (moved if net.cfg.quant else set())
+
+
+@pytest.mark.parametrize("cfg", [FULL["sd"], FULL["flux1"]], ids=["sd", "flux1"])
+def test_names_agree_with_diffusers_converter(cfg):
+    """Every tensor is a constant of its own; both converters put it in the same place."""
+    pytest.importorskip("diffusers", reason="oracle: pip install -r requirements-dev.txt")
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    native = {k: shape for k, (_, shape) in vae_map(tensor_shapes(cfg), "native").items()}
+    tags = {
+        k: torch.full([1] * len(shape), float(i)) for i, (k, shape) in enumerate(native.items())
+    }
+    theirs = convert_ldm_vae_checkpoint(
+        {f"first_stage_model.{k}": v for k, v in tags.items()},
+        {"down_block_types": [""] * 4, "up_block_types": [""] * 4},
+    )
+    ours = {
+        name: float(tags[k]) for k, (name, _) in vae_map(tensor_shapes(cfg), "diffusers").items()
+    }
+    assert ours == {k: float(v) for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers", "bfl"])
+@pytest.mark.parametrize("family", SMALL)
+def test_every_layout_loads_and_is_written_back_bit_for_bit(tmp_path, family, layout):
+    net = small(family)
+    file = saved(tmp_path / "a.safetensors", net, layout)
+    loaded = load_vae(file, family)
+    assert loaded.cfg == net.cfg and all(
+        torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items()
+    )
+    save_vae(tmp_path / "b.safetensors", loaded, layout)
+    a, b = open_weights(file), open_weights(tmp_path / "b.safetensors")
+    assert a.header() == b.header() and all(torch.equal(a[k], b[k]) for k in a)
+    own = load_vae(tmp_path / "b.safetensors")  # our file says what it is
+    assert own.family == family and own.fingerprint == loaded.fingerprint == net.fingerprint
+    assert {
+        k: read_tensors(tmp_path / "b.safetensors")[1][k] for k in ("kind", "family", "layout")
+    } == {"kind": "vae", "family": family, "layout": layout}
+    whole = (tmp_path / "b.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(
+        whole[:-1] + bytes([whole[-1] ^ 1])
+        if family != "flux2"
+        else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    )
+    with pytest.raises(UserError, match="do not match their own fingerprint"):
+        load_vae(tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=f"says it is {family}, got"):
+        load_vae(tmp_path / "b.safetensors", "flux1" if family != "flux1" else "sd")
+
+
+def test_old_diffusers_names_and_half_precision_files(tmp_path):
+    net = small("sd").half()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for k, (name, shape) in vae_map(tensor_shapes(net.cfg), "diffusers").items():
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        tensors[name] = net.state_dict()[k].reshape(shape)
+    assert sum("query" in k or "proj_attn" in k for k in tensors) == 8
+    torch.save({"state_dict": tensors}, tmp_path / "old.ckpt")
+    loaded = load_vae(f"sd:{tmp_path / 'old.ckpt'}")
+    assert loaded.dtype == torch.float32 and loaded.fingerprint == net.float().fingerprint
+    with pytest.raises(UserError, match="holds no autoencoder"):  # a name twice, old and new
+        torch.save(
+            {**tensors, "encoder.mid_block.attentions.0.to_q.weight": torch.zeros(128, 128)},
+            tmp_path / "two.ckpt",
+        )
+        load_vae(f"sd:{tmp_path / 'two.ckpt'}")
+
+
+@pytest.mark.parametrize(
+    "prefix, beside",
+    [
+        (
+            "first_stage_model.",
+            [
+                "model.diffusion_model.input_blocks.0.0.weight",
+                "cond_stage_model.x",
+                "betas",
+                "model_ema.decay",
+            ],
+        ),
+        ("vae.", ["text_encoders.x"]),
+        ("first_stage_model.", []),
+        ("module.", []),
+        ("", ["loss.logvar", "loss.discriminator.main.0.weight"]),
+    ],
+)
+def test_the_autoencoder_is_found_inside_larger_files(tmp_path, prefix, beside):
+    net = small("sdxl")
+    rest = {k: torch.zeros(1) for k in beside}
+    torch.save(
+        {"state_dict": {**{prefix + k: v for k, v in net.state_dict().items()}, **rest}},
+        tmp_path / "sd.ckpt",
+    )
+    assert load_vae(f"sdxl:{tmp_path / 'sd.ckpt'}").fingerprint == net.fingerprint
+    torch.save(
+        {
+            **{prefix + k: v for k, v in net.state_dict().items()},
+            **rest,
+            prefix * (prefix == "module.") + "vea.x": torch.zeros(1),
+        },
+        tmp_path / "odd.ckpt",
+    )
+    with pytest.raises(UserError, match="vea.x"):
+        load_vae(f"sdxl:{tmp_path / 'odd.ckpt'}")
+
+
+def test_a_flux2_file_may_lack_the_batch_count_and_nothing_else(tmp_path):
+    net = small("flux2")
+    state = {k: v for k, v in net.state_dict().items() if k != "bn.num_batches_tracked"}
+    torch.save(state, tmp_path / "f.pt")
+    loaded = load_vae(tmp_path / "f.pt")
+    assert (
+        loaded.family == "flux2"
+        and loaded.latents == "unpacked32"
+        and loaded.fingerprint == net.fingerprint
+        and loaded.bn.num_batches_tracked == 0
+    )
+    torch.save({k: v for k, v in state.items() if k != "bn.running_var"}, tmp_path / "g.pt")
+    with pytest.raises(UserError, match="1 missing: bn.running_var"):
+        load_vae(tmp_path / "g.pt")
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.pop("decoder.up.2.block.1.norm2.weight"),
+            "1 missing: decoder.up.2.block.1.norm2.weight",
+        ),
+        (
+            lambda s: s.pop("encoder.down.3.block.0.conv1.weight"),
+            "1 missing: encoder.down.3.block.0.conv1.weight",
+        ),
+        (
+            lambda s: s.update({"decoder.extra.weight": torch.zeros(1)}),
+            "1 unexpected: decoder.extra.weight",
+        ),
+        (
+            lambda s: s.update({"encoder.mid.attn_1.q.weight": torch.zeros(128, 128)}),
+            r"1 of another shape: encoder.mid.attn_1.q.weight \(128, 128\)",
+        ),
+        (
+            lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}),
+            "1 of another shape: encoder.conv_in.weight",
+        ),
+        (lambda s: s.pop("decoder.conv_in.weight"), "no autoencoder has"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("decoder.up")], "no autoencoder has"),
+        (lambda s: s.pop("encoder.conv_in.weight"), "holds no autoencoder"),
+        (
+            lambda s: s.update({"encoder.quant_conv.weight": s["quant_conv.weight"]}),
+            "of another architecture",
+        ),
+    ],
+    ids=[
+        "missing",
+        "missing width",
+        "extra",
+        "2-D attention",
+        "4 colours",
+        "no latents",
+        "no decoder",
+        "no encoder",
+        "two layouts",
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, change, message):
+    state = dict(small("sd").state_dict())
+    change(state)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=message) as info:
+        load_vae(tmp_path / "bad.pt", "sd")
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "family, config, given, message",
+    [
+        (
+            "sd",
+            None,
+            None,
+            "4 latent channels. can be sd or sdxl or sdxl-fp16-fix.  What it is .* say it: --vae "
+            "FAMILY:FILE",
+        ),
+        ("flux1", None, None, "can be flux1 .or Stable Diffusion 3.*--vae flux1:FILE"),
+        ("sd", None, "flux1", "can be sd or .*, not flux1"),
+        ("flux2", None, "sd", "running statistics. can be flux2, not sd"),
+        ("sd", '{"scaling_factor": 0.13025}', "sd", "0.13025. can be sdxl or .*, not sd"),
+        ("sd", '{"scaling_factor": 0.5}', None, "can be nothing known here"),
+        ("sd", '{"scaling_factor": 0.13025}', None, "sdxl or sdxl-fp16-fix"),
+        ("sd", '{"scaling_factor": 0.18215}', None, ""),
+        ("flux1", '{"scaling_factor": 0.3611}', None, ""),
+        ("flux2", "[]", None, ""),
+    ],
+)
+def test_families_are_asked_for_not_guessed(tmp_path, family, config, given, message):
+    file = saved(tmp_path / "f.safetensors", small(family))
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    if not message:
+        assert load_vae(file, given).family == family
+        return
+    with pytest.raises(UserError, match=message):
+        load_vae(file, given)
