@@ -31,13 +31,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights
 from ckpt.hub import origin, resolve
-from harness.files import check_shapes
-from ckpt import fingerprint, load_strict
 from ckpt.vaes import OPTIONAL, infer_vae, pick_family, vae_map, vae_part
 from harness.cli import UserError, cli, closest
-from harness.files import META, Container, read_meta, write_tensors
+from harness.files import META, Container, check_shapes, read_meta, write_tensors
 from harness.ranks import full_precision
 from kernels.attention import attention
 from kernels.groupnorm import group_norm_silu

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.layouts import parts
-from harness.files import listed as some
 from harness.cli import UserError, closest
-from harness.files import Container
+from harness.files import Container, listed
 
 # bfl: native, but the 1×1 convolutions are inside encoder and decoder (flux2's own file).
 LAYOUTS = ("native", "diffusers", "bfl")
@@ -92,13 +91,14 @@ def vae_part(box: Container) -> tuple[Container, str]:
     if other:
         raise UserError(
             f"{box.path}: {len(other)} of {len(box)} tensors belong to nothing known: "
-            f"{some(other)}",
+            f"{listed(other)}",
             do="Save the autoencoder alone.",
         )
     table = {modern_name(name): box.table[full] for full, name in inner.items()}
     if "encoder.conv_in.weight" not in table or len(table) < len(inner):
         raise UserError(
-            f"{box.path} holds no autoencoder of a known kind, but {len(box)} tensors: {some(box)}",
+            f"{box.path} holds no autoencoder of a known kind, but {len(box)} tensors: "
+            f"{listed(box)}",
             do="In a repository of several models, write hf:org/name/vae/FILE.",
         )
     layout = "native"

@@ -28,7 +28,7 @@ from data.encode import Encode
 from data.sources import open_source
 from harness.cli import UserError
 from harness.ranks import Ranks
-from test_cache import files, pixels_of
+from test_cache import files, near, pixels_of
 from vae import load_vae, save_vae
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -98,31 +98,14 @@ def test_kills_ranks_and_threads_leave_no_trace(cache, weights, tmp_path, monkey
     monkeypatch.setattr(encode, "save_shard", save)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert len(files(tmp_path / "one")) == 4
-    assert (
-        encoded(tmp_path / "one", weights, threads=1) == whole
-    )  # gone on with by another number of threads
-    assert (
-        f"encoding with 2 threads, not 1, as {tmp_path / 'one'} was begun"
-        in capsys.readouterr().out
-    )
-    code, text = torchrun(
-        "",
-        "--data",
-        "toyfaces:14",
-        "--vae",
-        weights,
-        "--resolution",
-        32,
-        "--batch",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "two",
-    )
-    assert (
-        code == 0 and "encoding with 2 threads, not 1" in text and files(tmp_path / "two") == whole
-    ), text
+    # Gone on with by another number of threads.
+    assert encoded(tmp_path / "one", weights, threads=1) == whole
+    message = f"encoding with 2 threads, not 1, as {tmp_path / 'one'} was begun"
+    assert message in capsys.readouterr().out
+    args = ["--data", "toyfaces:14", "--vae", weights, "--batch", 3, "--out", tmp_path / "two"]
+    code, text = torchrun("", *args)
+    assert code == 0 and "encoding with 2 threads, not 1" in text, text
+    assert files(tmp_path / "two") == whole
     assert encoded(tmp_path / "fresh", weights, threads=2) == whole
 
 
@@ -134,39 +117,21 @@ def test_what_rounds_otherwise_is_said_or_taken_over(cache, weights, tmp_path, k
     (copy / "manifest.json").unlink()
     if key == "threads":  # its shards are of another plan: all are encoded again
         encoded(copy, weights)
-        assert (
-            torch.get_num_threads() == 3
-            and not verify(copy)
-            and cache_py.read_sealed(copy / "manifest.json")["plan"]["threads"] == 3
-        )
+        assert torch.get_num_threads() == 3 and not verify(copy)
+        assert cache_py.read_sealed(copy / "manifest.json")["plan"]["threads"] == 3
     else:
-        with pytest.raises(
-            UserError, match=f"was begun with another plan: {key} {value}, now .*Give another --out"
-        ):
+        message = f"was begun with another plan: {key} {value}, now .*Give another --out"
+        with pytest.raises(UserError, match=message):
             encoded(copy, weights)
         assert files(copy)["shard-00000.safetensors"] == files(cache)["shard-00000.safetensors"]
 
 
 def test_a_rank_that_is_not_like_the_others_says_so(weights, tmp_path):
     code = "import os\nif os.environ['RANK'] == '1': encode.device_name = lambda device: 'NVIDIA X'"
-    code, text = torchrun(
-        code,
-        "--data",
-        "toyfaces:14",
-        "--vae",
-        weights,
-        "--resolution",
-        32,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "c",
-    )
-    assert (
-        code != 0
-        and "error [rank 1]: rank 1 is not like rank 0: device cpu" in text
-        and "now NVIDIA X" in text
-    ), text
+    args = ["--data", "toyfaces:14", "--vae", weights, "--out", tmp_path / "c"]
+    code, text = torchrun(code, *args)
+    assert code != 0 and "now NVIDIA X" in text, text
+    assert "error [rank 1]: rank 1 is not like rank 0: device cpu" in text, text
 
 
 def test_a_rank_far_behind_is_waited_for(weights, tmp_path):
@@ -179,37 +144,23 @@ def slow(*args):
     time.sleep(3 * (os.environ['RANK'] == '1'))
     save(*args)
 encode.save_shard = slow"""
-    code, text = torchrun(
-        code,
-        "--data",
-        "toyfaces:9",
-        "--vae",
-        weights,
-        "--resolution",
-        32,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "c",
-    )
+    args = ["--data", "toyfaces:9", "--vae", weights, "--out", tmp_path / "c"]
+    code, text = torchrun(code, *args)
     assert code == 0 and not verify(tmp_path / "c"), text
 
 
 def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "im").mkdir()
     for i in range(5):
-        (tmp_path / "im").mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
-            tmp_path / f"im/{i}.png"
-        )
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"im/{i}.png")
     first = encoded("c", weights, data="im")
     for spelled in ("im/", "./im", str(tmp_path / "im"), "im/../im"):
         assert encoded("c", weights, data=spelled) == first
     other = encoded("d", weights, data=str(tmp_path / "im"))
-    assert {k for k in first if first[k] != other[k]} == {
-        "plan.json",
-        "manifest.json",
-    }  # they show how it was spelled
+    # These show how it was spelled.
+    assert {k for k in first if first[k] != other[k]} == {"plan.json", "manifest.json"}
     assert open_cache("c", 32).hash == open_cache("d", 32).hash
     (tmp_path / "im/4.png").unlink()
     with pytest.raises(UserError, match="images 5, now 4, the images or their tags changed"):
@@ -220,40 +171,17 @@ def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
 
 
 def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, monkeypatch):
-    monkeypatch.setattr(
-        train, "draw_samples", lambda *how, **more: torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
-    )  # takes long, and is not the subject
-    copy, new, other = (
-        Path(shutil.copytree(cache, tmp_path / "copy")),
-        tmp_path / "new.safetensors",
-        tmp_path / "other.safetensors",
-    )
+    # Drawing takes long, and is not the subject.
+    black = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(train, "draw_samples", lambda *how, **more: black)
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    new, other = tmp_path / "new.safetensors", tmp_path / "other.safetensors"
     old = Path(shutil.copy(weights, tmp_path / "old.safetensors"))
     encoded(copy, old)
     save_vae(other, small("flux2", seed=1))
-    trained = [
-        "--data",
-        copy,
-        "--resolution",
-        "32",
-        "--model",
-        "nano",
-        "--batch",
-        "4",
-        "--images",
-        "8",
-        "--save-every",
-        "4",
-        "--eval-every",
-        "0",
-        "--preview-every",
-        "0",
-        "--out",
-        tmp_path,
-        "--name",
-        "run",
-        "--vae",
-    ]
+    trained = ["--data", copy, "--resolution", 32, "--model", "nano", "--batch", 4, "--images", 8]
+    trained += ["--save-every", 4, "--eval-every", 0, "--preview-every", 0]
+    trained += ["--out", tmp_path, "--name", "run", "--vae"]
     assert user(train.main, *trained, old)[0] == 0
     before = read_tensors(tmp_path / "run/ckpt/000000000008/model.safetensors")[0]
     old.rename(new)
@@ -265,20 +193,14 @@ def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, 
     shutil.rmtree(tmp_path / "run/ckpt/000000000008")
     (tmp_path / "run/samples/final.png").unlink()
     code, _, errors = user(train.main, *trained, other)
-    assert (
-        code == 2
-        and "is not the flux2 autoencoder that this belongs to: its fingerprint" in errors[-1]
-    )
+    message = "is not the flux2 autoencoder that this belongs to: its fingerprint"
+    assert code == 2 and message in errors[-1]
     code, _, errors = user(train.main, *trained[:-1])  # without --vae
     assert code == 2 and "was made with another config: vae" in errors[-1]
     code, out, errors = user(train.main, *trained, new)
     after, meta = read_tensors(tmp_path / "run/ckpt/000000000008/model.safetensors")
-    assert (
-        code == 0
-        and "resuming" in out
-        and meta["vae"]["source"] == str(new)
-        and all(torch.equal(after[k], v) for k, v in before.items())
-    ), errors
+    assert code == 0 and "resuming" in out and meta["vae"]["source"] == str(new), errors
+    assert all(torch.equal(after[k], v) for k, v in before.items())
     assert "finished" in user(train.main, *trained, new)[1]
     code, _, errors = user(train.main, *trained, other)  # also when there is nothing left to do
     assert code == 2 and "is not the flux2 autoencoder" in errors[-1]
@@ -291,27 +213,9 @@ def test_an_autoencoder_may_move_but_not_change(cache, weights, tmp_path, user, 
 
 
 def test_a_run_on_images_finds_its_linear_autoencoder_unchanged(tmp_path, user):
-    args = [
-        "--data",
-        "toyfaces:40",
-        "--resolution",
-        "32",
-        "--model",
-        "nano",
-        "--batch",
-        "4",
-        "--images",
-        "4",
-        "--eval-every",
-        "0",
-        "--preview-every",
-        "0",
-        "--out",
-        tmp_path,
-        "--name",
-        "run",
-        "--vae",
-    ]
+    args = ["--data", "toyfaces:40", "--resolution", 32, "--model", "nano", "--batch", 4]
+    args += ["--images", 4, "--eval-every", 0, "--preview-every", 0]
+    args += ["--out", tmp_path, "--name", "run", "--vae"]
     assert user(train.main, *args, "pixel:8")[0] == 0
     copy = shutil.copy(tmp_path / "run/vae.safetensors", tmp_path / "same.safetensors")
     assert "finished" in user(train.main, *args, copy)[1]
@@ -324,50 +228,25 @@ def test_both_layouts_of_flux2_are_served_by_one_cache(cache, weights, tmp_path)
     packed = f"flux2:packed128:{weights}"
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     again = encoded(copy, packed)
-    assert {k for k, v in files(cache).items() if again[k] != v} == {
-        "vae.safetensors",
-        "manifest.json",
-    }  # the layout to use unless told otherwise
     fresh = encoded(tmp_path / "fresh", packed, threads=2)
-    assert {k for k, v in files(cache).items() if fresh[k] != v} == {
-        "vae.safetensors",
-        "manifest.json",
-    }
-    one, two = (
-        cache_py.read_sealed(cache / "manifest.json"),
-        cache_py.read_sealed(copy / "manifest.json"),
-    )
+    # What differs is the layout to use unless told otherwise.
+    for other in (again, fresh):
+        changed = {k for k, v in files(cache).items() if other[k] != v}
+        assert changed == {"vae.safetensors", "manifest.json"}
+    one = cache_py.read_sealed(cache / "manifest.json")
+    two = cache_py.read_sealed(copy / "manifest.json")
     assert {k for k in one if one[k] != two[k]} == {"vae"} and len(one["channel_std"]) == 32
     source = open_cache(str(cache), 32)
-    x = (
-        torch.from_numpy(np.stack(list(open_source("toyfaces:14", 32).pixels)))
-        .permute(0, 3, 1, 2)
-        .float()
-        / 127.5
-        - 1
-    )
+    x = pixels_of(open_source("toyfaces:14", 32))
     raw = torch.stack([source.raw(i) for i in range(14)])
     for name, shape in ((weights, (32, 4, 4)), (packed, (128, 2, 2))):
         vae = load_vae(name)
         self_check(source, vae)
-        exact = vae.encode(x)
-        assert (
-            exact.shape[1:] == shape
-            and (vae.from_raw(raw) - exact).abs().max() < 1e-3 * exact.abs().max()
-        )
-        assert one["std"] == pytest.approx(
-            float(vae.from_raw(raw).double().std(correction=0)), rel=1e-6
-        )
-        cfg = train.resolve(
-            train.Config(
-                data=str(cache),
-                resolution=32,
-                model="nano",
-                vae=str(name),
-                out=str(tmp_path),
-                name=str(shape[0]),
-            )
-        )
+        exact, ours = vae.encode(x), vae.from_raw(raw)
+        assert exact.shape[1:] == shape and near(ours, exact)
+        assert one["std"] == pytest.approx(float(ours.double().std(correction=0)), rel=1e-6)
+        run = {"out": str(tmp_path), "name": str(shape[0]), "resolution": 32, "model": "nano"}
+        cfg = train.resolve(train.Config(data=str(cache), vae=str(name), **run))
         tr = train.setup(cfg, ONE)
         assert tr.latent_shape == shape and tr.net.cfg.in_channels == shape[0]
         batch = next(train.data.batches(train.Stream(tr.ds, None, shape, 0), iter([[0, 1]])))
@@ -386,25 +265,22 @@ def test_a_plan_of_another_cache_is_found(tmp_path):
 
 
 def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
-    """Every file, its first bytes, its header and its end, and anywhere; --verify finds it, and encoding again mends it."""
-    copy, r, tried, written, write = tmp_path / "c", random.Random(0), 0, [], encode.write_shard
+    """Every file, its first bytes, its header and its end, and anywhere; --verify finds it, and
+    encoding again mends it."""
+    copy, r, tried = tmp_path / "c", random.Random(0), 0
+    written, write = [], encode.write_shard
     before = encoded(copy, "pixel:8")
     assert verify(copy) == [] and encoded(copy, "pixel:8") == before and len(before) >= 9
-    monkeypatch.setattr(
-        encode,
-        "write_shard",
-        lambda out, plan, k, *rest: (written.append(k), write(out, plan, k, *rest)),
-    )
+
+    def noted(out, plan, k, *rest):
+        written.append(k)
+        write(out, plan, k, *rest)
+
+    monkeypatch.setattr(encode, "write_shard", noted)
     for name in before:
         data = (copy / name).read_bytes()
-        places = [
-            0,
-            7,
-            8,
-            r.randrange(8, 90),
-            len(data) - 1,
-            *(r.randrange(len(data)) for _ in range(6)),
-        ]
+        places = [0, 7, 8, r.randrange(8, 90), len(data) - 1]
+        places += [r.randrange(len(data)) for _ in range(6)]
         for at in places:
             bad = bytearray(data)
             bad[at] ^= 1 << r.randrange(8)
@@ -412,15 +288,13 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path, monkeypatch):
             found = verify(copy)
             assert found and name in found[0], (name, at)
             if name == "manifest.json":
-                with pytest.raises(
-                    UserError, match=r"manifest.json is damaged.*Repeat the command"
-                ):
+                message = "manifest.json is damaged.*Repeat the command"
+                with pytest.raises(UserError, match=message):
                     open_cache(str(copy), 32)
             tried += 1
         written.clear()
-        assert encoded(copy, "pixel:8") == before, (
-            name
-        )  # with the last flip still in it; nothing else is encoded
+        # With the last flip still in it; nothing else is encoded.
+        assert encoded(copy, "pixel:8") == before, name
         assert verify(copy) == [] and written == [int(k) for k in re.findall(r"shard-(\d+)", name)]
     assert tried >= 90
 
@@ -442,20 +316,15 @@ def test_images_are_decoded_ahead_in_order_and_not_without_end():
 
     pulled = []
     stream = encode.decoded(Slow, (pulled.append(k) or range(k, k + 2) for k in range(0, 40, 2)))
-    feeder = [None]
-    taker = threading.Thread(target=lambda: feeder.__setitem__(0, next(stream)))
+    taken = []
+    taker = threading.Thread(target=lambda: taken.append(next(stream)))
     taker.start()
     taker.join(30)
-    assert (
-        not taker.is_alive()
-        and feeder[0].shape == (2, 3, 2, 2)
-        and feeder[0].flatten(1)[:, 0].tolist() == [0, 1]
-    )  # 4 and on are not there yet
+    assert not taker.is_alive() and taken[0].shape == (2, 3, 2, 2)
+    assert taken[0].flatten(1)[:, 0].tolist() == [0, 1]  # 4 and on are not there yet
+    wanted = min(2 * (encode.AHEAD + 1), 4 + min(os.cpu_count(), 16))
     end = time.perf_counter() + 30
-    while (
-        len(asked) < min(2 * (encode.AHEAD + 1), 4 + min(os.cpu_count(), 16))
-        and time.perf_counter() < end
-    ):
+    while len(asked) < wanted and time.perf_counter() < end:
         time.sleep(0.01)
     assert len(asked) > 4 and len(pulled) == encode.AHEAD + 1
     gate.set()
@@ -488,21 +357,21 @@ def test_an_image_damaged_while_encoding_is_one_line(weights, tmp_path, monkeypa
     for i in range(9):
         Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(tmp_path / f"im/{i}.png")
     whole = encoded("whole", weights, data="im")
-    opened = open_source
-    monkeypatch.setattr(
-        encode,
-        "open_source",
-        lambda *how: (opened(*how), (tmp_path / "im/7.png").write_bytes(b"no"))[0],
-    )
-    keep = (tmp_path / "im/7.png").read_bytes()
+    file = tmp_path / "im/7.png"
+    keep = file.read_bytes()
+
+    def damaged(*how):
+        source = open_source(*how)
+        file.write_bytes(b"no")
+        return source
+
+    monkeypatch.setattr(encode, "open_source", damaged)
     with pytest.raises(UserError, match="7.png: not PNG.*Restore it"):
         encoded("c", weights, data="im")
-    monkeypatch.setattr(encode, "open_source", opened)
-    (tmp_path / "im/7.png").write_bytes(keep)
-    assert (
-        encoded("c", weights, data="im") == whole
-        and len(open_dataset("c", resolution=32, holdout=0)) == 9
-    )
+    monkeypatch.setattr(encode, "open_source", open_source)
+    file.write_bytes(keep)
+    assert encoded("c", weights, data="im") == whole
+    assert len(open_dataset("c", resolution=32, holdout=0)) == 9
 
 
 @pytest.mark.parametrize(
@@ -514,8 +383,7 @@ def test_a_damaged_pca_is_fitted_again_the_same(tmp_path, damage):
     before = encoded(tmp_path / "c", "pca")
     file = tmp_path / "c/vae.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(
-        UserError, match="vae.safetensors, its autoencoder, or where that is, is damaged"
-    ):
+    message = "vae.safetensors, its autoencoder, or where that is, is damaged"
+    with pytest.raises(UserError, match=message):
         open_cache(str(tmp_path / "c"), 32)
     assert encoded(tmp_path / "c", "pca") == before and verify(tmp_path / "c") == []
