@@ -423,8 +423,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
-    kept = run / "vae.safetensors"
-    chosen = ranks.broadcast(lambda: data.vae_for(ds, cfg.vae, kept=kept, **known).meta())
+    kept, name = run / "vae.safetensors", vae_name(cfg, run)
+    chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
     unet = network_config(cfg, vae, objective, len(classes))
@@ -820,14 +820,23 @@ def is_due(tr: Trainer, every: int) -> bool:
     return every > 0 and (tr.seen >= tr.cfg.images or due(tr.seen, every, tr.cfg.batch))
 
 
+def vae_name(cfg: Any, run: Path) -> str:
+    """--vae, or "" if the run was begun with the same: what it kept is not looked for again."""
+    if (run / "vae.safetensors").exists() and (run / "config.json").exists():
+        if cfg.vae == read_config(run).get("vae", "pca"):
+            return ""
+    return cfg.vae
+
+
 def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
     """Check an existing run against the flags; say so if there is nothing left to do."""
     run = Path(cfg.out) / cfg.name
     final = run / "samples" / "final.png"
     kept = run / "vae.safetensors"
-    if cfg.vae not in ("", "pca") and kept.exists():
+    name = vae_name(cfg, run)
+    if name not in ("", "pca") and kept.exists():
         # The file may have moved: its contents are compared, not its name.
-        choose(cfg.vae, kept=kept)
+        choose(name, kept=kept)
         free = free | {"vae"}
     check_config(cfg, run, free, cfg.resume)
     if not final.exists() or images_seen(run) < cfg.images:
