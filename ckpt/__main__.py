@@ -26,7 +26,7 @@ class Options:
     )
     num_heads: int = flag(0, "where the file cannot say: attention heads …")
     num_head_channels: int = flag(0, "… or channels a head,")
-    attention_order: Literal["", "legacy", "new"] = flag("", "… and for ADM the order of qkv's rows")
+    attention_order: Literal["", "legacy", "new"] = flag("", "… and for ADM how qkv rows are")
     objective: Literal["", "fm", "eps", "v", "x0"] = flag(
         "", "what it was trained to output; convert writes it", head="inspect and convert"
     )

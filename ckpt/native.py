@@ -222,7 +222,8 @@ def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         what = f"{path}: its metadata is not of this version's networks ({error})"
         raise UserError(what, do="Load it with the code that wrote it.") from None
-    check_known(cfg, known, str(path))
+    if known:
+        check_known(cfg, known, str(path))
     target, wanted = target_of(meta), known.get("objective")
     if wanted and target not in (None, wanted):
         raise UserError(f"{path} says its objective is {target}, got {wanted}", do="Leave it out.")

@@ -1,10 +1,10 @@
-"""Tensors on disk: reading any weight file by what it holds, not by what it is called; writing safetensors, atomically.
+"""Tensors on disk: our safetensors, written atomically and read one tensor at a time.
 
-    box = open_weights("model.ckpt")             # safetensors | torch pickle, zip or legacy | shards with an index
-    box["out.2.weight"]                          # read now, alone; box.shape(name) and box.dtype(name) need no read
     stream_tensors(path, {name: (dtype, shape)}, meta, get)     # one tensor in memory at a time
+    box = open_safetensors(path)
+    box["out.2.weight"]                # read now, alone; box.shape(name), box.dtype(name): no read
 
-A pickle is opened by torch's weights_only reader, which builds tensors and plain containers and runs nothing.
+Files of other programs are opened by ckpt/containers.py.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ import math
 import mmap
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,24 +27,17 @@ from torch import Tensor
 from harness.cli import UserError
 
 META = "twinpath"
+# In the order of safetensors' own list.
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64,
-}  # in the order of safetensors' own list
+}  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
 def make_dir(path: Path) -> None:
@@ -54,9 +48,8 @@ def make_dir(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write to {path}: {error.strerror or error}.  Give a writable folder."
-        ) from None
+        what = f"cannot write to {path}: {error.strerror or error}"
+        raise UserError(what, do="Give a writable folder.") from None
 
 
 def fsync(path: Path) -> None:
@@ -68,13 +61,15 @@ def fsync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Beside path, hidden and of this process: no name that a user's own file has. Names end at 255 bytes."""
+    """Beside path, hidden and of this process: no name that a user's own file has. Names end at
+    255 bytes."""
     return path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file to write in path's place: a reader sees the old file or the new one, never a half.
+    """A temporary file to write in path's place: a reader sees the old file or the new one, never
+    a half.
 
     It is synced and renamed when the block ends, and removed when the block fails.
     """
@@ -95,11 +90,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def raw_bytes(tensor: Tensor) -> Any:
-    """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the CPU."""
+    """A tensor's bytes in row-major order, as a numpy array; no copy if it is contiguous and on the
+    CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return (
-        flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-    ).numpy()  # an empty one may have stride 0
+    if not flat.numel():  # an empty one may have stride 0
+        return torch.empty(0, dtype=torch.uint8).numpy()
+    return flat.view(torch.uint8).numpy()
 
 
 def stream_tensors(
@@ -109,18 +105,23 @@ def stream_tensors(
     get: Callable[[str], Tensor],
     check: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """A safetensors file of get(name) for each name, asked for one by one; atomic. check(file) may refuse what was written.
+    """A safetensors file of get(name) for each name, asked for one by one; atomic. check(file) may
+    refuse what was written.
 
-    Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that of safetensors' own
-    writer, by type, widest first, then by name, so that every tensor is aligned.
+    Layout: u64 length, JSON header padded with spaces to 8 bytes, then the data. The order is that
+    of safetensors' own writer, by type, widest first, then by name, so that every tensor is
+    aligned.
     """
     table: dict[str, Any] = {"__metadata__": dict(meta)} if meta else {}
-    labels, rank, offset = {v: k for k, v in DTYPES.items()}, list(DTYPES.values()), 0
+    labels = {dtype: label for label, dtype in DTYPES.items()}
+    rank = list(DTYPES.values())
     names = sorted(header, key=lambda name: (-rank.index(header[name][0]), name))
+    offset = 0
     for name in names:
         dtype, shape = header[name]
         end = offset + dtype.itemsize * math.prod(shape)
-        table[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offsets = [offset, end]
+        table[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": offsets}
         offset = end
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
@@ -130,15 +131,15 @@ def stream_tensors(
                 file.write(len(head).to_bytes(8, "little") + head)
                 for name in names:
                     tensor = get(name)
-                    got = (tensor.dtype, tuple(tensor.shape))
-                    assert got == (header[name][0], tuple(header[name][1])), f"{name}: {got}"
+                    dtype, shape = header[name]
+                    fits = (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
+                    assert fits, f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
                     file.write(raw_bytes(tensor))
                     del tensor  # before the next one is made
             check(temporary)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}.  No file was replaced."
-        ) from None
+        what = f"cannot write {path}: {error.strerror or error}.  No file was replaced"
+        raise UserError(what, do="Make room, or give another folder.") from None
 
 
 def write_tensors(
@@ -164,32 +165,38 @@ def text_meta(meta: dict[str, Any]) -> dict[str, str]:
 
 
 def is_ours(box: "Container") -> bool:
-    """Either key is enough: with one of them damaged, the file must not pass for a foreign one, which nothing protects."""
+    """Either key is enough: with one of them damaged, the file must not pass for a foreign one,
+    which nothing protects."""
     return META in box.meta or f"{META}_sha256" in box.meta
 
 
 def read_meta(box: "Container") -> dict[str, Any]:
-    """The inverse. Older files have no checksum."""
-    text, mark = box.meta.get(META, ""), box.meta.get(f"{META}_sha256")
-    renamed = any(
-        re.fullmatch(r"[0-9a-f]{64}", str(value)) for key, value in box.meta.items()
-    )  # a checksum under a damaged name
-    if hashlib.sha256(text.encode()).hexdigest() != mark and (renamed or mark):
+    """The inverse of text_meta. Older files have no checksum."""
+    text, wanted = box.meta.get(META, ""), box.meta.get(f"{META}_sha256")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    # A checksum under a damaged name is one too.
+    renamed = any(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in box.meta.values())
+    if digest != wanted and (renamed or wanted):
         raise UserError(
-            f"{box.path}: the metadata does not match its own checksum; the file was altered or damaged."
+            f"{box.path}: the metadata does not match its own checksum; the file was altered or "
+            "damaged",
+            do="Copy it again, or use an older one.",
         )
     try:
         meta = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{box.path}: the metadata is damaged ({error}).") from None
+        what = f"{box.path}: the metadata is damaged ({error})"
+        raise UserError(what, do="Copy it again, or use an older one.") from None
     if not isinstance(meta, dict):
+        kind = type(meta).__name__
         raise UserError(
-            f"{box.path}: the metadata is damaged (a JSON {type(meta).__name__}, wanted an object)."
+            f"{box.path}: the metadata is damaged (a JSON {kind}, wanted an object)",
+            do="Copy it again, or use an older one.",
         )
     return meta
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -199,7 +206,8 @@ class Entry(NamedTuple):
 
 
 class Container(Mapping[str, Tensor]):
-    """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without reading."""
+    """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without
+    reading."""
 
     def __init__(
         self,
@@ -211,10 +219,8 @@ class Container(Mapping[str, Tensor]):
         beside: Mapping[str, int] = {},
     ):
         self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
-        self.emas, self.beside = (
-            dict(emas),
-            dict(beside),
-        )  # of a pickle: EMAs under their own names; tensors not taken
+        # Of a pickle: EMAs under their own names; tensors not taken.
+        self.emas, self.beside = dict(emas), dict(beside)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[name].read()
@@ -240,7 +246,8 @@ class Container(Mapping[str, Tensor]):
 
 
 def open_safetensors(path: Path) -> Container:
-    """The header is checked by safetensors itself; tensors are then read with plain reads, for mapped pages count as memory."""
+    """The header is checked by safetensors itself; tensors are then read with plain reads, for
+    mapped pages count as memory."""
     size = path.stat().st_size
     try:
         with safe_open(path, framework="pt") as file:
@@ -251,32 +258,27 @@ def open_safetensors(path: Path) -> Container:
         header.pop("__metadata__", None)
         table = {}
         for name, entry in header.items():
-            dtype, shape, start = (
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-            )
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            start = 8 + length + entry["data_offsets"][0]
             table[name] = Entry(dtype, shape, partial(read_range, path, start, dtype, shape))
     except KeyError as error:
-        raise UserError(
-            f"{path} holds tensors of type {error}, which this code does not know.  Known: {', '.join(DTYPES)}."
-        ) from None
+        what = f"{path} holds tensors of type {error}, which this code does not know"
+        raise UserError(what, do=f"Known: {', '.join(DTYPES)}.") from None
     except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or not a safetensors file ({size:,} bytes: {error}).  Copy it again, or use an older one."
-        ) from None
+        what = f"{path} is truncated or not a safetensors file ({size:,} bytes: {error})"
+        raise UserError(what, do="Copy it again, or use an older one.") from None
     return Container(path, "safetensors", table, meta)
 
 
 def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """One tensor from its place in a file. A large one gets pages of its own, for malloc keeps up to 64 MB of what it is given back."""
+    """One tensor from its place in a file. A large one gets pages of its own, for malloc keeps up
+    to 64 MB of what it is given back."""
     size = dtype.itemsize * math.prod(shape)
     if size < 1 << 20:
         data = torch.empty(size, dtype=torch.uint8)
     else:
-        data = torch.frombuffer(
-            mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
-        )
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        data = torch.frombuffer(pages, dtype=torch.uint8)
     view, done = memoryview(data.numpy()), 0
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -284,7 +286,7 @@ def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
             n = file.readinto(view[done:])
             if not n:
                 raise UserError(
-                    f"{path} became shorter while it was read.  Is something still writing it?"
+                    f"{path} became shorter while it was read", do="Is something still writing it?"
                 )
             done += n
     return data.view(dtype).view(shape)
@@ -308,8 +310,16 @@ def load_strict(
     net: nn.Module, tensors: Mapping[str, Tensor], what: str, assign: bool = False
 ) -> None:
     """load_state_dict where every difference is an error that lists both sides."""
-    own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    check_shapes(own, {k: tuple(v.shape) for k, v in tensors.items()}, what)
+    own = net.state_dict()
+    shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (own, tensors)]
+    check_shapes(*shapes, what)
+    floats = [name for name, value in own.items() if value.is_floating_point()]
+    odd = [name for name in floats if not tensors[name].is_floating_point()]
+    if odd:
+        raise UserError(
+            f"{what}: {len(odd)} weights are not floating-point numbers: {listed(odd)}",
+            do="Save them in fp32, fp16 or bf16.",
+        )
     net.load_state_dict(tensors, assign=assign)
 
 

@@ -1,40 +1,26 @@
 """Anybody's files: completely or not at all."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    ADM,
-    CFG,
-    SD,
-    TINY,
-    convert_net,
-    heads,
-    inputs,
-    ldm,
-    same,
-    single_file,
-)
-from conftest import randomize
 from safetensors.torch import load_file, save_file
 
 import ckpt.layouts as layouts
+from checkpoints import (
+    ADM, SD, TINY, convert_net, heads, inputs, ldm, same, single_file,
+)
 from ckpt import (
-    convert,
-    find_checkpoint,
-    fingerprint,
-    load_unet,
-    save_unet,
+    convert, find_checkpoint, fingerprint, load_like, load_unet, save_unet,
 )
 from ckpt.convert import inspect
+from ckpt.foreign import config_of
+from conftest import randomize
 from harness.cli import UserError
-from model import UNet
-
-
-@pytest.fixture
-def net():
-    return randomize(UNet(CFG))
+from harness.files import Container
+from model import UNet, UNetConfig
 
 
 # ---- foreign files --------------------------------------------------------------------------------------------------
@@ -207,3 +193,72 @@ def test_a_foreign_file_loads_completely_or_not_at_all(how, message, tmp_path):
         load_unet(tmp_path / "x.safetensors", num_heads=2, ema=how == "an EMA with a hole")
 
 
+# ---- what no tensor shows -----------------------------------------------------------------------
+
+SMALL = UNetConfig(
+    4, 4, model_channels=32, channel_mult=(1, 2, 2), attention=(0, 1, 1), num_head_channels=16
+)
+TEXT = UNetConfig(
+    4, 4, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention=(2, 0),
+    num_head_channels=16, vector_dim=12, context_dim=24, use_scale_shift_norm=False,
+    resblock_updown=False,
+)  # fmt: skip
+
+
+def shapes(cfg):
+    with torch.device("meta"):
+        return dict(UNet(cfg).state_dict())
+
+
+def without(cfg, start):
+    return {k: v for k, v in shapes(cfg).items() if not k.startswith(start)}
+
+
+@pytest.mark.parametrize("state, known, message", [
+    (shapes(SMALL), {}, "heads and the order .*Add --num-heads or --num-head-channels .*; and --att"),
+    (shapes(replace(SMALL, attention=(0, 0, 0))), {}, "Add --num-heads or --num-head-channels"),
+    (shapes(SMALL), {"attention_order": "new"}, "Add --num-heads or --num-head-channels [^;]*$"),
+    (shapes(SMALL), {"num_heads": 4}, "Add --attention-order"),
+    # Transformers have no order.
+    (shapes(TEXT), {}, "context_dim 24.*Add --num-heads or --num-head-channels [^;]*$"),
+    (shapes(SMALL), {"num_heads": 5, "attention_order": "new"}, "do not split into 5 heads"),
+    (shapes(SMALL), {"num_head_channels": 48, "attention_order": "new"}, "split into heads of 48"),
+    (
+        shapes(SMALL), {"num_heads": 4, "attention_order": "new", "in_channels": 3},
+        "in_channels=3 was given, but the tensors say 4.  Leave it out",
+    ),
+    (shapes(SMALL), {"num_head": 4}, "Closest: num_heads"),
+    (
+        {f"model.diffusion_model.{k}": v for k, v in shapes(TEXT).items()}, {},
+        "no tensor 'time_embed.0.weight' among",
+    ),
+    (without(TEXT, "out.2.weight"), {}, "no tensor 'out.2.weight'"),
+    (without(TEXT, "middle_block.1."), {}, "no tensor 'middle_block.1"),
+    ({}, {}, "no tensor 'time_embed.0.weight' among 0"),
+])  # fmt: skip
+def test_what_cannot_be_read_off_is_asked_for_by_its_flag(state, known, message):
+    box = Container(Path("x.pt"), "", state, {})
+    with pytest.raises(UserError, match=message):
+        config_of(box, known)
+
+
+def test_what_a_file_cannot_say_the_preset_says(tmp_path):
+    net = randomize(UNet(SMALL))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    again, meta = load_like(tmp_path / "a.pt", SMALL, "small")
+    assert same(again, net) and again.cfg == SMALL and "unet" not in meta
+    convert_net(net, tmp_path / "d", "diffusers")
+    weights = tmp_path / "d/diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    new = replace(SMALL, attention_order="new")
+    assert load_like(tmp_path / "d", new, "small")[0].cfg == new  # its order becomes the preset's
+    # What the file does say has to be the preset's.
+    with pytest.raises(UserError, match="it has channels a head .16, 16.; --model small is .*8, 8"):
+        load_like(tmp_path / "d", replace(SMALL, num_head_channels=8), "small")
+    deep = replace(SMALL, num_res_blocks=1)
+    with pytest.raises(UserError, match="it has num_res_blocks 2; --model small is num_res_b"):
+        load_like(tmp_path / "a.pt", deep, "small")
+    save_unet(tmp_path / "own", net, {})
+    with pytest.raises(UserError, match="it has attention_order legacy; --model small is .*new"):
+        load_like(tmp_path / "own", new, "small")
+    assert same(load_like(tmp_path / "own", replace(SMALL, in_channels=9), "small")[0], net)

@@ -5,41 +5,32 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 import torch
-from checkpoints import (
-    ADM,
-    CFG,
-
-    TINY,
-    same,
-    save_three,
-    spoil,
-)
-from conftest import randomize
+import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt.native as native
 import harness.files as files
+from checkpoints import ADM, CFG, TINY, same, save_three, spoil
 from ckpt import (
-    convert,
-    find_checkpoint,
-    fingerprint,
-    load_unet,
-    read_tensors,
-    save_checkpoint,
-    save_unet,
+    convert, find_checkpoint, fingerprint, load_like, load_unet, open_unet, read_tensors,
+    save_checkpoint, save_unet,
 )
-from ckpt.configs import config_from
+from ckpt.configs import config_from, differences
+from ckpt.containers import open_weights
+from ckpt.convert import inspect, verify
 from ckpt.native import probe
+from conftest import ROOT, randomize
 from harness.cli import UserError
-from harness.files import META, write_tensors
+from harness.files import META, text_meta, write_tensors
 from harness.run import checkpoints
-from model import UNet, UNetConfig, num_params
+from model import NETWORKS, PRESETS, UNet, UNetConfig, num_params
 
 
 @pytest.fixture
@@ -286,3 +277,144 @@ def test_every_odd_field_of_a_config_is_named_at_once(base, name):
 def test_sizes_that_nobody_builds_are_named(base, changes, message):
     with pytest.raises(ValueError, match=message):
         config_from(UNetConfig, asdict(base) | changes)
+
+
+# ---- the walk through the code ------------------------------------------------------------------
+
+
+def test_loading_our_own_file_takes_five_calls(net, tmp_path):
+    """Who reads how a checkpoint of ours is loaded opens at most five functions.
+
+    Counted are the functions of this repository that the file passes through: those that are given
+    its path, its open container, or what was opened. Not counted is what is given plain values (a
+    config's fields, tensors by name: their names say what they do), what lies below ckpt (harness
+    reads bytes, model.py builds and runs the network), and methods of the container.
+    """
+    path = tmp_path / "m.safetensors"
+    save_unet(path, net, {"objective": {"name": "fm", "target": "u"}})
+    called = {}
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        file = os.path.relpath(code.co_filename, ROOT)
+        if event != "call" or not file.endswith(".py") or file.startswith(("..", "tests")):
+            return
+        if file.split(os.sep)[0] in ("harness", "kernels", "model.py") or code.co_name[0] in "<_":
+            return
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        values = [frame.f_locals.get(name) for name in names]
+        given = any(
+            isinstance(v, (files.Container, native.Source)) or v in (path, str(path))
+            for v in values
+            if not isinstance(v, (torch.Tensor, dict))
+        )
+        if given:
+            called[f"{file}:{code.co_name}"] = None
+
+    sys.setprofile(watch)
+    try:
+        again, _ = load_unet(path)
+    finally:
+        sys.setprofile(None)
+    assert same(again, net)
+    assert list(called) == [
+        "ckpt/foreign.py:load_unet", "ckpt/native.py:find_checkpoint",
+        "ckpt/containers.py:open_weights", "ckpt/native.py:open_own",
+        "ckpt/native.py:check_weights",
+    ]  # fmt: skip
+
+
+# ---- files of before, and other networks --------------------------------------------------------
+
+
+def test_a_checkpoint_of_before_loads_and_computes_what_it_did():
+    """tests/fixtures/834bb60 was written before the code was rebuilt: to the last bit."""
+    folder = ROOT / "tests/fixtures/834bb60/run/ckpt/000000000080"
+    for name in ("model", "ema-0.100"):
+        net, meta = load_unet(folder / f"{name}.safetensors")
+        assert probe(net.cfg, net.state_dict()) == meta["probe"] and "network" not in meta
+    assert find_checkpoint(folder.parents[1]) == folder / "ema-0.100.safetensors"
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    num_classes: int = 3
+    width: int = 32
+    depth: int = 2
+    heads: int = 2
+    patch: int = 2
+
+    @property
+    def multiple(self) -> int:
+        return self.patch
+
+
+class DiT(nn.Module):
+    """A network of somebody's fork: patches, attention, a time that is added, buffers of its own."""
+
+    def __init__(self, cfg: DiTConfig):
+        super().__init__()
+        self.cfg, C = cfg, cfg.width
+        self.embed = nn.Conv2d(cfg.in_channels, C, cfg.patch, cfg.patch)
+        self.time, self.label = nn.Linear(1, C), nn.Embedding(cfg.num_classes, C)
+        layers = [nn.MultiheadAttention(C, cfg.heads, batch_first=True) for _ in range(cfg.depth)]
+        self.blocks, self.norm = nn.ModuleList(layers), nn.LayerNorm(C)
+        self.out = nn.ConvTranspose2d(C, cfg.out_channels, cfg.patch, cfg.patch)
+        self.register_buffer("waves", torch.arange(1.0, C + 1).sin(), persistent=False)
+
+    def forward(self, x, t, y=None, context=None):
+        h = self.embed(x)
+        time = self.time(t[:, None] / 1000) + self.waves
+        time = time if y is None else time + self.label(y.clamp(min=0)) * (y >= 0)[:, None]
+        tokens = h.flatten(2).transpose(1, 2) + time[:, None]
+        for block in self.blocks:
+            normed = self.norm(tokens)
+            tokens = tokens + block(normed, normed, normed)[0]
+        return self.out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
+
+
+def test_another_network_saves_loads_strictly_and_is_refused_when_altered(tmp_path, monkeypatch):
+    """docs/forking.md: a class, its config and a line of NETWORKS, and nothing else."""
+    monkeypatch.setitem(NETWORKS, "DiT", (DiT, DiTConfig))
+    net, path = randomize(DiT(DiTConfig(depth=3))), tmp_path / "m.safetensors"
+    state = torch.get_rng_state()
+    digest = save_unet(path, net, {"objective": "fm", "images": 5})
+    again, meta = load_unet(path)
+    assert torch.equal(state, torch.get_rng_state())
+    assert type(again) is DiT and again.cfg == net.cfg and same(again, net)
+    assert meta["network"] == "DiT" and meta["fingerprint"] == digest and len(meta["probe"]) == 8
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, -1])
+    assert torch.equal(net(x, t, y), again(x, t, y))
+    assert same(load_like(path, DiTConfig(depth=3), "dit")[0], net)
+    assert open_unet(path).cfg == net.cfg and "network" in "\n".join(differences(net.cfg, CFG))
+    lines = "\n".join(inspect(str(path)))
+    assert "family       DiT" in lines and "depth=3" in lines
+    save_unet(tmp_path / "b", net, {})
+    assert verify(str(path), str(tmp_path / "b"))[0]
+    # What does not fit is refused.
+    with pytest.raises(UserError, match="it has depth 3; --model dit is depth 2"):
+        load_like(path, DiTConfig(), "dit")
+    with pytest.raises(UserError, match="it has network DiT"):
+        load_like(path, PRESETS["nano"], "nano")
+    with pytest.raises(UserError, match="holds a DiT, which has one layout only"):
+        convert(path, tmp_path / "d", "diffusers")
+    with pytest.raises(UserError, match="says depth = 3: got 5.  Leave it out"):
+        load_unet(path, depth=5)
+    tensors = dict(open_weights(path))
+    for change, message in (
+        ({"heads": 4}, "the network computes .* its config"),  # no tensor shows it
+        ({"depth": 2}, "unexpected: blocks.2"),
+        ({"width": "x"}, "width is 'x': wanted whole numbers"),
+    ):
+        odd = meta | {"unet": asdict(net.cfg) | change}
+        save_file(tensors, tmp_path / "odd", metadata=text_meta(odd))
+        with pytest.raises(UserError, match=message):
+            load_unet(tmp_path / "odd")
+    save_file(tensors, tmp_path / "odd", metadata=text_meta(meta | {"network": "Other"}))
+    with pytest.raises(UserError, match="network is 'Other': wanted one of UNet, DiT"):
+        load_unet(tmp_path / "odd")
+    spoil(path, "one bit flipped")
+    with pytest.raises(UserError, match="do not match their own fingerprint"):
+        load_unet(path)
