@@ -8,7 +8,7 @@ and accessory: they own no layer, so a model can only learn them as concepts.
     kitten = sample_kitten(7, seed=0)
     tags(kitten)                        # ["body:mauve", "fur:spots", "eyes:calm", ...]
     load_art(64).draw(kitten)           # uint8 (64, 64, 3)
-    python -m data.robohash OUT.png     # writes a contact sheet of the first 64
+    python -m data --data robohash:64 --out sheet.png   # the first 64
 
 The pictures come from the installed package (pip install robohash==2.0, 44 MB), of which only the
 PNG files are used, none of the code. Its art is licensed under Creative Commons Attribution: the
@@ -19,7 +19,6 @@ https://www.peppercarrot.com/extras/html/2016_cat-generator/), the backgrounds b
 
 import hashlib
 import importlib.metadata
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -248,11 +247,3 @@ def load_art(size: int) -> Art:
                 visible = image.crop(box)
                 parts[layer, k] = Part(box[:2], visible.convert("RGB"), visible.getchannel("A"))
     return Art(size, parts, [image.convert("RGB") for image in images["background"]])
-
-
-if __name__ == "__main__":
-    art = load_art(128)
-    sheet = Image.new("RGB", (8 * 128, 8 * 128))
-    for i in range(64):
-        sheet.paste(Image.fromarray(art.draw(sample_kitten(i))), (i % 8 * 128, i // 8 * 128))
-    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "robohash.png")

@@ -8,7 +8,7 @@ ordinary attributes: they own no colour and no shape, so a model can only learn 
     face = sample_face(7, seed=0)
     tags(face)                         # ["silver hair", "twin tails", "yellow eyes", ...]
     draw(face, size=64)                # PIL.Image, RGB, 64 x 64
-    python -m data.toyfaces OUT.png    # writes a contact sheet of the first 64 faces
+    python -m data --out sheet.png     # the first 64 faces
 
 Shapes live on a 64 x 64 grid (x to the right, y down) whatever the output size is. A shape is
 (points (n, 2), the same points grown by LINE (n, 2)). A layer is (fill, outline or "", *shapes),
@@ -16,7 +16,6 @@ where a colour is "#rrggbb" or a name that palette() knows.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -426,10 +425,3 @@ def draw(face: Face, size: int = 64) -> Image.Image:
     shift = (chin + GRID * np.array([face.dx, face.dy])) * unit - chin @ turn
     paint(canvas, layers, palette(face), turn, shift)
     return canvas.reduce(SUPER).filter(ImageFilter.BoxBlur(SOFT))
-
-
-if __name__ == "__main__":
-    sheet = Image.new("RGB", (8 * 128, 8 * 128))
-    for i in range(64):
-        sheet.paste(draw(sample_face(i), 128), (i % 8 * 128, i // 8 * 128))
-    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "toyfaces.png")

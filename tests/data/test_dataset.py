@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data.toyfaces as toyfaces
+from data.__main__ import main
 from data.dataset import Stream, batches, classes_of, index_at, open_dataset, rng
 from harness.cli import UserError
 
@@ -242,3 +243,15 @@ def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
     else:
         assert done.stdout == "left\n"
         assert time.monotonic() - start < 20
+
+
+def test_the_first_images_on_a_sheet(folder, tmp_path, user):
+    code, out, errors = user(
+        main, "--data", folder, "--resolution", 16, "--out", tmp_path / "s.png"
+    )
+    assert code == 0 and "12 found = 10 used" in out, errors
+    with Image.open(tmp_path / "s.png") as sheet:  # ten images in four columns
+        assert sheet.size == (4 * 18 + 2, 3 * 18 + 2)
+    (tmp_path / "plan.json").write_text("{}")
+    code, _, errors = user(main, "--data", tmp_path)
+    assert code == 2 and "is a latent cache, which keeps no images" in errors[-1]

@@ -30,23 +30,14 @@ def half(width=48, height=32, mode="RGB"):
 
 def png(width, height, depth, color, rows, good=True):
     """A PNG written by hand."""
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data))
-        + kind
-        + data
-        + struct.pack(">I", zlib.crc32(kind + data) ^ (not good and kind == b"IHDR"))
-    )
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
+    def chunk(kind, data):
+        wrong = not good and kind == b"IHDR"
+        checksum = zlib.crc32(kind + data) ^ wrong
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
-def saved(root, name, image, **how):
-    image.save(root / name, **how)
-    return (root / name).read_bytes()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def exif(turn):
@@ -158,10 +149,11 @@ def build(root: Path) -> tuple[dict, dict]:
             quality=95,
         )
     good("turn-6.png", half().transpose(Image.Transpose.ROTATE_90), exif=exif(6))
-    raw = lambda name, data, expect: (
-        (root / name).write_bytes(data),
-        used.__setitem__(name, expect),
-    )
+
+    def raw(name, data, expect):
+        (root / name).write_bytes(data)
+        used[name] = expect
+
     raw("rgb16.png", png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 60_000, 0, 0, 0, 0, 60_000)), None)
     raw("odd \u00e9\u4e2d\n.png", (root / "plain-png.png").read_bytes(), sides)
     os.symlink("plain-png.png", root / "linked.png")
@@ -251,8 +243,7 @@ def test_a_corpus_of_damaged_and_odd_files_is_used_or_named(corpus, crop):
         )
     assert (
         f"{len(used) + len(bad)} found = {len(used)} used + 0 held out + "
-        f"0 left out by stage=standard + {len(bad)} unreadable"
-        in ds.report
+        f"0 left out by stage=standard + {len(bad)} unreadable" in ds.report
     )
     ds.report.encode()  # file names of any bytes can be printed
     for i, name in enumerate(ds.source.names):
@@ -291,8 +282,8 @@ def test_files_that_cannot_be_opened_are_named():
 
 
 def lanczos(pixels, size, start, count):
-    """Output samples start … start + count of resizing axis 0 to `size`: windowed sinc of radius 3,
-    in float64."""
+    """Output samples start … start + count of resizing axis 0 to `size`: windowed sinc of radius
+    3, in float64."""
     scale = len(pixels) / size
     wide, rows = max(scale, 1.0), []
     for k in range(start, start + count):
@@ -353,7 +344,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import data.images as images
 # not ru_maxrss, which a process has from its parent at first
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 threads, paths = int(sys.argv[1]), sys.argv[2:]
 def read(path):
     try: images.read_strip(Path(path), 64)
