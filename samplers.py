@@ -1,4 +1,4 @@
-"""Draw samples:  python samplers.py --ckpt runs/toyfaces-fm-standard --n 16 --method heun --steps 25
+"""Draw samples:  python samplers.py --ckpt runs/toyfaces-fm-standard --n 16 --steps 25
 
 The checkpoint says what it is, so no other flag is needed. From Python:
 
@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
+from ckpt.convert import with_table
 from data.images import read_picture
 from diffusion.coupling import enlarged
 from diffusion.guidance import EVERYWHERE, guided
@@ -49,7 +50,6 @@ from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective, make_objective
 from vae import AnyVAE, choose
 
-STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "sde")
 # The last three are rows of a network's own table.
 GRIDS = ("", "uniform", "karras", "logsnr", "trailing", "leading", "linspace")
 
@@ -323,9 +323,11 @@ def solver_of(cfg: Sampling) -> dict[str, Any]:
 def walk_of(solver: dict[str, Any], objective: Objective, strength: float = 1.0) -> dict[str, Any]:
     """What sample() is given for a solver: its grid of times from strength · t_max to 0, and its
     own options."""
-    how = {k: v for k, v in solver.items() if k not in ("steps", "shift", "grid")}
-    steps, shift = solver.get("steps", 1), solver.get("shift", 1.0)
-    kind, start = solver.get("grid", "uniform"), strength * objective.t_max
+    how = dict(solver)
+    steps = how.pop("steps", 1)
+    shift = how.pop("shift", 1.0)
+    kind = how.pop("grid", "uniform")
+    start = strength * objective.t_max
     if not strength:
         return {**how, "grid": torch.zeros(2)}
     try:
@@ -362,7 +364,7 @@ def describe(
         raise UserError(
             f"--resolution {resolution}",
             wanted=f"a multiple of {unit}",
-            do=f"Try --resolution {max(resolution // unit, 1) * unit}.",
+            do=f"Try --resolution {unit}.",
         )
     return objective, vae, vae.latent_shape(resolution)
 
@@ -370,33 +372,22 @@ def describe(
 def objective_of(cfg: Sampling, meta: dict[str, Any], what: str) -> Objective:
     """What a network was trained to output."""
     known = meta.get("objective")
-    if isinstance(known, dict):
-        objective = Objective(**known)
-        if cfg.table not in ("", objective.table):
-            raise UserError(
-                f"--table {cfg.table}, but {what} was trained with {objective.table or 'none'}",
-                do="Leave it out.",
-            )
-        return objective
     if not known:
         raise UserError(
             f"{what} does not say what its network was trained to output",
             do="Add --objective fm, eps, v or x0 (guided-diffusion: eps).",
         )
-    if known == "fm" and cfg.table:
-        raise UserError(
-            f"--table {cfg.table} is a noise schedule of eps, v and x0; fm has none",
-            do="Leave it out.",
-        )
+    if cfg.table:
+        return Objective(**with_table(meta, cfg.table, what))
+    if isinstance(known, dict):
+        return Objective(**known)
     if known == "fm":
         return make_objective("fm")
-    if not cfg.table:
-        raise UserError(
-            f"{what} was trained to output {known}, and {known} needs its noise schedule",
-            do="Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its "
-            "64×64 model, linear for the others; Stable Diffusion: scaled_linear).",
-        )
-    return make_objective("ddpm" if known == "eps" else known, table=cfg.table)
+    raise UserError(
+        f"{what} was trained to output {known}, and {known} needs its noise schedule",
+        do="Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 "
+        "model, linear for the others; Stable Diffusion: scaled_linear).",
+    )
 
 
 def vae_of(
@@ -479,7 +470,7 @@ def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor |
 
 
 def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, what: str) -> None:
-    """Refuse flags that a network of config `net` cannot answer; warn of a class it may not know."""
+    """Refuse flags that a network of config `net` cannot answer; warn of what it may not know."""
     if cfg.cfg != 1.0 and not cfg.labels and not cfg.guide_ckpt:
         none = "" if net.num_classes else ", and this checkpoint was trained without classes"
         raise UserError(
@@ -542,22 +533,25 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
 def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
     """Everything an image of a seed depends on, but for the weights and what they mean. Metric
     cards are compared by these keys."""
-    sampled = {**gen.solver, "t_start": float(gen.how["grid"][0]), "cfg": cfg.cfg}
-    sampled["labels"] = list(cfg.labels)
-    sampled["dtype"], sampled["device"] = precision(gen.device, cfg.dtype), gen.device.type
+    sampled = {
+        **gen.solver,
+        "t_start": float(gen.how["grid"][0]),
+        "cfg": cfg.cfg,
+        "labels": list(cfg.labels),
+        "dtype": precision(gen.device, cfg.dtype),
+        "device": gen.device.type,
+    }
     labels = pick_labels(cfg.labels, gen.classes, len(cfg.labels))
     if gen.classes:
         used = "unconditional," if labels is None else len(labels.unique())
         sampled["classes"] = f"{used} of {len(gen.classes)}"
-    if cfg.whole_batch:
-        sampled["batch"] = cfg.batch
-    if cfg.cfg_interval:
-        sampled["cfg interval"] = list(cfg.cfg_interval)
-    if cfg.cfg_rescale:
-        sampled["cfg rescale"] = cfg.cfg_rescale
-    if guide:
-        sampled["guide"] = guide
-    return sampled
+    more = {
+        "batch": cfg.batch if cfg.whole_batch else 0,
+        "cfg interval": list(cfg.cfg_interval),
+        "cfg rescale": cfg.cfg_rescale,
+        "guide": guide,
+    }
+    return sampled | {key: value for key, value in more.items() if value}
 
 
 # ---- editing ------------------------------------------------------------------------------------
@@ -637,7 +631,7 @@ class Config(Sampling):
         of="--init",
     )
     out: str = flag("", "folder; default samples/<run>-<settings>", head="output")
-    npz: str = flag("", "also this file: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator")
+    npz: str = flag("", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator")
     grid_image: bool = flag(True, "grid.png of all images")
 
 
@@ -731,7 +725,7 @@ def enlarge(cfg: Config, gen: Generator) -> Tensor:
                 "it can do with --init",
                 do="Leave it out.",
             )
-    if cfg.eta or (cfg.method in STOCHASTIC and cfg.eta is None):
+    if gen.solver.get("eta") or gen.solver["method"] == "ddpm":
         raise UserError(
             f"--method {cfg.method}{' --eta' if cfg.eta else ''} adds noise as if the path began "
             f"in noise, and that of {cfg.ckpt} (cfm) begins in a picture",
@@ -762,17 +756,12 @@ def draw_images(
             y = None if labels is None else labels[index]
             how = {**how, "callback": progress(bar, len(index))}
             seeds = (cfg.seed + index).tolist()
-            if ends is not None:
-                before, share = gen.evaluations, torch.linspace(0, 1, cfg.n)[index]
-                x = slerp(ends.x[:1], ends.x[1:], share)
-                s = sample(gen.predict, x, seeds=seeds, cond=gen.cond(y), **how)
-                drawn = gen.drawn(s, before)
-            elif init is None:
+            if init is None:
                 drawn = gen.images(seeds, y, **how)
             elif init.pixels is None:
                 drawn = gen.images(seeds, y, low=init.z[index % len(init.z)], **how)
             else:
-                drawn = edited(cfg, gen, seeds, y, init, index % len(init.z), how)
+                drawn = edited(cfg, gen, index, y, init, ends, how)
             images.append(drawn.images.cpu())
             nfe += round(drawn.nfe * len(index))
     return torch.cat(images), nfe
@@ -793,22 +782,26 @@ def progress(bar: tqdm, n: int) -> Callable[[float, Tensor], None]:
 def edited(
     cfg: Config,
     gen: Generator,
-    seeds: list[int],
+    index: Tensor,
     labels: Tensor | None,
     init: Init,
-    rows: Tensor,
+    ends: Sample | None,
     how: dict[str, Any],
 ) -> Drawn:
-    """Images from --init's `rows` (B,), with the noise of seeds or, inverted, their own."""
-    z, before, cond = init.z[rows], gen.evaluations, gen.cond(labels)
-    if cfg.invert and init.strength:
+    """The images of `index` (B,) that --init becomes; ends: of --interpolate."""
+    rows, before, seeds = index % len(init.z), gen.evaluations, (cfg.seed + index).tolist()
+    z, cond = init.z[rows], gen.cond(labels)
+    how = {**how, "seeds": seeds, "cond": cond}
+    if ends is not None:
+        share = torch.linspace(0, 1, cfg.n)[index]
+        s = sample(gen.predict, slerp(ends.x[:1], ends.x[1:], share), **how)
+    elif cfg.invert and init.strength:
         back = invert(gen.plain, z, how["grid"], method=how["method"], cond=cond)
-        s = sample(gen.predict, back.x, seeds=seeds, cond=cond, **how)
+        s = sample(gen.predict, back.x, **how)
         s = s._replace(nfe_each=s.nfe_each + back.nfe_each)
     else:
-        noise = gen.noise(seeds)
-        edits = {"strength": init.strength, "mask": init.cells, "seeds": seeds, "cond": cond}
-        s = edit(gen.objective, gen.predict, z, noise, **edits, **how)
+        edits = {"strength": init.strength, "mask": init.cells}
+        s = edit(gen.objective, gen.predict, z, gen.noise(seeds), **edits, **how)
     drawn = gen.drawn(s, before)
     if init.mask is None:
         return drawn
