@@ -1,15 +1,14 @@
-"""The U-Nets of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs") and of Stable Diffusion
-1.x, 2.x and XL (Rombach et al. 2022; Podell et al. 2023), which is ADM's with cross-attention: one
-class, under the authors' key names.
+"""The U-Nets of ADM (Dhariwal & Nichol 2021) and of Stable Diffusion 1.x, 2.x, XL (Rombach et al.
+2022; Podell et al. 2023), which is ADM's with cross-attention: one class, the authors' key names.
 
     net = UNet(PRESETS["toy-281m"])
     out = net(x, t)            # x (B, C, H, W), t (B,) in [0, 1000]  ->  (B, out, H, W)
     out = UNet(PRESETS["sd15"])(x, t, context=tokens)      # tokens (B, M, 768) of a text encoder
     out, h = net(x, t, features=("middle_block",))         # also what a block returned
 
-A guided-diffusion or LDM state dict with the same config loads as it is, with the 1×1 convolutions
-of its transformers squeezed (ckpt/layouts.py). Everything runs channels_last. Another network joins
-by one line of NETWORKS. This file and kernels/ need nothing else of the repository.
+A guided-diffusion or LDM state dict of the same config loads as it is, with the 1×1 convolutions of
+its transformers squeezed (ckpt/layouts.py). Everything runs channels_last. Another network joins by
+one line of NETWORKS. This file and kernels/ need nothing else of the repository.
 """
 
 import difflib
@@ -50,7 +49,7 @@ class UNetConfig:
     num_head_channels: int = 0  # channels a head; 0 = use num_heads
     # Rows of qkv: legacy [head][q,k,v][d], new [q,k,v][head][d]. Both have the same shapes!
     attention_order: Literal["legacy", "new"] = "legacy"
-    use_scale_shift_norm: bool = True  # FiLM: (1 + scale) · norm + shift; False adds before the norm
+    use_scale_shift_norm: bool = True  # FiLM: (1 + scale) · norm + shift; False adds before it
     resblock_updown: bool = True  # resample inside residual blocks; False = a layer between them:
     conv_resample: bool = True  # … a convolution; False = average pooling / nearest, no weights
     num_classes: int = 0  # 0 = unconditional. The label -1 stands for "no class" (guidance)
@@ -60,24 +59,22 @@ class UNetConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        """What fits together. Where a config comes from a file, ckpt/ checks types and sizes first."""
+        """What fits together. Of a config from a file, ckpt/ has checked types and sizes before."""
         levels, D, heads = len(self.channel_mult), self.num_head_channels, self.num_heads
-        if len(self.attention) != levels or not levels:
+        if not levels == len(self.attention) > 0:
             raise ValueError(
                 f"attention has {len(self.attention)} levels, channel_mult {levels}; give one each."
             )
-        if not self.context_dim and max(*self.attention, self.middle_attention) > 1:
-            raise ValueError(
-                f"attention is {self.attention}, middle_attention {self.middle_attention}: "
-                "wanted 0 or 1 without context_dim."
-            )
+        depths = (*self.attention, self.middle_attention)
+        if not self.context_dim and max(depths) > 1:
+            raise ValueError(f"attention depths {depths}: wanted 0 or 1 without context_dim.")
         if self.num_classes and self.vector_dim:
             raise ValueError("y is either labels (num_classes) or a vector (vector_dim), set one.")
         # The middle block attends, and its channels are the last level's.
         for level, (C, attends) in enumerate(zip(self.channels, (*self.attention[:-1], 1))):
             if C % GROUPS or C < GROUPS:
                 raise ValueError(
-                    f"level {level} has {C} channels, not a multiple of {GROUPS} (GroupNorm groups)."
+                    f"level {level} has {C} channels, not a multiple of {GROUPS} (of GroupNorm)."
                 )
             if attends and (C % D if D else heads < 1 or C % heads):
                 split = f"heads of {D}" if D else f"{heads} heads"
@@ -102,14 +99,13 @@ class UNetConfig:
 # ---- blocks -------------------------------------------------------------------------------------
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of t (B,) in [0, 1000] -> (B, dim): cos, then sin; frequencies 10000^(-i/half)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(max_period) * steps / half)
+    freqs = torch.exp(-math.log(10000.0) * steps / half)
     angles = t.float()[:, None] * freqs  # fp32: bf16 rounds t=988.5 to 988
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, dim % 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -193,7 +189,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the H·W positions, residual. qkv, proj_out: ADM's 1×1 Conv1d weights."""
+    """Self-attention over H·W positions, residual. qkv, proj_out: ADM's 1×1 Conv1d weights."""
 
     def __init__(self, cfg: UNetConfig, channels: int):
         super().__init__()
@@ -212,7 +208,7 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.view(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
         else:
             q, k, v = qkv.view(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)  # q, k, v (B, heads, N, D)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)  # q, k, v (B, heads, N, D)
         h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -249,7 +245,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each on a LayerNorm, each residual. x (B, N, C)"""
+    """Self-attention, cross-attention, feed-forward of x (B, N, C); each normed, each residual."""
 
     def __init__(self, cfg: UNetConfig, C: int):
         super().__init__()
@@ -286,18 +282,14 @@ class SpatialTransformer(nn.Module):
 
 
 class Block(nn.Sequential):
-    """One entry of input_blocks, middle_block, output_blocks: layers in order, each given its inputs."""
+    """One entry of input_blocks, middle_block, output_blocks: layers, each given its inputs."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Maybe, skip: Maybe) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
+        extra = {ResBlock: [emb], SpatialTransformer: [context]}
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
-            else:
-                x = layer(x)
+            x = layer(x, *extra.get(type(layer), []))
         return x
 
 
@@ -364,12 +356,15 @@ class UNet(nn.Module):
             return ResBlock(self.cfg, C, C, way)
         return RESAMPLE[way](C, self.cfg.conv_resample)
 
+    def _blocks(self) -> dict[str, Block]:
+        inputs = {f"input_blocks.{i}": block for i, block in enumerate(self.input_blocks)}
+        outputs = {f"output_blocks.{i}": block for i, block in enumerate(self.output_blocks)}
+        return inputs | {"middle_block": self.middle_block} | outputs
+
     @property
     def block_names(self) -> tuple[str, ...]:
         """What `features` may name, in the order of the forward pass."""
-        inputs = [f"input_blocks.{i}" for i in range(len(self.input_blocks))]
-        outputs = [f"output_blocks.{i}" for i in range(len(self.output_blocks))]
-        return (*inputs, "middle_block", *outputs)
+        return tuple(self._blocks())
 
     def forward(
         self, x: Tensor, t: Tensor, y: Maybe = None, context: Maybe = None,
@@ -392,10 +387,12 @@ class UNet(nn.Module):
             context = context.to(x.dtype)
         h = x.contiguous(memory_format=torch.channels_last)
         skips, seen = [], dict.fromkeys(features or ())
-        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
-        for i, (name, block) in enumerate(zip(self.block_names, blocks)):
-            skip = skips.pop() if i > len(self.input_blocks) else None
-            h = self._run(block, h, emb, context, skip)
+        for i, (name, block) in enumerate(self._blocks().items()):
+            inputs = h, emb, context, skips.pop() if i > len(self.input_blocks) else None
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                h = block(*inputs)
             if i < len(self.input_blocks):
                 skips.append(h)
             if name in seen:
@@ -403,55 +400,45 @@ class UNet(nn.Module):
         out = self.out[2](norm_act(self.out[0], h))
         return out if features is None else (out, seen)
 
-    def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
     def _check(self, x: Tensor, y: Maybe, context: Maybe, features: tuple[str, ...]) -> None:
         cfg, B, (H, W) = self.cfg, len(x), x.shape[2:]
         if H % cfg.multiple or W % cfg.multiple:
             raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.multiple}.")
         if context is not None and not cfg.context_dim:
             raise ValueError("this U-Net has no cross-attention: context must be None.")
+        if y is not None and not cfg.num_classes and not cfg.vector_dim:
+            raise ValueError("this U-Net is unconditional: y must be None.")
         if cfg.context_dim:
-            wanted = (B, "tokens", cfg.context_dim)
-            check_shape("context", context, wanted, "a text encoder's output")
+            check_shape("context", context, B, "tokens", cfg.context_dim)
         if cfg.vector_dim:
-            check_shape("y", y, (B, cfg.vector_dim), "a vector such as pooled text and sizes")
+            check_shape("y", y, B, cfg.vector_dim)
         elif y is not None:
-            self._check_labels(y, B)
+            check_labels(y, B, cfg.num_classes)
         for name in features:
             if name not in self.block_names:
                 near = ", ".join(difflib.get_close_matches(name, self.block_names))
                 raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
-
-    def _check_labels(self, y: Tensor, B: int) -> None:
-        classes = self.cfg.num_classes
-        if not classes:
-            raise ValueError("this U-Net is unconditional: y must be None.")
-        if y.shape != (B,) or y.is_floating_point():
-            raise ValueError(
-                f"y is {y.dtype} {tuple(y.shape)}: wanted integer class labels ({B},), -1 = none."
-            )
-        # Their values only on the CPU: a GPU would have to wait.
-        if y.device.type == "cpu" and B and not torch.compiler.is_compiling():
-            low, high = y.min().item(), y.max().item()
-            if low < -1 or high >= classes:
-                wanted = f"0 to {classes - 1}, or -1 = none"
-                raise ValueError(f"y has labels {low} to {high}: wanted {wanted}.")
 
 
 def mlp(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out), nn.SiLU(), nn.Linear(out, out))
 
 
-def check_shape(name: str, x: Maybe, wanted: tuple, what: str) -> None:
-    given = None if x is None else tuple(x.shape)
-    fits = given and len(given) == len(wanted)
-    if not fits or any(w not in ("tokens", n) for n, w in zip(given, wanted)):
-        shape = ", ".join(map(str, wanted))
-        raise ValueError(f"{name} is {given}: wanted ({shape}), {what}.")
+def check_shape(name: str, x: Maybe, *wanted: int | str) -> None:
+    given = () if x is None else tuple(x.shape)
+    if len(given) != len(wanted) or any(w not in ("tokens", n) for n, w in zip(given, wanted)):
+        raise ValueError(f"{name} is {given or None}: wanted ({', '.join(map(str, wanted))}).")
+
+
+def check_labels(y: Tensor, B: int, classes: int) -> None:
+    if y.shape != (B,) or y.is_floating_point():
+        raise ValueError(f"y is {y.dtype} {tuple(y.shape)}: wanted integer class labels ({B},).")
+    # Their values only on the CPU: a GPU would have to wait.
+    if y.device.type == "cpu" and B and not torch.compiler.is_compiling():
+        low, high = y.min().item(), y.max().item()
+        if low < -1 or high >= classes:
+            wanted = f"0 to {classes - 1}, or -1 = none"
+            raise ValueError(f"y has labels {low} to {high}: wanted {wanted}.")
 
 
 def num_params(cfg: Any) -> int:
@@ -463,9 +450,9 @@ def num_params(cfg: Any) -> int:
 # ---- networks and presets -----------------------------------------------------------------------
 
 # What a checkpoint may hold: the name in its metadata -> (class, its frozen config dataclass).
-# A network takes its config, keeps it as .cfg, and has forward(x, t, y=None, context=None). A config
-# has in_channels, out_channels, num_classes and `multiple`; context_dim, vector_dim and dropout are
-# 0 where it has none.
+# A network takes its config, keeps it as .cfg, and has forward(x, t, y=None, context=None). Of a
+# config are used: in_channels, out_channels, num_classes, `multiple`; and context_dim, vector_dim,
+# dropout, which are 0 where it has none.
 NETWORKS: dict[str, tuple[type, type]] = {"UNet": (UNet, UNetConfig)}
 
 
@@ -479,55 +466,45 @@ def build(cfg: Any) -> nn.Module:
     return NETWORKS[network_name(cfg)][0](cfg)
 
 
-TOY = UNetConfig(
-    model_channels=256, channel_mult=(1, 1, 2, 4), attention=(0, 0, 0, 1),
-    use_scale_shift_norm=False,
-)  # fmt: skip
-TINY = UNetConfig(
-    model_channels=128, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1),
-    num_head_channels=64,
-)  # fmt: skip
+TINY = UNetConfig(32, 32, 128, (1, 1), 1, (0, 1), num_head_channels=64)
+TOY = UNetConfig(32, 32, 256, (1, 1, 2, 4), 2, (0, 0, 0, 1), use_scale_shift_norm=False)
 # The 6 outputs are eps and its learned variance.
 ADM = UNetConfig(3, 6, model_channels=256, num_head_channels=64, num_classes=1000)
-ADM_256 = replace(ADM, channel_mult=(1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 1, 1, 1))
 SD = UNetConfig(
-    4, 4, model_channels=320, channel_mult=(1, 2, 4, 4), attention=(1, 1, 1, 0),
-    use_scale_shift_norm=False, resblock_updown=False,
-)  # fmt: skip
+    4, 4, 320, (1, 2, 4, 4), 2, (1, 1, 1, 0), use_scale_shift_norm=False, resblock_updown=False
+)
 XL = replace(SD, num_head_channels=64, vector_dim=2816, context_dim=2048)
+
+
+def of(cfg: UNetConfig, mult: tuple, attention: tuple, **changes: Any) -> UNetConfig:
+    return replace(cfg, channel_mult=mult, attention=attention, **changes)
+
+
 PRESETS: dict[str, Any] = {
     "tiny": TINY,
     "nano": replace(TINY, model_channels=32, num_head_channels=0),  # for tests of the loop
     # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its
-    # constructor takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM
-    # (full ADM).
+    # constructor takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM.
     "toy-281m": TOY,
-    "toy-281m-attn": replace(
-        TOY, attention=(0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64
+    "toy-281m-attn": of(
+        TOY, (1, 1, 2, 4), (0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64
     ),
-    # guided-diffusion's released models. They take pixels and were trained as eps with learned
-    # variance.
-    "adm-64": replace(
-        ADM, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
-        attention=(0, 1, 1, 1), attention_order="new", dropout=0.1,
+    # guided-diffusion's released models: pixels, eps with learned variance.
+    "adm-64": of(
+        ADM, (1, 2, 3, 4), (0, 1, 1, 1), model_channels=192, num_res_blocks=3,
+        attention_order="new", dropout=0.1,
     ),
-    "adm-128": replace(
-        ADM, channel_mult=(1, 1, 2, 3, 4), attention=(0, 0, 1, 1, 1),
-        num_head_channels=0, num_heads=4,
-    ),
-    "adm-256": ADM_256,
-    "adm-256-uncond": replace(ADM_256, num_classes=0),
-    "adm-512": replace(
-        ADM, channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention=(0, 0, 0, 0, 1, 1, 1)
-    ),
-    # Stable Diffusion. They take latents of 4 channels at 1/8; heads are 8 in number in 1.x,
-    # 64 channels wide since.
+    "adm-128": of(ADM, (1, 1, 2, 3, 4), (0, 0, 1, 1, 1), num_head_channels=0, num_heads=4),
+    "adm-256": of(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1)),
+    "adm-256-uncond": of(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1), num_classes=0),
+    "adm-512": of(ADM, (0.5, 1, 1, 2, 2, 4, 4), (0, 0, 0, 0, 1, 1, 1)),
+    # Stable Diffusion: latents of 4 channels at 1/8; 8 heads in 1.x, heads of 64 channels since.
     "sd15": replace(SD, num_heads=8, context_dim=768, linear_projection=False),
     "sd21": replace(SD, num_head_channels=64, context_dim=1024),
-    "sdxl": replace(XL, channel_mult=(1, 2, 4), attention=(0, 2, 10), middle_attention=10),
-    "sdxl-refiner": replace(
-        XL, model_channels=384, attention=(0, 4, 4, 0), middle_attention=4,
-        vector_dim=2560, context_dim=1280,
+    "sdxl": of(XL, (1, 2, 4), (0, 2, 10), middle_attention=10),
+    "sdxl-refiner": of(
+        XL, (1, 2, 4, 4), (0, 4, 4, 0), model_channels=384, middle_attention=4, vector_dim=2560,
+        context_dim=1280,
     ),
 }  # fmt: skip
 
@@ -553,20 +530,19 @@ def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     for key in given.keys() & seen.keys():
         if given[key] != seen[key]:
-            raise ValueError(
-                f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}.  Leave it out."
-            )
-    size = seen["model_channels"], seen["context_dim"]
-    family, fixed = FAMILY_HEADS.get(size, ("", {}))
+            what = f"{key}={given[key]!r} was given, but the tensors say {seen[key]!r}"
+            raise ValueError(f"{what}.  Leave it out.")
+    C, context_dim = seen["model_channels"], seen["context_dim"]
+    family, fixed = FAMILY_HEADS.get((C, context_dim), ("", {}))
     heads = {k: given[k] for k in ("num_heads", "num_head_channels") if given.get(k)}
     missing = [] if heads or fixed else ["the number of attention heads"]
     # One head has no order, and neither have transformers.
-    if not seen["context_dim"] and "attention_order" not in given and heads != {"num_heads": 1}:
+    if not context_dim and "attention_order" not in given and heads != {"num_heads": 1}:
         missing.append("the order of the qkv rows")
     if missing:
         raise ValueError(
-            f"no tensor shows {' and '.join(missing)} (model_channels {size[0]}, context_dim "
-            f"{size[1]}), and a wrong one computes something else without an error."
+            f"no tensor shows {' and '.join(missing)} (model_channels {C}, context_dim "
+            f"{context_dim}), and a wrong one computes something else without an error."
         )
     if not fixed:
         return UNetConfig(**(seen | given))
@@ -586,7 +562,7 @@ def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             first = ", ".join(list(state_dict)[:3])
             raise ValueError(
                 f"cannot tell the architecture: no tensor {name!r} among {len(state_dict)} "
-                f"({first} …); wanted a U-Net under guided-diffusion's or LDM's names."
+                f"({first} …); wanted guided-diffusion's or LDM's names."
             )
         return tuple(state_dict[name].shape)
 
@@ -605,9 +581,8 @@ def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     pools = set(range(total)) - numbers(r"input_blocks\.(\d+)\.")
     levels = 1 + len(convs or resnets or pools)
     if total % levels or total // levels < 2:
-        raise ValueError(
-            f"cannot tell the architecture: {total} output blocks do not split into {levels} levels."
-        )
+        what = f"{total} output blocks do not split into {levels} levels"
+        raise ValueError(f"cannot tell the architecture: {what}.")
     blocks = [f"input_blocks.{1 + level * (total // levels)}" for level in range(levels)]
     rows = [shape(f"{block}.0.out_layers.3.weight")[0] for block in blocks]
     context_dim, square = 0, True
