@@ -26,16 +26,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from tqdm import tqdm
 
 import data.dataset as data
 from ckpt import fingerprint, load_like, load_strict, read_tensors, save_checkpoint
 from ckpt.training import load_optimizer, load_weights, optimizer_state
 from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of, open_dataset
-from data.images import to_float
 from data.sources import embedded_tags
-from diffusion.coupling import upsampled
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
 from harness.cli import UserError, check_flags, cli, closest, flag, parse
@@ -43,9 +40,10 @@ from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import Log, Meter, Progress, StopSignal, append, check_config, check_disk
-from harness.run import check_mirrors, checkpoints, find_runs, first_nonfinite, images_seen, lock
-from harness.run import print_end, read_config, run_name, versions
+from harness.run import Log, Meter, Progress, Run, StopSignal, begun_with, check_config, check_disk
+from harness.run import check_mirrors, checkpoints, find_fine, images_seen, lock, print_end
+from harness.run import print_start, print_unfinished, read_config, report_nonfinite, run_name
+from harness.run import versions
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from metrics import heldout
@@ -80,39 +78,19 @@ class Data:
 class Optim:
     """How the weights are found. Progress is counted in images."""
 
-    images: int = flag(40_000, "shown in all, rounded up to whole batches", low=1, high=1e12)
-    batch: int = flag(16, "global; split over ranks and --accum", low=1, high=1e6)
-    accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
+    images: int = flag(40_000, "shown in all, rounded up to whole batches", low=1)
+    batch: int = flag(16, "global; split over ranks and --accum", low=1)
+    accum: int = flag(1, "micro-batches a step", low=1)
     optim: Literal["adamw", "adamw8bit"] = flag("adamw", "adamw8bit: moments of 8 bits")
     lr: float = flag(2e-3, "peak", low=0, high=1e3)
     decay: Literal["constant", "cosine"] = flag("cosine", "after the warm-up")
     warmup: float = flag(0.05, "share of --images", low=0, high=1)
-    weight_decay: float = flag(0.01, "AdamW", low=0, high=1e3)
-    clip: float = flag(1.0, "global gradient norm; 0 = off", low=0, high=1e9)
+    weight_decay: float = flag(0.01, "AdamW", low=0)
+    clip: float = flag(1.0, "global gradient norm; 0 = off", low=0)
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths, shares of the run; none = off")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
     compile: bool = flag(False, "torch.compile")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run lives, and what it writes how often. What is `every` counts images; 0 = never."""
-
-    out: str = flag("runs", "where runs live")
-    name: str = flag("", "default <data>-<objective>-<stage>")
-    resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
-    log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
-    log_every: int = flag(1_280, "images, like the next four; 0 = never", low=0, high=1e12)
-    eval_every: int = flag(10_000, "held-out loss", low=0, high=1e12)
-    preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0, high=1e12)
-    save_every: int = flag(10_000, "checkpoints", low=0, high=1e12)
-    fid_every: int = flag(0, "FID of 2,048 samples to the training images", low=0, high=1e12)
-    fid_features: Literal["inception", "pca"] = flag("inception", "pca: FD-pca, instant")
-    keep: int = flag(2, "newest checkpoints kept", low=1, high=1e6)
-    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0, high=1e12)
-    workers: int = flag(-1, "loader processes; -1 = as many as it takes", low=-1, high=128)
-    device: str = flag("auto", "auto | cpu | cuda")
 
 
 @dataclass(frozen=True)
@@ -149,10 +127,12 @@ class Config(Run, Optim, Data):
     weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag(
         "uniform", "per sample, by its time"
     )
-    gamma: float = flag(5.0, "caps it", low=1e-3, high=1e6, of="--weight min_snr | soft_min_snr")
+    gamma: float = flag(5.0, "caps it", low=1e-3, of="--weight min_snr | soft_min_snr")
     learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
     aligned: bool = flag(False, "ddpm, v, x0: fm's loss on what they imply, to fine-tune an --init")
-    coupling: Literal["none", "ot"] = flag("none", "ot = noise goes to near images of its batch")
+    coupling: Literal["none", "ot"] = flag(
+        "none", "ot = noise goes to near images of its batch", of="--objective fm | ddpm | v | x0"
+    )
     lowres: int = flag(2, "cfm: how many times smaller", low=2, high=64, of="--objective cfm")
     upsample: Literal["psu", "bilinear", "nearest"] = flag(
         "psu", "cfm: psu enlarges pixels, the others latents", of="--objective cfm"
@@ -236,22 +216,12 @@ def check_objective(cfg: Config) -> None:
 
 def check_enlarging(cfg: Config) -> None:
     """What only --objective cfm, from low resolution to high, cannot do."""
-    if cfg.coupling != "none":
-        raise UserError(
-            f"--coupling {cfg.coupling}: cfm has its own, from each image's low resolution",
-            do="Leave it out.",
-        )
     if cfg.fid_every:
         raise UserError(
             "--fid-every: a cfm network enlarges pictures, so its FID would be that of a few "
             "held-out images, over and over",
             do="Leave it out; enlarge pictures with samplers.py, and give the folder to "
             "eval_fid.py as --fake.",
-        )
-    if cfg.resolution % cfg.lowres:
-        raise UserError(
-            f"--resolution {cfg.resolution} is not divisible by --lowres {cfg.lowres}",
-            do="Choose another of the two.",
         )
     if cfg.upsample == "psu" and is_cache(cfg.data):
         raise UserError(
@@ -273,25 +243,9 @@ def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) 
 
 
 def fine_run(cfg: Config) -> Path:
-    """The run that stage2 starts from: under --out, stage fine, alike, with the tags if given."""
+    """The run that stage2 starts from: a fine one that is like this one."""
     alike = {key: getattr(cfg, key) for key in ("data", "objective", "model", "resolution")}
-    found = find_runs(cfg.out, stage="fine", **alike)
-    if tags := sorted(cfg.exclude_tags):
-        found = [run for run in found if sorted(read_config(run).get("exclude_tags", ())) == tags]
-    if not found:
-        excluded = f" --exclude-tags {','.join(cfg.exclude_tags)!r}" if tags else ""
-        raise UserError(
-            "--stage stage2 starts from a fine run of the same data, objective and model, and "
-            f"{cfg.out}/ has none",
-            do=f"Make it with: python train.py --data {cfg.data} --objective {cfg.objective} "
-            f"--model {cfg.model} --stage fine{excluded}",
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"--stage stage2 could start from any of {', '.join(map(str, found))}",
-            do="Choose with --init, and give --exclude-tags.",
-        )
-    return found[0]
+    return find_fine(cfg.out, cfg.exclude_tags, alike)
 
 
 # ---- pure functions of images seen --------------------------------------------------------------
@@ -344,16 +298,11 @@ class ObjectiveLoss:
         # Outside autocast: only the network runs in bf16.
         x0 = latents_of(self.vae, batch)
         if self.objective.coupling == "lowres":
-            cond["low"] = self.low_resolution(batch, x0)
+            kind = self.objective
+            cond["low"] = data.low_latents_of(self.vae, batch, x0, kind.lowres, kind.upsample)
         drawn = {key: batch.get(key) for key in ("eps", "t", "q", "position")}
         with autocast(self.ranks.device, self.cfg.dtype):
             return self.objective.loss(net, x0, strata=self.cfg.batch, **drawn, **cond)
-
-    def low_resolution(self, batch: dict[str, Tensor], x0: Tensor) -> Tensor:
-        """cfm: what the low-resolution versions of a batch say of its latents x0 (B, C, H, W)."""
-        images = to_float(batch["image"]) if "image" in batch else None
-        kind = self.objective
-        return upsampled(images, x0, self.vae.encode, kind.lowres, kind.upsample)
 
     def report(self) -> dict[str, Any]:
         """More for the training line of the log. Every rank calls it."""
@@ -414,7 +363,16 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     Everything that can be wrong is found before the first byte is written.
     """
     run = Path(cfg.out) / cfg.name
-    ds, classes, labels = open_data(cfg, ranks)
+    ds = open_dataset(
+        cfg.data,
+        stage=cfg.stage,
+        exclude_tags=cfg.exclude_tags,
+        resolution=cfg.resolution,
+        holdout=cfg.holdout,
+        crop=cfg.crop,
+        flip=cfg.flip,
+    )
+    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     start, other, meta = "", None, None
     if not checkpoints(run):
         start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
@@ -434,25 +392,10 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         if cfg.aligned:
             check_aligned(objective, meta.get("objective"), start)
         if cfg.stage == "stage2" and ranks.rank == 0:
-            warn_unfinished(start, meta)
+            print_unfinished(start, meta)
         load_strict(net, other.state_dict(), f"--init {start}")
     init = {"path": start or None, "fingerprint": fingerprint(net.state_dict()) if start else None}
     return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
-
-
-def open_data(cfg: Any, ranks: Ranks) -> tuple[Dataset, list[str], Any]:
-    """(images, names of the classes, labels (n,) or None) of Data's flags."""
-    ds = open_dataset(
-        cfg.data,
-        stage=cfg.stage,
-        exclude_tags=cfg.exclude_tags,
-        resolution=cfg.resolution,
-        holdout=cfg.holdout,
-        crop=cfg.crop,
-        flip=cfg.flip,
-    )
-    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
-    return ds, classes, labels
 
 
 def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int) -> Any:
@@ -471,10 +414,11 @@ def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int)
             f"divisible by {multiple}",
             do=f"Use a multiple of {vae.factor * multiple}.",
         )
-    if cfg.objective == "cfm" and cfg.upsample != "psu" and side % cfg.lowres:
+    what, n = ("pixels", cfg.resolution) if cfg.upsample == "psu" else ("latents", side)
+    if cfg.objective == "cfm" and n % cfg.lowres:
         raise UserError(
-            f"--lowres {cfg.lowres} does not divide the {latents} of --resolution {cfg.resolution}",
-            do="Use --upsample psu.",
+            f"--lowres {cfg.lowres} does not divide the {n}×{n} {what} of this --resolution",
+            do="Choose another, or --upsample psu.",
         )
     return unet
 
@@ -482,22 +426,14 @@ def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int)
 def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
     """--aligned reads the network as it was trained; `known` is what its file says of that."""
     known = {"target": known} if isinstance(known, str) else known or {}
-    keys = ("target", "table", "zero_snr")
-    own = [f"{k} {known[k]!r}" for k in keys if k in known and known[k] != getattr(objective, k)]
-    if own:
-        flags = ", ".join(f"{key} {getattr(objective, key)!r}" for key in keys)
+    flags = {key: getattr(objective, key) for key in ("target", "table", "zero_snr")}
+    own = {key: known.get(key, value) for key, value in flags.items()}
+    if own != flags:
         raise UserError(
-            f"--aligned reads the network as it was trained, and {name} has {', '.join(own)}; "
-            f"the flags say {flags}",
+            f"--aligned reads the network as it was trained, and {name} has {own}; the flags say "
+            f"{flags}",
             do="Give its own.",
         )
-
-
-def warn_unfinished(start: str, meta: dict[str, Any]) -> None:
-    """Say so if stage2 starts from a fine run that was stopped."""
-    seen, of = meta.get("images", 0), meta.get("config", {}).get("images", 0)
-    if seen < of:
-        print(f"warning: {start} stopped at {seen:,} of its {of:,} images.", flush=True)
 
 
 def assemble(
@@ -532,11 +468,8 @@ def assemble(
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    how = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    if cfg.optim == "adamw8bit":
-        optimizer = AdamW8bit(net.parameters(), **how)
-    else:
-        optimizer = torch.optim.AdamW(net.parameters(), fused=True, **how)
+    adamw = AdamW8bit if cfg.optim == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
+    optimizer = adamw(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     ema = EMA(net, cfg.ema)
     tr = kind(
         *(cfg, ranks, run, ds, vae, objective, net, model, optimizer, ema, classes, labels),
@@ -675,12 +608,7 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
     """Say where a non-finite loss or gradient came from; after MAX_BAD in a row, stop."""
     tr.skipped += 1
     tr.bad += 1
-    found = [first_nonfinite(tr.net, lambda net: tr.loss(net, batch)) for batch in batches]
-    where = next(filter(None, found), "another rank's batch")
-    if tr.ranks.rank == 0:
-        row = {"event": "non-finite", "images": tr.seen, "where": where, "in_a_row": tr.bad}
-        append(tr.run, {**row, "rank": tr.ranks.rank})
-        tqdm.write(f"warning: step to {tr.seen:,} images skipped, non-finite: {where}")
+    where = report_nonfinite(tr.run, tr.ranks, tr.net, tr.loss, batches, tr.seen, tr.bad)
     tr.meter.drop_nonfinite()
     if tr.bad >= MAX_BAD:
         path = tr.run / f"bad-batch-{tr.seen:012d}-rank{tr.ranks.rank}.pt"
@@ -740,9 +668,9 @@ def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
 def enlarged(tr: Trainer, seeds: list[int]) -> tuple[Tensor, list[int] | None]:
     """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
     ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
-    batch = ds.views([seed % len(ds) for seed in seeds])
-    batch = {key: x.to(tr.ranks.device) for key, x in batch.items()}
-    low = tr.loss.low_resolution(batch, latents_of(tr.vae, batch))
+    batch = ds.views([seed % len(ds) for seed in seeds], tr.ranks.device)
+    x0, kind = latents_of(tr.vae, batch), tr.objective
+    low = data.low_latents_of(tr.vae, batch, x0, kind.lowres, kind.upsample)
     if not tr.classes:
         return low, None
     _, labels = data.classes_of(ds, tr.classes)
@@ -755,7 +683,6 @@ def preview(tr: Trainer) -> None:
     rows = [draw_samples(tr, net, list(range(8))) for net in nets]
     if tr.ranks.rank == 0:
         path = tr.run / "samples" / f"{tr.seen:012d}.png"
-        make_dir(path.parent)
         save_grid(torch.cat(rows), path, columns=8)
 
 
@@ -785,12 +712,18 @@ def train(
     if is_finished(cfg, ranks, free):
         return False
     tr = setup(cfg, ranks)
-    if ranks.rank == 0 and tr.seen:
-        print(f"resuming {tr.run} at {tr.seen:,} of {cfg.images:,} images", flush=True)
-    elif ranks.rank == 0 and tr.init["path"]:
-        print(f"starting from the weights of {tr.init['path']}", flush=True)
+    if ranks.rank == 0:
+        print_start(tr.run, tr.seen, cfg.images, tr.init["path"])
     fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None
-    log = Log(tr.run, cfg.log, ranks.rank, tr.seen, header(tr))
+    facts = {
+        "config": asdict(cfg),
+        "params": sum(p.numel() for p in tr.net.parameters()),
+        "init": tr.init,
+        "data_hash": tr.ds.source.hash,
+        "used": len(tr.ds),
+        "held_out": len(tr.ds.heldout),
+    }
+    log = Log(tr.run, cfg.log, ranks, tr.seen, facts)
     progress = Progress(tr.seen, cfg.images, ranks)
     # The loader's worker processes end here, whatever happens.
     with contextlib.closing(load(tr)) as loader:
@@ -822,10 +755,8 @@ def is_due(tr: Trainer, every: int) -> bool:
 
 def vae_name(cfg: Any, run: Path) -> str:
     """--vae, or "" if the run was begun with the same: what it kept is not looked for again."""
-    if (run / "vae.safetensors").exists() and (run / "config.json").exists():
-        if cfg.vae == read_config(run).get("vae", "pca"):
-            return ""
-    return cfg.vae
+    kept = (run / "vae.safetensors").exists()
+    return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
 
 
 def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
@@ -859,7 +790,7 @@ def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
 
 def finish(tr: Trainer) -> None:
     """Save; then either say how to go on, or draw the final grid. Its path is printed last."""
-    if not checkpoints(tr.run) or images_seen(tr.run) != tr.seen:
+    if images_seen(tr.run) != tr.seen:
         save(tr)
     if tr.seen < tr.cfg.images:
         if tr.ranks.rank == 0:
@@ -874,27 +805,8 @@ def finish(tr: Trainer) -> None:
     images = draw_samples(tr, ema_net(tr)[1], list(range(32)), **how)
     if tr.ranks.rank == 0:
         final = tr.run / "samples" / "final.png"
-        make_dir(final.parent)
         save_grid(images, final, columns=8)
         print_end(tr.run, tr.seen, final)
-
-
-def header(tr: Trainer) -> dict[str, Any]:
-    """The first line of log.jsonl: what it takes to repeat the run."""
-    device = tr.ranks.device
-    return {
-        "event": "start",
-        "images": tr.seen,
-        "config": asdict(tr.cfg),
-        "params": sum(p.numel() for p in tr.net.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "ranks": tr.ranks.world,
-        "init": tr.init,
-        "data_hash": tr.ds.source.hash,
-        "used": len(tr.ds),
-        "held_out": len(tr.ds.heldout),
-        **versions(),
-    }
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
+from diffusion.coupling import upsampled
 from harness.cli import UserError
 from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
@@ -79,10 +80,10 @@ class Dataset:
         image = self.image(i, where)
         return {"image": image.flip(-1) if mirrored else image}
 
-    def views(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def views(self, indices: Sequence[int], device: Any = "cpu") -> dict[str, Tensor]:
         """view() of several images, stacked."""
         views = [self.view(i) for i in indices]
-        return {key: torch.stack([view[key] for view in views]) for key in views[0]}
+        return {key: torch.stack([view[key] for view in views]).to(device) for key in views[0]}
 
     def counts(self) -> Counter:
         """How many of these images have each tag."""
@@ -361,3 +362,12 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # By then the step is done; an exit that waits for the workers must end.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+
+
+def low_latents_of(
+    vae: AnyVAE, batch: dict[str, Tensor], x0: Tensor, factor: int, upsample: str
+) -> Tensor:
+    """What `factor` times smaller versions of a batch say of its latents x0, in its shape
+    (B, C, h, w); upsample as in diffusion.coupling.upsampled."""
+    images = to_float(batch["image"]) if "image" in batch else None
+    return upsampled(images, x0, vae.encode, factor, upsample)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harness.files import atomic
+from harness.files import atomic, make_dir
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     for i, image in enumerate(images.cpu()):
         row, column = divmod(i, columns)
         grid.paste(to_image(image), (2 + column * (W + 2), 2 + row * (H + 2)))
+    make_dir(path.parent)
     save_png(grid, path)
 
 

@@ -73,7 +73,7 @@ def join_ranks(device_name: str, backend: str = "", patience: timedelta | None =
 
 
 def check_batch(batch: int, accum: int) -> None:
-    """Refuse a batch that cannot be split over ranks and micro-batches, before any rank is joined."""
+    """Refuse a batch that cannot be split over ranks and micro-batches; no rank is joined yet."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     unit = world * accum
     if batch % unit:
@@ -101,6 +101,11 @@ def pick_device(name: str) -> torch.device:
             f"--device {name!r} is not usable here: {reason}", do="Try --device cpu, or auto."
         ) from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The word cpu, or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def precision(device: torch.device, dtype: str) -> str:

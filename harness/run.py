@@ -16,22 +16,45 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.cli import UserError
+from harness.cli import UserError, flag
 from harness.files import write_text
-from harness.ranks import Ranks
+from harness.ranks import Ranks, device_name
 
 # Of the loss by time in the log.
 TIME_BINS = 10
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, and what it writes how often. What is `every` counts images; 0 = never."""
+
+    out: str = flag("runs", "where runs live")
+    name: str = flag("", "default <data>-<objective>-<stage>")
+    resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
+    log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
+    log_every: int = flag(1_280, "images, like the next four; 0 = never", low=0)
+    eval_every: int = flag(10_000, "held-out loss", low=0)
+    preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0)
+    save_every: int = flag(10_000, "checkpoints", low=0)
+    fid_every: int = flag(0, "FID of 2,048 samples to the training images", low=0)
+    fid_features: Literal["inception", "pca"] = flag("inception", "pca: FD-pca, instant")
+    keep: int = flag(2, "newest checkpoints kept", low=1)
+    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0)
+    workers: int = flag(-1, "loader processes; -1 = as many as it takes", low=-1, high=128)
+    device: str = flag("auto", "auto | cpu | cuda")
+
 
 # ---- the folder ---------------------------------------------------------------------------------
 
@@ -48,6 +71,11 @@ def read_config(run: Path) -> dict[str, Any]:
             do="Restore it, or move the folder away.",
         ) from None
     return config
+
+
+def begun_with(run: Path, flag: str, default: Any) -> Any:
+    """A flag's value in a run that has begun; default: before there was such a flag. Else None."""
+    return read_config(run).get(flag, default) if (run / "config.json").exists() else None
 
 
 def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> None:
@@ -114,8 +142,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def images_seen(run: Path) -> int:
-    """Of a run's newest checkpoint; 0 = it has none."""
-    return int(checkpoints(run)[-1].name) if checkpoints(run) else 0
+    """Of a run's newest checkpoint; -1 = it has none."""
+    return int(checkpoints(run)[-1].name) if checkpoints(run) else -1
 
 
 def find_runs(out: str, **fields: Any) -> list[Path]:
@@ -127,6 +155,28 @@ def find_runs(out: str, **fields: Any) -> list[Path]:
         if same and checkpoints(run):
             found.append(run)
     return found
+
+
+def find_fine(out: str, tags: tuple[str, ...], alike: dict[str, Any]) -> Path:
+    """The run under a folder to which stage2 belongs: stage fine, alike, with the tags if given."""
+    found = find_runs(out, stage="fine", **alike)
+    if tags:
+        same = sorted(tags)
+        found = [run for run in found if sorted(read_config(run).get("exclude_tags", ())) == same]
+    if not found:
+        flags = " ".join(f"--{key} {value}" for key, value in alike.items())
+        excluded = f" --exclude-tags {','.join(tags)!r}" if tags else ""
+        raise UserError(
+            "--stage stage2 starts from a fine run of the same data, objective and model, and "
+            f"{out}/ has none",
+            do=f"Make it with: python train.py {flags} --stage fine{excluded}",
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"--stage stage2 could start from any of {', '.join(map(str, found))}",
+            do="Choose with --init, and give --exclude-tags.",
+        )
+    return found[0]
 
 
 def run_name(name: str, data: str, *words: str) -> str:
@@ -202,10 +252,11 @@ class Log:
     """log.jsonl, and tensorboard or wandb if asked for. Rank 0 writes; every rank calls."""
 
     def __init__(
-        self, run: Path, mirrors: tuple[str, ...], rank: int, seen: int, header: dict[str, Any]
+        self, run: Path, mirrors: tuple[str, ...], ranks: Ranks, seen: int, facts: dict[str, Any]
     ):
-        self.run, self.rank, self.mirrors = run, rank, []
-        if rank:
+        """Begin, or go on after `seen` images; facts: of the run, for the line that says so."""
+        self.run, self.rank, self.mirrors = run, ranks.rank, []
+        if self.rank:
             return
         path = run / "log.jsonl"
         if path.exists():
@@ -213,9 +264,12 @@ class Log:
             lines = complete_lines(path)
             kept = [line + "\n" for line in lines if read_line(path, line)["images"] <= seen]
             write_text(path, "".join(kept))
-        append(run, {"command": " ".join(sys.argv), **header})
+        device = device_name(ranks.device)
+        row = {"command": " ".join(sys.argv), "event": "start", "images": seen, "device": device}
+        # With the versions, what it takes to repeat the run.
+        append(run, {**row, "ranks": ranks.world, **facts, **versions()})
         for name in mirrors:
-            self.mirrors.append(open_mirror(name, run, header, seen))
+            self.mirrors.append(open_mirror(name, run, facts["config"], seen))
 
     def write(self, row: dict[str, Any]) -> None:
         if self.rank:
@@ -241,7 +295,7 @@ def check_mirrors(names: tuple[str, ...]) -> None:
 
 
 def open_mirror(
-    name: str, run: Path, header: dict[str, Any], seen: int
+    name: str, run: Path, config: dict[str, Any], seen: int
 ) -> Callable[[dict[str, float], int], None]:
     """A function (values, images) -> None for tensorboard or wandb."""
     if name == "tensorboard":
@@ -258,12 +312,7 @@ def open_mirror(
     import wandb
 
     wandb.init(
-        project="twinpath",
-        name=run.name,
-        dir=str(run),
-        config=header["config"],
-        id=run.name,
-        resume="allow",
+        project="twinpath", name=run.name, dir=str(run), config=config, id=run.name, resume="allow"
     )
     return lambda values, images: wandb.log(values, step=images)
 
@@ -341,6 +390,21 @@ class Progress:
             print(line, flush=True)
 
 
+def print_start(run: Path, seen: int, images: int, weights: str | None) -> None:
+    """The first words of a run that goes on, or starts from other weights."""
+    if seen:
+        print(f"resuming {run} at {seen:,} of {images:,} images", flush=True)
+    elif weights:
+        print(f"starting from the weights of {weights}", flush=True)
+
+
+def print_unfinished(start: str, meta: dict[str, Any]) -> None:
+    """Say so if the run to start from, of which meta is a checkpoint's, was stopped."""
+    seen, of = meta.get("images", 0), meta.get("config", {}).get("images", 0)
+    if seen < of:
+        print(f"warning: {start} stopped at {seen:,} of its {of:,} images.", flush=True)
+
+
 def print_end(run: Path, images: int, picture: Path) -> None:
     """The last words of a finished run."""
     more = f"More samples: python samplers.py --ckpt {run}"
@@ -369,6 +433,26 @@ class StopSignal:
         if ranks.world == 1:
             return self.received
         return bool(ranks.all_reduce(torch.tensor(int(self.received), device=ranks.device)))
+
+
+def report_nonfinite(
+    run: Path,
+    ranks: Ranks,
+    net: torch.nn.Module,
+    loss: Callable[..., Any],
+    batches: list[dict[str, Tensor]],
+    seen: int,
+    in_a_row: int,
+) -> str:
+    """Find out where the loss(net, batch) of a skipped step, or its gradient, was not finite; rank
+    0 writes it into the log. Every rank calls."""
+    found = [first_nonfinite(net, lambda net: loss(net, batch)) for batch in batches]
+    where = next(filter(None, found), "another rank's batch")
+    if ranks.rank == 0:
+        row = {"event": "non-finite", "images": seen, "where": where, "in_a_row": in_a_row}
+        append(run, {**row, "rank": 0})
+        tqdm.write(f"warning: step to {seen:,} images skipped, non-finite: {where}")
+    return where
 
 
 def first_nonfinite(net: torch.nn.Module, loss_of: Callable[[torch.nn.Module], Any]) -> str:
