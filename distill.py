@@ -1,18 +1,20 @@
-"""Distil a teacher into a student of another objective, with an assessor that weighs the blocks.   The same command again resumes.
-    python distill.py --teacher runs/toyfaces-ddpm-standard                       # eps -> v, as the source does; --objective fm: a flow
-    python distill.py pretrain-assessor --teacher runs/toyfaces-ddpm-standard --out assessor.safetensors                     # has a --help
-    python distill.py --teacher runs/toyfaces-ddpm-standard --assessor david --assessor-file assessor.safetensors
-    python distill.py --mode progressive --teacher runs/toyfaces-fm-standard --objective fm --start-steps 8 --end-steps 1
-    python distill.py ablate --teacher runs/toyfaces-ddpm-standard --assessor-file assessor.safetensors --seeds 0,1,2        # has a --help
+"""Distil a teacher into a student of another objective, with an assessor that weighs the blocks.
+    python distill.py --teacher runs/toyfaces-ddpm-standard      # eps -> v; --objective fm: a flow
+    python distill.py pretrain-assessor --teacher RUN --out assessor.safetensors   # has a --help
+    python distill.py --teacher RUN --assessor david --assessor-file assessor.safetensors
+    python distill.py --mode progressive --teacher FLOW --objective fm --start-steps 8
+    python experiments/ablate.py --teacher RUN …                 # does the assessor help?
 
     loss = L_flow + block_weight · Σ_b λ_b (kd_weight · KD_b [+ local_b])
     λ_b  = clip(w_b (1 + α e_t + β e_p + δ (1 - coh)), 0.5, 3)
 
-L_flow compares the student with what the teacher implies at the same noised image; KD_b is 1 - cos of a block's features, student
-and teacher, averaged over space; e_t, e_p and coh are the assessor's (assessor.py). This is AbstractPhil's sd15-flow-matching
-("Sol"), whose hypothesis, that such weights help, was never tested: `ablate` does. Where its code and its description differ
-(no data, a dead λ, another schedule, a shift in the wrong direction), this follows the description; flags bring the rest back.
-A run is a folder as train.py makes it, and train.py's loop is what runs.
+L_flow compares the student with what the teacher implies at the same noised image; KD_b is 1 - cos
+of a block's features, student and teacher, averaged over space; e_t, e_p and coh are the assessor's
+(distillation/assessor.py). This is AbstractPhil's sd15-flow-matching ("Sol"), whose hypothesis,
+that such weights help, was never tested: experiments/ablate.py does. Where its code and its
+description differ (no data, a dead λ, another schedule, a shift in the wrong direction), this
+follows the description; flags bring the rest back. A run is a folder as train.py makes it, and
+train.py's loop is what runs. The same command again resumes.
 """
 
 if __name__ == "__main__":
@@ -20,164 +22,455 @@ if __name__ == "__main__":
 
 import json
 import sys
-import weakref
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-import data.dataset as data
 import train
-from distillation.assessor import Assessor, AssessorConfig, block_weights, fresh_assessor, fuse, kd_cosine, load_assessor
-from distillation.pretrain import Pretrain, pretrain
-from harness.run import TIME_BINS, checkpoints
 from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
-from harness.cli import UserError, cli, parse
-from harness.ranks import autocast
-from data.dataset import open_dataset
-from distill_flags import READS, resolve
 from data.dataset import latents_of
-from model import PRESETS, UNet
-from objectives import Loss
-from diffusion.schedules import norm
-from harness.ranks import Ranks, join_ranks
-from samplers import time_grid
-from train import objective_of
-from distillation.teacher import Teacher, open_teacher, read_texts, student_config, tap_channels, tapped, taps, teacher_vae, v_target
+from data.sources import embedded_tags
+from diffusion.schedules import TABLES, norm
+from diffusion.solvers import time_grid
+from distillation.assessor import (
+    Assessor,
+    AssessorConfig,
+    block_weights,
+    check_fits,
+    fresh_assessor,
+    fuse,
+    kd_cosine,
+    load_assessor,
+)
+from distillation.heads import LocalHeads
+from distillation.pretrain import Pretrain, pretrain
+from distillation.tally import Tally
+from distillation.teacher import (
+    Teacher,
+    describe_teacher,
+    like_the_teacher,
+    open_teacher,
+    read_texts,
+    student_config,
+    tap_channels,
+    tapped,
+    taps,
+    teacher_vae,
+    v_target,
+)
 from distillation.timesteps import TimestepSampler, bins_of, make_sampler
+from harness.cli import UserError, check_flags, cli, closest, flag, flag_like, parse
+from harness.ranks import Ranks, autocast, join_ranks
+from harness.run import TIME_BINS, checkpoints
+from model import PRESETS, UNet, UNetConfig
+from objectives import Loss, Net, Objective, make_objective
 from vae import AnyVAE, vae_from_meta
 
 __all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
 
+READS = ("david", "random", "shuffled")  # arms that run an assessor
+
+# With what other flags a flag has an effect.
+FLOW = ("--mode flow",)
+BLOCKS = ("--mode flow", "--block-weight")
+ASSESSED = (*BLOCKS, "--assessor david | random | shuffled")
+DRAWN = ("--mode flow", "--adaptive-t")
+
 
 @dataclass(frozen=True)
-class Config(train.Config):
-    # the teacher, and what follows from it
-    teacher: str = ""                    # a run, a file, a diffusers folder, hf:org/name[/file]
-    teacher_objective: Literal["", "eps", "v", "x0", "fm"] = ""   # of a file that does not say
-    teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = ""   # of a file that does not say
-    context: str = ""                    # text embeddings, for a teacher that takes text (teacher.py)
-    data: str = ""                       # "" = what the teacher was trained on, with its stage, excluded tags and held-out images
-    stage: Literal["", "standard", "fine", "stage2"] = ""   # "" = the teacher's, or standard with --data
-    holdout: float | None = None         # share of the images kept for the held-out loss; if not given, the teacher's, or 0.02 with --data
-    resolution: int = 0                  # 0 = the teacher's
-    vae: str = ""                        # "" = the teacher's
-    # the student
-    model: str = ""                      # "" = the teacher's architecture; else a preset
-    init: str = ""                       # "" = the teacher's weights | scratch | a run, a file …
-    objective: Literal["v", "fm"] = "v"  # v on the teacher's own schedule, as the source; fm = the linear path
-    batch: int = 64                      # global; split over ranks and --accum
-    lr: float = 1e-4                     # peak
-    weight_decay: float = 1e-3           # AdamW
-    # the loss
-    mode: Literal["flow", "progressive"] = "flow"   # progressive: one step of the student is two of the teacher
-    start_steps: int = 8                 # progressive: the first teacher's
-    end_steps: int = 1                   # progressive: the last student's; halved from one to the other, a run each
-    assessor: Literal["none", "david", "random", "shuffled", "const"] = "none"   # λ: none, w; david, assessed; random, by an untrained one; shuffled, other blocks'; const, --lambdas
-    assessor_file: str = ""              # from pretrain-assessor
-    block_weight: float = 0.05           # of the blocks' losses; 0 = vanilla
-    kd_weight: float = 0.25              # of a block's KD
-    local_heads: bool = False            # also predict the target from each block, through a 1×1 convolution
-    block_weights: tuple[float, ...] = ()   # w_b in the order of the blocks; none = the source's, 0.7 … 1.2 … 0.7
-    lambdas: tuple[float, ...] = ()      # const: λ_b in the order of the blocks; none = w_b
-    alpha: float = 0.5                   # of e_t
-    beta: float = 0.25                   # of e_p
-    delta: float = 0.25                  # of 1 - coh
-    lam_min: float = 0.5                 # bounds of λ
-    lam_max: float = 3.0                 # …
-    e_t: Literal["abs", "excess"] = "abs"   # excess = above the teacher's own, on the same batch
-    coherence: Literal["alpha", "data"] = "alpha"   # alpha is the source's: a constant a block; data looks at the features
-    x_source: Literal["data", "noise"] = "data"   # noise is the source's: no image ever enters
-    # timesteps (timesteps.py)
-    adaptive_t: bool = False             # drawn by the assessor's profile: a reconstruction
-    shift_dir: Literal["noise", "clean"] = "noise"   # where --shift > 1 moves them
-    base_jitter: int = 5                 # rows around a bin's centre
-    adaptive_chaos: bool = True          # … more where patterns are hard to tell
-    reliability: float = 0.15            # accuracy below which a bin has no say
-    unreliable: Literal["neutral", "drop"] = "neutral"   # such bins: drawn as the others are on average, or never
-    difficulty_gain: float = 1.0         # 0 = every bin alike
-    importance: bool = False             # weigh samples so that the choice of bins has no effect on the mean
+class Config(train.Run, train.Optim, train.Data):
+    """The flags of this script: train.py's of data, optimiser and run, with other defaults; a
+    teacher, a student, and what the one learns from the other."""
+
+    data: str = flag_like(
+        train.Data,
+        "data",
+        "",
+        "none = what the teacher was trained on, with its stage, excluded tags and held-out images",
+    )
+    stage: Literal["", "standard", "fine", "stage2"] = flag_like(
+        train.Data, "stage", "", "none = the teacher's, or standard with --data"
+    )
+    resolution: int = flag(0, "0 = the teacher's", low=0, high=8192)
+    holdout: float | None = flag_like(
+        train.Data,
+        "holdout",
+        None,
+        "share of the images kept for the held-out loss; the teacher's, or 0.02 with --data",
+    )
+    batch: int = flag_like(train.Optim, "batch", 64)
+    lr: float = flag_like(train.Optim, "lr", 1e-4)
+    weight_decay: float = flag_like(train.Optim, "weight_decay", 1e-3)
+    name: str = flag_like(train.Run, "name", "", "default <data>-distill-<objective>-<arm>")
+
+    teacher: str = flag(
+        "", "a run, a file, a diffusers folder, hf:org/name[/file]", head="the teacher"
+    )
+    teacher_objective: Literal["", "eps", "v", "x0", "fm"] = flag("", "of a file that does not say")
+    teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
+        "", "of a file that does not say"
+    )
+    context: str = flag("", "text embeddings, for a teacher that takes text (teacher.py)")
+    vae: str = flag("", "none = the teacher's")
+
+    model: str = flag("", "none = the teacher's architecture; else a preset", head="the student")
+    init: str = flag("", "none = the teacher's weights | scratch | a run, a file …")
+    objective: Literal["v", "fm"] = flag(
+        "v", "v on the teacher's own schedule, as the source | fm, the linear path"
+    )
+    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = flag_like(
+        train.Config, "table", ""
+    )
+    zero_snr: bool = flag_like(train.Config, "zero_snr", False)
+    density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = flag(
+        "", "of training times; uniform, as the source's", of=("--mode flow", "not --adaptive-t")
+    )
+    t_loc: float | None = flag(
+        None,
+        "its centre: logit_normal 0, gaussian 0.5, lognormal -1.2",
+        low=-10,
+        high=10,
+        of="--density logit_normal | gaussian | lognormal",
+    )
+    t_scale: float | None = flag(
+        None,
+        "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29",
+        low=-1,
+        high=10,
+        of="--density logit_normal | gaussian | lognormal | mode",
+    )
+    shift: float = flag(
+        1.0,
+        "of training times; > 1 = more noise, or less (--shift-dir)",
+        low=1e-3,
+        high=1e3,
+        of=FLOW,
+        off=1.0,
+    )
+    shift_dir: Literal["noise", "clean"] = flag("noise", "where it moves them", of="--shift")
+    loss: Literal["mse", "l1", "huber"] = flag_like(train.Config, "loss", "mse")
+    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag_like(
+        train.Config, "weight", "uniform"
+    )
+    gamma: float = flag_like(train.Config, "gamma", 5.0)
+
+    mode: Literal["flow", "progressive"] = flag(
+        "flow", "progressive: one step of the student is two of the teacher", head="the loss"
+    )
+    start_steps: int = flag(8, "the first teacher's", low=2, high=1024, of="--mode progressive")
+    end_steps: int = flag(
+        1,
+        "the last student's; halved from one to the other, a run each",
+        low=1,
+        high=512,
+        of="--mode progressive",
+    )
+    assessor: Literal["none", "david", "random", "shuffled", "const"] = flag(
+        "none",
+        "λ: none | david, w: assessed | random, by an untrained one | shuffled, other blocks' | "
+        "const, --lambdas",
+        of=FLOW,
+    )
+    assessor_file: str = flag(
+        "",
+        "from pretrain-assessor",
+        of=("--mode flow", "--assessor david | random | shuffled or --adaptive-t"),
+    )
+    block_weight: float = flag(0.05, "of the blocks' losses; 0 = vanilla", low=0, high=1e6, of=FLOW)
+    kd_weight: float = flag(0.25, "of a block's KD", low=0, high=1e6, of=BLOCKS)
+    local_heads: bool = flag(
+        False, "also predict the target from each block, through a 1×1 convolution", of=BLOCKS
+    )
+    block_weights: tuple[float, ...] = flag(
+        (),
+        "w_b in the order of the blocks; none = the source's, 0.7 … 1.2 … 0.7",
+        low=0,
+        of=(*BLOCKS, "not --lambdas"),
+    )
+    lambdas: tuple[float, ...] = flag(
+        (), "λ_b in the order of the blocks; none = w_b", low=0, of="--assessor const"
+    )
+    alpha: float = flag(0.5, "of e_t", low=-1e6, high=1e6, of=ASSESSED)
+    beta: float = flag(0.25, "of e_p", low=-1e6, high=1e6, of=ASSESSED)
+    delta: float = flag(0.25, "of 1 - coh", low=-1e6, high=1e6, of=ASSESSED)
+    lam_min: float = flag(0.5, "lower bound of λ", low=0, high=1e6, of=BLOCKS)
+    lam_max: float = flag(3.0, "upper bound of λ", low=0, high=1e6, of=BLOCKS)
+    e_t: Literal["abs", "excess"] = flag(
+        "abs", "excess = above the teacher's own, on the same batch", of=ASSESSED
+    )
+    coherence: Literal["alpha", "data"] = flag(
+        "alpha", "alpha, the source's: a constant a block; data looks at features", of=ASSESSED
+    )
+    x_source: Literal["data", "noise"] = flag(
+        "data", "noise is the source's: no image ever enters", of=FLOW
+    )
+
+    adaptive_t: bool = flag(
+        False,
+        "drawn by the assessor's profile: a reconstruction",
+        of=FLOW,
+        head="timesteps (distillation/timesteps.py)",
+    )
+    base_jitter: int = flag(5, "rows around a bin's centre", low=0, high=499, of=DRAWN)
+    adaptive_chaos: bool = flag(True, "… more where patterns are hard to tell", of=DRAWN)
+    reliability: float = flag(
+        0.15, "accuracy below which a bin has no say", low=0, high=1, of=DRAWN
+    )
+    unreliable: Literal["neutral", "drop"] = flag(
+        "neutral", "such bins: drawn as the others are on average, or never", of=DRAWN
+    )
+    difficulty_gain: float = flag(1.0, "0 = every bin alike", low=0, high=1e6, of=DRAWN)
+    importance: bool = flag(
+        False, "weigh samples so that the choice of bins has no effect on the mean", of=DRAWN
+    )
 
 
-FREE = train.FREE - {"accum"} | {"teacher", "assessor_file", "context"}   # λ is of a micro-batch; files may move, their marks are compared
-METRICS = ("lambda", "clipped", "kd", "e_t", "e_p", "coh")
-ALARM = (0.5, 0.15, 0.7)                     # a third of the timesteps has this share of the gradient and so much more than unweighted; or this share
+# λ is of a micro-batch, so --accum is not free; files may move, for their contents are compared.
+FREE = train.FREE - {"accum"} | {"teacher", "assessor_file", "context"}
+# Flags that a distillation once had from train.py, and refused: they stand in the configs of old
+# runs, at their defaults.
+FREE |= {
+    *("target", "stratified", "learn_sigma", "aligned", "coupling"),
+    *("lowres", "upsample", "noise_aug"),
+}
 
 
-# ---- the trainer ----------------------------------------------------------------------------------------------------
+# ---- the flags -----------------------------------------------------------------------------------
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what follows from the teacher, and refuse what cannot run, before anything is read or
+    written."""
+    check_flags(cfg)
+    unet, teacher, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
+    cfg = like_the_teacher(cfg, meta)
+    check_student(cfg)
+    check_blocks(cfg, tap_channels(unet))
+    check_files(cfg)
+    arm = cfg.assessor if cfg.block_weight else "vanilla"
+    if cfg.mode == "progressive":
+        check_halving(cfg, teacher)
+        arm = "progressive"
+    cfg = on_its_path(train.settle(cfg, "distill", cfg.objective, arm), teacher)
+    check_objective(cfg)
+    tags = cfg.exclude_tags or embedded_tags(cfg.data, cfg.stage)
+    # A progressive student learns from outputs alone.
+    block_weight = 0.0 if cfg.mode == "progressive" else cfg.block_weight
+    return replace(cfg, exclude_tags=tags, block_weight=block_weight)
+
+
+def check_student(cfg: Config) -> None:
+    if not cfg.model:
+        return
+    if cfg.model not in PRESETS:
+        known = f"Known: {', '.join(PRESETS)}."
+        raise UserError(
+            f"--model {cfg.model!r} is not a preset", do=f"{closest(cfg.model, PRESETS)}  {known}"
+        )
+    if not cfg.init:
+        raise UserError(
+            f"--model {cfg.model} with the teacher's weights",
+            do="Leave --model out for its architecture, or add --init scratch or FILE.",
+        )
+
+
+def check_blocks(cfg: Config, blocks: dict[str, int]) -> None:
+    """The weights of the blocks, and of their losses."""
+    if cfg.lam_min > cfg.lam_max:
+        raise UserError(
+            f"--lam-min {cfg.lam_min} is above --lam-max {cfg.lam_max}", do="Exchange them."
+        )
+    for name in ("block_weights", "lambdas"):
+        values = getattr(cfg, name)
+        if values and len(values) != len(blocks):
+            raise UserError(
+                f"--{name.replace('_', '-')} {','.join(map(str, values))}",
+                wanted=f"{len(blocks)} numbers from 0, for {', '.join(blocks)}",
+                do="Give one a block.",
+            )
+    if cfg.block_weight and not cfg.kd_weight and not cfg.local_heads:
+        raise UserError(
+            "--kd-weight 0 leaves the blocks no loss without --local-heads",
+            do="If that is meant: --block-weight 0.",
+        )
+
+
+def check_files(cfg: Config) -> None:
+    adaptive = " --adaptive-t" if cfg.adaptive_t else ""
+    if (cfg.assessor in ("david", "shuffled") or adaptive) and not cfg.assessor_file:
+        raise UserError(
+            f"--assessor {cfg.assessor}{adaptive} needs --assessor-file",
+            do=f"Make one: python distill.py pretrain-assessor --teacher {cfg.teacher}",
+        )
+    if cfg.assessor_file and not Path(cfg.assessor_file).is_file():
+        raise UserError(
+            f"no assessor at {cfg.assessor_file}",
+            wanted="a file that pretrain-assessor wrote",
+            do="Check the name.",
+        )
+
+
+def on_its_path(cfg: Config, teacher: Objective) -> Config:
+    """A student of v is on the teacher's own schedule."""
+    if cfg.objective != "v" or not teacher.table:
+        return cfg
+    if cfg.table not in ("", teacher.table):
+        raise UserError(
+            f"--table {cfg.table}, but the teacher's schedule is {teacher.table}, and the "
+            "student's v is on it",
+            do="Leave it out.",
+        )
+    if cfg.zero_snr and not teacher.zero_snr:
+        raise UserError(
+            "--zero-snr, but the teacher's schedule does not end in pure noise, and the student's "
+            "v is on it",
+            do="Leave it out.",
+        )
+    zero_snr = teacher.zero_snr and teacher.table in TABLES
+    return replace(cfg, table=teacher.table, zero_snr=zero_snr)
+
+
+def check_halving(cfg: Config, teacher: Objective) -> None:
+    """Progressive: numbers of steps, and the path."""
+    ratio, rest = divmod(cfg.start_steps, cfg.end_steps)
+    if rest or ratio < 2 or ratio.bit_count() != 1:
+        raise UserError(
+            f"--start-steps {cfg.start_steps} does not become --end-steps {cfg.end_steps} by "
+            "halving",
+            do="Use powers of two, as 8 and 1.",
+        )
+    wanted = "v" if teacher.table else "fm"
+    if cfg.objective != wanted:
+        raise UserError(
+            f"--objective {cfg.objective}: a progressive student stays on its teacher's path, "
+            f"{teacher.table or 'the linear one'}",
+            do=f"Use --objective {wanted}.",
+        )
+
+
+def shift_of(cfg: Config) -> float:
+    """Of the training times; > 1 = towards noise."""
+    return cfg.shift if cfg.shift_dir == "noise" else 1 / cfg.shift
+
+
+def check_objective(cfg: Config) -> None:
+    try:
+        student_objective(cfg)
+    except ValueError as error:
+        raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
+
+
+def student_objective(cfg: Config) -> Objective:
+    """What the student is trained to say."""
+    table = {"table": cfg.table} if cfg.table else {}
+    return make_objective(
+        cfg.objective,
+        # As the source's; train.py's preset for fm is logit_normal.
+        density=cfg.density or "uniform",
+        shift=shift_of(cfg),
+        t_loc=cfg.t_loc,
+        t_scale=cfg.t_scale,
+        zero_snr=cfg.zero_snr,
+        loss_type=cfg.loss,
+        weight=cfg.weight,
+        gamma=cfg.gamma,
+        **table,
+    )
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a teacher says of noised images."""
+
+    t: Tensor  # (B,) where, on the linear path
+    x: Tensor  # (B, C, H, W) the noised images
+    x0: Tensor  # (B, C, H, W) what it takes for the image …
+    eps: Tensor  # (B, C, H, W) … and for the noise: the student's goal
+    features: dict[str, Tensor]  # of its blocks
+    weight: Tensor  # (B,) of the samples, for importance sampling
+
 
 @dataclass
-class Distiller(train.Trainer):
-    """A Trainer whose loss comes from a teacher."""
-    teacher: Teacher = None                      # type: ignore[assignment]   # a dataclass wants a default here
+class DistillLoss:
+    """The loss of a student, as train.Trainer holds one (see train.ObjectiveLoss)."""
+
+    cfg: Config
+    ranks: Ranks
+    vae: AnyVAE
+    objective: Objective  # the student's
+    net: UNet  # the student, without what wraps it in training
+    teacher: Teacher
+    weights: Tensor  # (n,) fp32: w, or λ where no assessor weighs
     assessor: Assessor | None = None
-    weights: Tensor = None                       # type: ignore[assignment]   # (n,) fp32: w, or the const arm's λ
     sampler: TimestepSampler | None = None
-    tally: dict[str, Tensor] = field(default_factory=dict)                      # sums since the last line of the log
-    alarmed: bool = False
-    cleared: int = 0                                                            # non-finite steps after which the heads were cleared
+    heads: LocalHeads | None = None
+    tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        n, device = len(self.weights), self.ranks.device
-        shapes = {"blocks": (n, len(METRICS)), "batches": (1,), "share": (1,), "times": (TIME_BINS,), "thirds": (3, 3)}
-        self.tally = {k: torch.zeros(shape, dtype=torch.float64, device=device) for k, shape in shapes.items()}
-        self.heads, self.head_optimizer = nn.ModuleDict(), None
-        if self.cfg.local_heads:                                                # before the first step, with an optimizer of their own
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.cfg.seed)
-                heads = {name: nn.Conv2d(C, self.net.cfg.in_channels, 1) for name, C in tap_channels(self.net.cfg).items()}
-            self.heads = nn.ModuleDict(heads).to(device)
-            self.head_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
-            me = weakref.proxy(self)                                            # a cycle would keep the folder's lock
-            self.optimizer.register_step_post_hook(lambda *_: me.step_heads())
-        if self.teacher.texts:                                                  # previews and held-out images get the first caption
-            text = self.teacher.text
-            self.net.register_forward_pre_hook(lambda net, args, kwargs: (args, text(0, None, len(args[0])) | kwargs), with_kwargs=True)
+        self.tally = Tally(
+            list(self.teacher.blocks),
+            self.ranks,
+            assessed=self.assessor is not None,
+            bins=TIME_BINS,
+            # The times of a progressive student are its steps: no choice of ours.
+            alarms=self.cfg.mode != "progressive",
+        )
 
-    def forward(self, net: Any, batch: dict[str, Tensor]) -> Loss:
-        """The distillation loss on a collated batch. Held-out images (another net than the one that trains) get L_flow alone."""
-        cfg, training = self.cfg, net is self.model and torch.is_grad_enabled()
-        if self.cleared != self.skipped:                                        # the last step's gradients were not finite: the heads' go too
-            self.heads.zero_grad(set_to_none=True)
-            self.cleared = self.skipped
+    @property
+    def per_part(self) -> str:
+        """The flag, if one is on, that makes a step depend on how its batch is split over ranks and
+        --accum."""
+        return "--coherence data" if self.assessor and self.cfg.coherence == "data" else ""
+
+    @property
+    def drawing(self) -> dict[str, Any] | None:
+        """A progressive student knows the times of its own steps only."""
+        if self.cfg.mode == "progressive":
+            return {"method": "euler", "steps": self.cfg.end_steps}
+        return None
+
+    def __call__(self, net: Net, batch: dict[str, Tensor]) -> Loss:
+        """The loss on a collated batch. Without gradients, as for held-out images, L_flow alone."""
+        cfg = self.cfg
         text = self.teacher.text(cfg.seed, batch.get("position"), len(batch["eps"]))
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
-        cond = ({"y": batch["y"]} if "y" in batch else {}) | text
-        x0, eps = latents_of(self.vae, batch), batch["eps"]
+        cond = {"y": batch["y"]} if "y" in batch else {}
+        cond |= text
+        x0 = latents_of(self.vae, batch)  # outside autocast: only networks run in bf16
+        features: dict[str, Tensor] = {}
+        if cfg.block_weight and torch.is_grad_enabled():
+            net = tapped(net, taps(self.net.cfg), features)
         with autocast(self.ranks.device, cfg.dtype):
-            if cfg.mode == "progressive":
-                t, x, goals, theirs = self.two_steps(x0, eps, batch.get("q", batch.get("t")), cond)
-                weight = torch.ones_like(t)
-            else:
-                t, weight = self.times(batch)
-                x = self.teacher.noised(x0, eps, t, cfg.x_source)
-                asked = t.clamp(*self.teacher.limits)                           # beyond its schedule, at its end of the same line x0 … eps
-                *goals, theirs = self.teacher.ask(self.teacher.noised(x0, eps, asked, cfg.x_source), asked, **cond)
-            mine: dict[str, Tensor] = {}
-            student = tapped(net, taps(self.net.cfg), mine) if training and cfg.block_weight else net
-            own = x / norm(t).view(-1, 1, 1, 1) if self.objective.table else x  # what the teacher saw, to the bit: goals mix to it up to rounding
+            answer = self.ask(x0, batch, cond)
+            flow = self.flow_loss(net, answer, cond)
+            loss = flow.loss
+            if cfg.importance:
+                loss = (flow.per_sample * answer.weight).mean()
+            if features:
+                blocks, metrics = self.block_loss(features, answer)
+                total = loss + cfg.block_weight * blocks
+                self.tally.add_blocks(metrics, loss.detach(), total.detach())
+                loss = total
+        return Loss(loss, flow.per_sample, answer.t)
 
-            def answer(_: Tensor, row: Tensor, **c: Any) -> Tensor:
-                out = student(own, row, **c)
-                if training:
-                    error = (out.detach().float() - self.objective.goal(*goals, t.view(-1, 1, 1, 1))).flatten(1).norm(dim=1)
-                    out.register_hook(lambda g: self.count(t, g.float().flatten(1).norm(dim=1), error))
-                return out
-            loss = self.objective.loss(answer, goals[0], eps=goals[1], t=t, **cond)
-            total = (loss.per_sample * weight).mean() if cfg.importance else loss.loss
-            if mine:
-                blocks, seen = self.block_loss(mine, theirs, t, goals)
-                flow, total = total.detach(), total + cfg.block_weight * blocks
-                good = torch.isfinite(total.detach())                           # train.py skips a step that is not; so does the log
-                for name, value in {"blocks": seen, "batches": torch.ones_like(flow), "share": 1 - flow / total.detach()}.items():
-                    self.tally[name] += finite(value) * good
-        return Loss(total, loss.per_sample, t)
+    def ask(self, x0: Tensor, batch: dict[str, Tensor], cond: dict[str, Tensor]) -> Answer:
+        """Noise the latents x0 (B, C, H, W), and show them to the teacher."""
+        eps = batch["eps"]
+        if self.cfg.mode == "progressive":
+            return self.two_steps(x0, eps, batch["q"] if "q" in batch else batch["t"], cond)
+        t, weight = self.times(batch)
+        # Beyond its schedule the teacher is asked at its end, on the same line from x0 to eps.
+        within = self.teacher.within(t)
+        shown = self.teacher.noised(x0, eps, within, self.cfg.x_source)
+        says_x0, says_eps, features = self.teacher.ask(shown, within, **cond)
+        x = self.teacher.noised(x0, eps, t, self.cfg.x_source)
+        return Answer(t, x, says_x0, says_eps, features, weight)
 
     def times(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(t (B,), importance weights (B,))."""
@@ -187,262 +480,199 @@ class Distiller(train.Trainer):
         rows, weight = self.sampler.draw(batch["q"].cpu())
         return self.teacher.time(rows).to(self.ranks.device), weight.to(self.ranks.device)
 
-    def two_steps(self, x0: Tensor, eps: Tensor, q: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], dict]:
-        """Two steps of the teacher as one of the student (Salimans & Ho 2022): (t, x_t, (x0, eps) of the line they end on, features).
+    def two_steps(self, x0: Tensor, eps: Tensor, q: Tensor, cond: dict[str, Tensor]) -> Answer:
+        """Two steps of the teacher as one of the student (Salimans & Ho 2022), for uniform q (B,).
 
-        The grid is samplers.time_grid's, so `samplers.py --method euler --steps N` walks it. On the linear path DDIM is Euler.
+        The goal is (x0, eps) of the line that such a step walks. The grid is time_grid's, so
+        `samplers.py --method euler --steps N` walks it. On the linear path DDIM is Euler.
         """
-        N, ask = self.cfg.end_steps, lambda x, t: self.teacher.ask(x, t.clamp(*self.teacher.limits), **cond)
+        N = self.cfg.end_steps
         grid = time_grid(2 * N, t_start=self.objective.t_max).float().to(q.device)
         i = 2 * ((1 - q) * N).long().clamp(0, N - 1)
-        t, middle, end = grid[i], grid[i + 1], grid[i + 2]
-        column = lambda v: v.view(-1, 1, 1, 1)
-        x = (1 - column(t)) * x0 + column(t) * eps
-        a, b, features = ask(x, t)
-        halfway = x + column(middle - t) * (b - a)
-        a, b, _ = ask(halfway, middle)
-        u = (halfway + column(end - middle) * (b - a) - x) / column(end - t)
-        return t, x, (x - column(t) * u, x + (1 - column(t)) * u), features
+        t, later = grid[i], grid[i + 1]
+        start, middle, end = column(t), column(later), column(grid[i + 2])
+        x = (1 - start) * x0 + start * eps
+        a, b, features = self.teacher.ask(x, self.teacher.within(t), **cond)
+        halfway = x + (middle - start) * (b - a)
+        a, b, _ = self.teacher.ask(halfway, self.teacher.within(later), **cond)
+        u = (halfway + (end - middle) * (b - a) - x) / (end - start)
+        return Answer(t, x, x - start * u, x + (1 - start) * u, features, torch.ones_like(t))
 
-    def block_loss(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor, goals: Any) -> tuple[Tensor, Tensor]:
-        """Σ_b λ_b (kd_weight · KD_b + local_b), and METRICS of each block (n, 6). No gradient goes through λ."""
-        kd = torch.stack([kd_cosine(mine[name], theirs[name]) for name in theirs])
-        lam, metrics = self.lambdas(mine, theirs, t)
+    def flow_loss(self, net: Net, answer: Answer, cond: dict[str, Tensor]) -> Loss:
+        """L_flow: the student against what the teacher says, at the same noised images."""
+        t = answer.t
+        # What the teacher saw, to the bit: its x0 and eps mix to it only up to rounding.
+        x = answer.x / norm(column(t)) if self.objective.table else answer.x
+
+        def student(_: Tensor, row: Tensor, **cond: Any) -> Tensor:
+            out = net(x, row, **cond)
+            if out.requires_grad:
+                self.watch(out, answer)
+            return out
+
+        return self.objective.loss(student, answer.x0, eps=answer.eps, t=t, **cond)
+
+    def watch(self, out: Tensor, answer: Answer) -> None:
+        """Let the tally know how much of the gradient comes from which times."""
+        goal = self.objective.goal(answer.x0, answer.eps, column(answer.t))
+        error = (out.detach().float() - goal).flatten(1).norm(dim=1)
+        thirds = bins_of(self.teacher.row(self.teacher.within(answer.t)), 3)
+
+        def count(gradient: Tensor) -> None:
+            size = gradient.float().flatten(1).norm(dim=1)
+            self.tally.add_times(answer.t, thirds, size, error)
+
+        out.register_hook(count)
+
+    def block_loss(self, features: dict[str, Tensor], answer: Answer) -> tuple[Tensor, Tensor]:
+        """Σ_b λ_b (kd_weight · KD_b + local_b), and tally.METRICS of each block (n, 6).
+
+        No gradient goes through λ.
+        """
+        theirs = answer.features
+        kd = torch.stack([kd_cosine(features[name], theirs[name]) for name in theirs])
+        lam, metrics = self.lambdas(features, theirs, answer.t)
         terms = self.cfg.kd_weight * kd
-        if self.cfg.local_heads:
-            goal = self.objective.goal(goals[0], goals[1], t.view(-1, 1, 1, 1))
-            with torch.autocast(t.device.type, enabled=False):
-                terms = terms + torch.stack([F.mse_loss(head(mine[name].float()), F.interpolate(goal, mine[name].shape[2:], mode="bilinear"))
-                                             for name, head in self.heads.items()])
-        return (lam * terms).sum(), torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)
+        if self.heads:
+            if next(self.net.parameters()).grad is None:
+                # A step begins: what one that was skipped left in the heads goes.
+                self.heads.zero_grad()
+            goal = self.objective.goal(answer.x0, answer.eps, column(answer.t))
+            terms = terms + self.heads.losses(features, goal)
+        metrics = torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)
+        return (lam * terms).sum(), metrics
 
-    def lambdas(self, mine: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-        """(λ (n,), what the log shows of each block (n, 5): λ, clipped, and from an assessor e_t, e_p, coh). Ranks agree."""
+    def lambdas(
+        self, features: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(λ (n,), what the log shows of each block (n, 5): λ, clipped, e_t, e_p, coh), from the
+        student's features and the teacher's. Ranks agree."""
         cfg = self.cfg
         if self.assessor is None:
             return self.weights, F.pad(self.weights[:, None], (0, 4))
-        bins = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), self.assessor.cfg.bins)
-        assess = lambda features: torch.stack(list(self.assessor.assess(features, bins, cfg.coherence).values()))                # (n, 3)
-        found = assess(mine)
+        found = self.assess(features, t)
         if cfg.e_t == "excess":
-            found[:, 0] -= assess(theirs)[:, 0]
+            found[:, 0] -= self.assess(theirs, t)[:, 0]
         e_t, e_p, coh = (self.ranks.all_reduce(found) / self.ranks.world).unbind(1)
         if cfg.e_t == "excess":
-            e_t = e_t.clamp(min=0)                                              # of all ranks' samples together
-        lam = fuse(e_t, e_p, coh, self.weights, alpha=cfg.alpha, beta=cfg.beta, delta=cfg.delta, lo=cfg.lam_min, hi=cfg.lam_max)
+            e_t = e_t.clamp(min=0)  # of all ranks' samples together
+        lam = fuse(
+            e_t,
+            e_p,
+            coh,
+            self.weights,
+            alpha=cfg.alpha,
+            beta=cfg.beta,
+            delta=cfg.delta,
+            lo=cfg.lam_min,
+            hi=cfg.lam_max,
+        )
         if cfg.assessor == "shuffled":
-            lam = lam.roll(len(lam) // 2)                                       # every block gets another's
-        return lam, torch.stack([lam, ((lam <= cfg.lam_min) | (lam >= cfg.lam_max)).float(), e_t, e_p, coh], 1)
+            lam = lam.roll(len(lam) // 2)  # every block gets another's
+        clipped = (lam <= cfg.lam_min) | (lam >= cfg.lam_max)
+        return lam, torch.stack([lam, clipped.float(), e_t, e_p, coh], 1)
 
-    def count(self, t: Tensor, gradient: Tensor, error: Tensor) -> None:
-        """Where in time the samples are, the norms (B,) of the loss's gradient at the output, and of the error itself."""
-        self.tally["times"].index_add_(0, (t * TIME_BINS).long().clamp(max=TIME_BINS - 1), torch.ones_like(t, dtype=torch.float64))
-        good = torch.isfinite(gradient) & torch.isfinite(error)
-        third = bins_of(self.teacher.row(t.clamp(*self.teacher.limits)), 3)
-        self.tally["thirds"].index_add_(1, third, finite(torch.stack([gradient, error, torch.ones_like(error)]) * good))
-
-    def step_heads(self) -> None:
-        """The local heads' own step, after the network's; ranks share the gradient. One that is not finite is dropped, as there."""
-        grads = [p.grad for p in self.heads.parameters()]                       # all there: heads are built only where their loss counts
-        for g in grads:
-            g.copy_(self.ranks.all_reduce(g) / self.ranks.world)
-        if all(bool(torch.isfinite(g).all()) for g in grads):
-            self.head_optimizer.param_groups[0]["lr"] = train.learning_rate(self.seen - self.cfg.batch, self.cfg)
-            self.head_optimizer.step()
-        self.head_optimizer.zero_grad(set_to_none=True)
-
-    # ---- what train.py's loop asks for ----
+    def assess(self, features: dict[str, Tensor], t: Tensor) -> Tensor:
+        """(n, 3): e_t, e_p and coh of each block."""
+        row = self.teacher.row(self.teacher.within(t))
+        bins = bins_of(row, self.assessor.cfg.bins)
+        return torch.stack(list(self.assessor.assess(features, bins, self.cfg.coherence).values()))
 
     def report(self) -> dict[str, Any]:
-        """For the training line: each block's λ, share of clipped, KD, e_t, e_p, coh; times drawn; shares of the gradient by third."""
-        sums = {k: self.ranks.all_reduce(v.clone()).cpu() for k, v in self.tally.items()}
-        for v in self.tally.values():
-            v.zero_()
-        row, names = {"t_drawn": [int(n) for n in sums["times"].tolist()]}, list(self.teacher.blocks)
-        if batches := float(sums["batches"]):
-            known = METRICS if self.assessor else METRICS[:3]                   # nobody assessed: nothing is said, rather than zero
-            row["block_share"] = float(sums["share"]) / batches                 # of the loss
-            row["blocks"] = {name: dict(zip(known, (v / batches).tolist())) for name, v in zip(names, sums["blocks"])}
-        used, plain, counts = sums["thirds"]
-        if float(used.sum()) > 0 and bool(torch.isfinite(used).all()):
-            even = plain / counts.clamp(min=1)                                  # as if all thirds were drawn alike
-            share, even = used / used.sum(), even / even.sum()
-            worst = int(share.argmax())
-            moved = share[worst] > ALARM[0] and share[worst] > even[worst] + ALARM[1]
-            alarm = "weighting" if moved else "target" if share[worst] > ALARM[2] else ""
-            alarm = "" if self.cfg.mode == "progressive" else alarm             # its times are its steps
-            row |= {"gradient_by_third": share.tolist(), "gradient_by_third_unweighted": even.tolist(), "alarm": alarm}
-            if alarm and not self.alarmed and self.ranks.rank == 0:
-                why = {"weighting": "The way times are drawn and weighed does it.",
-                       "target": "The target itself is largest there; --weight min_snr weighs noise down."}
-                where = ("next to data", "in the middle", "next to noise")[worst]
-                tqdm.write(f"warning: {share[worst]:.0%} of the gradient comes from the third of the timesteps {where}, "
-                           f"{even[worst]:.0%} if all were drawn and weighed alike.  {why[alarm]}")
-            self.alarmed = self.alarmed or bool(alarm)
-        return row
-
-    def state(self) -> dict[str, Tensor]:
-        """Local heads with their optimizer, and the half-filled tally."""
-        out = {f"tally/{k}": self.ranks.all_reduce(v.clone()).cpu() for k, v in self.tally.items()}
-        out["alarmed/"] = torch.tensor(self.alarmed)
-        for name, p in self.heads.named_parameters():
-            out[f"heads/{name}"] = p.detach()
-            out |= {f"head_{key}/{name}": v for key, v in self.head_optimizer.state.get(p, {}).items()}
-        return out
-
-    def by_parts(self) -> str:
-        return "--coherence data" if self.assessor and self.cfg.coherence == "data" else ""
-
-    def drawn(self, how: dict[str, Any]) -> dict[str, Any]:
-        """A progressive student knows the times of its own steps only."""
-        return {"method": "euler", "steps": self.cfg.end_steps} if self.cfg.mode == "progressive" else how
-
-    def take_up(self, state: dict[str, Tensor]) -> None:
-        params = dict(self.heads.named_parameters())
-        for key, value in state.items():
-            kind, name = key.split("/", 1)
-            if kind == "tally":
-                self.tally[name].copy_(value if self.ranks.rank == 0 else torch.zeros_like(value))
-            elif kind == "alarmed":
-                self.alarmed = bool(value)
-            elif kind == "heads":
-                params[name].data.copy_(value)
-            else:                                                               # AdamW counts its steps on the CPU
-                place = "cpu" if kind == "head_step" else self.ranks.device
-                self.head_optimizer.state[params[name]][kind.removeprefix("head_")] = value.to(place, copy=True)
-
-
-class AsLoss:
-    """What the training loop calls a loss, of a Distiller."""
-
-    def __init__(self, tr: Distiller):
-        self.tr = weakref.proxy(tr)                                             # a cycle would keep the folder's lock
-
-    def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
-        return self.tr.forward(net, batch)
-
-    def report(self) -> dict[str, Any]:
-        return self.tr.report()
+        """More for the training line of the log. Every rank calls it."""
+        return self.tally.report()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.tr.state()
+        """Local heads with their optimizer, and the half-filled tally. Every rank calls it."""
+        return self.tally.state_dict() | (self.heads.state_dict() if self.heads else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.tr.take_up(state)
-
-    @property
-    def per_part(self) -> str:
-        return self.tr.by_parts()
-
-    @property
-    def drawing(self) -> dict[str, Any] | None:
-        return self.tr.drawn({}) or None
+        own = {key: state[key] for key in state if key.startswith(("tally/", "alarmed/"))}
+        self.tally.load_state_dict(own)
+        if self.heads:
+            self.heads.load_state_dict({key: state[key] for key in state if key not in own})
 
 
-def finite(x: Tensor) -> Tensor:
-    """x as float64, with 0 for what is not finite."""
-    return x.double().nan_to_num(0.0, 0.0, 0.0)
+def column(v: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), which broadcasts against images."""
+    return v.view(-1, 1, 1, 1)
 
 
-# ---- setting up -----------------------------------------------------------------------------------------------------
+# ---- setting up ----------------------------------------------------------------------------------
 
-def setup(cfg: Config, ranks: Ranks) -> Distiller:
-    """Teacher, data, student and assessor. Everything that can be wrong is found before the first byte is written."""
-    run, device = Path(cfg.out) / cfg.name, ranks.device
-    teacher = open_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, device)
-    ds = open_dataset(cfg.data, stage=cfg.stage, exclude_tags=cfg.exclude_tags, resolution=cfg.resolution, holdout=cfg.holdout,
-                      crop=cfg.crop, flip=cfg.flip)
+
+def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
+    """Teacher, data, student and assessor. Everything that can be wrong is found before the first
+    byte is written."""
+    teacher = open_teacher(
+        cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, ranks.device
+    )
+    ds, classes, labels = train.open_data(cfg, ranks)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-    classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     if len(classes) != teacher.net.cfg.num_classes:
-        raise UserError(f"--classes has {len(classes)}, but the teacher knows {teacher.net.cfg.num_classes}.  "
-                        "Leave it out, if the teacher's file names them.")
-    vae = teacher_vae(cfg, teacher.meta, ds).to(device)
+        raise UserError(
+            f"--classes has {len(classes)}, but the teacher knows {teacher.net.cfg.num_classes}",
+            do="Leave it out, if the teacher's file names them.",
+        )
+    vae = teacher_vae(cfg, teacher.meta, ds).to(ranks.device)
     teacher.check_latents(vae, cfg.resolution)
-    unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
-    w = torch.tensor(cfg.lambdas or cfg.block_weights or list(block_weights(teacher.net.cfg).values()), device=device)
-    if cfg.assessor not in READS and not cfg.lambdas:                           # λ itself, within the bounds of the others
-        w = w.clamp(cfg.lam_min, cfg.lam_max)
-    if cfg.block_weight and tap_channels(unet) != tap_channels(teacher.net.cfg):
-        raise UserError(f"--model {cfg.model} has blocks {tap_channels(unet)}, the teacher {tap_channels(teacher.net.cfg)}: they cannot be "
-                        "compared.  Choose another student, or --block-weight 0.")
+    unet = student_like(teacher, cfg)
     assessor = open_assessor(cfg, teacher)
-    shift, sampler = cfg.shift if cfg.shift_dir == "noise" else 1 / cfg.shift, None
-    if cfg.adaptive_t:
-        sampler = make_sampler(assessor.accuracy, assessor.entropy, shift=shift, base_jitter=cfg.base_jitter, chaos=cfg.adaptive_chaos,
-                               threshold=cfg.reliability, unreliable=cfg.unreliable, gain=cfg.difficulty_gain)
-    if sampler and ranks.rank == 0:
-        print(f"timesteps: {int(sampler.reliable.sum())} of {len(sampler.p)} bins are reliable (accuracy ≥ {cfg.reliability:g})" +
-              ("; none is, so all rows are drawn alike." if not sampler.reliable.any() else "."), flush=True)
+    sampler = open_sampler(cfg, assessor, ranks) if cfg.adaptive_t else None
+    weights = weights_of(cfg, teacher).to(ranks.device)
     torch.manual_seed(cfg.seed)
     net = UNet(unet)
-    start = begin(cfg, teacher, net, vae) if not checkpoints(run) else None
-    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None, **marks_of(cfg, teacher.fingerprint, teacher.texts)}
-    # Uniform times, as the source's; train.py's preset for fm is logit_normal.
-    objective = objective_of(replace(cfg, shift=shift, density=cfg.density or "uniform"), vae.latent_shape(cfg.resolution))
-    return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, AsLoss, Distiller, teacher=teacher, weights=w, sampler=sampler,
-                        assessor=assessor.to(device) if assessor and cfg.assessor in READS and cfg.block_weight else None)
+    begun = checkpoints(Path(cfg.out) / cfg.name)
+    start = None if begun else begin(cfg, teacher, net, vae)
+    init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None}
+    init |= contents_of(cfg, teacher.fingerprint, teacher.texts)
+
+    def make_loss(tr: train.Trainer) -> DistillLoss:
+        loss = DistillLoss(cfg, ranks, vae, tr.objective, tr.net, teacher, weights)
+        if cfg.block_weight and cfg.assessor in READS:
+            loss = replace(loss, assessor=assessor.to(ranks.device))
+        if cfg.local_heads:
+            loss = replace(loss, heads=add_heads(cfg, tr))
+        if teacher.texts:
+            add_caption(tr.net, teacher)
+        return replace(loss, sampler=sampler)
+
+    objective = student_objective(cfg)
+    return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, make_loss)
 
 
-def marks_of(cfg: Config, teacher: str, texts: dict[str, Tensor]) -> dict[str, str | None]:
-    """What a run's targets and weights come from, by content."""
-    judge = read_tensors(cfg.assessor_file)[1].get("fingerprint") if cfg.assessor_file else "made for the run" if cfg.assessor == "random" else None
-    return {"teacher": teacher, "assessor": judge, "context": fingerprint(texts) if texts else None}
+def student_like(teacher: Teacher, cfg: Config) -> UNetConfig:
+    """The student's network; its blocks can be compared with the teacher's, if they are to be."""
+    unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
+    blocks, wanted = tap_channels(unet), tap_channels(teacher.net.cfg)
+    if cfg.block_weight and blocks != wanted:
+        raise UserError(
+            f"--model {cfg.model} has blocks {blocks}, the teacher {wanted}: they cannot be "
+            "compared",
+            do="Choose another student, or --block-weight 0.",
+        )
+    return unet
 
 
-def run(cfg: Config, ranks: Ranks) -> bool:
-    """train.train of a distillation, begun, taken up or finished; True if it was asked to stop. Files may have moved, but not changed."""
-    folder = Path(cfg.out) / cfg.name
-    if begun := checkpoints(folder):
-        net, meta = load_unet(find_checkpoint(cfg.teacher))
-        before = open_unet(begun[-1] / "model.safetensors").meta["init"]
-        for what, mark in marks_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context)).items():
-            if before.get(what) not in (None, mark):                            # a run that is older than a mark has none
-                raise UserError(f"{getattr(cfg, 'assessor_file' if what == 'assessor' else what) or f'no {what}'} is not the {what} that {folder} began with "
-                                "(its contents are others).  Put it back, or start under another --name.")
-    return train.train(cfg, ranks, setup, FREE)
-
-
-def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
-    """Give a new student its first weights; returns where they came from."""
-    if cfg.init == "scratch":
-        return None
-    if cfg.init:
-        other, meta = load_unet(cfg.init, dtype=torch.float32)
-        if "vae" in meta and vae_from_meta(meta["vae"]).fingerprint != vae.fingerprint:
-            raise UserError(f"--init {cfg.init} was trained on other latents than the teacher.  Start from a network that shares them.")
-        if meta.get("resolution", cfg.resolution) != cfg.resolution:
-            raise UserError(f"--init {cfg.init} was trained at {meta['resolution']} pixels, the teacher at {cfg.resolution}.  "
-                            "Start from a network of its size.")
-        load_strict(net, other.state_dict(), f"--init {cfg.init}")
-        return cfg.init
-    weights = teacher.net.state_dict()
-    half = {k: v[:net.cfg.out_channels] if k.startswith("out.2.") else v for k, v in weights.items()}       # without a learned variance
-    load_strict(net, half, cfg.teacher)
-    return cfg.teacher
+def weights_of(cfg: Config, teacher: Teacher) -> Tensor:
+    """(n,) fp32: w, or λ itself where no assessor weighs, within the bounds of the others'."""
+    given = cfg.lambdas or cfg.block_weights
+    weights = torch.tensor(given or list(block_weights(teacher.net.cfg).values()))
+    if cfg.assessor not in READS and not cfg.lambdas:
+        weights = weights.clamp(cfg.lam_min, cfg.lam_max)
+    return weights
 
 
 def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
     """The assessor of an arm, or None; it must read this teacher's blocks and times."""
     if cfg.assessor not in READS and not cfg.adaptive_t:
         return None
-    if not cfg.assessor_file:                                                   # --assessor random without one
+    if not cfg.assessor_file:  # --assessor random without one
         return fresh_assessor(AssessorConfig(tap_channels(teacher.net.cfg)), cfg.seed).frozen()
     net = load_assessor(cfg.assessor_file)
-    wanted, path = tap_channels(teacher.net.cfg), lambda o: (o.get("table") or "the linear path") + ", zero SNR" * bool(o.get("zero_snr"))
-    theirs, ours = path(net.meta.get("objective", {})), path(asdict(teacher.objective))
-    if net.cfg.blocks != wanted:
-        raise UserError(f"{cfg.assessor_file} reads blocks {net.cfg.blocks}, the teacher has {wanted}.  Pretrain one for this teacher.")
-    if theirs != ours:
-        raise UserError(f"{cfg.assessor_file} has its {net.cfg.bins} bins on the schedule {theirs}, the teacher is on {ours}.  Pretrain one for this teacher.")
-    if net.meta.get("pretraining", {}).get("shuffle_time"):
-        raise UserError(f"{cfg.assessor_file} was made with --shuffle-time, as a control: its times are wrong.  Pretrain one without.")
-    if net.meta.get("teacher") != teacher.fingerprint:
-        print(f"warning: {cfg.assessor_file} was trained on another teacher's features.", flush=True)
-    if net.cfg.x_source != cfg.x_source:
-        print(f"warning: {cfg.assessor_file} knows features of {net.cfg.x_source}, and --x-source is {cfg.x_source}.", flush=True)
-    if cfg.assessor == "random":                                                # the placebo: same shape, same standardising, nothing learned
+    check_fits(net, cfg.assessor_file, teacher, cfg.x_source)
+    if cfg.assessor == "random":  # the placebo: same shape and standardising, nothing learned
         fresh = fresh_assessor(net.cfg, cfg.seed)
         for name, companion in net.blocks.items():
             fresh.blocks[name].mean.copy_(companion.mean)
@@ -451,46 +681,178 @@ def open_assessor(cfg: Config, teacher: Teacher) -> Assessor | None:
     return net
 
 
+def open_sampler(cfg: Config, assessor: Assessor, ranks: Ranks) -> TimestepSampler:
+    """What draws the times by the assessor's profile. Says how much of it is of use."""
+    sampler = make_sampler(
+        assessor.accuracy,
+        assessor.entropy,
+        shift=shift_of(cfg),
+        base_jitter=cfg.base_jitter,
+        chaos=cfg.adaptive_chaos,
+        threshold=cfg.reliability,
+        unreliable=cfg.unreliable,
+        gain=cfg.difficulty_gain,
+    )
+    if ranks.rank == 0:
+        n = int(sampler.reliable.sum())
+        rest = "." if n else "; none is, so all rows are drawn alike."
+        print(
+            f"timesteps: {n} of {len(sampler.p)} bins are reliable "
+            f"(accuracy ≥ {cfg.reliability:g}){rest}",
+            flush=True,
+        )
+    return sampler
+
+
+def add_heads(cfg: Config, tr: train.Trainer) -> LocalHeads:
+    """Local heads, made before the first step, whose own step follows each of the network's."""
+    heads = LocalHeads(
+        tap_channels(tr.net.cfg),
+        tr.net.cfg.in_channels,
+        tr.ranks,
+        seed=cfg.seed,
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+    )
+
+    def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        heads.step(optimizer.param_groups[0]["lr"])
+
+    tr.optimizer.register_step_post_hook(follow)
+    return heads
+
+
+def add_caption(net: UNet, teacher: Teacher) -> None:
+    """Where nobody says a caption, as in previews, the network gets the first one."""
+
+    def first(net: UNet, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, teacher.text(0, None, len(args[0])) | kwargs
+
+    net.register_forward_pre_hook(first, with_kwargs=True)
+
+
+def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
+    """Give a new student its first weights; returns where they came from."""
+    if cfg.init == "scratch":
+        return None
+    if not cfg.init:
+        weights = teacher.net.state_dict()
+        for name in weights:
+            if name.startswith("out.2."):  # without a learned variance
+                weights[name] = weights[name][: net.cfg.out_channels]
+        load_strict(net, weights, cfg.teacher)
+        return cfg.teacher
+    other, meta = load_unet(cfg.init, dtype=torch.float32)
+    if "vae" in meta and vae_from_meta(meta["vae"]).fingerprint != vae.fingerprint:
+        raise UserError(
+            f"--init {cfg.init} was trained on other latents than the teacher",
+            do="Start from a network that shares them.",
+        )
+    if meta.get("resolution", cfg.resolution) != cfg.resolution:
+        raise UserError(
+            f"--init {cfg.init} was trained at {meta['resolution']} pixels, the teacher at "
+            f"{cfg.resolution}",
+            do="Start from a network of its size.",
+        )
+    load_strict(net, other.state_dict(), f"--init {cfg.init}")
+    return cfg.init
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def contents_of(cfg: Config, teacher: str, texts: dict[str, Tensor]) -> dict[str, str | None]:
+    """What a run's targets and weights come from, by fingerprint; `teacher` is the teacher's."""
+    assessor = None
+    if cfg.assessor_file:
+        assessor = read_tensors(cfg.assessor_file)[1].get("fingerprint")
+    elif cfg.assessor == "random":
+        assessor = "made for the run"
+    context = fingerprint(texts) if texts else None
+    return {"teacher": teacher, "assessor": assessor, "context": context}
+
+
+def run(cfg: Config, ranks: Ranks) -> bool:
+    """train.train of a distillation, begun, resumed or finished; True if it was asked to stop."""
+    folder = Path(cfg.out) / cfg.name
+    if begun := checkpoints(folder):
+        check_contents(cfg, folder, begun[-1])
+    return train.train(cfg, ranks, setup, FREE)
+
+
+def check_contents(cfg: Config, folder: Path, checkpoint: Path) -> None:
+    """Files may have moved since a run began, but not changed."""
+    before = open_unet(checkpoint / "model.safetensors").meta["init"]
+    net, meta = load_unet(find_checkpoint(cfg.teacher))
+    now = contents_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context))
+    for what, contents in now.items():
+        if before.get(what) in (None, contents):  # None: older than this check
+            continue
+        file = getattr(cfg, "assessor_file" if what == "assessor" else what) or f"no {what}"
+        raise UserError(
+            f"{file} is not the {what} that {folder} began with (its contents are others)",
+            do="Put it back, or start under another --name.",
+        )
+
+
 def phases(cfg: Config) -> list[Config]:
-    """A progressive run as one run for each halving, each the next one's teacher; any other config as it is."""
+    """A progressive run as one run for each halving, each the next one's teacher; any other config
+    as it is."""
     if cfg.mode != "progressive":
         return [cfg]
-    chain, steps = [], cfg.start_steps // 2
+    chain: list[Config] = []
+    steps = cfg.start_steps // 2
     while steps >= cfg.end_steps:
-        phase = replace(cfg, name=f"{cfg.name}-{steps}", start_steps=2 * steps, end_steps=steps)
-        if chain:                                                               # its teacher is the last student, and it starts as that
-            phase = replace(phase, teacher=str(Path(cfg.out) / chain[-1].name), init="", model="", teacher_objective="", teacher_table="")
-        chain, steps = [*chain, phase], steps // 2
+        name = f"{cfg.name}-{steps}"
+        phase = replace(cfg, name=name, start_steps=2 * steps, end_steps=steps)
+        if chain:  # its teacher is the last student, and it starts as that
+            teacher = str(Path(cfg.out) / chain[-1].name)
+            phase = replace(
+                phase, teacher=teacher, init="", model="", teacher_objective="", teacher_table=""
+            )
+        chain.append(phase)
+        steps //= 2
+    # Found now, and not after the first phase was trained.
     begun = [bool(checkpoints(Path(cfg.out) / phase.name)) for phase in chain]
-    if True in begun and not all(begun[:begun.index(True)]):                    # found now, and not after the first phase was trained
-        raise UserError(f"{Path(cfg.out) / chain[begun.index(True)].name} is of another chain: {chain[0].name}, which should come first, is not there.  "
-                        "Repeat that chain's --start-steps, or start under another --name.")
+    if True in begun and not all(begun[: begun.index(True)]):
+        other = Path(cfg.out) / chain[begun.index(True)].name
+        raise UserError(
+            f"{other} is of another chain: {chain[0].name}, which should come first, is not there",
+            do="Repeat that chain's --start-steps, or start under another --name.",
+        )
     return chain
 
 
 def main() -> None:
-    command, argv = "train", sys.argv[1:]
+    command, argv = "", sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         command, *argv = argv
     if command == "ablate":
-        from experiments.ablate import main as ablate_main                                  # here, for it builds on this file
-        return ablate_main(argv)
-    if command not in ("train", "pretrain-assessor"):
-        raise UserError(f"command {command!r} is not one of train, pretrain-assessor, ablate.  See --help.")
-    kind = Pretrain if command == "pretrain-assessor" else Config
-    cfg, dry_run = parse(kind, sys.modules[kind.__module__].__doc__, argv)
-    if kind is Config:
-        cfg = resolve(cfg)
+        raise UserError(
+            "distill.py ablate has a command of its own",
+            do="From the repository's folder: python experiments/ablate.py --teacher RUN …",
+        )
+    if command == "pretrain-assessor":
+        pretraining, dry_run = parse(Pretrain, sys.modules[Pretrain.__module__].__doc__, argv)
+        if dry_run:
+            print(json.dumps(asdict(pretraining), indent=1))
+        else:
+            pretrain(pretraining)
+        return
+    if command not in ("", "train"):
+        raise UserError(
+            f"command {command!r} is not one of train, pretrain-assessor", do="See --help."
+        )
+    cfg, dry_run = parse(Config, __doc__, argv)
+    cfg = resolve(cfg)
     if dry_run:
         print(json.dumps(asdict(cfg), indent=1))
-    elif kind is Pretrain:
-        pretrain(cfg)
-    else:
-        ranks = join_ranks(cfg.device)
-        for phase in phases(cfg):
-            if run(phase, ranks):
-                break
-        ranks.leave()
+        return
+    ranks = join_ranks(cfg.device)
+    for phase in phases(cfg):
+        if run(phase, ranks):
+            break
+    ranks.leave()
 
 
 if __name__ == "__main__":

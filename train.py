@@ -258,8 +258,8 @@ def learning_rate(seen: int, cfg: Any) -> float:
         return cfg.lr * (seen + cfg.batch) / (warm + cfg.batch)
     if cfg.decay == "constant":
         return cfg.lr
-    progress = (seen - warm) / max(cfg.images - warm, 1)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    rest = max(cfg.images - warm, 1)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (seen - warm) / rest))
 
 
 def due(seen: int, every: int, batch: int) -> bool:

@@ -49,11 +49,7 @@ class Dataset:
     """The images `index` of a source. `heldout` is a Dataset of images that training never sees."""
 
     def __init__(
-        self,
-        source: Source | LatentSource,
-        index: np.ndarray,
-        heldout: "Dataset | None" = None,
-        report: str = "",
+        self, source: Source, index: np.ndarray, heldout: "Dataset | None" = None, report: str = ""
     ):
         self.source, self.index, self.heldout, self.report = source, index, heldout, report
 
@@ -75,7 +71,7 @@ class Dataset:
     def view(self, i: int, mirrored: bool = False, where: float | None = None) -> dict[str, Tensor]:
         """What training sees of image i: {"image": uint8 (3, H, W)}, or of a latent cache
         {"raw": (C, h, w)}."""
-        if isinstance(self.source, LatentSource):
+        if self.source.pixels is None and hasattr(self.source, "raw"):
             return {"raw": self.source.raw(self.index[i], mirrored)}
         image = self.image(i, where)
         return {"image": image.flip(-1) if mirrored else image}
@@ -148,10 +144,14 @@ def open_dataset(
     else:
         source = open_source(spec, resolution, crop)
     found = len(source.names)
-    fits = fitting(source, stage, exclude_tags)
+    everything = source.table.counts()
     tagged = np.zeros(found, bool)
-    for images, _ in fits.values():
-        tagged |= images
+    fits: dict[str, np.ndarray] = {}  # expression -> which images fit
+    tags_of: dict[str, list[str]] = {}  # expression -> the tags it names
+    for text in exclude_tags:
+        test, tags_of[text] = compile_tags(text, everything, f"stage={stage}", found)
+        fits[text] = test(source.table)
+        tagged |= fits[text]
     inside = {"standard": np.ones(found, bool), "fine": ~tagged, "stage2": tagged}[stage]
     held = source.held < holdout * 2**32
     heldout = Dataset(source, np.flatnonzero(inside & held))
@@ -162,7 +162,14 @@ def open_dataset(
             f"({found} readable, {tagged.sum()} with the tags)",
             do="Choose another stage, other tags or a smaller --holdout.",
         )
-    lines = describe_stage(stage, ds, fits)
+    lines = []
+    for text, hits in fits.items():
+        if len(tags_of[text]) > 1:
+            used = (hits & inside & ~held).sum()
+            lines.append(f"  {stage} {text!r}: {hits.sum():,} found, {used:,} used")
+    counts = ds.counts()
+    for tag in sorted({tag for tags in tags_of.values() for tag in tags}):
+        lines.append(f"  {stage} tag {tag!r}: {everything[tag]:,} found, {counts[tag]:,} used")
     ds.report = describe(spec, stage, ds, int((~inside).sum()), lines)
     return ds
 
@@ -180,32 +187,6 @@ def check_stage(stage: str, exclude_tags: Sequence[str], resolution: int) -> Non
             f"stage={stage} needs --exclude-tags",
             do="Give the tags it leaves out (fine) or keeps (stage2).",
         )
-
-
-Fits = dict[str, tuple[np.ndarray, list[str]]]
-
-
-def fitting(source: Source | LatentSource, stage: str, expressions: Sequence[str]) -> Fits:
-    """Each expression -> (which images fit it, (n,) bool; the tags it names)."""
-    vocabulary = source.table.counts()
-    fits: Fits = {}
-    for text in expressions:
-        test, tags = compile_tags(text, vocabulary, f"stage={stage}", len(source.names))
-        fits[text] = test(source.table), tags
-    return fits
-
-
-def describe_stage(stage: str, ds: Dataset, fits: Fits) -> list[str]:
-    """A line for each expression of several tags, and for each tag."""
-    lines = []
-    for text, (images, tags) in fits.items():
-        if len(tags) > 1:
-            found, used = images.sum(), images[ds.index].sum()
-            lines.append(f"  {stage} {text!r}: {found:,} found, {used:,} used")
-    everything, counts = ds.source.table.counts(), ds.counts()
-    for tag in sorted({tag for _, tags in fits.values() for tag in tags}):
-        lines.append(f"  {stage} tag {tag!r}: {everything[tag]:,} found, {counts[tag]:,} used")
-    return lines
 
 
 def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: list[str]) -> str:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckpt import fingerprint, load_strict, read_tensors
-from distillation.teacher import tap_channels
+from distillation.teacher import Teacher, tap_channels
 from harness.cli import UserError
 from harness.files import write_tensors
 
@@ -371,3 +371,40 @@ def load_assessor(path: Path | str) -> Assessor:
     load_strict(net, tensors, str(path))
     net.meta = meta
     return net.frozen()
+
+
+def check_fits(net: Assessor, path: str, teacher: Teacher, x_source: str) -> None:
+    """Refuse an assessor of other blocks or times than this teacher's; warn of one that has seen
+    other features."""
+    another = "Pretrain one for this teacher."
+    blocks = tap_channels(teacher.net.cfg)
+    if net.cfg.blocks != blocks:
+        raise UserError(
+            f"{path} reads blocks {net.cfg.blocks}, the teacher has {blocks}", do=another
+        )
+    schedule = schedule_of(net.meta.get("objective", {}))
+    wanted = schedule_of(asdict(teacher.objective))
+    if schedule != wanted:
+        raise UserError(
+            f"{path} has its {net.cfg.bins} bins on the schedule {schedule}, the "
+            f"teacher is on {wanted}",
+            do=another,
+        )
+    if net.meta.get("pretraining", {}).get("shuffle_time"):
+        raise UserError(
+            f"{path} was made with --shuffle-time, as a control: its times are wrong",
+            do="Pretrain one without.",
+        )
+    if net.meta.get("teacher") != teacher.fingerprint:
+        print(f"warning: {path} was trained on another teacher's features.", flush=True)
+    if net.cfg.x_source != x_source:
+        print(
+            f"warning: {path} knows features of {net.cfg.x_source}, and --x-source is {x_source}.",
+            flush=True,
+        )
+
+
+def schedule_of(objective: dict[str, Any]) -> str:
+    """The noise schedule of an objective, in words."""
+    zero = ", zero SNR" if objective.get("zero_snr") else ""
+    return (objective.get("table") or "the linear path") + zero

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import data.dataset as data
 from ckpt import read_tensors
-from data.dataset import latents_of
-from data.dataset import Dataset, Stream, open_dataset
+from data.dataset import Dataset, Stream, latents_of, open_dataset
+from data.sources import embedded_tags
 from diffusion.schedules import T, norm
 from distillation.assessor import (
     Assessor,
@@ -42,7 +42,6 @@ from harness.cli import UserError, check_flags, flag
 from harness.files import make_dir, write_text
 from harness.ranks import autocast, pick_device
 from harness.run import versions
-from data.sources import embedded_tags
 from vae import AnyVAE
 
 # Of the terms of Companion.losses.

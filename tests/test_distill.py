@@ -16,6 +16,7 @@ from conftest import randomize
 from safetensors.torch import load_file, save_file
 
 import experiments.ablate as ablate
+from experiments import verdict
 import distillation.pretrain as pretrain_file
 import distill
 import samplers
@@ -27,7 +28,7 @@ from distillation.pretrain import examine, fit
 from harness.run import checkpoints
 from ckpt import convert, fingerprint, load_unet, read_tensors, save_unet
 from harness.cli import UserError
-from data.dataset import Stream, batches
+from data.dataset import Stream, batches, open_dataset
 from distill import fuse, kd_cosine, v_target
 from harness.files import write_tensors
 from metrics.distances import frechet_from_features
@@ -35,6 +36,7 @@ from model import PRESETS, UNet, UNetConfig
 from objectives import Objective, make_objective
 from diffusion.schedules import alphas_bar, norm, table_time
 from harness.ranks import Ranks
+from distillation.tally import Tally
 from distillation.teacher import Teacher, tap_channels, taps
 from test_resume import kill_tree, wait_for
 from distillation.timesteps import bins_of, make_sampler
@@ -127,10 +129,10 @@ def test_a_flow_student_of_an_eps_teacher_is_asked_for_eps_minus_x0_also_beyond_
     t = torch.tensor([0.3, 0.99, 1.0])                                          # SD's table ends at 0.936
     teacher, asked = stub(lambda x, row, features: (eps, {f: x for f in features})), []
     student = lambda x, row, **c: asked.append((x, row)) or torch.zeros_like(x)
-    tr = object.__new__(distill.Distiller)
-    tr.cfg, tr.ranks, tr.vae, tr.objective, tr.teacher, tr.sampler, tr.model = distill.Config(), ALONE, pixel(1), make_objective("fm"), teacher, None, None
+    loss_of = distill.DistillLoss(distill.Config(), ALONE, pixel(1), make_objective("fm"), None, teacher, torch.ones(5))
     image = ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    loss = tr.forward(student, {"image": image, "eps": eps, "t": t})
+    with torch.no_grad():
+        loss = loss_of(student, {"image": image, "eps": eps, "t": t})
     x0 = image.float() / 127.5 - 1
     assert loss.per_sample.tolist() == pytest.approx((eps - x0).square().flatten(1).mean(1).tolist(), rel=1e-4)
     assert torch.allclose(asked[0][0], (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps) and asked[0][1].tolist() == pytest.approx((t * 1000).tolist())
@@ -350,7 +352,7 @@ def test_what_is_measured_on_held_out_features():
 
 @pytest.mark.parametrize("source", ["data", "noise"])
 def test_pretraining_shows_the_teacher_what_x_source_says(home, source):
-    teacher, ds = teacher_file.open_teacher(str(home / "teacher.safetensors")), distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1)
+    teacher, ds = teacher_file.open_teacher(str(home / "teacher.safetensors")), open_dataset("toyfaces:48", resolution=32, holdout=0.1)
     rows_, vae = torch.tensor([3, 500, 998]), pixel(8)
     found = pretrain_file.features(teacher, vae, ds, rows_, pretrain_file.Pretrain(resolution=32, x_source=source), torch.device("cpu"))
     batch = next(batches(Stream(ds, None, vae.latent_shape(32), 0), iter([[0, 1, 2]])))
@@ -502,7 +504,7 @@ def test_vanilla_is_mse_to_the_teachers_v_by_an_independent_loop(home, tmp_path)
         out = net(x_t, k.float())                                               # teacher and student are equal at first
         v = (out - s * x_t) / a
         wanted = (out - v).square().flatten(1).mean(1)
-    got = tr.forward(tr.model, batch)
+    got = tr.loss(tr.model, batch)
     assert got.per_sample.tolist() == pytest.approx(wanted.tolist(), rel=1e-3) and got.loss.item() == pytest.approx(wanted.mean().item(), rel=1e-3)
 
 
@@ -538,50 +540,51 @@ def test_the_whole_loss_with_every_setting_off_its_default_written_out(home, tmp
             coh = math.exp(-float(sum(pairs)) / len(pairs) / 0.1) if pairs else 1.0
             lam = min(max(weight * (1 + 0.9 * float(e_t) + 0.4 * float(e_p) + 0.6 * (1 - coh)), 0.1), 0.95)
             kd = 1 - F.cosine_similarity(mean(g, k), mean(h, k)).mean()
-            local = (tr.heads[k](g[names[k]]) - F.interpolate(v, g[names[k]].shape[2:], mode="bilinear")).square().mean()
+            local = (tr.loss.heads.net[k](g[names[k]]) - F.interpolate(v, g[names[k]].shape[2:], mode="bilinear")).square().mean()
             total, expected = total + 0.3 * lam * (70.0 * kd + local), [*expected, lam]
     assert pairs and len({round(lam, 4) for lam in expected}) > 2
-    assert tr.forward(tr.model, batch).loss.item() == pytest.approx(total.item(), rel=1e-3)
-    row, flow = tr.report(), (importance * (mine - v).square().flatten(1).mean(1)).mean()
+    assert tr.loss(tr.model, batch).loss.item() == pytest.approx(total.item(), rel=1e-3)
+    row, flow = tr.loss.report(), (importance * (mine - v).square().flatten(1).mean(1)).mean()
     assert row["blocks"]["mid"]["lambda"] == pytest.approx(expected[2], rel=1e-3) and row["block_share"] == pytest.approx(1 - float(flow / total), rel=1e-2)
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace_in_heads_or_log(home, tmp_path):
     tr = distill.setup(config(home, out=str(tmp_path), assessor="david", local_heads=True), ALONE)
     batch = next(batches(Stream(tr.ds, None, tr.latent_shape, 0), iter([list(range(8))])))
-    before = {k: p.clone() for k, p in tr.heads.named_parameters()}
+    before = {k: p.clone() for k, p in tr.loss.heads.net.named_parameters()}
     train.step(tr, iter([{**batch, "eps": batch["eps"] * math.nan}]))
-    assert tr.skipped == 1 and all(torch.equal(p, before[k]) for k, p in tr.heads.named_parameters())
-    json.dumps(tr.report(), allow_nan=False)
+    assert tr.skipped == 1 and all(torch.equal(p, before[k]) for k, p in tr.loss.heads.net.named_parameters())
+    json.dumps(tr.loss.report(), allow_nan=False)
     train.step(tr, iter([batch]))
-    assert all(torch.isfinite(p).all() and not torch.equal(p, before[k]) for k, p in tr.heads.named_parameters())
-    row = tr.report()
+    assert all(torch.isfinite(p).all() and not torch.equal(p, before[k]) for k, p in tr.loss.heads.net.named_parameters())
+    row = tr.loss.report()
     json.dumps(row, allow_nan=False)
     assert sum(row["t_drawn"]) == 8 and row["blocks"]["mid"]["lambda"] > 0.5
     breaks = tr.net.middle_block.register_forward_hook(lambda module, args, out: out * math.nan)
     train.step(tr, iter([batch]))                                               # half of the blocks are whole
     breaks.remove()
-    assert tr.tally["batches"].item() == 0 == tr.tally["blocks"].abs().sum() and tr.skipped == 2
+    assert tr.loss.tally.sums["batches"].item() == 0 == tr.loss.tally.sums["blocks"].abs().sum() and tr.skipped == 2
     train.step(tr, iter([batch]))
-    broken = tr.report()["blocks"]
+    broken = tr.loss.report()["blocks"]
     assert all(0.5 <= b["lambda"] <= 3 and b["e_t"] < 3 for b in broken.values()) and broken["down_0"]["kd"] < 0.5
 
 
 def test_ranks_agree_on_what_is_above_the_teachers(home, tmp_path):
     """excess is of all samples: -1 here and +3 on the other rank are 1 on average, not 1.5."""
     tr = distill.setup(config(home, out=str(tmp_path), assessor="david", e_t="excess", coherence="data"), ALONE)
-    assert tr.by_parts() == "--coherence data" and replace(tr, cfg=replace(tr.cfg, coherence="alpha")).by_parts() == ""
+    loss = tr.loss
+    assert loss.per_part == "--coherence data" and replace(loss, cfg=replace(loss.cfg, coherence="alpha")).per_part == ""
     found = torch.tensor([[-1.0, 0.5, 0.5]] * 5)
-    tr.assessor.assess = lambda features, bins, coherence: dict(zip("abcde", found if features == "mine" else torch.zeros(5, 3)))
+    loss.assessor.assess = lambda features, bins, coherence: dict(zip("abcde", found if features == "mine" else torch.zeros(5, 3)))
 
     class Two:
         world = 2
 
-        def sum(self, x):
+        def all_reduce(self, x):
             return x + torch.tensor([self.other, 0.5, 0.5])
     for other, wanted in ((3.0, 1.0), (-3.0, 0.0)):
-        tr.ranks, Two.other = Two(), other
-        assert tr.lambdas("mine", "theirs", tr.teacher.time(torch.arange(8)))[1][:, 2].tolist() == [wanted] * 5
+        loss.ranks, Two.other = Two(), other
+        assert loss.lambdas("mine", "theirs", loss.teacher.time(torch.arange(8)))[1][:, 2].tolist() == [wanted] * 5
 
 
 def test_captions_depend_on_seed_and_position_alone():
@@ -627,22 +630,22 @@ def test_a_student_sees_what_its_teacher_was_trained_on(home, tmp_path):
 def test_a_student_that_is_the_teacher_has_kd_zero_and_each_runs_once_a_step(home, tmp_path):
     tr = distill.setup(config(home, out=str(tmp_path), assessor="david"), ALONE)
     calls = {"teacher": 0, "student": 0}
-    tr.teacher.net.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
+    tr.loss.teacher.net.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
     tr.net.register_forward_hook(lambda *_: calls.update(student=calls["student"] + 1))
-    frozen = {**{f"t.{k}": v.clone() for k, v in tr.teacher.net.state_dict().items()}, **{f"a.{k}": v.clone() for k, v in tr.assessor.state_dict().items()}}
+    frozen = {**{f"t.{k}": v.clone() for k, v in tr.loss.teacher.net.state_dict().items()}, **{f"a.{k}": v.clone() for k, v in tr.loss.assessor.state_dict().items()}}
     loader = batches(Stream(tr.ds, None, tr.latent_shape, 0), train.positions(tr.cfg, ALONE, 0))
     batch = next(loader)
-    tr.forward(tr.model, batch).loss.backward()
-    tr.cfg = replace(tr.cfg, e_t="excess")
+    tr.loss(tr.model, batch).loss.backward()
+    tr.loss.cfg = replace(tr.cfg, e_t="excess")
     seen = {k: torch.randn(8, C, 2, 2) for k, C in tap_channels(tr.net.cfg).items()}
-    assert tr.lambdas(seen, seen, tr.teacher.time(torch.arange(8) * 100))[1][:, 2].tolist() == [0] * 5      # no worse than the teacher
-    assert tr.tally["blocks"][:, 2].abs().max() < 1e-6 and calls == {"teacher": 1, "student": 1}
+    assert tr.loss.lambdas(seen, seen, tr.loss.teacher.time(torch.arange(8) * 100))[1][:, 2].tolist() == [0] * 5      # no worse than the teacher
+    assert tr.loss.tally.sums["blocks"][:, 2].abs().max() < 1e-6 and calls == {"teacher": 1, "student": 1}
     tr.optimizer.zero_grad()
     for _ in range(4):
         train.step(tr, loader)
-    now = {**{f"t.{k}": v for k, v in tr.teacher.net.state_dict().items()}, **{f"a.{k}": v for k, v in tr.assessor.state_dict().items()}}
-    assert calls == {"teacher": 5, "student": 5} and same(frozen, now) and not tr.assessor.training
-    assert tr.tally["blocks"][:, 2].min() > 1e-6                                # it has moved away since
+    now = {**{f"t.{k}": v for k, v in tr.loss.teacher.net.state_dict().items()}, **{f"a.{k}": v for k, v in tr.loss.assessor.state_dict().items()}}
+    assert calls == {"teacher": 5, "student": 5} and same(frozen, now) and not tr.loss.assessor.training
+    assert tr.loss.tally.sums["blocks"][:, 2].min() > 1e-6                                # it has moved away since
 
 
 def test_the_assessor_is_a_small_part_of_a_steps_arithmetic():
@@ -664,9 +667,9 @@ def test_gradients_reach_the_blocks_through_kd_and_not_through_lambda(home, tmp_
     tr = distill.setup(config(home, out=str(tmp_path), assessor="david"), ALONE)
     mine = {k: torch.randn(8, C, 2, 2, requires_grad=True) for k, C in tap_channels(tr.net.cfg).items()}
     theirs = {k: torch.randn_like(v) for k, v in mine.items()}
-    t = tr.teacher.time(torch.arange(8) * 100)
-    lam, _ = tr.lambdas(mine, theirs, t)
-    tr.block_loss(mine, theirs, t, None)[0].backward()
+    t = tr.loss.teacher.time(torch.arange(8) * 100)
+    lam, _ = tr.loss.lambdas(mine, theirs, t)
+    tr.loss.block_loss(mine, distill.Answer(t, None, None, None, theirs, None))[0].backward()
     for value, (name, x) in zip(lam, mine.items()):
         y = x.detach().clone().requires_grad_()
         (float(value) * 0.25 * kd_cosine(y, theirs[name])).backward()
@@ -730,32 +733,37 @@ def test_local_heads_learn_and_ranks_only_split_the_work(home, tmp_path):
     one, two = tensors(tmp_path / "1" / "r"), tensors(tmp_path / "2" / "r")
     moments = [k for k in one if "exp_avg/" in k] if one.keys() == two.keys() else []   # gradients; AdamW would hide their size
     assert len(moments) > 100 and all((one[k] - two[k]).norm() <= 1e-4 * one[k].norm() + 1e-7 for k in moments)
-    fresh = distill.setup(config(home, out=str(tmp_path / "fresh"), local_heads=True), ALONE).heads
+    fresh = distill.setup(config(home, out=str(tmp_path / "fresh"), local_heads=True), ALONE).loss.heads.net
     assert all((one[f"state.safetensors:own/heads/{k}"] - p).abs().max() > 1e-4 for k, p in fresh.named_parameters())
     a, b = (rows(tmp_path / r / "r")[0]["blocks"]["mid"] for r in "12")
     assert a["lambda"] == pytest.approx(b["lambda"], rel=1e-5) and a["e_t"] == pytest.approx(b["e_t"], rel=1e-5)
 
 
 def test_the_alarm_rings_when_times_are_shifted_and_not_otherwise():
-    tr = object.__new__(distill.Distiller)
-    tr.ranks, tr.alarmed, tr.teacher, tr.cfg = ALONE, False, stub(lambda: None), distill.Config()
-    for counts, gradient, error, wanted in (((30, 30, 30), (1, 1, 1), (1, 1, 1), ""), ((6, 6, 60), (1, 1, 1), (1, 1, 1), "weighting"),
-                                            ((30, 30, 30), (9, 1, 1), (1, 1, 1), "weighting"), ((30, 30, 30), (1, 1, 9), (1, 1, 9), "target")):
-        tr.tally = {"blocks": torch.zeros(5, 6), "batches": torch.zeros(1), "times": torch.zeros(10), "thirds": torch.zeros(3, 3)}
-        tr.tally = {k: v.double() for k, v in tr.tally.items()}
+    teacher, blocks = stub(lambda: None), list(taps(PRESETS["nano"]))
+    tally = lambda **how: Tally(blocks, ALONE, assessed=True, bins=10, **how)
+    for counts, gradient, error, wanted in (
+        ((30, 30, 30), (1, 1, 1), (1, 1, 1), ""),
+        ((6, 6, 60), (1, 1, 1), (1, 1, 1), "weighting"),
+        ((30, 30, 30), (9, 1, 1), (1, 1, 1), "weighting"),
+        ((30, 30, 30), (1, 1, 9), (1, 1, 9), "target"),
+    ):
+        own = tally()
         for third, n in enumerate(counts):
-            t = tr.teacher.time(torch.full((n,), 166 + 333 * third))
-            tr.count(t, torch.full((n,), float(gradient[third])), torch.full((n,), float(error[third])))
-        row = tr.report()
+            t = teacher.time(torch.full((n,), 166 + 333 * third))
+            sizes = (torch.full((n,), float(gradient[third])), torch.full((n,), float(error[third])))
+            own.add_times(t, bins_of(teacher.row(t), 3), *sizes)
+        row = own.report()
         share = torch.tensor([n * g for n, g in zip(counts, gradient)], dtype=torch.float64)
-        assert row["alarm"] == wanted and row["gradient_by_third"] == pytest.approx((share / share.sum()).tolist()) and sum(row["t_drawn"]) == sum(counts)
-        assert tr.tally["thirds"].sum() == 0
-    tr.cfg = replace(tr.cfg, mode="progressive")
-    tr.count(tr.teacher.time(torch.full((8,), 999)), torch.ones(8), torch.ones(8))
-    assert tr.report()["alarm"] == ""                                           # its times are its steps
-    tr.heads, tr.alarmed = torch.nn.ModuleDict(), False
-    tr.take_up({"alarmed/": torch.tensor(True)})
-    assert tr.alarmed                                                           # a warning is not repeated on resume
+        assert row["alarm"] == wanted and sum(row["t_drawn"]) == sum(counts)
+        assert row["gradient_by_third"] == pytest.approx((share / share.sum()).tolist())
+        assert own.sums["thirds"].sum() == 0
+    progressive = tally(alarms=False)  # its times are its steps
+    t = teacher.time(torch.full((8,), 999))
+    progressive.add_times(t, torch.full((8,), 2), torch.ones(8), torch.ones(8))
+    assert progressive.report()["alarm"] == ""
+    progressive.load_state_dict({"alarmed/": torch.tensor(True)})
+    assert progressive.alarmed  # a warning is not repeated on resume
 
 
 def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
@@ -808,19 +816,19 @@ def test_one_step_of_the_progressive_target_is_two_steps_of_the_teacher(home, tm
     tr = distill.setup(config(home, **fields), ALONE)
     assert tr.cfg.block_weight == 0
     x0, eps, q = torch.randn(8, 192, 4, 4), torch.randn(8, 192, 4, 4), (torch.arange(8) + 0.5).double() / 8
-    t, x, (a, b), _ = tr.two_steps(x0, eps, q, {})
+    t, x, a, b, _, _ = tr.loss.two_steps(x0, eps, q, {})
     grid = samplers.time_grid(8, t_start=tr.objective.t_max)
     assert sorted(set(t.tolist())) == pytest.approx(sorted(grid[0:8:2].tolist()))
     for i in range(8):
         j = (grid - t[i]).abs().argmin()
-        two = samplers.sample(lambda z, s: tr.teacher.objective.predict(tr.teacher.net, z, s), x[i:i + 1], method="euler", grid=grid[j:j + 3])
+        two = samplers.sample(lambda z, s: tr.loss.teacher.objective.predict(tr.loss.teacher.net, z, s), x[i:i + 1], method="euler", grid=grid[j:j + 3])
         assert torch.allclose(x[i] + (grid[j + 2] - t[i]).float() * (b[i] - a[i]), two.x[0], atol=2e-3 * float(two.x.abs().max()))
         assert torch.allclose((1 - t[i]) * a[i] + t[i] * b[i], x[i], atol=1e-3 * float(a[i].abs().max()))   # on the line through x_t
 
 
 def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeypatch):
     drawn, plain = [], samplers.sample
-    monkeypatch.setattr(samplers, "sample", lambda *args, **how: drawn.append((how["method"], how["steps"])) or plain(*args, **how))
+    monkeypatch.setattr(samplers, "sample", lambda *args, **how: drawn.append((how["method"], how.get("steps"))) or plain(*args, **how))
     flags = ["--teacher", home / "teacher.safetensors", "--mode", "progressive", "--start-steps", 4, "--end-steps", 1, "--out", tmp_path, "--name", "p",
              *(w for k, v in {**FAST, "images": 16}.items() for w in (f"--{k.replace('_', '-')}", v))]
     assert user(distill.main, *flags)[0] == 0
@@ -856,36 +864,36 @@ def cards(fd, loss=lambda arm, seed: [1.0] * 8, seeds=(0, 1, 2)):
 
 def test_the_verdict_follows_the_rule():
     better = lambda arm, s: 10 + 3 * s - (arm == "D") * (1 + 0.1 * s)           # paired: seeds differ by more than the arms
-    assert ablate.verdict(cards(better))[0] == "supported"
-    mean, error, n = ablate.paired(cards(better), "D", "B", lambda c: c["fd"])
+    assert verdict.verdict(cards(better))[0] == "supported"
+    mean, error, n = verdict.paired(cards(better), "D", "B", lambda c: c["fd"])
     assert (mean, error, n) == (pytest.approx(-1.1), pytest.approx(0.1 / math.sqrt(3)), 3)
-    assert ablate.verdict(cards(lambda arm, s: 10 + 3 * s + (arm == "D")))[0] == "not supported"
-    assert ablate.verdict(cards(lambda arm, s: 10 - (arm == "D") * (s - 0.9)))[0] == "not supported"        # within two standard errors
-    assert ablate.verdict(cards(lambda arm, s: better(arm, s) - 5 * (arm == "C")))[0] == "not supported"    # C is better still
+    assert verdict.verdict(cards(lambda arm, s: 10 + 3 * s + (arm == "D")))[0] == "not supported"
+    assert verdict.verdict(cards(lambda arm, s: 10 - (arm == "D") * (s - 0.9)))[0] == "not supported"        # within two standard errors
+    assert verdict.verdict(cards(lambda arm, s: better(arm, s) - 5 * (arm == "C")))[0] == "not supported"    # C is better still
     spoiled = lambda arm, s: [1.0] * 7 + [1.06 if arm == "D" else 1.0]
-    answer, reasons = ablate.verdict(cards(better, spoiled))
+    answer, reasons = verdict.verdict(cards(better, spoiled))
     assert answer == "not supported" and any("1.060 (above 1.05)" in r for r in reasons)
     late = cards(better)
     for card in late:
         card["held_out"].insert(0, {"images": 0, "loss": 9.0, "loss_by_t": [9.0 * (1 + (card["arm"] == "D"))] * 8})
-    assert ablate.verdict(late)[0] == "supported"                               # the last evaluation counts
-    assert any("a gain of 0.89% would have been" in r for r in ablate.verdict(late)[1]), ablate.verdict(late)[1]
+    assert verdict.verdict(late)[0] == "supported"                               # the last evaluation counts
+    assert any("a gain of 0.89% would have been" in r for r in verdict.verdict(late)[1]), verdict.verdict(late)[1]
     dosed = cards(better)
     for card in dosed:
         card |= {"blocks": {"mid": {"clipped": [0.0, 0.5], "lambda": [1.0, 1.2]}}, "block_share": [0.01, 0.03]}
-    assert any("clipped 25% of the time and drifted by 9.1% of itself over a run; the blocks' losses were 2.0% of the loss" in r for r in ablate.verdict(dosed)[1])
-    assert not any("treatment" in r for r in ablate.verdict(late)[1])
-    assert ablate.verdict(cards(better, seeds=(0, 1)))[0] == "open" == ablate.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
+    assert any("clipped 25% of the time and drifted by 9.1% of itself over a run; the blocks' losses were 2.0% of the loss" in r for r in verdict.verdict(dosed)[1])
+    assert not any("treatment" in r for r in verdict.verdict(late)[1])
+    assert verdict.verdict(cards(better, seeds=(0, 1)))[0] == "open" == verdict.verdict([c for c in cards(better) if c["arm"] != "C"])[0]
     curve = lambda arm, s: [{"images": i, "loss": 10 / i + (arm == "B") * (4 - s), "loss_by_t": [1.0]} for i in (1, 2, 4)]
     curves = [{"arm": arm, "seed": s, "held_out": curve(arm, s)} for arm in "AB" for s in (2, 4)]
     curves[-1]["held_out"][1]["loss"] = 2.4                                     # B, seed 4, is faster; seed 2 never gets there
-    assert ablate.images_to(curves, "B", "A") == [2] and ablate.images_to(curves, "A", "A") == [4, 4]
-    _, reasons = ablate.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
+    assert verdict.images_to(curves, "B", "A") == [2] and verdict.images_to(curves, "A", "A") == [4, 4]
+    _, reasons = verdict.verdict(cards(lambda arm, s: better("D" if arm == "E" else arm, s)))
     assert any("D is not better than an assessor that was never trained" in r for r in reasons)
 
 
 def test_arms_are_what_the_table_says(home):
-    cfg = ablate.Config(teacher=str(home / "teacher.safetensors"), assessor_file=str(home / "a.safetensors"), alpha=0.6, e_t="excess", local_heads=True, base_jitter=7)
+    shared = dict(teacher=str(home / "teacher.safetensors"), assessor_file=str(home / "a.safetensors"), alpha=0.6, e_t="excess", local_heads=True, base_jitter=7)
     fields = ("assessor", "block_weight", "adaptive_t", "shift", "local_heads", "alpha", "e_t", "base_jitter")
     wanted = {"A": ("none", 0.0, False, 1.0, False, 0.5, "abs", 5), "B": ("none", 0.05, False, 1.0, True, 0.5, "abs", 5),
               "C": ("const", 0.05, False, 1.0, True, 0.5, "abs", 5), "D": ("david", 0.05, False, 1.0, True, 0.6, "excess", 5),
@@ -893,7 +901,7 @@ def test_arms_are_what_the_table_says(home):
               "F": ("david", 0.05, True, 1.0, True, 0.6, "excess", 7), "G": ("none", 0.0, False, 3.0, False, 0.5, "abs", 5)}
     assert ablate.ARMS.keys() == wanted.keys()
     for arm, values in wanted.items():
-        own = ablate.arm_config(cfg, arm, 4, (1.0, 2.0, 3.0, 2.0, 1.0) if arm == "C" else ())
+        own = ablate.arm_config(shared, arm, 4, (1.0, 2.0, 3.0, 2.0, 1.0) if arm == "C" else ())
         assert tuple(getattr(own, f) for f in fields) == values and own.seed == 4 and own.name == f"{arm}-4"
         assert own.lambdas == ((1.0, 2.0, 3.0, 2.0, 1.0) if arm == "C" else ())
 
@@ -905,9 +913,9 @@ def test_mean_weights_count_images_and_not_lines(tmp_path):
 
 
 def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
-    flags = ["ablate", "--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--arms", "B,C,D", "--seeds", "3", "--out", tmp_path,
+    flags = ["--teacher", home / "teacher.safetensors", "--assessor-file", home / "a.safetensors", "--arms", "B,C,D", "--seeds", "3", "--out", tmp_path,
              "--fd-images", 8, "--fd-steps", 1, *(w for k, v in {**FAST, "images": 16, "eval_every": 8}.items() for w in (f"--{k.replace('_', '-')}", v))]
-    code, out, err = user(distill.main, *flags)
+    code, out, err = user(ablate.main, *flags)
     assert code == 0, err
     report = json.loads((tmp_path / "ablation.json").read_text())
     assert report["verdict"] == "open" and {c["arm"] for c in report["cards"]} == {"B", "C", "D"} and (tmp_path / "ablation.png").stat().st_size > 10_000
@@ -916,12 +924,12 @@ def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
     assert by["C"]["config"]["lambdas"] == pytest.approx(mean) and by["C"]["blocks"]["mid"]["lambda"][0] == pytest.approx(mean[2], rel=1e-6)
     assert [len(c["held_out"]) for c in report["cards"]] == [2, 2, 2] and all(c["fd"] > 0 for c in report["cards"])
     hold, device = report["references"], torch.device("cpu")
-    ds = distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1)
+    ds = open_dataset("toyfaces:48", resolution=32, holdout=0.1)
     assert hold["teacher"] == pytest.approx(ablate.distance(home / "teacher.safetensors", ds, 8, 1, device)) and 0 < hold["floor"] < hold["teacher"]
     assert by["B"]["fd"] == pytest.approx(ablate.distance(tmp_path / "B-3", ds, 8, 1, device)) != ablate.distance(tmp_path / "B-3", ds, 8, 1, device, seed=8)
     assert "D and B share 1 of the 3 seeds" in (tmp_path / "ablation.txt").read_text()
     (tmp_path / "references.json").write_text(json.dumps({**hold, "floor": 7.5}))
-    again = user(distill.main, *flags)[1]
+    again = user(ablate.main, *flags)[1]
     assert json.loads((tmp_path / "ablation.json").read_text())["references"]["floor"] == 7.5                # taken from the file
     assert again.count("finished:") == 3 and "loss" not in again.split("Assessor-weighted")[0]              # nothing is run twice
 
@@ -930,7 +938,7 @@ def test_fd_by_inception_is_of_its_features(home, monkeypatch):
     """Wiring only, with a network that names mean colours; Inception itself is test_fid.py's."""
     colours = lambda images: images.float().mean((2, 3))
     monkeypatch.setattr(ablate, "load_inception", lambda device: colours)
-    ds, device = distill.open_dataset("toyfaces:48", resolution=32, holdout=0.1), torch.device("cpu")
+    ds, device = open_dataset("toyfaces:48", resolution=32, holdout=0.1), torch.device("cpu")
     drawn = ablate.generate(home / "teacher.safetensors", 8, 2, device, "euler", seed=5)[0]
     wanted = frechet_from_features(colours(drawn), colours(ds.images(range(8))))
     assert ablate.distance(home / "teacher.safetensors", ds, 8, 2, device, "euler", "inception", seed=5) == pytest.approx(wanted) and wanted > 1
@@ -971,7 +979,7 @@ BAD = {
     "no data": (["--teacher", "HOME/nodata.safetensors"], "--data is required"),
     "no latents": (["--teacher", "HOME/nolatents.safetensors"], "--vae is required"),
     "other latents": (["--teacher", "HOME/nolatents.safetensors", "--vae", "pixel"], "makes 3 channels, but the teacher"),
-    "other vae": (["--vae", "pixel:4"], "makes others"),
+    "other vae": (["--vae", "pixel:4"], "the teacher was trained on other latents"),
     "resolution": (["--resolution", "64"], "the teacher was trained at 32"),
     "bounds": (["--lam-min", "3", "--lam-max", "0.5"], "--lam-min 3.0 is above --lam-max 0.5"),
     "nan": (["--assessor", "david", "--alpha", "nan"], "--alpha nan: wanted"),
@@ -983,7 +991,7 @@ BAD = {
     "missing tensor": (["--assessor", "david", "--assessor-file", "HOME/short.safetensors"], "1 missing: blocks.mid.alpha"),
     "prefix": (["--assessor", "david", "--assessor-file", "HOME/prefixed.safetensors"], "missing"),
     "lambdas": (["--assessor", "const", "--assessor-file", "", "--lambdas", "1,2"], "--lambdas 1.0,2.0: wanted 5 numbers from 0, for down_0, "),
-    "lambdas without const": (["--lambdas", "1,1,1,1,1"], "are for --assessor const"),
+    "lambdas without const": (["--lambdas", "1,1,1,1,1"], "--lambdas changes nothing here: it is of --assessor const"),
     "table": (["--table", "cosine"], "the teacher's schedule is scaled_linear"),
     "halving": (["--mode", "progressive", "--start-steps", "6", "--end-steps", "1"], "by halving"),
     "progressive david": (["--mode", "progressive", "--assessor", "david"], "--assessor changes nothing here: it is of --mode flow"),
@@ -994,13 +1002,13 @@ BAD = {
     "idle assessor file": (["--assessor-file", "HOME/a.safetensors"], "--assessor-file changes nothing"),
     "idle jitter": (["--base-jitter", "1"], "--base-jitter changes nothing here: it is of --adaptive-t"),
     "idle density": (["--adaptive-t", "--density", "logit_normal"], "--density changes nothing"),
-    "idle without blocks": (["--assessor", "david", "--block-weight", "0", "--alpha", "2"], "--alpha changes nothing here: it is of a --block-weight above 0"),
+    "idle without blocks": (["--assessor", "david", "--block-weight", "0", "--alpha", "2"], "--alpha changes nothing here: it is of --block-weight"),
     "no loss for blocks": (["--kd-weight", "0"], "leaves the blocks no loss"),
-    "idle time": (["--objective", "fm", "--t-loc", "1"], "--t-loc changes nothing here: it is of a --density other than uniform"),
+    "idle time": (["--objective", "fm", "--t-loc", "1"], "--t-loc changes nothing here: it is of --density logit_normal"),
     "idle direction": (["--shift-dir", "clean"], "--shift-dir changes nothing"),
     "idle heads": (["--local-heads", "--block-weight", "0"], "--local-heads changes nothing"),
     "idle weights": (["--assessor", "const", "--lambdas", "1,1,1,1,1", "--block-weights", "1,1,1,1,1", "--assessor-file", ""], "--block-weights changes nothing"),
-    "nan weights": (["--block-weights", "1,1,nan,1,1"], "wanted 5 numbers from 0"),
+    "nan weights": (["--block-weights", "1,1,nan,1,1"], "--block-weights 1.0,1.0,nan,1.0,1.0: wanted at least 0"),
     "control": (["--assessor", "david", "--assessor-file", "HOME/control.safetensors"], "as a control"),
     "zero snr": (["--assessor", "david", "--assessor-file", "HOME/zero.safetensors"], "on the schedule scaled_linear, zero SNR, the teacher is on scaled_linear"),
     "init latents": (["--init", "HOME/pixel4.safetensors", "--teacher", "HOME/nolatents.safetensors", "--vae", "pixel:8"], "was trained on other latents"),
@@ -1009,6 +1017,7 @@ BAD = {
     "blocks": (["--model", "tiny", "--init", "scratch"], "they cannot be compared"),
     "text": (["--context", "x"], "takes no text"),
     "command": (["frobnicate"], "command 'frobnicate'"),
+    "ablate": (["ablate"], "python experiments/ablate.py"),
     "flag": (["--asessor", "none"], "unknown flag --asessor"),
 }
 
@@ -1018,7 +1027,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
     args, message = BAD[case]
     args = [w.replace("HOME", str(odd)) for w in args]
     reads = ["--assessor-file", odd / "a.safetensors"] if "--assessor" in args or "--adaptive-t" in args else []
-    base = [] if case == "command" else ["--teacher", odd / "teacher.safetensors", *reads, "--out", tmp_path / "out", "--images", 16]
+    base = [] if case in ("command", "ablate") else ["--teacher", odd / "teacher.safetensors", *reads, "--out", tmp_path / "out", "--images", 16]
     given = set(args)
     base = [w for i, w in enumerate(base) if w not in given and (i == 0 or base[i - 1] not in given)]
     code, _, err = user(distill.main, *args, *base)
@@ -1027,23 +1036,23 @@ def test_bad_input_is_one_line_and_exit_code_2(case, odd, tmp_path, user):
 
 
 def test_bad_ablations_and_pretrainings(home, tmp_path, user, capsys):
-    base = ["ablate", "--teacher", home / "teacher.safetensors", "--out", tmp_path / "out"]
+    base = ["--teacher", home / "teacher.safetensors", "--out", tmp_path / "out"]
     for args, message in ((["--arms", "A,X"], "--arms X"), (["--arms", "C"], "C need D"), (["--arms", "D"], "need --assessor-file"), (["--seeds", "1,1"], "none twice"),
-                          (["--arms", "A", "--log-every", "0"], "made from the logs"), (["--arms", "A", "--fd-images", "1"], "--fd-images 1 --fd-steps 10: wanted"),
+                          (["--arms", "A", "--log-every", "0"], "made from the logs"), (["--arms", "A", "--fd-images", "1"], "--fd-images 1: wanted"),
                           (["--arms", "A", "--seed", "1"], "--seed is what the arms"), (["--arms", "A", "--mode", "progressive"], "--mode is what the arms"),
                           (["--arms", "A", "--block-weight", "0"], "all arms would be one"), (["--arms", "A", "--kd-weight", "0"], "all arms would be one"),
                           (["--arms", "A,G", "--shift", "2"], "arm G is A with --shift 3"), (["--arms", "A", "--teacher", ""], "--teacher is required"),
                           (["--arms", "A,B", "--alpha", "7"], "--alpha changes nothing here: none of the arms A,B"), (["--arms", "A,B", "--assessor-file", "x"], "--assessor-file changes"),
                           (["--arms", "A,D", "--assessor-file", home / "a.safetensors", "--importance"], "--importance changes nothing"),
                           (["--arms", "A,D", "--assessor-file", home / "a.safetensors", "--alpha", "nan"], "--alpha nan")):
-        code, _, err = user(distill.main, *base, *args)
+        code, _, err = user(ablate.main, *base, *args)
         assert code == 2 and len(err) == 1 and message in err[0], err
     tensors_, card = read_tensors(home / "a.safetensors")
     write_tensors(home / "poor.safetensors", tensors_, {**card, "held_out": {"mean": 0.29, "chance": 0.1}})
-    code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "poor.safetensors")
+    code, _, err = user(ablate.main, *base, "--arms", "B,C,D", "--assessor-file", home / "poor.safetensors")
     assert code == 2 and "below three times chance" in err[0]
     write_tensors(home / "foreign.safetensors", tensors_, {**card, "teacher": "0" * 64})
-    code, _, err = user(distill.main, *base, "--arms", "B,C,D", "--assessor-file", home / "foreign.safetensors")
+    code, _, err = user(ablate.main, *base, "--arms", "B,C,D", "--assessor-file", home / "foreign.safetensors")
     assert code == 2 and "another teacher's features" in err[0]
     code, _, err = user(distill.main, "pretrain-assessor", "--teacher", home / "teacher.safetensors", "--out", home / "a.safetensors")
     assert code == 2 and "exists, by other flags" in err[0]
@@ -1097,7 +1106,7 @@ def test_contents_are_compared_and_not_paths_also_of_finished_runs(home, tmp_pat
 
 
 def test_weights_without_an_assessor_stay_in_bounds_and_given_ones_are_kept(home, tmp_path):
-    setup = lambda name, **fields: distill.setup(config(home, out=str(tmp_path), name=name, **fields), ALONE).weights.tolist()
+    setup = lambda name, **fields: distill.setup(config(home, out=str(tmp_path), name=name, **fields), ALONE).loss.weights.tolist()
     assert setup("a", block_weights=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.5, 1.0, 3.0, 1.0, 0.7])
     assert setup("b", assessor="const", lambdas=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.1, 1.0, 5.0, 1.0, 0.7])
     assert setup("c", assessor="david", block_weights=(0.1, 1.0, 5.0, 1.0, 0.7)) == pytest.approx([0.1, 1.0, 5.0, 1.0, 0.7])   # fuse's w
@@ -1111,7 +1120,7 @@ def test_a_stopped_run_says_so_and_no_other_begins(home, tmp_path, monkeypatch):
         def asked(self, ranks):
             return bool(begun)
     monkeypatch.setattr(train, "StopSignal", Late)
-    monkeypatch.setattr(train, "finish", lambda tr, log, final: begun.append(tr.seen) or train.save(tr))
+    monkeypatch.setattr(train, "finish", lambda tr: begun.append(tr.seen) or train.save(tr))
     assert distill.run(cfg, ALONE) is True and begun == [8]
     begun.clear()
     monkeypatch.setattr(sys, "argv", ["distill.py", "--teacher", str(home / "teacher.safetensors"), "--mode", "progressive", "--start-steps", "4", "--out", str(tmp_path),
