@@ -1,23 +1,33 @@
 #!/usr/bin/env bash
-# Everything that awaits a GPU, in parts of under ten minutes:  benchmarks/gpu_day.sh [PART …]   (default: tests bench step encode train)
+# Everything that awaits a GPU, in parts of under ten minutes:
 #
-#   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run; also one by one: gpu, kernels, adamw
+#     benchmarks/gpu_day.sh [PART …]          (default: tests bench step encode train)
+#
+#   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run; also
+#           one by one: gpu, kernels, adamw
 #           needs pytest numpy safetensors pillow tqdm
-#   bench   python -m kernels.bench: kernels against their peers; also by section: groupnorm, attention, optimizer
+#   bench   python benchmarks/kernels.py: kernels against their peers; also by section: groupnorm,
+#           attention, optimizer
 #           needs nothing; bitsandbytes and torchao take part where installed
-#   step    python -m kernels.bench --parts step: whole training steps of toy-281m
-#           needs nothing; diffusers (with what it needs), and bitsandbytes or torchao, take part where installed
-#   encode  20,000 robohash kittens at 256 px to 32×32×32 latents; toy faces if robohash is not installed
+#   step    python benchmarks/kernels.py --parts step: whole training steps of toy-281m
+#           needs nothing; diffusers (with what it needs), and bitsandbytes or torchao, take part
+#           where installed
+#   encode  20,000 robohash kittens at 256 px to 32×32×32 latents; toy faces if robohash is not
+#           installed
 #           needs numpy safetensors pillow tqdm
 #   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
 #           needs what encode needs
-#   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID, progressive halving; again = further, many times
-#           needs what encode needs, scipy, matplotlib, and FID's weights (python inception.py --fetch)
+#   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID,
+#           progressive halving; again = further, many times
+#           needs what encode needs, scipy, matplotlib, and FID's weights
+#           (python -m metrics.inception --fetch)
 #
-# All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench finishes a section that was
-# cut off, row by row. Where minutes are few, take them in this order: kernels groupnorm attention optimizer step encode train.
-# PYTHON names the interpreter (default python3). OUT receives runs, logs and results; OUT/kernels-<device>.json is also
-# copied to benchmarks/results. Without a GPU, DRY=1 goes through the same commands in miniature, to show that they run.
+# All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench
+# finishes a section that was cut off, row by row. Where minutes are few, take them in this order:
+# kernels groupnorm attention optimizer step encode train.
+# PYTHON names the interpreter (default python3). OUT receives runs, logs and results;
+# OUT/kernels-<device>.json is also copied to benchmarks/results. Without a GPU, DRY=1 goes through
+# the same commands in miniature, to show that they run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -27,10 +37,13 @@ PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode 
 [ $# -gt 0 ] || set -- tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
-    [[ $PARTS == *" $name "* ]] || { echo "gpu_day.sh: no part '$name'; wanted some of:$PARTS" >&2; exit 2; }
+    if [[ $PARTS != *" $name "* ]]; then
+        echo "gpu_day.sh: no part '$name'; wanted some of:$PARTS" >&2
+        exit 2
+    fi
 done
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_day.sh: $PYTHON sees no GPU.  DRY=1 goes through the same commands in miniature." >&2
+    echo "gpu_day.sh: $PYTHON sees no GPU.  DRY=1 goes through the commands in miniature." >&2
     exit 2
 fi
 mkdir -p "$OUT"
@@ -39,51 +52,75 @@ failed=""
 part() {  # part NAME SECONDS COMMAND …: run with a limit, keep the output, remember a failure
     local name=$1 limit=$2; shift 2
     echo "== $name: $*"
-    # SIGINT, so that pytest still tells its failures; to this process alone, not to its workers; with its own exit status
-    timeout --foreground --preserve-status --signal=INT --kill-after=60 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    # SIGINT, so that pytest still tells its failures; to this process alone, not to its workers;
+    # with its own exit status
+    timeout --foreground --preserve-status --signal=INT --kill-after=60 "$limit" "$@" 2>&1 \
+        | tee "$OUT/$name.log"
     local status=${PIPESTATUS[0]}
     echo "== $name ended with $status"
     [ "$status" = 0 ] || failed="$failed $name"
 }
 
-run_tests() {  # run_tests NAME FILE
-    part "$1" 590 env TWINPATH_GPU="$([ -z "$DRY" ] && echo 1 || echo 0)" "$PYTHON" -m pytest -v -rs --tb=short "$2" ${DRY:+-k "gpu or opcheck or maps"}
+run_tests() {  # run_tests NAME FILE …
+    local name=$1 gpu=1; shift
+    [ -z "$DRY" ] || gpu=0
+    part "$name" 590 env TWINPATH_GPU="$gpu" "$PYTHON" -m pytest -v -rs --tb=short "$@" \
+        ${DRY:+-k "gpu or opcheck or maps"}
+}
+
+test_kernels() {
+    run_tests kernels tests/kernels/test_dispatch.py tests/kernels/test_groupnorm.py \
+        tests/kernels/test_attention.py
+}
+
+test_adamw() {
+    run_tests adamw tests/kernels/test_adamw8bit.py
 }
 
 run_kernels() {  # run_kernels NAME SECTIONS
-    local file; file=$OUT/kernels-$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")').json
-    part "$1" 590 "$PYTHON" -m kernels.bench --parts "$2" --out "$file" ${DRY:+--quick}
+    local device=cpu file
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && device=cuda
+    file=$OUT/kernels-$device.json
+    part "$1" 590 "$PYTHON" benchmarks/kernels.py --parts "$2" --out "$file" ${DRY:+--quick}
     [ -n "$DRY" ] || cp "$file" benchmarks/results/
 }
 
 run_encode() {
     local data=robohash:20000 side=256
-    "$PYTHON" -c 'import importlib.metadata as m; m.version("robohash")' 2>/dev/null || { data=toyfaces:20000; echo "robohash is not installed: toy faces"; }
+    if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("robohash")' 2>/dev/null; then
+        data=toyfaces:20000
+        echo "robohash is not installed: toy faces"
+    fi
     [ -z "$DRY" ] || { data=${data%:*}:64; side=64; }
-    part encode 590 "$PYTHON" vae.py encode --data "$data" --resolution "$side" --out "$OUT/latents"
+    part encode 590 "$PYTHON" -m data.encode --data "$data" --resolution "$side" \
+        --out "$OUT/latents"
 }
 
 run_train() {
-    local size=(--model toy-281m-attn --resolution 256 --batch 256 --lr 2e-4 --images 2_000_000 --ema 0.05 --log-every 25_600
-                --eval-every 128_000 --preview-every 128_000 --save-every 512_000 --keep 1)
-    [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0 --preview-every 0)
+    local size=(--model toy-281m-attn --resolution 256 --batch 256 --lr 2e-4 --images 2_000_000
+                --ema 0.05 --log-every 25_600 --eval-every 128_000 --preview-every 128_000
+                --save-every 512_000 --keep 1)
+    [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0
+                           --preview-every 0)
     # at the limit train.py finishes its step, saves and exits 0
     part train 540 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" --name train
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
 run_distill() {
+    local size=gpu
+    [ -z "$DRY" ] || size=dry
     # at the limit the run that is under way saves
-    part distill 570 "$PYTHON" benchmarks/distill.py --size "$([ -n "$DRY" ] && echo dry || echo gpu)" --work "$OUT/distill"
+    part distill 570 "$PYTHON" benchmarks/distill.py --size "$size" --work "$OUT/distill"
 }
 
 for name in "$@"; do
     case $name in
         encode | train | distill) "run_$name" ;;
-        tests) run_tests gpu tests/gpu; run_tests kernels tests/test_kernels.py; run_tests adamw tests/test_adamw8bit.py ;;
+        tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
-        kernels) run_tests kernels tests/test_kernels.py ;;
-        adamw) run_tests adamw tests/test_adamw8bit.py ;;
+        kernels) test_kernels ;;
+        adamw) test_adamw ;;
         bench) run_kernels bench groupnorm,attention,optimizer ;;
         groupnorm | attention | optimizer | step) run_kernels "$name" "$name" ;;
     esac

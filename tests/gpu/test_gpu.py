@@ -1,6 +1,6 @@
 """What needs a GPU, beside the numeric kernel tests, which run there too:
 
-    TWINPATH_GPU=1 python -m pytest tests/gpu tests/test_kernels.py tests/test_adamw8bit.py
+TWINPATH_GPU=1 python -m pytest tests/gpu tests/kernels
 """
 
 import copy
@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get("TWINPATH_GPU") != "1",
-                                reason="needs a CUDA GPU and TWINPATH_GPU=1 (which compiles kernels instead of interpreting them)")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TWINPATH_GPU") != "1",
+    reason="needs a CUDA GPU and TWINPATH_GPU=1 (which compiles kernels, not interprets them)",
+)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -31,6 +33,7 @@ def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
             loss = (net(x, t).float() - 1).square().mean()
         loss.backward()
         return loss
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,7 +49,10 @@ def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
     captured = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
     net.zero_grad(set_to_none=True)
     assert torch.equal(step(), loss)
-    assert all(torch.equal(p.grad, captured[n]) for n, p in net.named_parameters() if p.grad is not None)   # deterministic kernels
+    # deterministic kernels
+    assert all(
+        torch.equal(p.grad, captured[n]) for n, p in net.named_parameters() if p.grad is not None
+    )
 
 
 def nano(monkeypatch):
@@ -55,7 +61,12 @@ def nano(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     from conftest import randomize
     from model import PRESETS, UNet
-    return randomize(UNet(PRESETS["nano"])).cuda(), torch.randn(8, 32, 8, 8, device="cuda"), torch.rand(8, device="cuda") * 1000
+
+    return (
+        randomize(UNet(PRESETS["nano"])).cuda(),
+        torch.randn(8, 32, 8, 8, device="cuda"),
+        torch.rand(8, device="cuda") * 1000,
+    )
 
 
 def gradients(model, net, x, t):
@@ -78,7 +89,10 @@ def test_the_unet_compiles_whole_and_equals_eager_in_bf16(monkeypatch):
     y, grads = gradients(net, net, x, t)
     fast, fast_grads = gradients(torch.compile(net, fullgraph=True), net, x, t)
     assert distance(fast, y) < 2e-2
-    assert distance(*(torch.cat([g.flatten() for g in gs.values()]) for gs in (fast_grads, grads))) < 3e-2
+    assert (
+        distance(*(torch.cat([g.flatten() for g in gs.values()]) for gs in (fast_grads, grads)))
+        < 3e-2
+    )
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_nccl_available(), reason="needs NCCL")
@@ -86,9 +100,13 @@ def test_ddp_gives_the_same_gradients(monkeypatch, tmp_path):
     net, x, t = nano(monkeypatch)
     twin = copy.deepcopy(net)
     y, grads = gradients(net, net, x, t)
-    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(twin, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            twin, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True
+        )
         ddp_y, ddp_grads = gradients(wrapped, twin, x, t)
         assert torch.equal(y, ddp_y) and all(torch.equal(grads[n], ddp_grads[n]) for n in grads)
     finally:
@@ -96,10 +114,16 @@ def test_ddp_gives_the_same_gradients(monkeypatch, tmp_path):
 
 
 def test_adamw8bit_can_be_captured_in_a_cuda_graph(monkeypatch):
-    """Replays read gradients, learning rate and step counts from where they were captured: bitwise what eager steps do."""
+    """Replays read gradients, learning rate and step counts from where they were captured.
+
+    Bitwise what eager steps do.
+    """
     monkeypatch.setenv("KERNELS", "triton")
     from kernels.adamw8bit import AdamW8bit
-    g, shapes = torch.Generator("cpu").manual_seed(0), [(64, 32, 3, 3), (96, 128), (257, 19), (64,)]       # the last keeps fp32 state
+
+    # the last keeps fp32 state
+    g = torch.Generator("cpu").manual_seed(0)
+    shapes = [(64, 32, 3, 3), (96, 128), (257, 19), (64,)]
     randn = lambda shape: torch.randn(shape, generator=g, device="cpu").cuda()
     starts, feed = [randn(s) for s in shapes], [[randn(s) for s in shapes] for _ in range(8)]
     starts[0] = starts[0].contiguous(memory_format=torch.channels_last)
@@ -116,10 +140,10 @@ def test_adamw8bit_can_be_captured_in_a_cuda_graph(monkeypatch):
             for p, value in zip(params, new):
                 p.grad.copy_(value)
             step()
-            optimizer.param_groups[0]["lr"].mul_(0.9)                           # in place: the graph holds its address
+            optimizer.param_groups[0]["lr"].mul_(0.9)  # in place: the graph holds its address
 
     sides = [make(), make()]
-    for params, optimizer in sides:                                             # warm up: state, tables, compilation
+    for params, optimizer in sides:  # warm up: state, tables, compilation
         steps(params, optimizer, feed[:3], lambda optimizer=optimizer: optimizer.step(clip=1.0))
     torch.cuda.synchronize()
     (params, optimizer), (captured, twin) = sides
@@ -132,7 +156,9 @@ def test_adamw8bit_can_be_captured_in_a_cuda_graph(monkeypatch):
     for p, q, start in zip(params, captured, starts):
         assert torch.equal(p, q) and not torch.equal(p, start)
         assert optimizer.state[p].keys() == twin.state[q].keys()
-        assert all(torch.equal(value, twin.state[q][name]) for name, value in optimizer.state[p].items())
+        assert all(
+            torch.equal(value, twin.state[q][name]) for name, value in optimizer.state[p].items()
+        )
 
 
 def test_group_norm_reaches_beyond_2_to_31_elements(monkeypatch):
@@ -141,14 +167,18 @@ def test_group_norm_reaches_beyond_2_to_31_elements(monkeypatch):
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of free GPU memory")
     from kernels.groupnorm import group_norm_silu
-    x = torch.randn(33, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)           # the last sample starts at 2**31
+
+    # the last sample starts at 2**31
+    x = torch.randn(33, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
     w, b = torch.rand(64, device="cuda") + 0.5, torch.randn(64, device="cuda")
-    assert x.numel() > 2 ** 31 and x.is_contiguous(memory_format=torch.channels_last)
+    assert x.numel() > 2**31 and x.is_contiguous(memory_format=torch.channels_last)
 
     def run(x):
         leaf = x.detach().requires_grad_()
         y = group_norm_silu(leaf, w, b, 32)
-        return y.detach()[-1].clone(), torch.autograd.grad(y, leaf, x)[0][-1].clone()                       # x itself as the gradient
+        # x itself as the gradient
+        return y.detach()[-1].clone(), torch.autograd.grad(y, leaf, x)[0][-1].clone()
+
     last, alone = run(x), run(x[-1:].clone(memory_format=torch.channels_last))
     for whole, single in zip(last, alone):
         assert torch.isfinite(single).all() and distance(whole, single) < 1e-3
@@ -159,29 +189,59 @@ def test_attention_on_packed_views_is_as_exact_as_sdpa(monkeypatch, side, heads)
     """q, k, v as views of a 1×1 convolution's channels_last output, as the U-Net has them."""
     monkeypatch.setenv("KERNELS", "triton")
     from kernels.attention import attention, attention_ref
+
     B, C = 4, heads * 64
-    conv = torch.nn.Conv2d(C, 3 * C, 1).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
-    x = torch.randn(B, C, side, side, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    packed = conv(x).detach()                                                   # (B, 3C, H, W)
+    conv = torch.nn.Conv2d(C, 3 * C, 1).to(
+        "cuda", torch.bfloat16, memory_format=torch.channels_last
+    )
+    x = torch.randn(B, C, side, side, device="cuda", dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
+    packed = conv(x).detach()  # (B, 3C, H, W)
     do = torch.randn(B, heads, side * side, 64, device="cuda", dtype=torch.bfloat16)
     assert packed.is_contiguous(memory_format=torch.channels_last)
 
     def run(fn, convert):
         leaf = convert(packed).requires_grad_()
-        q, k, v = leaf.permute(0, 2, 3, 1).view(B, side * side, 3, heads, 64).permute(2, 0, 3, 1, 4)       # view: nothing is copied
+        # view: nothing is copied
+        q, k, v = leaf.permute(0, 2, 3, 1).view(B, side * side, 3, heads, 64).permute(2, 0, 3, 1, 4)
         o = fn(q, k, v)
         return o.detach(), torch.autograd.grad(o, leaf, convert(do))[0]
-    exact, ours, sdpa = run(attention_ref, torch.Tensor.double), run(attention, torch.clone), run(F.scaled_dot_product_attention, torch.clone)
+
+    exact = run(attention_ref, torch.Tensor.double)
+    ours = run(attention, torch.clone)
+    sdpa = run(F.scaled_dot_product_attention, torch.clone)
     for o, s, e in zip(ours, sdpa, exact):
         assert distance(o, e) <= max(1.5 * distance(s, e), 4e-3)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
 def test_a_short_run_learns_and_resumes(tmp_path, optim):
-    args = [sys.executable, "train.py", "--data", "toyfaces:256", "--images", "12800", "--batch", "64", "--log-every", "640", "--optim", optim,
-            "--out", str(tmp_path)]
-    log = lambda: [json.loads(line) for path in tmp_path.glob("*/log.jsonl") for line in path.read_text().splitlines()]
-    first, deadline = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), time.time() + 120
+    args = [
+        sys.executable,
+        "train.py",
+        "--data",
+        "toyfaces:256",
+        "--images",
+        "12800",
+        "--batch",
+        "64",
+        "--log-every",
+        "640",
+        "--optim",
+        optim,
+        "--out",
+        str(tmp_path),
+    ]
+    log = lambda: [
+        json.loads(line)
+        for path in tmp_path.glob("*/log.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    first = subprocess.Popen(
+        args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.time() + 120
     while not any(row["event"] == "train" for row in log()):
         assert first.poll() is None and time.time() < deadline
         time.sleep(0.1)
@@ -189,37 +249,116 @@ def test_a_short_run_learns_and_resumes(tmp_path, optim):
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0 and "stopped and saved at" in said, said[-3000:]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming" in done.stdout and "finished" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "resuming" in done.stdout and "finished" in done.stdout, (
+        done.stderr[-3000:]
+    )
     losses = [row["loss"] for row in log() if row["event"] == "train"]
     assert len(losses) >= 20 and losses[-1] < 0.8 * losses[0]
 
 
 def test_distillation_resumes_and_agrees_with_a_cpu(tmp_path):
-    """A teacher, an assessor and a student with heads: interrupted or not, the same tensors; and the first λ of fp32 are the CPU's."""
+    """A teacher, an assessor and a student with heads: interrupted or not, the same tensors.
+
+    And the first λ of fp32 are the CPU's.
+    """
+
     def run(script, *args):
-        done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    small = ("--batch", 16, "--log-every", 16, "--eval-every", 0, "--preview-every", 0, "--out", tmp_path)
-    run("train.py", "--model", "nano", "--objective", "ddpm", "--table", "scaled_linear", "--data", "toyfaces:256", "--images", 320, "--name", "teacher", *small)
+
+    small = (
+        "--batch",
+        16,
+        "--log-every",
+        16,
+        "--eval-every",
+        0,
+        "--preview-every",
+        0,
+        "--out",
+        tmp_path,
+    )
+    run(
+        "train.py",
+        "--model",
+        "nano",
+        "--objective",
+        "ddpm",
+        "--table",
+        "scaled_linear",
+        "--data",
+        "toyfaces:256",
+        "--images",
+        320,
+        "--name",
+        "teacher",
+        *small,
+    )
     judge = tmp_path / "a.safetensors"
-    run("distill.py", "pretrain-assessor", "--teacher", tmp_path / "teacher", "--out", judge, "--bins", 5, "--patterns", 2, "--dim", 16, "--samples", 512,
-        "--profile-samples", 64, "--steps", 100)
-    how = ("--teacher", tmp_path / "teacher", "--assessor", "david", "--assessor-file", judge, "--local-heads", "--images", 160, "--save-every", 80, "--lr", 1e-2, *small)
+    run(
+        "distill.py",
+        "pretrain-assessor",
+        "--teacher",
+        tmp_path / "teacher",
+        "--out",
+        judge,
+        "--bins",
+        5,
+        "--patterns",
+        2,
+        "--dim",
+        16,
+        "--samples",
+        512,
+        "--profile-samples",
+        64,
+        "--steps",
+        100,
+    )
+    how = (
+        "--teacher",
+        tmp_path / "teacher",
+        "--assessor",
+        "david",
+        "--assessor-file",
+        judge,
+        "--local-heads",
+        "--images",
+        160,
+        "--save-every",
+        80,
+        "--lr",
+        1e-2,
+        *small,
+    )
     run("distill.py", *how, "--name", "whole", "--dtype", "fp32")
     run("distill.py", *how, "--name", "cpu", "--dtype", "fp32", "--device", "cpu")
     from safetensors.torch import load_file
-    lam = lambda name: [json.loads(line)["blocks"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if '"blocks"' in line]
+
+    lam = lambda name: [
+        json.loads(line)["blocks"]
+        for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        if '"blocks"' in line
+    ]
     for block, values in lam("whole")[0].items():
-        assert values["lambda"] == pytest.approx(lam("cpu")[0][block]["lambda"], rel=1e-3) and values["e_t"] == pytest.approx(lam("cpu")[0][block]["e_t"], rel=1e-3)
+        assert values["lambda"] == pytest.approx(lam("cpu")[0][block]["lambda"], rel=1e-3)
+        assert values["e_t"] == pytest.approx(lam("cpu")[0][block]["e_t"], rel=1e-3)
     last = sorted((tmp_path / "whole" / "ckpt").iterdir())[-1]
     whole = {f.name: load_file(f) for f in last.glob("*.safetensors")}
-    for f in last.iterdir():                                                    # as if it had been killed before its end
+    for f in last.iterdir():  # as if it had been killed before its end
         f.unlink()
     last.rmdir()
     (tmp_path / "whole" / "samples" / "final.png").unlink()
     run("distill.py", *how, "--name", "whole", "--dtype", "fp32")
-    again, half = {f.name: load_file(f) for f in last.glob("*.safetensors")}, load_file(last.parent / f"{80:012d}" / "model.safetensors")
-    assert whole.keys() == again.keys() and all(whole[name].keys() == again[name].keys() for name in whole)
+    again = {f.name: load_file(f) for f in last.glob("*.safetensors")}
+    half = load_file(last.parent / f"{80:012d}" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(whole[name].keys() == again[name].keys() for name in whole)
     ours, theirs = whole["model.safetensors"], again["model.safetensors"]
-    apart, moved = (sum(float((ours[k] - other[k]).square().sum()) for k in ours) ** 0.5 for other in (theirs, half))
-    assert apart < 0.1 * moved                                                  # cuDNN may add in another order
+    apart, moved = (
+        sum(float((ours[k] - other[k]).square().sum()) for k in ours) ** 0.5
+        for other in (theirs, half)
+    )
+    assert apart < 0.1 * moved  # cuDNN may add in another order
