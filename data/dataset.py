@@ -30,7 +30,6 @@ from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
-from diffusion.coupling import upsampled
 from harness.cli import UserError
 from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
@@ -49,7 +48,11 @@ class Dataset:
     """The images `index` of a source. `heldout` is a Dataset of images that training never sees."""
 
     def __init__(
-        self, source: Source, index: np.ndarray, heldout: "Dataset | None" = None, report: str = ""
+        self,
+        source: Source | LatentSource,
+        index: np.ndarray,
+        heldout: "Dataset | None" = None,
+        report: str = "",
     ):
         self.source, self.index, self.heldout, self.report = source, index, heldout, report
 
@@ -71,15 +74,15 @@ class Dataset:
     def view(self, i: int, mirrored: bool = False, where: float | None = None) -> dict[str, Tensor]:
         """What training sees of image i: {"image": uint8 (3, H, W)}, or of a latent cache
         {"raw": (C, h, w)}."""
-        if self.source.pixels is None and hasattr(self.source, "raw"):
+        if isinstance(self.source, LatentSource):
             return {"raw": self.source.raw(self.index[i], mirrored)}
         image = self.image(i, where)
         return {"image": image.flip(-1) if mirrored else image}
 
-    def views(self, indices: Sequence[int], device: Any = "cpu") -> dict[str, Tensor]:
+    def views(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """view() of several images, stacked."""
         views = [self.view(i) for i in indices]
-        return {key: torch.stack([view[key] for view in views]).to(device) for key in views[0]}
+        return {key: torch.stack([view[key] for view in views]) for key in views[0]}
 
     def counts(self) -> Counter:
         """How many of these images have each tag."""
@@ -144,14 +147,10 @@ def open_dataset(
     else:
         source = open_source(spec, resolution, crop)
     found = len(source.names)
-    everything = source.table.counts()
+    fits = fitting(source, stage, exclude_tags)
     tagged = np.zeros(found, bool)
-    fits: dict[str, np.ndarray] = {}  # expression -> which images fit
-    tags_of: dict[str, list[str]] = {}  # expression -> the tags it names
-    for text in exclude_tags:
-        test, tags_of[text] = compile_tags(text, everything, f"stage={stage}", found)
-        fits[text] = test(source.table)
-        tagged |= fits[text]
+    for images, _ in fits.values():
+        tagged |= images
     inside = {"standard": np.ones(found, bool), "fine": ~tagged, "stage2": tagged}[stage]
     held = source.held < holdout * 2**32
     heldout = Dataset(source, np.flatnonzero(inside & held))
@@ -162,14 +161,7 @@ def open_dataset(
             f"({found} readable, {tagged.sum()} with the tags)",
             do="Choose another stage, other tags or a smaller --holdout.",
         )
-    lines = []
-    for text, hits in fits.items():
-        if len(tags_of[text]) > 1:
-            used = (hits & inside & ~held).sum()
-            lines.append(f"  {stage} {text!r}: {hits.sum():,} found, {used:,} used")
-    counts = ds.counts()
-    for tag in sorted({tag for tags in tags_of.values() for tag in tags}):
-        lines.append(f"  {stage} tag {tag!r}: {everything[tag]:,} found, {counts[tag]:,} used")
+    lines = describe_stage(stage, ds, fits)
     ds.report = describe(spec, stage, ds, int((~inside).sum()), lines)
     return ds
 
@@ -187,6 +179,32 @@ def check_stage(stage: str, exclude_tags: Sequence[str], resolution: int) -> Non
             f"stage={stage} needs --exclude-tags",
             do="Give the tags it leaves out (fine) or keeps (stage2).",
         )
+
+
+Fits = dict[str, tuple[np.ndarray, list[str]]]
+
+
+def fitting(source: Source | LatentSource, stage: str, expressions: Sequence[str]) -> Fits:
+    """Each expression -> (which images fit it, (n,) bool; the tags it names)."""
+    vocabulary = source.table.counts()
+    fits: Fits = {}
+    for text in expressions:
+        test, tags = compile_tags(text, vocabulary, f"stage={stage}", len(source.names))
+        fits[text] = test(source.table), tags
+    return fits
+
+
+def describe_stage(stage: str, ds: Dataset, fits: Fits) -> list[str]:
+    """A line for each expression of several tags, and for each tag."""
+    lines = []
+    for text, (images, tags) in fits.items():
+        if len(tags) > 1:
+            found, used = images.sum(), images[ds.index].sum()
+            lines.append(f"  {stage} {text!r}: {found:,} found, {used:,} used")
+    everything, counts = ds.source.table.counts(), ds.counts()
+    for tag in sorted({tag for _, tags in fits.values() for tag in tags}):
+        lines.append(f"  {stage} tag {tag!r}: {everything[tag]:,} found, {counts[tag]:,} used")
+    return lines
 
 
 def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: list[str]) -> str:
@@ -343,12 +361,3 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # By then the step is done; an exit that waits for the workers must end.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
-
-
-def low_latents_of(
-    vae: AnyVAE, batch: dict[str, Tensor], x0: Tensor, factor: int, upsample: str
-) -> Tensor:
-    """What `factor` times smaller versions of a batch say of its latents x0, in its shape
-    (B, C, h, w); upsample as in diffusion.coupling.upsampled."""
-    images = to_float(batch["image"]) if "image" in batch else None
-    return upsampled(images, x0, vae.encode, factor, upsample)

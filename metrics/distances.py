@@ -422,15 +422,15 @@ def memorisation(
     batches = [train] if isinstance(train, (Tensor, np.ndarray)) else train
     center = held.mean(0)  # smaller numbers cancel less
     nearest = nearest_squared(torch.cat([y, held]) - center, batches, center)
-    ours, order = nearest[: len(y)].sqrt(), nearest[len(y) :].sqrt().sort().values
+    generated, order = nearest[: len(y)].sqrt(), nearest[len(y) :].sqrt().sort().values
     line, middle = order[max(int(0.05 * len(order)) - 1, 0)], float(order.median())
-    below = torch.searchsorted(order, ours)
-    upto = torch.searchsorted(order, ours, right=True)
+    below = torch.searchsorted(order, generated)
+    upto = torch.searchsorted(order, generated, right=True)
     closer = float((1 - (below + upto).double() / 2 / len(order)).mean())
-    copies, expected = share(ours <= line), max(share(order <= line), 0.05)
+    copies, expected = share(generated <= line), max(share(order <= line), 0.05)
     chance = (expected * (1 - expected) * (1 / len(y) + 1 / len(order))) ** 0.5
     flagged = copies > max(expected + 4 * chance, 2 * expected)
-    ratio = float(ours.median()) / middle if middle else float("nan")
+    ratio = float(generated.median()) / middle if middle else float("nan")
     return Memorisation(ratio, closer, copies, flagged, len(order))
 
 

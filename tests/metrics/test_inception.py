@@ -334,12 +334,11 @@ def test_real_features_and_fids_are_those_of_the_peers(real, art, tmp_path):
     root, images = art
     torch.save(real[0].state_dict(), tmp_path / "w.pth")
     np.save(tmp_path / "images.npy", images[:4].numpy())
-    text = fid_peers.ask(
-        "features", tmp_path / "w.pth", tmp_path / "images.npy", tmp_path / "out.npz"
-    )
+    weights, pixels, out = (tmp_path / name for name in ("w.pth", "images.npy", "out.npz"))
+    text = fid_peers.ask("measure", weights, pixels, root / "a", root / "b", out)
     if text is None:
         pytest.skip(f"pytorch-fid is not in {fid_peers.PEERS}: see tests/fid_peers.py")
-    theirs, ours = np.load(tmp_path / "out.npz"), {}
+    theirs, ours = np.load(out), {}
     for preproc in ("torch", "tf", "clean"):
         net = FIDInception(preproc)
         net.load_state_dict(real[0].state_dict())
@@ -350,9 +349,7 @@ def test_real_features_and_fids_are_those_of_the_peers(real, art, tmp_path):
         fake=str(root / "b"), ref=str(root / "a"), weights=str(real[1]), cache=str(tmp_path)
     )
     fid = eval_fid.evaluate(cfg, Ranks(0, 1, torch.device("cpu")))["metrics"]["FID8"]["value"]
-    assert fid == pytest.approx(
-        float(fid_peers.ask("fid", tmp_path / "w.pth", root / "a", root / "b")), abs=1e-4
-    )
+    assert fid == pytest.approx(float(theirs["fid"]), abs=1e-4)
 
 
 def test_fetching_replaces_what_is_damaged_but_nothing_that_is_named(
