@@ -1,7 +1,7 @@
 """Weight files of other programs, opened by what they hold and not by what they are called.
 
     box = open_weights("model.ckpt")     # safetensors | torch pickle, zip or legacy | shards
-    box["out.2.weight"]                  # read now, alone; box.shape(name), box.dtype(name): no read
+    box["out.2.weight"]                  # read now, alone; box.shape and box.dtype need no read
 
 A pickle is opened by torch's weights_only reader, which builds tensors and plain containers and
 runs nothing.

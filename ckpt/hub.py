@@ -1,7 +1,7 @@
 """The Hub: what hf:org/name names, fetched once, with its commit and sha256 recorded.
 
-    resolve("hf:org/name/file@revision")         # the only words that reach the network
-    origin(path)                                 # {"source": "hf:org/name/file@commit", "sha256": …}
+    resolve("hf:org/name/file@revision")     # the only words that reach the network
+    origin(path)                 # {"source": "hf:org/name/file@commit", "sha256": …}
 """
 
 import contextlib

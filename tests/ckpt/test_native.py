@@ -19,8 +19,15 @@ import ckpt.native as native
 import harness.files as files
 from checkpoints import ADM, CFG, TINY, same, save_three, spoil
 from ckpt import (
-    convert, find_checkpoint, fingerprint, load_like, load_unet, open_unet, read_tensors,
-    save_checkpoint, save_unet,
+    convert,
+    find_checkpoint,
+    fingerprint,
+    load_like,
+    load_unet,
+    open_unet,
+    read_tensors,
+    save_checkpoint,
+    save_unet,
 )
 from ckpt.configs import config_from, differences
 from ckpt.containers import open_weights
@@ -41,21 +48,35 @@ def net():
 def test_round_trip_is_bitwise_and_needs_nothing_but_the_file(net, tmp_path):
     mark = save_unet(tmp_path / "m.safetensors", net, {"images": 7})
     again, meta = load_unet(tmp_path / "m.safetensors")
-    assert again.cfg == CFG and meta["images"] == 7 and meta["fingerprint"] == mark == fingerprint(net.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert (
+        again.cfg == CFG
+        and meta["images"] == 7
+        and meta["fingerprint"] == mark == fingerprint(net.state_dict())
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values())
+    )
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, -1])
     assert torch.equal(net(x, t, y), again(x, t, y))
     assert again.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_any_safetensors_reader_sees_plain_native_names(net, tmp_path):
-    wrapped = torch.compile(torch.nn.parallel.DataParallel(net))                # .module inside _orig_mod
+    wrapped = torch.compile(torch.nn.parallel.DataParallel(net))  # .module inside _orig_mod
     save_unet(tmp_path / "m.safetensors", wrapped, {})
     assert load_file(tmp_path / "m.safetensors").keys() == net.state_dict().keys()
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "pt" and json.loads(file.metadata()["twinpath"])["unet"]["model_channels"] == 32
+        assert (
+            file.metadata()["format"] == "pt"
+            and json.loads(file.metadata()["twinpath"])["unet"]["model_channels"] == 32
+        )
     with pytest.raises(AssertionError, match="not this U-Net"):
-        save_unet(tmp_path / "x.safetensors", net, {}, {f"module.{k}": v for k, v in net.state_dict().items()})
+        save_unet(
+            tmp_path / "x.safetensors",
+            net,
+            {},
+            {f"module.{k}": v for k, v in net.state_dict().items()},
+        )
 
 
 def test_files_have_ordinary_permissions(net, tmp_path):
@@ -64,14 +85,23 @@ def test_files_have_ordinary_permissions(net, tmp_path):
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("how, message", [
-    ("truncated", "truncated or not a safetensors"), ("truncated in the header", "truncated or not"), ("empty", "is empty"),
-    ("pickle", "is a Python pickle"), ("torch.save", "1 of 1 tensors belong to nothing known: a"),
-    ("foreign", "order of the qkv rows|number of attention heads"),
-    ("metadata altered", "metadata does not match its own checksum"), ("another number of heads", "the network computes .* its config"),
-    ("one bit flipped", "do not match their own fingerprint"), ("a tensor missing", "1 missing: out.2.weight"),
-    ("a tensor more", "1 unexpected: extra.weight"), ("another shape", r"1 of another shape: out.2.weight \(5, 32, 3, 3\) for \(4, 32, 3, 3\)"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "truncated or not a safetensors"),
+        ("truncated in the header", "truncated or not"),
+        ("empty", "is empty"),
+        ("pickle", "is a Python pickle"),
+        ("torch.save", "1 of 1 tensors belong to nothing known: a"),
+        ("foreign", "order of the qkv rows|number of attention heads"),
+        ("metadata altered", "metadata does not match its own checksum"),
+        ("another number of heads", "the network computes .* its config"),
+        ("one bit flipped", "do not match their own fingerprint"),
+        ("a tensor missing", "1 missing: out.2.weight"),
+        ("a tensor more", "1 unexpected: extra.weight"),
+        ("another shape", r"1 of another shape: out.2.weight \(5, 32, 3, 3\) for \(4, 32, 3, 3\)"),
+    ],
+)
 def test_a_damaged_or_foreign_file_is_named_for_what_it_is(net, tmp_path, how, message):
     path = tmp_path / "m.safetensors"
     save_unet(path, net, {})
@@ -95,7 +125,10 @@ def test_the_last_ones_and_every_multiple_are_kept(net, tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["000000000300", "000000000400"]
     save_three(tmp_path / "b", net, keep=1, keep_every=200)
     assert [p.name for p in checkpoints(tmp_path / "b")] == ["000000000200", "000000000400"]
-    assert find_checkpoint(tmp_path).name == "ema-0.050.safetensors" and find_checkpoint(tmp_path).parent.name == "000000000400"
+    assert (
+        find_checkpoint(tmp_path).name == "ema-0.050.safetensors"
+        and find_checkpoint(tmp_path).parent.name == "000000000400"
+    )
     assert load_unet(find_checkpoint(tmp_path))[1]["ema"] == 0.05
     assert load_unet(tmp_path / "ckpt/000000000400/model.safetensors")[1]["ema"] is None
 
@@ -106,11 +139,12 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(net, tmp_path, monkeypatch)
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-
     def killed_at_the_state(path, *args):
         return killed() if path.name == "state.safetensors" else write_tensors(path, *args)
+
     for module, name, how in (
-        (native, "write_tensors", killed), (native, "write_tensors", killed_at_the_state),
+        (native, "write_tensors", killed),
+        (native, "write_tensors", killed_at_the_state),
         (files, "fsync", killed),
     ):
         with monkeypatch.context() as m:
@@ -119,7 +153,7 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(net, tmp_path, monkeypatch)
                 save_three(tmp_path, net, keep=2, images=(200,))
         assert [p.name for p in checkpoints(tmp_path)] == ["000000000100"]
     with monkeypatch.context() as m:
-        m.setattr(shutil, "rmtree", killed)                                     # … while removing an old one
+        m.setattr(shutil, "rmtree", killed)  # … while removing an old one
         with pytest.raises(KeyboardInterrupt):
             save_three(tmp_path, net, keep=1, images=(200,))
     save_three(tmp_path, net, keep=1, images=(300,))
@@ -128,18 +162,23 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(net, tmp_path, monkeypatch)
 
 
 def test_a_header_whose_length_begins_like_a_pickle_is_still_safetensors(tmp_path):
-    """The first byte of a safetensors file is the low byte of its header's length: one file in 256 begins with 0x80."""
+    """The first byte of a safetensors file is the low byte of its header's length: one file in 256
+    begins with 0x80."""
     for padding in range(0, 256, 8):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {"padding": "-" * padding})
         assert read_tensors(tmp_path / "x.safetensors")[1]["padding"] == "-" * padding
 
 
-# ---- what training leaves -------------------------------------------------------------------------------------------
+# ---- what training leaves -----------------------------------------------------------------------
+
 
 def test_trained_weights_that_equal_their_base_are_refused(net, tmp_path):
     base = fingerprint(net.state_dict())
     save_unet(tmp_path / "start", net, {"images": 0, "base_fingerprint": base})
-    with pytest.raises(UserError, match="is not written: after 64 images the weights are bit for bit those training started from"):
+    with pytest.raises(
+        UserError,
+        match="is not written: after 64 images the weights are bit for bit those training started",
+    ):
         save_unet(tmp_path / "m", net, {"images": 64, "base_fingerprint": base})
     with pytest.raises(UserError, match="bit for bit those"):
         save_checkpoint(tmp_path, 8, net, {"base_fingerprint": base}, {}, {}, {}, 1, 0)
@@ -152,7 +191,9 @@ def test_trained_weights_that_equal_their_base_are_refused(net, tmp_path):
 def test_raw_weights_and_ema_are_not_mixed_up(net, tmp_path):
     save_three(tmp_path, net, keep=1, images=(8,))
     raw, ema = (checkpoints(tmp_path)[0] / f"{name}.safetensors" for name in ("model", "ema-0.050"))
-    assert load_unet(ema, ema=True)[1]["ema"] == 0.05 and load_unet(raw, ema=False)[1]["ema"] is None
+    assert (
+        load_unet(ema, ema=True)[1]["ema"] == 0.05 and load_unet(raw, ema=False)[1]["ema"] is None
+    )
     with pytest.raises(UserError, match="holds the raw weights, wanted an EMA"):
         load_unet(raw, ema=True)
     with pytest.raises(UserError, match="holds an EMA of width 0.05, wanted the raw weights"):
@@ -163,38 +204,65 @@ def test_raw_weights_and_ema_are_not_mixed_up(net, tmp_path):
 def test_the_probe_sees_heads_and_order_and_touches_nothing(family, tmp_path, capfd, monkeypatch):
     net = randomize(UNet(TINY[family]))
     value, state = probe(net.cfg, net.state_dict()), torch.get_rng_state()
-    assert len(value) == 8 and value == probe(net.cfg, {k: v.double() for k, v in net.state_dict().items()})
-    others = [replace(net.cfg, num_heads=8, num_head_channels=0), replace(net.cfg, num_heads=1, num_head_channels=0)]
-    others += [replace(net.cfg, attention_order="new" if net.cfg.attention_order == "legacy" else "legacy")] if not net.cfg.context_dim else []
+    assert len(value) == 8 and value == probe(
+        net.cfg, {k: v.double() for k, v in net.state_dict().items()}
+    )
+    others = [
+        replace(net.cfg, num_heads=8, num_head_channels=0),
+        replace(net.cfg, num_heads=1, num_head_channels=0),
+    ]
+    others += (
+        [
+            replace(
+                net.cfg, attention_order="new" if net.cfg.attention_order == "legacy" else "legacy"
+            )
+        ]
+        if not net.cfg.context_dim
+        else []
+    )
     for other in others:
-        assert max(abs(a - b) for a, b in zip(value, probe(other, net.state_dict()))) > 5e-3 * max(map(abs, value))
+        assert max(abs(a - b) for a, b in zip(value, probe(other, net.state_dict()))) > 5e-3 * max(
+            map(abs, value)
+        )
     assert torch.equal(state, torch.get_rng_state())
-    monkeypatch.setenv("KERNELS", "triton")                                     # on the side: neither interpreted nor said
+    monkeypatch.setenv("KERNELS", "triton")  # on the side: neither interpreted nor said
     assert probe(net.cfg, net.state_dict()) == value and capfd.readouterr().err == ""
     save_unet(tmp_path / "m", net.bfloat16(), {})
     again, meta = load_unet(tmp_path / "m")
     assert same(again, net) and len(meta["probe"]) == 8
-    assert next(load_unet(tmp_path / "m", dtype=torch.float32)[0].parameters()).dtype == torch.float32
+    assert (
+        next(load_unet(tmp_path / "m", dtype=torch.float32)[0].parameters()).dtype == torch.float32
+    )
 
 
 def test_what_is_saved_is_read_back_before_anything_is_replaced(net, tmp_path, monkeypatch):
     save_three(tmp_path, net, keep=1, images=(8,))
-    before, raw_bytes = (checkpoints(tmp_path)[0] / "model.safetensors").read_bytes(), files.raw_bytes
+    before, raw_bytes = (
+        (checkpoints(tmp_path)[0] / "model.safetensors").read_bytes(),
+        files.raw_bytes,
+    )
     ema = {k: v.double() for k, v in net.state_dict().items()}
 
-    def flip(dtype):                                                            # a disk that loses a bit of tensors of that type
+    def flip(dtype):  # a disk that loses a bit of tensors of that type
         def write(tensor):
             data = raw_bytes(tensor).copy()
             data[:1] ^= tensor.dtype == dtype
             return data
+
         return write
-    for dtype in (torch.float32, torch.float64):                                # of all, or of the EMA alone
+
+    for dtype in (torch.float32, torch.float64):  # of all, or of the EMA alone
         with monkeypatch.context() as m:
             m.setattr(files, "raw_bytes", flip(dtype))
             with pytest.raises(UserError, match="was read back with other weights"):
                 save_checkpoint(tmp_path, 16, net, {}, {"0.050": ema}, {}, {}, 1, 0)
             with pytest.raises(UserError, match="was read back with other weights"):
-                save_unet(checkpoints(tmp_path)[0] / "model.safetensors", net, {}, ema if dtype == torch.float64 else None)
+                save_unet(
+                    checkpoints(tmp_path)[0] / "model.safetensors",
+                    net,
+                    {},
+                    ema if dtype == torch.float64 else None,
+                )
     assert [p.name for p in checkpoints(tmp_path)] == ["000000000008"]
     assert (checkpoints(tmp_path)[0] / "model.safetensors").read_bytes() == before
 
@@ -210,19 +278,56 @@ def test_a_network_that_broke_in_training_still_loads(value, tmp_path):
     assert len(load_unet(tmp_path / "b.safetensors")[1]["probe"]) == 8
 
 
-
-
-@pytest.mark.parametrize("meta", [
-    {"unet": None}, {"unet": [1]}, {"unet": {"channel_mult": "ab"}}, {"unet": {"num_res_blocks": -5}}, {"unet": {"num_res_blocks": 10 ** 5}},
-    {"unet": {"num_heads": "x"}}, {"unet": {"channel_mult": [[1], [1]]}}, {"unet": {"attention_order": "sideways"}}, {"unet": {"new": 1}},
-    {"layout": "zzz"}, {"layout": ["native"]}, {"layout": None}, {"objective": 3}, {"objective": {"a": 1}}, {"objective": "banana"}, {"objective": ["eps"]},
-    {"objective": {"name": "x", "target": "y"}}, {"probe": "x"}, {"probe": [1.0]}, {"probe": []}, {"probe": None}, {"probe": ["a"]}, {"probe": [10 ** 400]},
-    {"fingerprint": None}, {"fingerprint": 3}, {"images": "x"}, {"vae": 3}, {"source": 3}, {"ema": [1]}, {"resolution": "x"}, {"classes": 3},
-], ids=str)
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"unet": None},
+        {"unet": [1]},
+        {"unet": {"channel_mult": "ab"}},
+        {"unet": {"num_res_blocks": -5}},
+        {"unet": {"num_res_blocks": 10**5}},
+        {"unet": {"num_heads": "x"}},
+        {"unet": {"channel_mult": [[1], [1]]}},
+        {"unet": {"attention_order": "sideways"}},
+        {"unet": {"new": 1}},
+        {"layout": "zzz"},
+        {"layout": ["native"]},
+        {"layout": None},
+        {"objective": 3},
+        {"objective": {"a": 1}},
+        {"objective": "banana"},
+        {"objective": ["eps"]},
+        {"objective": {"name": "x", "target": "y"}},
+        {"probe": "x"},
+        {"probe": [1.0]},
+        {"probe": []},
+        {"probe": None},
+        {"probe": ["a"]},
+        {"probe": [10**400]},
+        {"fingerprint": None},
+        {"fingerprint": 3},
+        {"images": "x"},
+        {"vae": 3},
+        {"source": 3},
+        {"ema": [1]},
+        {"resolution": "x"},
+        {"classes": 3},
+    ],
+    ids=str,
+)
 def test_metadata_of_odd_types_is_one_line(meta, tmp_path):
     tensors, unet = dict(randomize(UNet(ADM)).state_dict()), asdict(ADM)
-    meta = {**meta, "unet": {**unet, **meta["unet"]} if isinstance(meta.get("unet"), dict) else meta.get("unet", unet)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m", metadata={META: json.dumps(meta)})
+    meta = {
+        **meta,
+        "unet": {**unet, **meta["unet"]}
+        if isinstance(meta.get("unet"), dict)
+        else meta.get("unet", unet),
+    }
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        tmp_path / "m",
+        metadata={META: json.dumps(meta)},
+    )
     with pytest.raises(UserError):
         load_unet(tmp_path / "m")
     with pytest.raises(UserError):
@@ -352,7 +457,7 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """A network of somebody's fork: patches, attention, a time that is added, buffers of its own."""
+    """A network of somebody's fork: patches, attention, time that is added, a buffer of its own."""
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Bytes on disk: any container is known by its content; damage is named; what is written is safetensors, byte for byte."""
+"""Bytes on disk: any container is known by its content; damage is named; what is written is
+safetensors, byte for byte."""
 
 import hashlib
 import json
@@ -26,38 +27,74 @@ from ckpt.containers import open_weights
 from ckpt.hub import origin, resolve
 from model import UNet, UNetConfig
 
-CFG = UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention=(1,), num_heads=2)
+CFG = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention=(1,),
+    num_heads=2,
+)
 
 
 def some_tensors():
     g = torch.Generator().manual_seed(0)
-    floats = {f"a.{d}".replace("torch.", ""): torch.randn(3, 5, generator=g).to(d) for d in
-              (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-    return {**floats, "n": torch.tensor(7), "flags": torch.tensor([True, False]), "none": torch.zeros(0, 3), "ü \" \\": torch.arange(4),
-            "channels_last": torch.randn(2, 3, 4, 5, generator=g).to(memory_format=torch.channels_last), "half": torch.ones(8)[::2]}
+    floats = {
+        f"a.{d}".replace("torch.", ""): torch.randn(3, 5, generator=g).to(d)
+        for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    }
+    return {
+        **floats,
+        "n": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 3),
+        'ü " \\': torch.arange(4),
+        "channels_last": torch.randn(2, 3, 4, 5, generator=g).to(memory_format=torch.channels_last),
+        "half": torch.ones(8)[::2],
+    }
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a[k], b[k]) for k in a))
+    return a.keys() == b.keys() and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a[k], b[k]) for k in a)
+    )
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
+
 
 def test_an_empty_tensor_is_written_whatever_its_strides(tmp_path):
     import numpy as np
-    for empty in (torch.from_numpy(np.array([], dtype=np.int32)), torch.empty(0, 3), torch.empty(2, 0).t()):
+
+    for empty in (
+        torch.from_numpy(np.array([], dtype=np.int32)),
+        torch.empty(0, 3),
+        torch.empty(2, 0).t(),
+    ):
         write_tensors(tmp_path / "e", {"a": empty, "b": torch.ones(2)}, {})
-        assert open_weights(tmp_path / "e")["a"].shape == empty.shape and torch.equal(open_weights(tmp_path / "e")["b"], torch.ones(2))
+        assert open_weights(tmp_path / "e")["a"].shape == empty.shape and torch.equal(
+            open_weights(tmp_path / "e")["b"], torch.ones(2)
+        )
 
 
 def test_streamed_files_are_what_safetensors_itself_writes(tmp_path):
     tensors = {k: v.contiguous() for k, v in some_tensors().items()}
-    for n, (chosen, meta) in enumerate([(tensors, {}), (tensors, {"format": "pt"}), ({"x": torch.ones(3)}, {"k": "ä\n\""})]):
+    for n, (chosen, meta) in enumerate(
+        [(tensors, {}), (tensors, {"format": "pt"}), ({"x": torch.ones(3)}, {"k": 'ä\n"'})]
+    ):
         save_file(chosen, tmp_path / f"{n}.theirs", metadata=meta or None)
-        stream_tensors(tmp_path / f"{n}.ours", {k: (v.dtype, tuple(v.shape)) for k, v in chosen.items()}, meta, chosen.__getitem__)
+        stream_tensors(
+            tmp_path / f"{n}.ours",
+            {k: (v.dtype, tuple(v.shape)) for k, v in chosen.items()},
+            meta,
+            chosen.__getitem__,
+        )
         assert (tmp_path / f"{n}.ours").read_bytes() == (tmp_path / f"{n}.theirs").read_bytes()
     write_tensors(tmp_path / "all", some_tensors(), {"a": 1})
-    assert equal(load_file(tmp_path / "all"), tensors) and equal(dict(open_weights(tmp_path / "all")), tensors)
+    assert equal(load_file(tmp_path / "all"), tensors) and equal(
+        dict(open_weights(tmp_path / "all")), tensors
+    )
     assert read_meta(open_weights(tmp_path / "all")) == {"a": 1}
 
 
@@ -73,6 +110,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 
     class Lazy(dict):
         __getitem__ = staticmethod(make)
+
     stream_tensors(tmp_path / "x", dict.fromkeys("abc", (torch.float32, (5,))), {}, make)
     fingerprint(Lazy.fromkeys("abc"))
     assert len(alive) == 6
@@ -84,10 +122,16 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 
     def get(name):
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         stream_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, {}, get)
     with pytest.raises(AssertionError, match="a: torch.float64"):
-        stream_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, {}, lambda name: torch.ones(2, dtype=torch.float64))
+        stream_tensors(
+            tmp_path / "x",
+            {"a": (torch.float32, (2,))},
+            {},
+            lambda name: torch.ones(2, dtype=torch.float64),
+        )
     assert (tmp_path / "x").read_bytes() == before and os.listdir(tmp_path) == ["x"]
 
 
@@ -97,26 +141,38 @@ def test_a_writer_never_touches_another_file_and_may_be_refused(tmp_path, monkey
     write_tensors(tmp_path / "x", {"a": torch.ones(2)}, {})
     files.write_text(tmp_path / "x.json", "{}")
     before, listed = (tmp_path / "x").read_bytes(), sorted(os.listdir(tmp_path))
-    assert listed == ["x", "x.json", "x.json.tmp", "x.part", "x.tmp"] and (tmp_path / "x.tmp").read_text() == "the user's"
+    assert (
+        listed == ["x", "x.json", "x.json.tmp", "x.part", "x.tmp"]
+        and (tmp_path / "x.tmp").read_text() == "the user's"
+    )
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     with pytest.raises(UserError, match="cannot write .*/x: No space left on device"):
         stream_tensors(tmp_path / "x", {"a": (torch.float32, (2,))}, {}, full)
     with pytest.raises(UserError, match="cannot write .*/x"):
         write_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {}, check=full)
     assert (tmp_path / "x").read_bytes() == before and sorted(os.listdir(tmp_path)) == listed
-    write_tensors(tmp_path / ("ü" * 120), {"a": torch.ones(2)}, {})             # 240 bytes: the temporary name is no longer
+    # 240 bytes: the temporary name is no longer.
+    write_tensors(
+        tmp_path / ("ü" * 120), {"a": torch.ones(2)}, {}
+    )
     with pytest.raises(UserError, match="Give a writable folder.$"):
         files.make_dir(tmp_path / "x" / "y")
 
 
-# ---- sniffing -------------------------------------------------------------------------------------------------------
+# ---- sniffing -----------------------------------------------------------------------------------
+
 
 def shard(folder, tensors, files_of):
     index = {"metadata": {"total_size": 1}, "weight_map": files_of}
     for file in set(files_of.values()):
-        save_file({k: v.contiguous() for k, v in tensors.items() if files_of[k] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items() if files_of[k] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder / "model.safetensors.index.json"
 
@@ -128,29 +184,63 @@ def as_container(kind, tensors, folder):
         save_file(plain, folder / "x.ckpt")
         return folder / "x.ckpt"
     if kind == "sharded":
-        return shard(folder, tensors, {k: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, k in enumerate(tensors)})
+        return shard(
+            folder,
+            tensors,
+            {k: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, k in enumerate(tensors)},
+        )
     path = folder / "x.safetensors"
-    boxed = {"state_dict": tensors, "epoch": 3, "name": "x"} if "state_dict" in kind else \
-        {"student": tensors, "opt": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}, "gstep": 4} if "student" in kind else tensors
+    boxed = (
+        {"state_dict": tensors, "epoch": 3, "name": "x"}
+        if "state_dict" in kind
+        else {
+            "student": tensors,
+            "opt": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+            "gstep": 4,
+        }
+        if "student" in kind
+        else tensors
+    )
     torch.save(boxed, path, _use_new_zipfile_serialization="legacy" not in kind)
     return path
 
 
-@pytest.mark.parametrize("kind", ["safetensors named .ckpt", "zip pickle named .safetensors", "legacy pickle named .safetensors", "sharded",
-                                  "zip pickle of a state_dict", "legacy pickle of a student beside its optimizer"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "safetensors named .ckpt",
+        "zip pickle named .safetensors",
+        "legacy pickle named .safetensors",
+        "sharded",
+        "zip pickle of a state_dict",
+        "legacy pickle of a student beside its optimizer",
+    ],
+)
 def test_the_content_decides_not_the_name(kind, tmp_path):
     box = open_weights(as_container(kind, some_tensors(), tmp_path))
     assert equal(dict(box), some_tensors())
-    assert {k: (box.dtype(k), box.shape(k)) for k in box} == {k: (v.dtype, tuple(v.shape)) for k, v in some_tensors().items()}
-    assert box.kind == {"sha": "3 safetensors shards", "saf": "safetensors", "zip": "torch zip pickle", "leg": "torch legacy pickle"}[kind[:3]]
+    assert {k: (box.dtype(k), box.shape(k)) for k in box} == {
+        k: (v.dtype, tuple(v.shape)) for k, v in some_tensors().items()
+    }
+    assert (
+        box.kind
+        == {
+            "sha": "3 safetensors shards",
+            "saf": "safetensors",
+            "zip": "torch zip pickle",
+            "leg": "torch legacy pickle",
+        }[kind[:3]]
+    )
 
 
 def test_a_header_length_that_begins_like_a_pickle_is_still_a_header(tmp_path):
-    for pad in range(300):                                                      # the length is a multiple of 8: one of them is 0x…80
+    for pad in range(300):  # the length is a multiple of 8: one of them is 0x…80
         save_file({"x": torch.ones(1)}, tmp_path / "x", metadata={"k": "." * pad})
         if (tmp_path / "x").read_bytes()[0] == 0x80:
             break
-    assert (tmp_path / "x").read_bytes()[0] == 0x80 and equal(dict(open_weights(tmp_path / "x")), {"x": torch.ones(1)})
+    assert (tmp_path / "x").read_bytes()[0] == 0x80 and equal(
+        dict(open_weights(tmp_path / "x")), {"x": torch.ones(1)}
+    )
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
@@ -162,7 +252,8 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
     assert not reads
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage -------------------------------------------------------------------------------------
+
 
 class Payload:
     def __init__(self, witness):
@@ -175,8 +266,14 @@ class Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_payload_is_refused_and_not_run(tmp_path, zipped):
     witness, path = tmp_path / "it-ran", tmp_path / "model.safetensors"
-    torch.save({"a": torch.ones(1), "b": Payload(witness)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="refuses to read as weights alone: it wants to build or call (posix|os).system.  Nothing in it was run"):
+    torch.save(
+        {"a": torch.ones(1), "b": Payload(witness)}, path, _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(
+        UserError,
+        match="refuses to read as weights alone: it wants to build or call (posix|os).system.  "
+        "Nothing in it was run",
+    ):
         open_weights(path)
     assert not witness.exists()
     with open(path, "wb") as file:
@@ -185,7 +282,7 @@ def test_a_pickle_payload_is_refused_and_not_run(tmp_path, zipped):
         open_weights(path)
     assert not witness.exists()
     pickle.loads(path.read_bytes())
-    assert witness.exists()                                                     # the payload was a real one
+    assert witness.exists()  # the payload was a real one
 
 
 def test_a_refused_class_is_named(tmp_path, monkeypatch):
@@ -194,8 +291,15 @@ def test_a_refused_class_is_named(tmp_path, monkeypatch):
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": module.ModelCheckpoint}, tmp_path / "sd.ckpt")
-    with pytest.raises(UserError, match="call pytorch_lightning.callbacks.ModelCheckpoint .an original Stable Diffusion.*as .safetensors"):
+    torch.save(
+        {"state_dict": {"a": torch.ones(1)}, "callbacks": module.ModelCheckpoint},
+        tmp_path / "sd.ckpt",
+    )
+    with pytest.raises(
+        UserError,
+        match="call pytorch_lightning.callbacks.ModelCheckpoint .an original Stable Diffusion.*as "
+        ".safetensors",
+    ):
         open_weights(tmp_path / "sd.ckpt")
 
 
@@ -203,29 +307,58 @@ def spoil(path, how):
     """Damage a safetensors file."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    path.write_bytes({
-        "empty": b"", "one byte": b"\x80", "truncated in the header": data[:100], "truncated": data[:len(data) // 2], "one byte short": data[:-1],
-        "one byte long": data + b"\0", "a length beyond the file": struct.pack("<Q", len(data) * 2) + data[8:],
-        "an absurd length": struct.pack("<Q", 2 ** 63) + data[8:], "a length of 2^64-1": b"\xff" * 8 + data[8:],
-        "a length too short": struct.pack("<Q", length - 8) + data[8:], "a length of 0": struct.pack("<Q", 0) + data[8:],
-        "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-        "a web page": b"<!DOCTYPE html><html>not found</html>", "zeros": bytes(1000), "a picture": b"\x89PNG\r\n" + bytes(99), "JSON": b'{"a": 1, "b": 2}',
-        "overlapping tensors": data.replace(b"[0,", b"[8,", 1), "a wrong shape": data.replace(b'"shape":[3,5]', b'"shape":[4,5]', 1),
-        "an unknown dtype": data.replace(b'"F64"', b'"Q64"', 1), "a dtype that is too new": data.replace(b'"I64"', b'"C64"', 1),
-    }[how])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "one byte": b"\x80",
+            "truncated in the header": data[:100],
+            "truncated": data[: len(data) // 2],
+            "one byte short": data[:-1],
+            "one byte long": data + b"\0",
+            "a length beyond the file": struct.pack("<Q", len(data) * 2) + data[8:],
+            "an absurd length": struct.pack("<Q", 2**63) + data[8:],
+            "a length of 2^64-1": b"\xff" * 8 + data[8:],
+            "a length too short": struct.pack("<Q", length - 8) + data[8:],
+            "a length of 0": struct.pack("<Q", 0) + data[8:],
+            "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\n"
+            b"oid sha256:00\nsize 1\n",
+            "a web page": b"<!DOCTYPE html><html>not found</html>",
+            "zeros": bytes(1000),
+            "a picture": b"\x89PNG\r\n" + bytes(99),
+            "JSON": b'{"a": 1, "b": 2}',
+            "overlapping tensors": data.replace(b"[0,", b"[8,", 1),
+            "a wrong shape": data.replace(b'"shape":[3,5]', b'"shape":[4,5]', 1),
+            "an unknown dtype": data.replace(b'"F64"', b'"Q64"', 1),
+            "a dtype that is too new": data.replace(b'"I64"', b'"C64"', 1),
+        }[how]
+    )
 
 
-@pytest.mark.parametrize("how, message", [
-    ("empty", r"is empty \(0 bytes\)"), ("one byte", "is a Python pickle that is truncated"),
-    ("truncated in the header", "truncated or not"), ("truncated", "truncated or not"), ("one byte short", "truncated or not"),
-    ("one byte long", "truncated or not"), ("a length beyond the file", "truncated or not"),
-    ("an absurd length", "its header says it is 9,223,372,036,854,775,808 bytes long"),
-    ("a length of 2^64-1", "18,446,744,073,709,551,615"), ("a length too short", "truncated or not"), ("a length of 0", "truncated or not"),
-    ("a Git LFS pointer", "git lfs pull"), ("a web page", "looks like a web page"), ("zeros", "is not a weight file .it begins with b'.x00"), ("a picture", "not a weight file .it begins with b'.x89PNG"),
-    ("JSON", "not a weight file .it begins with"),
-    ("overlapping tensors", "truncated or not"), ("a wrong shape", "truncated or not"), ("an unknown dtype", "truncated or not"),
-    ("a dtype that is too new", "tensors of type 'C64'"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("empty", r"is empty \(0 bytes\)"),
+        ("one byte", "is a Python pickle that is truncated"),
+        ("truncated in the header", "truncated or not"),
+        ("truncated", "truncated or not"),
+        ("one byte short", "truncated or not"),
+        ("one byte long", "truncated or not"),
+        ("a length beyond the file", "truncated or not"),
+        ("an absurd length", "its header says it is 9,223,372,036,854,775,808 bytes long"),
+        ("a length of 2^64-1", "18,446,744,073,709,551,615"),
+        ("a length too short", "truncated or not"),
+        ("a length of 0", "truncated or not"),
+        ("a Git LFS pointer", "git lfs pull"),
+        ("a web page", "looks like a web page"),
+        ("zeros", "is not a weight file .it begins with b'.x00"),
+        ("a picture", "not a weight file .it begins with b'.x89PNG"),
+        ("JSON", "not a weight file .it begins with"),
+        ("overlapping tensors", "truncated or not"),
+        ("a wrong shape", "truncated or not"),
+        ("an unknown dtype", "truncated or not"),
+        ("a dtype that is too new", "tensors of type 'C64'"),
+    ],
+)
 def test_damage_is_named(tmp_path, how, message):
     write_tensors(tmp_path / "x", some_tensors(), {})
     spoil(tmp_path / "x", how)
@@ -248,14 +381,27 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
         box["a"]
 
 
-@pytest.mark.parametrize("how, message", [
-    ("a missing shard", "names the shard b.safetensors, which is not there"), ("a key in the wrong shard", "x is in it, but the index says b"),
-    ("a key in no shard", "y is not in it"), ("a stray key", "z is in it, but not in the index"), ("a path outside", "must lie beside"),
-    ("no map", "is not an index of shards"), ("itself", "a shard is a weight file, not an index"), ("a deep one", "is not an index of shards"),
-    ("numbers", "is not an index of shards"), ("not JSON", "is not an index of shards"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("a missing shard", "names the shard b.safetensors, which is not there"),
+        ("a key in the wrong shard", "x is in it, but the index says b"),
+        ("a key in no shard", "y is not in it"),
+        ("a stray key", "z is in it, but not in the index"),
+        ("a path outside", "must lie beside"),
+        ("no map", "is not an index of shards"),
+        ("itself", "a shard is a weight file, not an index"),
+        ("a deep one", "is not an index of shards"),
+        ("numbers", "is not an index of shards"),
+        ("not JSON", "is not an index of shards"),
+    ],
+)
 def test_shards_that_do_not_fit_their_index(tmp_path, how, message):
-    index = shard(tmp_path, {"x": torch.ones(1), "y": torch.zeros(1)}, {"x": "a.safetensors", "y": "b.safetensors"})
+    index = shard(
+        tmp_path,
+        {"x": torch.ones(1), "y": torch.zeros(1)},
+        {"x": "a.safetensors", "y": "b.safetensors"},
+    )
     table = json.loads(index.read_text())
     if how == "a missing shard":
         (tmp_path / "b.safetensors").unlink()
@@ -280,12 +426,25 @@ def test_shards_that_do_not_fit_their_index(tmp_path, how, message):
         open_weights(index)
 
 
-@pytest.mark.parametrize("value, message", [
-    ({}, "without a single set of weights"), ([torch.ones(1)], "without a single set"), ({"a": 1}, "it holds a"),
-    ({"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1), "n": 3}}, "it holds student, teacher"),
-    ({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.ones(1)}}, "it holds state_dict, model"),
-    ({"x": torch.ones(1), "more": {"x": torch.ones(1)}}, "it holds the top, more"), ({3: torch.ones(1)}, "has the key 3, wanted a name"), ({"x": torch.ones(2, 2).to_sparse()}, "not a plain dense"),
-])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({}, "without a single set of weights"),
+        ([torch.ones(1)], "without a single set"),
+        ({"a": 1}, "it holds a"),
+        (
+            {"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1), "n": 3}},
+            "it holds student, teacher",
+        ),
+        (
+            {"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.ones(1)}},
+            "it holds state_dict, model",
+        ),
+        ({"x": torch.ones(1), "more": {"x": torch.ones(1)}}, "it holds the top, more"),
+        ({3: torch.ones(1)}, "has the key 3, wanted a name"),
+        ({"x": torch.ones(2, 2).to_sparse()}, "not a plain dense"),
+    ],
+)
 def test_pickles_without_one_clear_state_dict(tmp_path, value, message):
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(UserError, match=message):
@@ -295,18 +454,41 @@ def test_pickles_without_one_clear_state_dict(tmp_path, value, message):
 T, OPT = torch.ones(2, 2), {"state": {0: {"m": torch.ones(2)}, 1: [torch.ones(1)]}}
 
 
-@pytest.mark.parametrize("value, names, emas, beside", [
-    ({"model": {"x": T, "step": 3}, "model_ema": {"y": T}}, "x", {"model_ema": "y"}, {}),
-    ({"state_dict": {"x": T}, "state_dict_ema": {"y": T}, "opt": OPT}, "x", {"state_dict_ema": "y"}, {"opt": 2}),
-    ({"x": T, "ema": {"y": T}, "more": [T]}, "x", {"ema": "y"}, {"more": 1}), ({"ema_0.99": {"y": T}}, "", {"ema_0.99": "y"}, {}),
-    ({"state_dict": {"x": T, "lost": {"a": [T, T]}}, "step": torch.tensor(3)}, "x", {}, {"state_dict": 2, "step": 1}),
-    ({"model": {"x": T}, "rng": {"cpu": torch.ones(4, dtype=torch.uint8)}, "opt": {0: OPT}}, "x", {}, {"rng": 1, "opt": 2}),
-    ({"model": {"x": T}, "schema": "v1"}, "x", {}, {}),
-])
+@pytest.mark.parametrize(
+    "value, names, emas, beside",
+    [
+        ({"model": {"x": T, "step": 3}, "model_ema": {"y": T}}, "x", {"model_ema": "y"}, {}),
+        (
+            {"state_dict": {"x": T}, "state_dict_ema": {"y": T}, "opt": OPT},
+            "x",
+            {"state_dict_ema": "y"},
+            {"opt": 2},
+        ),
+        ({"x": T, "ema": {"y": T}, "more": [T]}, "x", {"ema": "y"}, {"more": 1}),
+        ({"ema_0.99": {"y": T}}, "", {"ema_0.99": "y"}, {}),
+        (
+            {"state_dict": {"x": T, "lost": {"a": [T, T]}}, "step": torch.tensor(3)},
+            "x",
+            {},
+            {"state_dict": 2, "step": 1},
+        ),
+        (
+            {"model": {"x": T}, "rng": {"cpu": torch.ones(4, dtype=torch.uint8)}, "opt": {0: OPT}},
+            "x",
+            {},
+            {"rng": 1, "opt": 2},
+        ),
+        ({"model": {"x": T}, "schema": "v1"}, "x", {}, {}),
+    ],
+)
 def test_everything_in_a_pickle_is_taken_or_counted(tmp_path, value, names, emas, beside):
     torch.save(value, tmp_path / "x.pt")
     box = open_weights(tmp_path / "x.pt")
-    assert "".join(box) == names and {k: "".join(v) for k, v in box.emas.items()} == emas and box.beside == beside
+    assert (
+        "".join(box) == names
+        and {k: "".join(v) for k, v in box.emas.items()} == emas
+        and box.beside == beside
+    )
 
 
 def test_a_pickles_values_are_never_metadata(tmp_path):
@@ -343,41 +525,69 @@ def test_a_damaged_name_of_our_metadata_does_not_end_its_protection(tmp_path, ke
 
 
 def test_a_cast_keeps_what_was_never_finite_and_refuses_what_would_not_be(tmp_path):
-    write_tensors(tmp_path / "x", {"a": torch.tensor([1.0, float("nan"), float("-inf")]), "b": torch.tensor([float("nan"), 7e4])}, {})
+    write_tensors(
+        tmp_path / "x",
+        {
+            "a": torch.tensor([1.0, float("nan"), float("-inf")]),
+            "b": torch.tensor([float("nan"), 7e4]),
+        },
+        {},
+    )
     box = containers.rounded(open_weights(tmp_path / "x"), "fp16")
-    assert torch.equal(box["a"].nan_to_num(9.0, neginf=5.0), torch.tensor([1.0, 9.0, 5.0], dtype=torch.float16))
-    with pytest.raises(UserError, match=r"b does not fit fp16: its values go from 7e\+04 to 7e\+04"):
+    assert torch.equal(
+        box["a"].nan_to_num(9.0, neginf=5.0), torch.tensor([1.0, 9.0, 5.0], dtype=torch.float16)
+    )
+    with pytest.raises(
+        UserError, match=r"b does not fit fp16: its values go from 7e\+04 to 7e\+04"
+    ):
         box["b"]
 
 
 def test_folders_of_diffusers_variants_and_torch_shards_are_found(tmp_path):
     T = {"x": torch.ones(2)}
-    for n, name in enumerate(("diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-                              "model.bin.index.json")):
+    for n, name in enumerate(
+        (
+            "diffusion_pytorch_model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+            "model.bin.index.json",
+        )
+    ):
         path = tmp_path / str(n) / name
         path.parent.mkdir(parents=True)
         if name.endswith(".json"):
-            save_file(T, path.parent / "a") if "bin" not in name else torch.save(T, path.parent / "a")
+            save_file(T, path.parent / "a") if "bin" not in name else torch.save(
+                T, path.parent / "a"
+            )
             path.write_text(json.dumps({"weight_map": {"x": "a"}}))
         else:
             save_file(T, path)
-        assert containers.weights_in(tmp_path / str(n)) == path and equal(dict(open_weights(path)), T)
+        assert containers.weights_in(tmp_path / str(n)) == path and equal(
+            dict(open_weights(path)), T
+        )
 
 
 @pytest.mark.parametrize("kind, n", [("ours", 1000), ("zip", 250), ("legacy", 100)])
 def test_single_byte_corruptions_never_crash_and_never_load_damage(tmp_path, kind, n):
-    """1,000 of our own file, and some of pickles. Only an undamaged network, or one line for the user, may come out."""
+    """1,000 of our own file, and some of pickles. Only an undamaged network, or one line for the
+    user, may come out."""
     net, path = randomize(UNet(CFG)), tmp_path / "x.safetensors"
     save_unet(path, net, {"images": 7})
     whole = load_unet(path)[1]
     if kind != "ours":
-        torch.save({k: v.contiguous() for k, v in net.state_dict().items()}, path, _use_new_zipfile_serialization=kind == "zip")
+        torch.save(
+            {k: v.contiguous() for k, v in net.state_dict().items()},
+            path,
+            _use_new_zipfile_serialization=kind == "zip",
+        )
     data, rng, mark, refused = path.read_bytes(), random.Random(0), fingerprint(net.state_dict()), 0
     head = 8 + struct.unpack("<Q", data[:8])[0] if kind == "ours" else 4000
     for i in range(n):
-        at = rng.randrange((head, 1500, len(data))[i % 3])                      # the header is small, our metadata begins it
+        # The header is small, our metadata begins it.
+        at = rng.randrange(
+            (head, 1500, len(data))[i % 3]
+        )
         if kind == "legacy" and at > 4000:
-            continue                                                            # it has no checksum of its own; our files have
+            continue  # it has no checksum of its own; our files have
         bad = bytearray(data)
         bad[at] ^= rng.randrange(1, 256)
         path.write_bytes(bad)
@@ -389,18 +599,27 @@ def test_single_byte_corruptions_never_crash_and_never_load_damage(tmp_path, kin
         tensors = again.state_dict()
         if kind != "legacy":
             assert fingerprint(tensors) == mark, at
-        if kind == "ours":                                                      # a damaged key does not make it a foreign file
+        if kind == "ours":  # a damaged key does not make it a foreign file
             assert meta == whole, at
     assert refused > 0.8 * n or kind == "legacy"
 
 
-# ---- the Hub --------------------------------------------------------------------------------------------------------
+# ---- the Hub ------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """huggingface_hub on a fake remote: hub.remote maps names to bytes; hub.asked lists what was fetched."""
+    """huggingface_hub on a fake remote: hub.remote maps names to bytes; hub.asked lists what was
+    fetched."""
     import huggingface_hub
-    state = types.SimpleNamespace(remote={}, asked=[], error=None, cache=tmp_path / "models--org--name/snapshots/0123abc", listing_error=None)
+
+    state = types.SimpleNamespace(
+        remote={},
+        asked=[],
+        error=None,
+        cache=tmp_path / "models--org--name/snapshots/0123abc",
+        listing_error=None,
+    )
 
     def download(repo, name, revision=None):
         state.asked.append((repo, name, revision))
@@ -419,34 +638,58 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache",
-                        lambda repo, name, revision=None: str(state.cache / name) if (state.cache / name).exists() else None)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repo, name, revision=None: (
+            str(state.cache / name) if (state.cache / name).exists() else None
+        ),
+    )
     return state
 
 
 def test_hub_names_resolve_to_files_with_what_belongs_to_them(hub, tmp_path):
-    hub.remote = {"unet/diffusion_pytorch_model.safetensors": b"w", "unet/config.json": b"{}", "vae/diffusion_pytorch_model.safetensors": b"v",
-                  "v1.safetensors": b"s"}
+    hub.remote = {
+        "unet/diffusion_pytorch_model.safetensors": b"w",
+        "unet/config.json": b"{}",
+        "vae/diffusion_pytorch_model.safetensors": b"v",
+        "v1.safetensors": b"s",
+    }
     path = resolve("hf:org/name@main")
     assert path.read_bytes() == b"w" and (path.parent / "config.json").exists()
     assert {r for _, _, r in hub.asked} == {"main"} and {r for r, _, _ in hub.asked} == {"org/name"}
     assert resolve("hf:org/name/v1.safetensors").read_bytes() == b"s"
-    hub.remote = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode(),
-                  "m-1.safetensors": b"1", "m-2.safetensors": b"2"}
+    hub.remote = {
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+        ).encode(),
+        "m-1.safetensors": b"1",
+        "m-2.safetensors": b"2",
+    }
     assert (resolve("hf:org/name").parent / "m-2.safetensors").read_bytes() == b"2"
     found = origin(hub.cache / "m-1.safetensors")
     assert found["source"] == "hf:org/name/m-1.safetensors@0123abc"
     assert found["sha256"] == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
-    assert resolve(tmp_path) == tmp_path and origin(tmp_path / "x") == {"source": str(tmp_path / "x")}
+    assert resolve(tmp_path) == tmp_path and origin(tmp_path / "x") == {
+        "source": str(tmp_path / "x")
+    }
 
 
 def test_a_network_from_the_hub_records_its_commit_and_sha256(hub, tmp_path):
     save_unet(tmp_path / "x", net := randomize(UNet(CFG)), {"objective": "fm"})
     torch.save(net.state_dict(), tmp_path / "y")
-    hub.remote = {"unet/diffusion_pytorch_model.safetensors": (tmp_path / "x").read_bytes(), "foreign.pt": (tmp_path / "y").read_bytes()}
-    for spec, file, known in (("hf:org/name@v1", "x", {}), ("hf:org/name/foreign.pt@v1", "y", {"num_heads": 2, "attention_order": "legacy"})):
+    hub.remote = {
+        "unet/diffusion_pytorch_model.safetensors": (tmp_path / "x").read_bytes(),
+        "foreign.pt": (tmp_path / "y").read_bytes(),
+    }
+    for spec, file, known in (
+        ("hf:org/name@v1", "x", {}),
+        ("hf:org/name/foreign.pt@v1", "y", {"num_heads": 2, "attention_order": "legacy"}),
+    ):
         again, meta = load_unet(spec, **known)
-        assert fingerprint(again.state_dict()) == fingerprint(net.state_dict()) and meta["source"].endswith("@0123abc")
+        assert fingerprint(again.state_dict()) == fingerprint(net.state_dict()) and meta[
+            "source"
+        ].endswith("@0123abc")
         assert meta["sha256"] == hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
 
 
@@ -460,10 +703,17 @@ def test_a_damaged_download_is_noticed(hub):
         origin(hub.cache / "x.safetensors")
 
 
-@pytest.mark.parametrize("names, message", [
-    ([], "which file.*no weights"), (["a.ckpt", "b.ckpt"], "which file.*one of a.ckpt, b.ckpt"),
-    (["diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"], "which file"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "which file.*no weights"),
+        (["a.ckpt", "b.ckpt"], "which file.*one of a.ckpt, b.ckpt"),
+        (
+            ["diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"],
+            "which file",
+        ),
+    ],
+)
 def test_a_repository_with_no_clear_file_asks(hub, names, message):
     hub.remote = dict.fromkeys(names, b"")
     with pytest.raises(UserError, match=message):
@@ -473,16 +723,28 @@ def test_a_repository_with_no_clear_file_asks(hub, names, message):
 
 def test_what_fails_on_the_way_to_the_hub_is_one_line(hub, monkeypatch):
     from huggingface_hub import errors
+
     with pytest.raises(UserError, match="is not a name on the Hub.  Wanted hf:org/name"):
         resolve("hf:name")
     hub.remote = {"model.safetensors": b"w"}
+
     def http(kind):
-        return kind.__new__(kind, "no")                                         # its __init__ wants a response of the HTTP library
-    for error, message in ((http(errors.GatedRepoError), "is gated.  Accept its terms at https://huggingface.co/org/name.*hf auth login"),
-                           (http(errors.RevisionNotFoundError), "no such revision"),
-                           (http(errors.RepositoryNotFoundError), "no such repository, or it is private"),
-                           (errors.LocalEntryNotFoundError("no"), "not in the local cache.*HF_HUB_OFFLINE.*: hf download org/name model.safetensors --revision v9$"),
-                           (RuntimeError("some\nHTTP thing"), "RuntimeError: some HTTP thing.  Check the network")):
+        return kind.__new__(kind, "no")  # its __init__ wants a response of the HTTP library
+
+    for error, message in (
+        (
+            http(errors.GatedRepoError),
+            "is gated.  Accept its terms at https://huggingface.co/org/name.*hf auth login",
+        ),
+        (http(errors.RevisionNotFoundError), "no such revision"),
+        (http(errors.RepositoryNotFoundError), "no such repository, or it is private"),
+        (
+            errors.LocalEntryNotFoundError("no"),
+            "not in the local cache.*HF_HUB_OFFLINE.*: hf download org/name model.safetensors "
+            "--revision v9$",
+        ),
+        (RuntimeError("some\nHTTP thing"), "RuntimeError: some HTTP thing.  Check the network"),
+    ):
         hub.error = error
         with pytest.raises(UserError, match=message) as info:
             resolve("hf:org/name/model.safetensors@v9")
@@ -497,6 +759,7 @@ def test_what_fails_on_the_way_to_the_hub_is_one_line(hub, monkeypatch):
 
 def test_offline_the_cache_is_enough_and_a_miss_is_explained(hub):
     from huggingface_hub import errors
+
     hub.remote = {"unet/diffusion_pytorch_model.safetensors": b"w"}
     resolve("hf:org/name")
     hub.listing_error = errors.OfflineModeIsEnabled("offline")
@@ -511,11 +774,23 @@ def test_offline_the_cache_is_enough_and_a_miss_is_explained(hub):
 
 def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
     from huggingface_hub import errors, utils
-    hub.remote = {"unet/diffusion_pytorch_model.safetensors": b"w", "unet/config.json": b"{}", "m.safetensors": b"m"}
+
+    hub.remote = {
+        "unet/diffusion_pytorch_model.safetensors": b"w",
+        "unet/config.json": b"{}",
+        "m.safetensors": b"m",
+    }
     hub.listing_error = ConnectionError("no route")
-    assert resolve("hf:org/name/m.safetensors@" + "0" * 40).read_bytes() == b"m" and [n for _, n, _ in hub.asked] == ["m.safetensors"]
-    assert (resolve("hf:org/name/unet/diffusion_pytorch_model.safetensors").parent / "config.json").exists()
-    assert resolve("hf:org/name").name == "diffusion_pytorch_model.safetensors"  # both are in the cache by now
+    assert resolve("hf:org/name/m.safetensors@" + "0" * 40).read_bytes() == b"m" and [
+        n for _, n, _ in hub.asked
+    ] == ["m.safetensors"]
+    assert (
+        resolve("hf:org/name/unet/diffusion_pytorch_model.safetensors").parent / "config.json"
+    ).exists()
+    # Both are in the cache by now.
+    assert (
+        resolve("hf:org/name").name == "diffusion_pytorch_model.safetensors"
+    )
     shutil.rmtree(hub.cache)
     level = utils.logging.get_verbosity()
     with pytest.raises(UserError, match="ConnectionError: no route.  Check the network"):
@@ -524,7 +799,7 @@ def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
     asked, hub.error = len(hub.asked), errors.LocalEntryNotFoundError("miss")
     with pytest.raises(UserError):
         inspect("hf:org/name/m.safetensors")
-    assert len(hub.asked) == asked + 1                                          # not once more with other guesses
+    assert len(hub.asked) == asked + 1  # not once more with other guesses
 
 
 def test_local_names_never_reach_for_the_hub(tmp_path, monkeypatch):
