@@ -1,19 +1,15 @@
-"""FID and its company, with a card that says what the number means:
+"""FID and its company, with a card that says what the number means.   A stopped command goes on.
 
     python eval_fid.py --ckpt runs/toyfaces-fm-standard --n 10000  # against what it was trained on
     python eval_fid.py --ckpt RUN --ref "toyfaces:character:nova"  # against the images with a tag
     python eval_fid.py --fake DIR --ref DIR         # folders or npz: nothing is sampled
     python eval_fid.py compare a.json b.json        # a table, unless the cards do not fit together
-    torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN          # every rank samples
+    torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN  # without the -- torchrun takes --n
 
-The same command goes on where it was stopped. (Without the -- torchrun takes --n for its own.)
 Generated images are rounded to uint8 and never touch a lossy format; features are kept on disk. FID
 against training images rewards copies, so the floor (real against real) and a memorisation check
 stand beside it.
 """
-
-if __name__ == "__main__":
-    import harness.interrupt  # noqa: F401
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The protocol of the source experiment, on runs:
+"""The protocol of the source experiment, on runs of one data set:  --runs runs/a,runs/b
 
     python experiments/protocol.py --runs runs/a,runs/b --n 2048 --features pca
 
@@ -41,19 +41,19 @@ OWN = {"standard": "all", "fine": "rest", "stage2": "excluded tags"}
 class Config:
     runs: tuple[str, ...] = flag((), "folders of runs of one data set, a,b,c")
     n: int = flag(2_048, "samples of each", low=2)
-    seed: int = flag_like(eval_fid.Config, "seed", 0)
-    labels: tuple[str, ...] = flag_like(eval_fid.Config, "labels", ())
-    cfg: float = flag_like(eval_fid.Config, "cfg", 1.0)
-    method: Literal[("", *METHODS)] = flag_like(eval_fid.Config, "method", "")
-    steps: int | None = flag_like(eval_fid.Config, "steps", None)
-    batch: int = flag_like(eval_fid.Config, "batch", 64)
-    device: str = flag_like(eval_fid.Config, "device", "auto")
-    dtype: Literal["auto", "fp32", "bf16"] = flag_like(eval_fid.Config, "dtype", "auto")
     features: Literal["inception", "pca"] = flag_like(eval_fid.Config, "features", "inception")
     weights: str = flag_like(eval_fid.Config, "weights", "")
     preproc: Literal["torch", "clean", "tf"] = flag_like(eval_fid.Config, "preproc", "torch")
     pairs: int = flag_like(eval_fid.Config, "pairs", 5_000)
     cache: str = flag_like(eval_fid.Config, "cache", "")
+    seed: int = flag_like(eval_fid.Config, "seed", 0)
+    labels: tuple[str, ...] = flag_like(eval_fid.Config, "labels", ())
+    batch: int = flag_like(eval_fid.Config, "batch", 64)
+    device: str = flag_like(eval_fid.Config, "device", "auto")
+    dtype: Literal["auto", "fp32", "bf16"] = flag_like(eval_fid.Config, "dtype", "auto")
+    method: Literal[("", *METHODS)] = flag_like(eval_fid.Config, "method", "")
+    steps: int | None = flag_like(eval_fid.Config, "steps", None)
+    cfg: float = flag_like(eval_fid.Config, "cfg", 1.0)
 
     def sampling(self, run: str) -> eval_fid.Config:
         """The same flags, for one run."""

@@ -1,0 +1,162 @@
+"""Sets of images and their features on disk: computed once, found again, whole after a kill."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_fid
+from folders import pictures
+from harness.cli import UserError
+from harness.ranks import Ranks
+from metrics.distances import Statistics, frechet
+from metrics.features import CHUNK, compute, extract, fit_extractor, open_images, short, split_spec
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def numbered(chunk):
+    """Features that say which image they are of."""
+    return torch.arange(chunk.start, chunk.stop).float()[:, None].expand(-1, 3)
+
+
+# ---- features on disk ---------------------------------------------------------------------------
+
+
+def test_a_kill_loses_one_chunk_at_most(tmp_path):
+    n, made = 3 * CHUNK + 10, []
+
+    def produce(chunk):
+        made.append(chunk.start)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return numbered(chunk)
+
+    def stored(name, index):
+        return compute(tmp_path / name, n, index, produce, ALONE, {}, "x")
+
+    with pytest.raises(KeyboardInterrupt):
+        stored("c", np.arange(n))
+    rows = stored("c", np.arange(n)).rows()
+    assert made == [0, CHUNK, 2 * CHUNK, 2 * CHUNK, 3 * CHUNK]
+    assert torch.equal(rows[:, 0], torch.arange(n).float())
+    files = sorted((tmp_path / "c").glob("*.safetensors"))
+    files[1].write_bytes(files[1].read_bytes()[:-100])  # a disk that lost something
+    stored("c", np.arange(n))
+    assert made[5:] == [CHUNK]
+    stored("c", np.array([5, 3 * CHUNK + 1]))
+    assert len(made) == 6
+    sparse = stored("d", np.array([3 * CHUNK + 1, 5]))  # only chunks that are asked for
+    assert made[6:] == [0, 3 * CHUNK] and sparse.rows()[:, 0].tolist() == [5, 3 * CHUNK + 1]
+
+
+def test_a_damaged_chunk_that_nobody_asks_for_does_no_harm(tmp_path):
+    n = 2 * CHUNK
+    compute(tmp_path, n, np.arange(n), numbered, ALONE, {}, "x")
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-100])
+    last = compute(tmp_path, n, np.arange(CHUNK, n), numbered, ALONE, {}, "x")
+    assert last.statistics(ALONE)[0].n == CHUNK
+
+
+def test_file_order_and_grouping_change_nothing(tmp_path):
+    a = pictures(tmp_path / "a", 70)
+    shuffled = tmp_path / "b"
+    shuffled.mkdir()
+    names = np.random.default_rng(1).permutation(70)
+    for i, j in enumerate(names):
+        (shuffled / f"{i:04d}.png").write_bytes((a / f"{j:04d}.png").read_bytes())
+    images = open_images(str(a))
+    extractor = fit_extractor(images)
+    rows = extract(images, extractor, tmp_path / "f", ALONE).rows()
+    far = pictures(tmp_path / "c", 30, seed=9)
+    values = []
+    for folder in (a, shuffled):
+        cfg = eval_fid.Config(
+            fake=str(folder), ref=str(far), features="pca", cache=str(tmp_path / "g")
+        )
+        values.append(eval_fid.evaluate(cfg, ALONE)["metrics"]["FD-pca70"]["value"])
+    # On some CPUs features in fp32 round by their place in a batch.
+    assert values[0] == pytest.approx(values[1], rel=1e-7)
+    stored = extract(images, extractor, tmp_path / "f", ALONE)
+    for groups in (1, 3, 10):
+        parts = stored.statistics(ALONE, groups)
+        assert frechet(sum(parts[1:], parts[0]), Statistics.of(rows)) < 1e-10
+        assert [p.n for p in parts] == [len(range(g, 70, groups)) for g in range(groups)]
+
+
+def test_subsets_by_tag_share_features_and_subtract(tmp_path):
+    images = open_images("toyfaces:150", 32)
+    extractor = fit_extractor(images)
+    everything = extract(images, extractor, tmp_path, ALONE)
+    part, rest = images.where("glasses"), images.where("!(glasses)")
+    assert 0 < len(part) < 150 and len(part) + len(rest) == 150
+
+    def times():
+        return sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
+
+    before = times()
+    stored = [extract(subset, extractor, tmp_path, ALONE) for subset in (part, rest)]
+    assert times() == before  # nothing was computed again
+    whole, one, two = (each.statistics(ALONE)[0] for each in (everything, *stored))
+    left = whole - one
+    gap = (left.scatter - two.scatter).abs().max()
+    assert left.n == two.n and gap < 1e-10 * two.scatter.abs().max()
+    again = open_images("toyfaces:150:glasses", 32)
+    assert again.index.tolist() == part.index.tolist()
+    assert "glasses" not in images.table[int(rest.index[0])]
+
+
+def test_any_callable_is_an_extractor(tmp_path):
+    def mean_colour(images):
+        return images.float().mean((2, 3))
+
+    sets = []
+    for seed in (1, 2):
+        images = open_images(str(pictures(tmp_path / str(seed), 30, seed=seed)))
+        sets.append(extract(images, mean_colour, tmp_path / "f", ALONE))
+    x, y = sets
+    sides = eval_fid.side(y, ALONE, 10), eval_fid.side(x, ALONE)
+    metrics = eval_fid.measure(*sides, None, "colour")
+    expected = frechet(Statistics.of(x.rows()), Statistics.of(y.rows()))
+    assert metrics["FD-colour30"]["value"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_features_that_are_not_numbers_are_refused(tmp_path):
+    images = open_images(str(pictures(tmp_path / "x", 4)))
+    rows = torch.tensor([[1.0], [2.0], [float("nan")], [3.0]])
+    with pytest.raises(UserError, match="features of .*1 of 4 rows are not finite"):
+        extract(images, lambda x: rows, tmp_path / "f", ALONE)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---- sets of images -----------------------------------------------------------------------------
+
+
+def test_specs_fall_apart_at_the_right_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    assert split_spec("toyfaces:2000:character:nova") == ("toyfaces:2000", "character:nova")
+    assert split_spec("toyfaces:a | b") == ("toyfaces", "a | b")
+    assert split_spec("robohash") == ("robohash", "")
+    assert split_spec(f"{tmp_path}/a:b:x:y") == (f"{tmp_path}/a:b", "x:y")
+    assert split_spec("hf:org/name:hat") == ("hf:org/name", "hat")
+    assert [short(n) for n in (500, 2048, 10_000, 50_000)] == ["500", "2048", "10k", "50k"]
+
+
+def test_an_image_at_its_own_size_is_not_touched(tmp_path):
+    r = np.random.default_rng(0)
+    for i in range(2):
+        image = Image.fromarray(r.integers(0, 256, (24, 40, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{i}.png")
+    images = open_images(str(tmp_path))
+    for i in range(2):
+        assert np.array_equal(images.load(i), np.asarray(Image.open(tmp_path / f"{i}.png")))
+
+
+def test_pictures_that_are_turned_by_exif_count_as_they_are_seen(tmp_path):
+    for i, turn in enumerate((1, 6)):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.new("RGB", (40, 24), "red").save(tmp_path / f"{i}.jpg", exif=exif)
+    with pytest.raises(UserError, match="mixes image sizes"):
+        open_images(str(tmp_path)).batch([0, 1])
