@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from data.cache import is_cache
+from data.dataset import Dataset
+from data.images import to_float
 from harness.cli import UserError, check_flags, cli, dashed, flag, parse
 from harness.files import make_dir, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
@@ -59,12 +61,14 @@ from metrics.features import (
     is_statistics,
     key_of,
     open_images,
+    pooled,
     read_chunk,
     short,
     split_spec,
 )
 from metrics.inception import FIDInception, cache_folder, load_inception
 from samplers import Drawn, Generator, Sampling, open_generator, pick_labels
+from vae import AnyVAE
 
 __all__ = [
     "FIDInception",
@@ -79,6 +83,8 @@ LOW = 2_048
 DRAWN = 10_000
 # Samples of an FID in training: enough to see it fall, too few for a table.
 FID_IMAGES = 2_048
+# Images drawn or encoded at once by distance().
+AT_ONCE = 64
 # Parts of the jackknife.
 GROUPS = 10
 # Held-out images; fewer say nothing of memorisation.
@@ -411,6 +417,51 @@ def measure(
         memory = memorisation(y, chunks, random_rows(held, pairs))
         out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
     return out
+
+
+# ---- a distance alone, without a card -----------------------------------------------------------
+
+
+def generate(
+    ckpt: Path | str, n: int, steps: int, device: torch.device, method: str = "heun", seed: int = 0
+) -> tuple[Tensor, AnyVAE]:
+    """n images of seeds seed, seed + 1, … from a checkpoint that says what it is: uint8
+    (n, 3, H, W) on the CPU, and its autoencoder. Classes in turn."""
+    gen = open_generator(Sampling(str(ckpt), method=method, steps=steps), device)
+    parts = []
+    for part in torch.arange(n).split(AT_ONCE):
+        labels = part % len(gen.classes) if gen.classes else None
+        parts.append(gen.images((seed + part).tolist(), labels).images.cpu())
+    return torch.cat(parts), gen.vae
+
+
+def features_in(kind: str, images: Tensor, vae: AnyVAE, device: torch.device) -> Tensor:
+    """uint8 (n, 3, H, W) -> (n, d) fp32 on the CPU: Inception's, or "latents", averaged to 4×4.
+
+    With more dimensions than images a covariance says little.
+    """
+    if kind == "inception":
+        return features_of(load_inception(device=device), images, device)
+    parts = [vae.encode(to_float(part).to(device)) for part in images.split(AT_ONCE)]
+    return torch.cat([pooled(part, 4).cpu() for part in parts])
+
+
+def distance(
+    ckpt: Path | str,
+    ds: Dataset,
+    n: int,
+    steps: int,
+    device: torch.device,
+    method: str = "heun",
+    kind: str = "latents",
+    seed: int = 0,
+) -> float:
+    """FD of n generated images against as many of ds, in the space of the checkpoint's own latents
+    or of Inception."""
+    images, vae = generate(ckpt, n, steps, device, method, seed)
+    real = ds.images(range(min(n, len(ds))))
+    fake = features_in(kind, images, vae, device)
+    return frechet_from_features(fake, features_in(kind, real, vae, device))
 
 
 # ---- in training --------------------------------------------------------------------------------

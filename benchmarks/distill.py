@@ -35,7 +35,7 @@ import distill
 import train
 from benchmarks.race import alternate
 from ckpt import open_unet
-from experiments import ablate
+from eval_fid import distance, generate
 from harness import record
 from harness.pictures import save_grid
 from harness.ranks import Ranks, pick_device
@@ -128,11 +128,16 @@ def cost(work: Path, size: dict[str, Any]) -> None:
     ranks = Ranks(0, 1, pick_device("auto"))
     batch = distill.Config.batch
     with tempfile.TemporaryDirectory() as out:
-        shared = {"teacher": str(work / "teacher"), "out": out}
-        shared["assessor_file"] = str(work / "assessor.safetensors")
+        judge = str(work / "assessor.safetensors")
+        arms = {
+            "A": {"block_weight": 0.0},
+            "B": {},
+            "D": {"assessor": "david", "assessor_file": judge},
+        }
         calls = {}
-        for arm in "ABD":
-            tr = distill.setup(ablate.arm_config(shared, arm, 0), ranks)
+        for arm, flags in arms.items():
+            cfg = distill.Config(teacher=str(work / "teacher"), out=out, name=arm, **flags)
+            tr = distill.setup(distill.resolve(cfg), ranks)
             stream = data.Stream(tr.ds, tr.labels, tr.latent_shape, 0)
             loader = data.batches(stream, train.positions(tr.cfg, ranks, 0))
             calls[arm] = partial(one_step, tr, loader)
@@ -195,7 +200,7 @@ def progressive(work: Path, size: dict[str, Any]) -> None:
         values = []
         for seed in (0, size["fd"], 2 * size["fd"]):
             how = {"method": "euler", "kind": size["features"], "seed": seed}
-            values.append(ablate.distance(ckpt, ds, size["fd"], steps, device, **how))
+            values.append(distance(ckpt, ds, size["fd"], steps, device, **how))
         return {"FD": statistics.mean(values), "error": statistics.stdev(values) / 3**0.5}
 
     rows = {}
@@ -212,8 +217,8 @@ def progressive(work: Path, size: dict[str, Any]) -> None:
 
 def draw_one_step(work: Path, size: dict[str, Any], device: torch.device) -> None:
     """One step of teacher and student from the same noise, side by side."""
-    before, _ = ablate.generate(work / "flow-teacher", 16, 1, device, "euler")
-    after, _ = ablate.generate(work / "halved-1", 16, 1, device, "euler")
+    before, _ = generate(work / "flow-teacher", 16, 1, device, "euler")
+    after, _ = generate(work / "halved-1", 16, 1, device, "euler")
     gap = torch.full_like(before[:1], 255)
     rows = [torch.cat([before[i : i + 4], gap, after[i : i + 4]]) for i in range(0, 16, 4)]
     place_of(work, size).mkdir(parents=True, exist_ok=True)

@@ -31,25 +31,23 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 import distill
 from ckpt import find_checkpoint, load_unet, open_unet
 from data.cache import is_cache
 from data.dataset import Dataset, open_dataset
-from data.images import to_float
 from distillation.assessor import load_assessor
 from distillation.teacher import describe_teacher
+from eval_fid import distance, features_in
 from experiments import verdict
 from harness.cli import UserError, check_flags, cli, dashed, flag, idle_flags, read_flags, shown
 from harness.files import make_dir, write_text
 from harness.ranks import Ranks, join_ranks
 from harness.run import checkpoints, versions
 from metrics.distances import frechet_from_features
-from metrics.features import cached_data, features_in_batches, pooled
+from metrics.features import cached_data
 from metrics.inception import load_inception
-from samplers import Sampling, open_generator
-from vae import AnyVAE, vae_from_meta
+from vae import vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
     "A": {"assessor": "none", "block_weight": 0.0},
@@ -63,7 +61,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 # Flags of distill.py that the arms and --seeds say.
 SAID = ("name", "seed", "lambdas", "assessor", "adaptive_t", "mode")
-CHUNK = 64  # images drawn or encoded at once
 
 
 @dataclass(frozen=True)
@@ -124,58 +121,6 @@ def mean_lambdas(run: Path) -> tuple[float, ...]:
     return tuple(
         statistics.fmean([row["blocks"][name]["lambda"] for row in rows], images)
         for name in rows[0]["blocks"]
-    )
-
-
-def generate(
-    ckpt: Path | str, n: int, steps: int, device: torch.device, method: str = "heun", seed: int = 0
-) -> tuple[Tensor, AnyVAE]:
-    """n images of seeds seed, seed + 1, … from a checkpoint that says what it is: uint8
-    (n, 3, H, W), and its autoencoder. Classes in turn."""
-    gen = open_generator(Sampling(str(ckpt), method=method, steps=steps), device)
-    parts = []
-    for part in torch.arange(n).split(CHUNK):
-        labels = part % len(gen.classes) if gen.classes else None
-        parts.append(gen.images((seed + part).tolist(), labels).images.cpu())
-    return torch.cat(parts), gen.vae
-
-
-def latent_features(images: Tensor, vae: AnyVAE, device: torch.device) -> Tensor:
-    """uint8 (n, 3, H, W) -> their latents, averaged to 4×4, flat: (n, d) fp32 on the CPU.
-
-    With more dimensions than images a covariance says little.
-    """
-    parts = images.split(CHUNK)
-    return torch.cat([pooled(vae.encode(to_float(part).to(device)), 4).cpu() for part in parts])
-
-
-def features_of(images: Tensor, vae: AnyVAE, kind: str, device: torch.device) -> Tensor:
-    """uint8 (n, 3, H, W) -> (n, d) fp32 on the CPU: latent_features, or Inception's."""
-    if kind == "latents":
-        return latent_features(images, vae, device)
-
-    def load(part: range) -> Tensor:
-        return images[part.start : part.stop]
-
-    return features_in_batches(load_inception(device=device), load, range(len(images)), device)
-
-
-def distance(
-    ckpt: Path | str,
-    ds: Dataset,
-    n: int,
-    steps: int,
-    device: torch.device,
-    method: str = "heun",
-    kind: str = "latents",
-    seed: int = 0,
-) -> float:
-    """FD of n generated images against as many of ds, in the space of the checkpoint's own latents
-    or of Inception."""
-    images, vae = generate(ckpt, n, steps, device, method, seed)
-    real = ds.images(range(min(n, len(ds))))
-    return frechet_from_features(
-        features_of(images, vae, kind, device), features_of(real, vae, kind, device)
     )
 
 
@@ -250,7 +195,7 @@ def references(
     halves = []
     for low in (0, n):
         images = ds.images(range(low, low + n))
-        halves.append(features_of(images, vae, cfg.fd_features, device))
+        halves.append(features_in(cfg.fd_features, images, vae, device))
     says_latents = "vae" in open_unet(own.teacher).meta
     found = {
         **asked,

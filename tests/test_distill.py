@@ -19,6 +19,7 @@ import experiments.ablate as ablate
 from experiments import verdict
 import distillation.pretrain as pretrain_file
 import distill
+import eval_fid
 import samplers
 import distillation.teacher as teacher_file
 import train
@@ -925,8 +926,8 @@ def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
     assert [len(c["held_out"]) for c in report["cards"]] == [2, 2, 2] and all(c["fd"] > 0 for c in report["cards"])
     hold, device = report["references"], torch.device("cpu")
     ds = open_dataset("toyfaces:48", resolution=32, holdout=0.1)
-    assert hold["teacher"] == pytest.approx(ablate.distance(home / "teacher.safetensors", ds, 8, 1, device)) and 0 < hold["floor"] < hold["teacher"]
-    assert by["B"]["fd"] == pytest.approx(ablate.distance(tmp_path / "B-3", ds, 8, 1, device)) != ablate.distance(tmp_path / "B-3", ds, 8, 1, device, seed=8)
+    assert hold["teacher"] == pytest.approx(eval_fid.distance(home / "teacher.safetensors", ds, 8, 1, device)) and 0 < hold["floor"] < hold["teacher"]
+    assert by["B"]["fd"] == pytest.approx(eval_fid.distance(tmp_path / "B-3", ds, 8, 1, device)) != eval_fid.distance(tmp_path / "B-3", ds, 8, 1, device, seed=8)
     assert "D and B share 1 of the 3 seeds" in (tmp_path / "ablation.txt").read_text()
     (tmp_path / "references.json").write_text(json.dumps({**hold, "floor": 7.5}))
     again = user(ablate.main, *flags)[1]
@@ -937,11 +938,11 @@ def test_the_ablation_runs_reports_and_goes_on(home, tmp_path, user):
 def test_fd_by_inception_is_of_its_features(home, monkeypatch):
     """Wiring only, with a network that names mean colours; Inception itself is test_fid.py's."""
     colours = lambda images: images.float().mean((2, 3))
-    monkeypatch.setattr(ablate, "load_inception", lambda device: colours)
+    monkeypatch.setattr(eval_fid, "load_inception", lambda device: colours)
     ds, device = open_dataset("toyfaces:48", resolution=32, holdout=0.1), torch.device("cpu")
-    drawn = ablate.generate(home / "teacher.safetensors", 8, 2, device, "euler", seed=5)[0]
+    drawn = eval_fid.generate(home / "teacher.safetensors", 8, 2, device, "euler", seed=5)[0]
     wanted = frechet_from_features(colours(drawn), colours(ds.images(range(8))))
-    assert ablate.distance(home / "teacher.safetensors", ds, 8, 2, device, "euler", "inception", seed=5) == pytest.approx(wanted) and wanted > 1
+    assert eval_fid.distance(home / "teacher.safetensors", ds, 8, 2, device, "euler", "inception", seed=5) == pytest.approx(wanted) and wanted > 1
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
