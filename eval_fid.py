@@ -110,7 +110,8 @@ class Config(Sampling):
     )
     weights: str = flag(
         "",
-        "a file, hf:org/name/file, random:SEED; default the cache (python -m metrics.inception)",
+        "a file, hf:org/name/file, random:SEED; default what is in the cache, which is filled by "
+        "python -m metrics.inception --fetch",
         of="--features inception",
     )
     preproc: Literal["torch", "clean", "tf"] = flag(

@@ -27,8 +27,7 @@ from data.images import to_float
 from harness import record
 from harness.cli import cli, parse
 from harness.pictures import save_grid, to_uint8
-from objectives import Objective
-from samplers import draw, generators, guided, sample
+from samplers import Sampling, open_generator
 from vae import vae_from_meta
 
 ROOT = Path(__file__).parent.parent
@@ -102,14 +101,8 @@ def as_arrays(images: Tensor) -> np.ndarray:
 
 def shows(run: Path, out: Path) -> dict[str, float]:
     """Shares of N samples of a run's newest EMA that show each character."""
-    net, meta = load_unet(find_checkpoint(run))
-    vae = vae_from_meta(meta["vae"])
-    objective = Objective(**meta["objective"])
-    seeds = range(10_000, 10_000 + N)
-    noise = draw(generators(list(seeds)), torch.empty(1, *meta["latent_shape"]))
-    predict = guided(objective, net.eval())
-    x = sample(predict, objective.prior(noise), t_start=objective.t_max).x
-    images = to_uint8(vae.decode(x))
+    generator = open_generator(Sampling(str(run)), torch.device("cpu"))
+    images = generator.images(list(range(10_000, 10_000 + N))).images
     save_grid(images[:32], out, columns=8)
     names = [toyfaces.character(read_face(image)) for image in as_arrays(images)]
     return {f"character:{name}": names.count(name) / N for name in toyfaces.CHARACTERS}

@@ -1,4 +1,4 @@
-"""Where a measurement was made, and writing it down: benchmarks/results/NAME.json, never by hand."""
+"""Where a measurement was made, and writing it to benchmarks/results/NAME.json, never by hand."""
 
 import json
 import os
