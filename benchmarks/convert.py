@@ -1,7 +1,8 @@
 """What does it take to convert a large checkpoint?   python benchmarks/convert.py [PRESET]
 
-A file of random fp16 weights of `sdxl` (5 GB; any preset of model.py) is converted to diffusers' layout and verified, each in a
-process of its own: seconds, and peak memory above what the process had after a tiny network, over the largest tensor. (Linux)
+A file of random fp16 weights of `sdxl` (5 GB; any preset of model.py) is converted to diffusers'
+layout and verified, each in a process of its own: seconds, and peak memory above what the process
+had after a tiny network, over the largest tensor. (Linux)
 """
 
 import json
@@ -16,10 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import ckpt.layouts as layouts
-from harness import record
-from ckpt import convert, save_unet
+from ckpt import convert, layouts, save_unet
 from ckpt.convert import verify
+from harness import record
 from harness.files import stream_tensors
 from model import PRESETS, UNet
 
@@ -34,29 +34,38 @@ def child(step: str, src: str, dst: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_unet(Path(folder) / "tiny.safetensors", UNet(PRESETS["nano"]).half(), {})
         convert(Path(folder) / "tiny.safetensors", Path(folder) / "out.safetensors", "diffusers")
-    Path("/proc/self/clear_refs").write_text("5")                               # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     before, start = memory("VmRSS"), time.perf_counter()
     if step == "convert":
         convert(src, dst, "diffusers")
     else:
         assert verify(src, dst)[0]
-    print(json.dumps({"seconds": time.perf_counter() - start, "extra bytes": memory("VmHWM") - before}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "extra bytes": memory("VmHWM") - before}))
 
 
 def main(preset: str) -> None:
     shapes = layouts.foreign_shapes(PRESETS[preset], "native")
     largest = max(2 * torch.Size(shape).numel() for shape in shapes.values())
     with tempfile.TemporaryDirectory() as folder:
-        src, dst, rows = Path(folder) / "native.safetensors", Path(folder) / "diffusers", {}
-        stream_tensors(src, {name: (torch.float16, shape) for name, shape in shapes.items()}, {}, lambda name: torch.randn(shapes[name]).half() * 0.02)
+        src, dst = Path(folder) / "native.safetensors", Path(folder) / "diffusers"
+        kinds = {name: (torch.float16, shape) for name, shape in shapes.items()}
+        stream_tensors(src, kinds, {}, lambda name: torch.randn(shapes[name]).half() * 0.02)
+        rows = {}
         for step in ("convert", "verify"):
-            done = subprocess.run([sys.executable, __file__, step, src, dst], capture_output=True, text=True, check=True)
-            rows[step] = json.loads(done.stdout.splitlines()[-1])
-            rows[step]["extra / largest tensor"] = rows[step]["extra bytes"] / largest
-            print(f"{step} {preset}: {rows[step]['seconds']:.1f} s, {rows[step]['extra bytes'] / 1e6:.0f} MB extra = "
-                  f"{rows[step]['extra / largest tensor']:.2f} x its largest tensor", flush=True)
-        record.write("convert", {"preset": preset, "bytes": src.stat().st_size, "largest tensor": largest, **rows})
+            command = [sys.executable, __file__, step, src, dst]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row = rows[step] = json.loads(done.stdout.splitlines()[-1])
+            row["extra / largest tensor"] = row["extra bytes"] / largest
+            extra = f"{row['extra bytes'] / 1e6:.0f} MB extra"
+            times = f"{row['extra / largest tensor']:.2f} x its largest tensor"
+            print(f"{step} {preset}: {row['seconds']:.1f} s, {extra} = {times}", flush=True)
+        about = {"preset": preset, "bytes": src.stat().st_size, "largest tensor": largest}
+        record.write("convert", {**about, **rows})
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1] if len(sys.argv) > 1 else "sdxl")
+    if len(sys.argv) > 2:
+        child(*sys.argv[1:])
+    else:
+        main(*sys.argv[1:] or ["sdxl"])

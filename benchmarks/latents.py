@@ -105,7 +105,9 @@ def main() -> None:
             f"cache {result['cache']:.0f} latents/s, memmap {result['memmap']:.0f}, ratio "
             f"{ratio:.2f}; whole samples {whole:.0f} images/s, no workers"
         )
-        record.write("latents", {"latents/s": result, "ratio": ratio, "samples/s": whole})
+        record.write(
+            "latents", {"rounds": ROUNDS, "latents/s": result, "ratio": ratio, "samples/s": whole}
+        )
 
 
 if __name__ == "__main__":

@@ -11,15 +11,24 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# fmt: skip
 FOLDERS = (
-    "kernels", "diffusion", "harness", "ckpt", "data", "metrics", "distillation", "experiments",
+    "kernels",
+    "diffusion",
+    "harness",
+    "ckpt",
+    "data",
+    "metrics",
+    "distillation",
+    "experiments",
     "benchmarks",
-)  # fmt: skip
+)
 ARMS = {
     "A": "no block losses",
     "B": "λ = w",
@@ -68,7 +77,17 @@ def row_of(cells: list[str]) -> str:
 
 
 def paragraphs(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
+    """Tables and small print as they are, other text in lines of 100 columns."""
+    return "\n\n".join(p if p[0] in "|<" else wrapped(p) for p in parts if p)
+
+
+def wrapped(text: str) -> str:
+    if "\n" in text:  # it is made of paragraphs already
+        return text
+    # a line that began with the minus of "D - B" would be an item of a list
+    text = text.replace(" - ", "\0-\0")
+    lines = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
 
 
 def number(value: float | None, form: str) -> str:
@@ -111,13 +130,24 @@ def first_sentence(doc: str) -> str:
 
 def block_speed(up: str) -> str:
     r = results("train_cpu")
+    # fmt: skip
     rows = [
-        [name, f"{row['images/s']:.0f}", f"{row['ratio to diffusers']:.2f}×",
-         f"{row['ratio to diffusers channels_last']:.2f}×"]
-        for name, row in r["results"].items() if name != "loading"
-    ]  # fmt: skip
-    head = ["one training step on a CPU", "images/s", "against diffusers `UNet2DModel`",
-            "… in channels_last"]  # fmt: skip
+        [
+            name,
+            f"{row['images/s']:.0f}",
+            f"{row['ratio to diffusers']:.2f}×",
+            f"{row['ratio to diffusers channels_last']:.2f}×",
+        ]
+        for name, row in r["results"].items()
+        if name != "loading"
+    ]
+    # fmt: skip
+    head = [
+        "one training step on a CPU",
+        "images/s",
+        "against diffusers `UNet2DModel`",
+        "… in channels_last",
+    ]
     ratio = r["results"]["loading"]["ratio"]
     return paragraphs(
         table(head, rows),
@@ -162,11 +192,18 @@ def block_convert(up: str) -> str:
 def block_latents(up: str) -> str:
     r, v, k = results("latents"), results("vae"), results("robohash")
     peers = ("diffusers", "diffusers channels_last")
+    # fmt: skip
     rows = [
-        [name, *(f"{row[f'{way}, ratio to {peer}']:.2f}×"
-                 for way in ("encode", "decode") for peer in peers)]
+        [
+            name,
+            *(
+                f"{row[f'{way}, ratio to {peer}']:.2f}×"
+                for way in ("encode", "decode")
+                for peer in peers
+            ),
+        ]
         for name, row in v["results"].items()
-    ]  # fmt: skip
+    ]
     head = ["autoencoder on a CPU, random weights", "encode, against diffusers",
             "… in channels_last", "decode", "… in channels_last"]  # fmt: skip
     kitten = k["results"]["compositor"]["64 px"]
@@ -188,8 +225,12 @@ def block_solvers(up: str) -> str:
         row = next(row for row in counts if row["calls"] == calls)
         distance = f"{row['distance']:.4f}" if "distance" in row else "(stochastic)"
         rows.append([name, f"{row['FD-pca']:.0f}", distance])
-    head = [f"{calls} network calls on the network of the first picture",
-            f"FD-pca of {r['n']} samples", "distance to 1,000 Heun steps"]  # fmt: skip
+    # fmt: skip
+    head = [
+        f"{calls} network calls on the network of the first picture",
+        f"FD-pca of {r['n']} samples",
+        "distance to 1,000 Heun steps",
+    ]
     saved = [f"{row['calls saved']:.0%} at rtol {row['rtol']:g}" for row in r["dopri5"]]
     cost = [f"{name} {loop_cost(row)}" for name, row in s["results"].items()]
     peers = [
@@ -201,6 +242,7 @@ def block_solvers(up: str) -> str:
         row["times"]["ours"]["interquartile range"] / row["times"]["ours"]["seconds"]
         for row in s["results"].values()
     )
+    # fmt: skip
     return paragraphs(
         table(head, rows),
         f"[More numbers of calls, and dopri5]({up}benchmarks/results/solvers.md). A step size for "
@@ -210,9 +252,12 @@ def block_solvers(up: str) -> str:
         f"The loop's own cost beside its network calls: {', '.join(cost)}. Against diffusers' "
         f"scheduler loops with the same network: {', '.join(peers)}.",
         origin(r, f"seeds 0 to {r['n'] - 1}, one set of samples, so no spread"),
-        origin(s, f"inputs of seed 0; medians of {s['repeats']} rounds, interquartile range up to "
-                  f"{spread:.1%}"),
-    )  # fmt: skip
+        origin(
+            s,
+            f"inputs of seed 0; medians of {s['repeats']} rounds, interquartile range up to "
+            f"{spread:.1%}",
+        ),
+    )
 
 
 def loop_cost(row: dict[str, Any]) -> str:
@@ -242,8 +287,12 @@ def block_protocol(up: str) -> str:
     any_run = next(iter(r["results"].values()))
     floors = [f"{any_run['metrics'][part][name]['floor']:.0f}" for part in columns]
     rows.append(["floor: real against real", *floors, ""])
-    head = [f"{name} of the kittens above (bold: what a run was trained on)", *columns,
-            "nearer to training than held-out images lie"]  # fmt: skip
+    # fmt: skip
+    head = [
+        f"{name} of the kittens above (bold: what a run was trained on)",
+        *columns,
+        "nearer to training than held-out images lie",
+    ]
     rule = "|---|---:|---:|---:|---|"
     return paragraphs(
         "\n".join([row_of(head), rule, *map(row_of, rows)]),
@@ -280,8 +329,12 @@ def block_adamw8bit(up: str) -> str:
         losses = [f"{run['held-out loss']:.4f}" for run in runs]
         rows.append([label, *losses, f"{runs[0]['state bytes a parameter']:.2f}"])
     seeds = seeds_of(r)
-    head = [f"held-out loss after {r['steps']} steps", *(f"seed {s}" for s in seeds),
-            "bytes of state a parameter"]  # fmt: skip
+    # fmt: skip
+    head = [
+        f"held-out loss after {r['steps']} steps",
+        *(f"seed {s}" for s in seeds),
+        "bytes of state a parameter",
+    ]
     return paragraphs(
         table(head, rows),
         f"The loss with 8-bit moments is {mean(r['ratios'], '.4f')} times that with fp32 moments.",
@@ -345,11 +398,25 @@ def arms(r: dict[str, Any], start: str) -> str:
             ]
         )
     known = r["references"]
-    rows.append(["the teacher; training images against others", "",
-                 f"{known['teacher']:.2f}; {known['floor']:.2f}", "", ""])  # fmt: skip
+    # fmt: skip
+    rows.append(
+        [
+            "the teacher; training images against others",
+            "",
+            f"{known['teacher']:.2f}; {known['floor']:.2f}",
+            "",
+            "",
+        ]
+    )
     images = f"{r['cards'][0]['images']:,} images, {len(seeds)} seeds"
-    head = [f"students that {start}, {images}", "held-out loss", "FD", "FD - B's, paired",
-            "λ clipped"]  # fmt: skip
+    # fmt: skip
+    head = [
+        f"students that {start}, {images}",
+        "held-out loss",
+        "FD",
+        "FD - B's, paired",
+        "λ clipped",
+    ]
     return table(head, rows)
 
 
@@ -368,8 +435,10 @@ def halving() -> str:
     rows = []
     for who in ("teacher", "student"):
         cells = [row.get(who) for row in r["results"].values()]
-        rows.append([who, *("" if c is None else f"{c['FD']:.2f} ± {c['error']:.2g}"
-                            for c in cells)])  # fmt: skip
+        # fmt: skip
+        rows.append(
+            [who, *("" if c is None else f"{c['FD']:.2f} ± {c['error']:.2g}" for c in cells)]
+        )
     return paragraphs(
         table(["progressive halving: FD by Euler steps", *r["results"]], rows),
         f"± here over three sets of {r['size']['fd']:,} samples of one run; "
@@ -385,8 +454,12 @@ def block_kernels(up: str) -> str:
     if not is_measured("kernels-cuda"):
         return ""
     parts = {name: part for name, part in results("kernels-cuda").items() if part["complete"]}
-    shown = [kernel_table(name, parts[name]) for name in ("groupnorm", "attention", "optimizer")
-             if name in parts]  # fmt: skip
+    # fmt: skip
+    shown = [
+        kernel_table(name, parts[name])
+        for name in ("groupnorm", "attention", "optimizer")
+        if name in parts
+    ]
     if "step" in parts:
         shown.append(step_table(parts["step"]))
     return paragraphs(
@@ -426,11 +499,19 @@ def kernel_cells(row: dict[str, Any], way: str) -> list[str]:
 
 
 def step_table(part: dict[str, Any]) -> str:
+    # fmt: skip
     rows = [
-        [r["shape"].removeprefix("step "), r["side"], f"{r['images/s']:.0f}", f"{r['MFU']:.0%}",
-         f"{r['peak bytes'] / 1e9:.1f}", r["optimizer"]]
-        for r in part["rows"] if "seconds" in r
-    ]  # fmt: skip
+        [
+            r["shape"].removeprefix("step "),
+            r["side"],
+            f"{r['images/s']:.0f}",
+            f"{r['MFU']:.0%}",
+            f"{r['peak bytes'] / 1e9:.1f}",
+            r["optimizer"],
+        ]
+        for r in part["rows"]
+        if "seconds" in r
+    ]
     if not rows:
         return ""
     head = ["training step, bf16", "", "images/s", "MFU", "peak GB", "optimizer"]
@@ -462,25 +543,57 @@ def block_results(up: str) -> str:
     fine, stage2 = (f"{m['value']:.0f} ± {m['error']:.0f}" for m in excluded.values())
     fd = {(card["arm"], card["seed"]): card["fd"] for card in arms_of["cards"]}
     apart = [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
+    # fmt: skip
     rows = [
-        ["training step on a CPU, times as fast as diffusers'",
-         f"{min(steps):.2f} to {max(steps):.2f}", f"{train['rounds']} rounds", commit(train)],
-        ["25 Heun steps, cost beside the network's calls",
-         loop_cost(loops["results"]["25 Heun steps"]), f"{loops['repeats']} rounds",
-         commit(loops)],
-        ["FID, difference to pytorch-fid and others; speed of its distance",
-         f"{gap:.0e}; {frechet:.0f}×", f"n = {parity['n']}", commit(parity)],
-        [f"SDXL ({convert['bytes'] / 1e9:.1f} GB) to diffusers' layout",
-         f"{convert['convert']['seconds']:.0f} s", "one run", commit(convert)],
-        ["loss with 8-bit AdamW over that with fp32",
-         mean(adam["ratios"], ".4f"), f"{len(adam['ratios'])} seeds", commit(adam)],
-        [f"{name} to excluded tags: after `fine`, after `stage2`",
-         f"{fine}, {stage2}", f"n = {kittens['n']}", commit(kittens)],
-        [f"distillation: FD with an assessor minus without: {arms_of['verdict']}",
-         mean(apart, "+.2f"), f"{len(apart)} seeds", commit(arms_of)],
-        ["latent cache, times as fast as a memmap",
-         f"{cache['ratio']:.2f}", f"{cache.get('rounds', 9)} rounds", commit(cache)],
-    ]  # fmt: skip
+        [
+            "training step on a CPU, times as fast as diffusers'",
+            f"{min(steps):.2f} to {max(steps):.2f}",
+            f"{train['rounds']} rounds",
+            commit(train),
+        ],
+        [
+            "25 Heun steps, cost beside the network's calls",
+            loop_cost(loops["results"]["25 Heun steps"]),
+            f"{loops['repeats']} rounds",
+            commit(loops),
+        ],
+        [
+            "FID, difference to pytorch-fid and others; speed of its distance",
+            f"{gap:.0e}; {frechet:.0f}×",
+            f"n = {parity['n']}",
+            commit(parity),
+        ],
+        [
+            f"SDXL ({convert['bytes'] / 1e9:.1f} GB) to diffusers' layout",
+            f"{convert['convert']['seconds']:.0f} s",
+            "one run",
+            commit(convert),
+        ],
+        [
+            "loss with 8-bit AdamW over that with fp32",
+            mean(adam["ratios"], ".4f"),
+            f"{len(adam['ratios'])} seeds",
+            commit(adam),
+        ],
+        [
+            f"{name} to excluded tags: after `fine`, after `stage2`",
+            f"{fine}, {stage2}",
+            f"n = {kittens['n']}",
+            commit(kittens),
+        ],
+        [
+            f"distillation: FD, assessor minus none: {arms_of['verdict']}",
+            mean(apart, "+.2f"),
+            f"{len(apart)} seeds",
+            commit(arms_of),
+        ],
+        [
+            "latent cache, times as fast as a memmap",
+            f"{cache['ratio']:.2f}",
+            f"{cache.get('rounds', 9)} rounds",
+            commit(cache),
+        ],
+    ]
     used = (train, loops, parity, convert, adam, kittens, arms_of, cache)
     machines = "; ".join(dict.fromkeys(machine(r) for r in used))
     return paragraphs(

@@ -1,8 +1,9 @@
 """Training speed on a CPU:  python benchmarks/train_cpu.py
 
-1. A training step (forward, backward, AdamW) of our U-Net against diffusers' UNet2DModel with the same weights, input and
-   optimizer; alternating, medians, as a ratio (above 1 = ours is faster).
-2. A step of train.py with real data against the same step on one constant batch (1 = loading costs nothing).
+1. A training step (forward, backward, AdamW) of our U-Net against diffusers' UNet2DModel with the
+   same weights, input and optimizer; alternating, medians, as a ratio (above 1 = ours is faster).
+2. A step of train.py with real data against the same step on one constant batch (1 = loading costs
+   nothing).
 """
 
 import itertools
@@ -13,33 +14,39 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import data.dataset as data
 import train
-from harness import record
-from benchmarks.race import alternate
 from benchmarks.peer_unet import peer_unet
-from model import PRESETS, UNet, UNetConfig
+from benchmarks.race import alternate
+from harness import record
 from harness.ranks import Ranks
+from model import PRESETS, UNet, UNetConfig
 
-ROUNDS, STEPS = 9, 4                         # a round = STEPS steps of each side in turn
+ROUNDS, STEPS = 9, 4  # a round = STEPS steps of each side in turn
+ADM = UNetConfig(
+    model_channels=64, channel_mult=(1, 2, 2, 4), attention=(0, 1, 1, 0), num_head_channels=64
+)
 CASES = {
     "tiny, batch 16, 32×8×8": (PRESETS["tiny"], 16, 8),
     "tiny, batch 64, 32×8×8": (PRESETS["tiny"], 64, 8),
-    "ADM 64 ch (1,2,2,4), batch 8, 32×32×32": (UNetConfig(model_channels=64, channel_mult=(1, 2, 2, 4), attention=(0, 1, 1, 0),
-                                                          num_head_channels=64), 8, 32),
+    "ADM 64 ch (1,2,2,4), batch 8, 32×32×32": (ADM, 8, 32),
 }
 
 
 def stepper(net: torch.nn.Module, call, batch: int, side: int):
     """A function that runs one training step on fixed random data."""
     g = torch.Generator().manual_seed(0)
-    x, t, goal = torch.randn(batch, 32, side, side, generator=g), torch.rand(batch, generator=g) * 1000, torch.randn(batch, 32, side, side, generator=g)
+    x = torch.randn(batch, 32, side, side, generator=g)
+    t = torch.rand(batch, generator=g) * 1000
+    goal = torch.randn(batch, 32, side, side, generator=g)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
     def step() -> None:
         (call(net, x, t) - goal).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -47,19 +54,30 @@ def against_diffusers(cfg: UNetConfig, batch: int, side: int) -> dict[str, float
     net = UNet(cfg)
     for p in net.parameters():
         if p.ndim > 1 and not p.any():
-            torch.nn.init.normal_(p, std=0.02)                                  # zero-initialised layers, so that outputs can be compared
+            # zero-initialised layers, so that outputs can be compared
+            torch.nn.init.normal_(p, std=0.02)
     stock, nhwc = peer_unet(net), peer_unet(net).to(memory_format=torch.channels_last)
     x, t = torch.randn(batch, 32, side, side), torch.rand(batch) * 1000
     with torch.no_grad():
         error = float((net(x, t) - stock(x, t).sample).abs().max())
     assert error < 1e-3, f"not the same function: {error}"
-    times = alternate({"ours": stepper(net, lambda n, x, t: n(x, t), batch, side),
-                       "diffusers": stepper(stock, lambda n, x, t: n(x, t).sample, batch, side),
-                       "diffusers channels_last": stepper(nhwc, lambda n, x, t: n(x.contiguous(memory_format=torch.channels_last), t).sample, batch, side)},
-                      ROUNDS, STEPS)
-    return {**{f"{k} s/step": v for k, v in times.items()}, "images/s": batch / times["ours"],
-            "ratio to diffusers": times["diffusers"] / times["ours"],
-            "ratio to diffusers channels_last": times["diffusers channels_last"] / times["ours"], "max output difference": error}
+
+    def wide(net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return net(x.contiguous(memory_format=torch.channels_last), t).sample
+
+    sides = {
+        "ours": stepper(net, lambda n, x, t: n(x, t), batch, side),
+        "diffusers": stepper(stock, lambda n, x, t: n(x, t).sample, batch, side),
+        "diffusers channels_last": stepper(nhwc, wide, batch, side),
+    }
+    times = alternate(sides, ROUNDS, STEPS)
+    return {
+        **{f"{k} s/step": v for k, v in times.items()},
+        "images/s": batch / times["ours"],
+        "ratio to diffusers": times["diffusers"] / times["ours"],
+        "ratio to diffusers channels_last": times["diffusers channels_last"] / times["ours"],
+        "max output difference": error,
+    }
 
 
 def loading() -> dict[str, float]:
@@ -70,16 +88,24 @@ def loading() -> dict[str, float]:
         stream = data.Stream(tr.ds, None, tr.latent_shape, cfg.seed)
         real = data.batches(stream, train.positions(cfg, tr.ranks, 0))
         constant = itertools.repeat(next(data.batches(stream, train.positions(cfg, tr.ranks, 0))))
-        times = alternate({"real": lambda: train.step(tr, real), "constant": lambda: train.step(tr, constant)}, ROUNDS, STEPS)
-    return {"real data s/step": times["real"], "constant batch s/step": times["constant"], "ratio": times["real"] / times["constant"]}
+        sides = {"real": lambda: train.step(tr, real), "constant": lambda: train.step(tr, constant)}
+        times = alternate(sides, ROUNDS, STEPS)
+    return {
+        "real data s/step": times["real"],
+        "constant batch s/step": times["constant"],
+        "ratio": times["real"] / times["constant"],
+    }
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     result = {name: against_diffusers(*case) for name, case in CASES.items()}
     for name, row in result.items():
-        print(f"{name:<42} {row['images/s']:7.1f} images/s   {row['ratio to diffusers']:.2f}× diffusers   "
-              f"{row['ratio to diffusers channels_last']:.2f}× diffusers channels_last")
+        print(
+            f"{name:<42} {row['images/s']:7.1f} images/s   "
+            f"{row['ratio to diffusers']:.2f}× diffusers   "
+            f"{row['ratio to diffusers channels_last']:.2f}× diffusers channels_last"
+        )
     result["loading"] = loading()
     print(f"real data / constant batch: {result['loading']['ratio']:.3f}")
     record.write("train_cpu", {"rounds": ROUNDS, "steps a round": STEPS, "results": result})
