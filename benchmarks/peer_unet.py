@@ -5,7 +5,8 @@ The peer of train_cpu.py and kernels.py, the oracle of the model's tests.
 
 import torch
 
-from ckpt.layouts import diffusers_config, to_foreign
+from ckpt.diffusers import diffusers_config
+from ckpt.layouts import to_foreign
 from model import UNet
 
 

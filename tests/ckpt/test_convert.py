@@ -532,6 +532,7 @@ def test_only_verify_says_no_with_exit_code_1(tmp_path, user, monkeypatch, capsy
             raise error
 
         monkeypatch.setattr(foreign, "open_weights", fail)
+        monkeypatch.delitem(sys.modules, "ckpt.__main__", raising=False)
         monkeypatch.setattr(
             sys, "argv", ["ckpt", "verify", str(tmp_path / "a"), str(tmp_path / "a")]
         )

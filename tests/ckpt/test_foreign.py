@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ckpt.layouts as layouts
 from checkpoints import ADM, SD, TINY, convert_net, heads, inputs, ldm, same, single_file
 from ckpt import convert, find_checkpoint, fingerprint, load_like, load_unet, save_unet
 from ckpt.convert import inspect
+from ckpt.diffusers import diffusers_config
 from ckpt.foreign import config_of
 from conftest import randomize
 from harness.cli import UserError
@@ -160,7 +160,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, tmp_path)
         convert(tmp_path / "x.pt", tmp_path / "y.safetensors", "native", **heads(ADM))
 
 
-BASE = layouts.diffusers_config(ADM)
+BASE = diffusers_config(ADM)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from checkpoints import CFG, SD, TINY
-from conftest import randomize
 from PIL import Image
 
 import samplers
 import train
+from checkpoints import CFG, SD, TINY
 from ckpt import convert, fingerprint, load_unet, save_unet
+from conftest import randomize
 from harness.cli import UserError
 from harness.run import checkpoints
 from model import PRESETS, UNet
@@ -81,8 +81,8 @@ def test_the_sampler_draws_from_a_foreign_file_what_it_draws_from_our_own(tmp_pa
         assert code == 2 and len(err) == 1 and message in err[0], err
     for flags, message in (
         (["--objective", "fm"], "says its objective is v, got fm"),
-        (["--table", "linear"], "was trained with scaled_linear"),
-        (["--vae", "pixel"], "was trained on other latents"),
+        (["--table", "linear"], "says its table is 'scaled_linear', got 'linear'"),
+        (["--vae", "pixel:2"], "was trained on other latents"),
         (["--num-heads", 1], "got num_heads 1"),
         (["--resolution", 17], "wanted a multiple of 2"),
     ):
@@ -97,7 +97,7 @@ def test_the_sampler_says_what_a_network_still_needs(tmp_path, user):
         ("sd.ckpt", ["--num-heads", 2], "told what to draw by text"),
         ("latent.pt", [], "does not say which latents its network knows"),
         ("latent.pt", ["--vae", "pixel:2"], "makes 12 channels, but"),
-        ("latent.pt", ["--table", "linear"], "fm has none"),
+        ("latent.pt", ["--table", "linear"], "is fm, which has none"),
     ):
         heads = [] if name == "sd.ckpt" else ["--num-heads", 1]
         code, _, err = user(
