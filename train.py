@@ -381,7 +381,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
-    kept, name = run / "vae.safetensors", vae_name(cfg, run)
+    kept = run / "vae.safetensors"
+    name = vae_name(cfg, run)
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))

@@ -512,8 +512,8 @@ def from_base64(text: str) -> Tensor:
 def linear_from_meta(meta: dict[str, Any]) -> LinearVAE:
     """The inverse of LinearVAE.meta()."""
     basis = from_base64(meta["basis"]).view(meta["channels"], -1)
-    mean, std = from_base64(meta["mean"]), from_base64(meta["std"])
-    return LinearVAE(meta["name"], meta["factor"], basis, mean, std)
+    mean = from_base64(meta["mean"])
+    return LinearVAE(meta["name"], meta["factor"], basis, mean, from_base64(meta["std"]))
 
 
 def pixel(factor: int = 1) -> LinearVAE:
@@ -649,28 +649,29 @@ def read_name(
 ) -> tuple[str, dict[str, str]]:
     """Split "flux2:packed128:FILE" into FILE and what is said of it: {"family": …, "latents": …},
     which must not differ from the other two arguments. A family alone is its place on the Hub."""
-    name, said = str(name_or_path), {}
+    name = str(name_or_path)
+    given: dict[str, str] = {}
     head, _, rest = name.partition(":")
     if head in FAMILIES:
-        said["family"], name = head, rest
+        given["family"], name = head, rest
         head, _, rest = name.partition(":")
         if head in LATENTS:
-            said["latents"], name = head, rest
-        name = name or FAMILIES[said["family"]].hub
+            given["latents"], name = head, rest
+        name = name or FAMILIES[given["family"]].hub
     for key, value, known in (("family", family, FAMILIES), ("latents", latents, LATENTS)):
         if value and value not in known:
             raise UserError(
                 f"{key} {value!r} is not one of {', '.join(known)}",
                 do=closest(value, known) or "Choose one of them.",
             )
-        if value and said.setdefault(key, value) != value:
+        if value and given.setdefault(key, value) != value:
             raise UserError(
                 f"autoencoder {name_or_path}",
-                got=f"{key} {said[key]}",
+                got=f"{key} {given[key]}",
                 wanted=value,
                 do=f"Name one of {key} {value}.",
             )
-    return name, said
+    return name, given
 
 
 def load_vae(
@@ -683,9 +684,9 @@ def load_vae(
     cannot say what it is; a file written by save_vae (every training run leaves one:
     runs/<name>/vae.safetensors).
     """
-    name, said = read_name(name_or_path, family, latent_layout)
+    name, given = read_name(name_or_path, family, latent_layout)
     pixels = PIXEL.fullmatch(name)
-    if pixels and not said:
+    if pixels and not given:
         return pixel(int(pixels[1] or 1))
     path = resolve(name)
     path = next((path / file for file in FOLDER if (path / file).is_file()), path)
@@ -696,10 +697,10 @@ def load_vae(
             ":FILE, hf:org/name/file, or a file such as runs/<name>/vae.safetensors",
             do="Name one of them.",
         )
-    return open_vae(open_weights(path), said)
+    return open_vae(open_weights(path), given)
 
 
-def open_vae(box: Container, said: dict[str, str]) -> AnyVAE:
+def open_vae(box: Container, given: dict[str, str]) -> AnyVAE:
     """The autoencoder in a file: one of ours, a note where it is, or somebody else's."""
     meta = read_meta(box) if META in box.meta else {"kind": "vae"}
     if meta.get("kind") != "vae":
@@ -707,17 +708,17 @@ def open_vae(box: Container, said: dict[str, str]) -> AnyVAE:
             f"{box.path} holds no autoencoder (its kind: {meta.get('kind', 'U-Net')})",
             do="Name an autoencoder's file; a run's is runs/<name>/vae.safetensors.",
         )
-    own = meta.get("family") or meta.get("name")
+    recorded = meta.get("family") or meta.get("name")
     linear = "basis" in box
-    if own and (said.get("family", own) != own or linear and said):
-        got = " ".join(said.values())
-        raise UserError(f"{box.path} says it is {own}, got {got}", do="Leave it out.")
+    if recorded and (given.get("family", recorded) != recorded or linear and given):
+        got = " ".join(given.values())
+        raise UserError(f"{box.path} says it is {recorded}, got {got}", do="Leave it out.")
     if linear:
         return LinearVAE(meta["name"], meta["factor"], box["basis"], box["mean"], box["std"])
     if "source" in meta:  # a note
-        return vae_from_meta({**meta, **said})
-    family, latents = own or said.get("family"), said.get("latents") or meta.get("latents")
-    vae = build_vae(box, family, latents)
+        return vae_from_meta({**meta, **given})
+    latents = given.get("latents") or meta.get("latents")
+    vae = build_vae(box, recorded or given.get("family"), latents)
     if meta.get("fingerprint", vae.source["fingerprint"]) != vae.source["fingerprint"]:
         raise UserError(
             f"{box.path}: the weights do not match their own fingerprint; the file was altered or "

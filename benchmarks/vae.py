@@ -37,7 +37,8 @@ def peer(vae: VAE) -> torch.nn.Module:
     )
     kind = diffusers.AutoencoderKLFlux2 if cfg.stats else diffusers.AutoencoderKL
     net = kind(**common)
-    state, table = vae.state_dict(), vae_map(tensor_shapes(cfg), "diffusers")
+    state = vae.state_dict()
+    table = vae_map(tensor_shapes(cfg), "diffusers")
     net.load_state_dict({name: state[k].reshape(shape) for k, (name, shape) in table.items()})
     return net.eval().requires_grad_(False)
 

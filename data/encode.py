@@ -231,8 +231,8 @@ def shard_images(plan: dict[str, Any], k: int) -> range:
 
 def chunks(plan: dict[str, Any], k: int) -> list[range]:
     """The images of shard k, a batch at a time."""
-    images, n = shard_images(plan, k), plan["batch"]
-    return [images[i : i + n] for i in range(0, len(images), n)]
+    images = shard_images(plan, k)
+    return [images[i : i + plan["batch"]] for i in range(0, len(images), plan["batch"])]
 
 
 def write_shards(
@@ -247,7 +247,8 @@ def write_shards(
     def count(shards: Iterable[int]) -> int:
         return sum(len(shard_images(plan, k)) for k in shards)
 
-    total, quiet = count(share), None if ranks.rank == 0 else True
+    total = count(share)
+    quiet = None if ranks.rank == 0 else True  # None: shown on a terminal
     with tqdm(total=total, unit="img", desc=f"encoding to {out}", disable=quiet) as bar:
         absent = [k for k in share if not verify_shard(out, plan, k, records.get(k))]
         bar.update(total - count(absent))
@@ -379,7 +380,8 @@ def main() -> None:
     ranks.leave()
     if ranks.rank == 0:
         manifest = json.loads((Path(cfg.out) / "manifest.json").read_text())
-        images, shards = manifest["plan"]["images"], len(manifest["shards"])
+        images = manifest["plan"]["images"]
+        shards = len(manifest["shards"])
         mean, std = manifest["mean"], manifest["std"]
         print(f"{images:,} images in {shards} shards, mean {mean:.3f}, std {std:.3f}")
         print(cfg.out)

@@ -22,13 +22,12 @@ from ckpt.containers import open_weights
 from ckpt.layouts import target_of
 from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.convert import with_table
-from data.cache import is_cache, self_check
-from data.dataset import Dataset, rng
+from data.dataset import Dataset, rng, vae_for
 from diffusion.schedules import TABLES, T, norm, table_time
 from harness.cli import UserError
 from model import UNet, UNetConfig
 from objectives import Net, Objective, make_objective
-from vae import AnyVAE, choose
+from vae import AnyVAE
 
 # v* divides by the signal's share a of the mix; where that is smaller, by this.
 A_MIN = 1e-3
@@ -323,10 +322,7 @@ def open_teacher(
 def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
     """The autoencoder whose latents the teacher knows. --vae names it where the teacher's file does
     not, or says where it lies now."""
-    vae = choose(cfg.vae, meta=meta, network="the teacher")
-    if is_cache(cfg.data):
-        self_check(ds.source, vae)
-    return vae
+    return vae_for(ds, cfg.vae, meta=meta, network="the teacher")
 
 
 def read_texts(cfg: UNetConfig, file: str) -> dict[str, Tensor]:
