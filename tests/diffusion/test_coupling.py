@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from diffusion.coupling import lowres_coupling, ot_permutation, resize, upsampled
+from diffusion.coupling import ot_permutation, resize, upsampled
 from objectives import make_objective
 from samplers import sample
+
+CFM = make_objective("cfm")
 
 
 def cost(x0, eps, order):
@@ -61,24 +63,34 @@ def test_the_loss_moves_noise_and_nothing_else():
 def test_a_source_has_the_targets_shape_and_keeps_unit_variance(small, upsample):
     z_hi, noise = draws(400, 0, 4, 8, 8)
     z_lo = torch.randn(400, 4, *small, generator=torch.Generator().manual_seed(1))
-    source, z_up = lowres_coupling(z_hi, z_lo, noise, upsample="bilinear" if upsample == "psu" else upsample)
+    z_up = z_lo if upsample == "psu" else resize(z_lo, (8, 8), upsample)
+    source = CFM.source(z_up, noise)
     assert source.shape == z_up.shape == z_hi.shape
     assert torch.allclose(source, math.sqrt(1 - 0.5883 ** 2) * z_up + 0.5883 * noise, atol=1e-6)
     if upsample != "bilinear":                                                  # a mean of neighbours has less, whatever is added
         assert source.var().item() == pytest.approx(1, abs=0.02)
-    if upsample == "psu":
-        assert torch.equal(z_up, z_lo)
     if upsample == "nearest":
         assert torch.equal(z_up[..., ::2, ::2], z_lo) and torch.equal(z_up[..., 1::2, 1::2], z_lo)
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
-    z = torch.zeros(2, 4, 8, 8)
-    for z_lo, noise in ((torch.zeros(2, 3, 4, 4), z), (torch.zeros(1, 4, 4, 4), z), (z, torch.zeros(2, 4, 4, 4))):
-        with pytest.raises(ValueError, match="do not belong"):
-            lowres_coupling(z, z_lo, noise)
-    with pytest.raises(ValueError, match="needs source= and concat="):
-        make_objective("cfm").loss(lambda x, t: x, z)
+def test_the_loss_of_a_low_resolution_is_that_of_its_source_and_condition():
+    z, low = draws(4, 0, 3, 8, 8)
+    noise, t = draws(4, 1, 3, 8, 8)[0], torch.tensor([0.1, 0.4, 0.6, 0.9])
+    seen = []
+
+    def net(x, k):
+        seen.append(x)
+        return x[:, :3] - 0.5 * x[:, 3:]
+
+    ours = CFM.loss(net, z, low=low, eps=noise, t=t)
+    by_hand = CFM.loss(net, z, source=CFM.source(low, noise), concat=low, t=t)
+    assert torch.equal(ours.per_sample, by_hand.per_sample) and torch.equal(*seen)
+    drawn = [CFM.loss(net, z, low=low, generator=torch.Generator().manual_seed(i)) for i in (0, 0, 1)]
+    assert drawn[0].loss == drawn[1].loss != drawn[2].loss
+    with pytest.raises(ValueError, match="needs low="):
+        CFM.loss(net, z)
+    with pytest.raises(ValueError, match="needs the linear path with target 'u'"):
+        make_objective("ddpm").loss(net, z, low=low)
 
 
 @pytest.mark.parametrize("how", ["psu", "bilinear", "nearest"])
@@ -113,9 +125,9 @@ def test_shrinking_reads_every_pixel():
 
 def test_an_image_that_is_its_own_source_stands_still():
     z, noise = draws(4, 0, 3, 8, 8)
-    source, z_up = lowres_coupling(z, z, noise, noise_aug=0.0)
-    out = make_objective("cfm").loss(lambda x, t: torch.zeros_like(x[:, :3]), z, source=source, concat=z_up)
-    assert torch.equal(source, z) and out.loss == 0
+    still = make_objective("cfm", noise_aug=0.0)
+    out = still.loss(lambda x, t: torch.zeros_like(x[:, :3]), z, low=z, eps=noise)
+    assert torch.equal(still.source(z, noise), z) and out.loss == 0
     assert torch.equal(make_objective("cfm", noise_aug=1.0).source(z, noise), noise)   # the other end: the ordinary conditional flow
 
 
@@ -143,8 +155,8 @@ def linear_pair(n, seed=0):
 @pytest.mark.parametrize("t", [0.05, 0.4, 0.9])
 def test_the_closed_form_velocity_of_a_linear_gaussian_pair_is_the_minimum(t):
     z_hi, z_up, noise = linear_pair(100_000)
-    source, cond = lowres_coupling(z_hi, z_up, noise)
-    objective, times = make_objective("cfm"), torch.full((len(z_hi),), t)
+    source, cond = CFM.source(z_up, noise), z_up
+    objective, times = CFM, torch.full((len(z_hi),), t)
     best = objective.loss(best_velocity, z_hi, source=source, concat=cond, t=times).loss.item()
     assert best == pytest.approx(best_velocity.residual[0].item(), rel=0.02)
     for change in (lambda x: 0.1 * x[:, :1], lambda x: -0.1 * x[:, :1], lambda x: 0.1 * x[:, 1:], lambda x: -0.1 * x[:, 1:]):
