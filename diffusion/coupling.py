@@ -73,7 +73,7 @@ def enlarged(
     encode: Callable[[Tensor], Tensor],
     upsample: str = "psu",
 ) -> Tensor:
-    """The same of pictures that are small already (B, 3, h, w) in [-1, 1], for pictures of `size`."""
+    """The same of pictures that are small already, (B, 3, h, w) in [-1, 1], at `size`."""
     if upsample == "psu":
         return encode(resize(small, size))
     z = encode(small)

@@ -70,7 +70,7 @@ def within(t: Tensor, interval: tuple[float, float]) -> Tensor:
 def ask(
     objective: Reader, net: Callable[..., Tensor], x: Tensor, t: Tensor, cond: dict[str, Tensor]
 ) -> tuple:
-    """(x0, eps, u, v): the prediction, and what a network with twice the channels says beside it."""
+    """(x0, eps, u, v): v is what a network with twice the channels says of the variance."""
     channels, variances = x.shape[1], []
 
     def mean(x: Tensor, k: Tensor, **cond: Any) -> Tensor:

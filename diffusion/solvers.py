@@ -1,8 +1,11 @@
-"""Grids, and the methods that walk along them:  for x in heun(predict, x, time_grid(25), noise): ...
+"""Grids, and the methods that walk along them:
 
-Every method knows one thing only, the linear path: x runs from noise at t = 1 to data at t = 0 along dx/dt = u, and
-predict(x, t) returns (x0, eps, u[, v]) there. On that path s = t, a = 1 - t, and lambda = log(a / s). None is ever asked
-outside (0, 1], and none divides by 1 - t at t = 1: where lambda is infinite a step has order 1.
+    for x in heun(predict, x, time_grid(25), noise): ...
+
+Every method knows one thing only, the linear path: x runs from noise at t = 1 to data at t = 0
+along dx/dt = u, and predict(x, t) returns (x0, eps, u[, v]) there. On that path s = t, a = 1 - t,
+and lambda = log(a / s). None is ever asked outside (0, 1], and none divides by 1 - t at t = 1:
+where lambda is infinite a step has order 1.
 """
 
 import math
@@ -16,7 +19,7 @@ from diffusion.schedules import TABLES, T, shift_time, table_row, table_time
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al. 2022, table 1
 
 
-# ---- grids: falling times that end in exactly 0, float64 ------------------------------------------------------------
+# ---- grids: falling times that end in exactly 0, float64 ----------------------------------------
 
 
 def time_grid(
@@ -27,58 +30,61 @@ def time_grid(
     table: str = "",
     zero_snr: bool = False,
 ) -> Tensor:
-    """steps + 1 times from t_start to 0.  `shift` multiplies the odds t / (1 - t) of t as a share of t_start: > 1 = more steps near the noise.
+    """steps + 1 times from t_start to 0, (steps + 1,). `shift` multiplies the odds t / (1 - t) of t
+    as a share of t_start: > 1 = more steps near the noise.
 
-    uniform: evenly in t | karras: in sigma^(1/7), sigma = t / (1 - t) (Karras et al. 2022, eq. 5) | logsnr: in log sigma |
-    trailing, leading, linspace: rows of the VP `table`, as table_rows() says.
-    karras and logsnr go down to the smallest sigma that the network knows (row 0 of its table; 0.002 on the linear path), then to 0.
-    They come from t_start's sigma or, if that is larger, from 80, in whose place the grid has t_start itself.
+    uniform                       evenly in t
+    karras                        in sigma^(1/7), sigma = t / (1 - t) (Karras et al. 2022, eq. 5)
+    logsnr                        in log sigma
+    trailing, leading, linspace   rows of the VP `table`, as table_rows() says
+
+    karras and logsnr go down to the smallest sigma that the network knows (row 0 of its table;
+    0.002 on the linear path), then to 0. They come from t_start's sigma or, if that is larger, from
+    80, in whose place the grid has t_start itself.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}: wanted at least 1.")
     if kind in ("trailing", "leading", "linspace"):
         if table not in TABLES or shift != 1.0:
             raise ValueError(
-                f"grid {kind!r} is made of rows of a VP table, unshifted: got table {table!r}, shift {shift:g}."
+                f"grid {kind!r} is made of rows of a VP table, unshifted: got table {table!r}, "
+                f"shift {shift:g}."
             )
-        times = table_time(
-            table,
-            table_rows(
-                steps, kind, round(float(table_row(table, torch.tensor(t_start), zero_snr))) + 1
-            ),
-            zero_snr,
-        )
+        last = round(float(table_row(table, torch.tensor(t_start), zero_snr)))
+        times = table_time(table, table_rows(steps, kind, last + 1), zero_snr)
         return torch.cat([times, times.new_zeros(1)])
     q = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if kind in ("karras", "logsnr"):
-        low = (
-            float(table_time(table, torch.tensor(0), zero_snr))
-            if table in TABLES
-            else SIGMA_MIN / (1 + SIGMA_MIN)
-        )
-        low, high = (
-            low / (1 - low),
-            SIGMA_MAX if t_start == 1 else min(t_start / (1 - t_start), SIGMA_MAX),
-        )
-        w = torch.linspace(0, 1, steps, dtype=torch.float64)
-        low = min(low, high / 2)  # a start below the smallest sigma: still falling
-        sigma = (
-            torch.lerp(*(torch.tensor(v, dtype=torch.float64) ** (1 / RHO) for v in (high, low)), w)
-            ** RHO
-            if kind == "karras"
-            else high * (low / high) ** w
-        )
+        sigma = sigmas(steps, kind, t_start, table, zero_snr)
         q[1:-1] = (sigma / (1 + sigma))[1:] / t_start
     elif kind != "uniform":
-        raise ValueError(
-            f"grid {kind!r} is not one of uniform, karras, logsnr, trailing, leading, linspace."
-        )
+        kinds = "uniform, karras, logsnr, trailing, leading, linspace"
+        raise ValueError(f"grid {kind!r} is not one of {kinds}.")
     return t_start * shift_time(q, shift)
 
 
+def sigmas(steps: int, kind: str, t_start: float, table: str, zero_snr: bool) -> Tensor:
+    """The falling sigmas of a karras or logsnr grid, (steps,) float64."""
+    low = SIGMA_MIN / (1 + SIGMA_MIN)
+    if table in TABLES:
+        low = float(table_time(table, torch.tensor(0), zero_snr))
+    low = low / (1 - low)
+    high = SIGMA_MAX if t_start == 1 else min(t_start / (1 - t_start), SIGMA_MAX)
+    low = min(low, high / 2)  # a start below the smallest sigma: still falling
+    w = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if kind == "logsnr":
+        return high * (low / high) ** w
+    first = torch.tensor(high, dtype=torch.float64) ** (1 / RHO)
+    last = torch.tensor(low, dtype=torch.float64) ** (1 / RHO)
+    return torch.lerp(first, last, w) ** RHO
+
+
 def table_rows(steps: int, spacing: str = "trailing", rows: int = T) -> Tensor:
-    """`steps` of the first `rows` rows of a VP table, falling, float64 (Lin et al. 2023, table 2). trailing holds the last row,
-    leading row 0, linspace both. ADM, DDIM and Stable Diffusion used leading."""
+    """`steps` of the first `rows` rows of a VP table, falling, float64 (Lin et al. 2023, table 2).
+
+    trailing holds the last row, leading row 0, linspace both. ADM, DDIM and Stable Diffusion used
+    leading.
+    """
     if steps > rows:
         raise ValueError(f"{steps} steps do not fit into {rows} rows of a VP table.")
     if spacing == "trailing":
@@ -108,10 +114,13 @@ def norm64(t: float) -> float:
 
 def log_snr(t: float) -> float:
     """lambda = log(a / s)."""
-    return math.log1p(-t) - math.log(t) if 0 < t < 1 else math.inf if t < 1 else -math.inf
+    if 0 < t < 1:
+        return math.log1p(-t) - math.log(t)
+    return math.inf if t < 1 else -math.inf
 
 
-# ---- Runge–Kutta and Adams–Bashforth on u: from t to r once per step; a forker can read and change one alone --------
+# ---- Runge–Kutta and Adams–Bashforth on u -------------------------------------------------------
+# Each goes from t to r once per step; a forker can read and change one alone.
 
 
 def euler(predict, x, grid, noise):
@@ -122,7 +131,8 @@ def euler(predict, x, grid, noise):
 
 
 def heun(predict, x, grid, noise):
-    """Second order, two calls a step. The last step is Euler (Karras et al. 2022, alg. 1): t = 0 is never evaluated."""
+    """Second order, two calls a step. The last step is Euler (Karras et al. 2022, alg. 1): t = 0 is
+    never evaluated."""
     for t, r in steps_of(grid):
         u = predict(x, t)[2]
         if r > 0:
@@ -140,8 +150,9 @@ def midpoint(predict, x, grid, noise):
 
 
 def rk4(predict, x, grid, noise):
-    """Fourth order, four calls a step (classical). The step to 0 is Heun's of third order, whose stages are t, 2t/3 and t/3: one
-    step of local order 4 keeps the whole at order 4, and t = 0 is never evaluated."""
+    """Fourth order, four calls a step (classical). The step to 0 is Heun's of third order, whose
+    stages are t, 2t/3 and t/3: one step of local order 4 keeps the whole at order 4, and t = 0 is
+    never evaluated."""
     for t, r in steps_of(grid):
         h, k1 = r - t, predict(x, t)[2]
         if r > 0:
@@ -157,7 +168,7 @@ def rk4(predict, x, grid, noise):
 
 
 def ab2(predict, x, grid, noise):
-    """Second order, one call a step: Adams–Bashforth on an uneven grid. The first step is Heun's."""
+    """Second order, one call a step: Adams–Bashforth on an uneven grid. First a step of Heun's."""
     before = None  # (step, u) of the last one
     for t, r in steps_of(grid):
         h, u = r - t, predict(x, t)[2]
@@ -165,29 +176,29 @@ def ab2(predict, x, grid, noise):
             q = h / (2 * before[0])
             x = x + h * ((1 + q) * u - q * before[1])
         else:
-            x = x + h * (u if r == 0 else (u + predict(x + h * u, r)[2]) / 2)
+            mean = u if r == 0 else (u + predict(x + h * u, r)[2]) / 2
+            x = x + h * mean
         before = h, u
         yield x
 
 
 def lms4(predict, x, grid, noise):
-    """Adams–Bashforth of up to four velocities, one call a step. The first step is Euler's, as in k-diffusion's LMS: it leaves an
-    error of order 2, with a small constant."""
+    """Adams–Bashforth of up to four velocities, one call a step. The first step is Euler's, as in
+    k-diffusion's LMS: it leaves an error of order 2, with a small constant."""
     times, us = [], []
     for t, r in steps_of(grid):
         times, us = [*times, t][-4:], [*us, predict(x, t)[2]][-4:]
-        nodes = [
-            (t + r) / 2 + s * (r - t) / math.sqrt(12) for s in (-1, 1)
-        ]  # Gauss: exact for the cubic through all four
-        weights = [
-            (r - t) / 2 * sum(math.prod((g - b) / (a - b) for b in times if b != a) for g in nodes)
-            for a in times
-        ]
+        # Gauss: exact for the cubic through all four.
+        nodes = [(t + r) / 2 + s * (r - t) / math.sqrt(12) for s in (-1, 1)]
+        weights = []
+        for a in times:
+            values = (math.prod((g - b) / (a - b) for b in times if b != a) for g in nodes)
+            weights.append((r - t) / 2 * sum(values))
         x = x + sum(w * u for w, u in zip(weights, us))
         yield x
 
 
-# ---- exponential integrators in lambda, on x0 -----------------------------------------------------------------------
+# ---- exponential integrators in lambda, on x0 ---------------------------------------------------
 
 
 def dpmpp_2m(predict, x, grid, noise):
@@ -196,7 +207,8 @@ def dpmpp_2m(predict, x, grid, noise):
 
 
 def dpmpp_2m_sde(predict, x, grid, noise, eta=1.0):
-    """SDE-DPM-Solver++(2M), midpoint form, one call a step; eta scales the noise (k-diffusion), 0 is the ODE."""
+    """SDE-DPM-Solver++(2M), midpoint form, one call a step; eta scales the noise (k-diffusion), 0
+    is the ODE."""
     before, x0_before = None, None
     for t, r in steps_of(grid):
         x0 = predict(x, t)[0]
@@ -214,18 +226,15 @@ def dpmpp_2m_sde(predict, x, grid, noise, eta=1.0):
 
 
 def unipc(predict, x, grid, noise):
-    """UniPC-2 with B(h) = e^h - 1 ("bh2", Zhao et al. 2023, alg. 5-8) on x0, one call a step: the call at r also corrects the step
-    that came there. The last step, to 0, is not corrected."""
+    """UniPC-2 with B(h) = e^h - 1 ("bh2", Zhao et al. 2023, alg. 5-8) on x0, one call a step: the
+    call at r also corrects the step that came there. The last step, to 0, is not corrected."""
     before, m_before, correct = None, None, None
     for t, r in steps_of(grid):
         m = predict(x, t)[0]
         if correct:
             x = correct(m)
-        h, slope, c = (
-            log_snr(r) - log_snr(t),
-            None,
-            (0.0, 0.5),
-        )  # c: weights of slope and of m_r - m_t in the corrector
+        h, slope = log_snr(r) - log_snr(t), None
+        c = 0.0, 0.5  # weights of slope and of m_r - m_t in the corrector
         if before and before < 1 and r > 0:
             q = h / (log_snr(t) - log_snr(before))
             slope = q * (m - m_before)
@@ -239,18 +248,21 @@ def unipc(predict, x, grid, noise):
         before, m_before = t, m
 
         def correct(m_r, base=base, gain=gain, start=start, slope=slope, c=c):
-            return base + gain * (c[1] * (m_r - start) + (0 if slope is None else c[0] * slope))
+            bend = 0 if slope is None else c[0] * slope
+            return base + gain * (c[1] * (m_r - start) + bend)
 
         yield x
 
 
-# ---- stochastic -----------------------------------------------------------------------------------------------------
+# ---- stochastic ---------------------------------------------------------------------------------
 
 
 def ddim(predict, x, grid, noise, eta=0.0):
-    """DDIM (Song et al. 2021, eq. 12 and 16) in VP's coordinates; eta = 0 is Euler, eta = 1 is DDPM (small).
+    """DDIM (Song et al. 2021, eq. 12 and 16) in VP's coordinates; eta = 0 is Euler, eta = 1 is DDPM
+    (small).
 
-    On a rising grid (inversion) the network is asked at the same VP point and the later time, as DDIM inversion does: never at 0.
+    On a rising grid (inversion) the network is asked at the same VP point and the later time, as
+    DDIM inversion does: never at 0.
     """
     for t, r in steps_of(grid):
         if r > t:
@@ -260,29 +272,29 @@ def ddim(predict, x, grid, noise, eta=0.0):
             x = x + (r - t) * predict(x, t)[2]
         else:
             x0, eps = predict(x, t)[:2]
-            s_t, s_r, a_ratio = (
-                t / norm64(t),
-                r / norm64(r),
-                (1 - t) / norm64(t) * norm64(r) / (1 - r),
-            )
+            s_t, s_r = t / norm64(t), r / norm64(r)
+            a_ratio = (1 - t) / norm64(t) * norm64(r) / (1 - r)
             sd = eta * (s_r / s_t) * math.sqrt(max(1 - a_ratio**2, 0.0))  # of z, in VP units
-            x = (1 - r) * x0 + norm64(r) * (
-                math.sqrt(max(s_r**2 - sd**2, 0.0)) * eps + sd * noise(x)
-            )
+            kept = math.sqrt(max(s_r**2 - sd**2, 0.0))
+            x = (1 - r) * x0 + norm64(r) * (kept * eps + sd * noise(x))
         yield x
 
 
 def ddpm(predict, x, grid, noise, variance="small"):
-    """Ancestral sampling (Ho et al. 2020, eq. 7): the posterior q(x_r | x_t, x0) with its own variance ("small"), beta ("large"), or
-    what the network says ("learned", Nichol & Dhariwal 2021, eq. 15: between both in log, v = -1 small, v = 1 large), respaced to
-    the grid. The last step adds no noise."""
+    """Ancestral sampling (Ho et al. 2020, eq. 7): the posterior q(x_r | x_t, x0), respaced to the
+    grid. The last step adds no noise.
+
+    variance: the posterior's own ("small"), beta ("large"), or what the network says ("learned",
+    Nichol & Dhariwal 2021, eq. 15: between both in log, v = -1 small, v = 1 large).
+    """
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"variance {variance!r} is not small, large or learned.")
     for t, r in steps_of(grid):
         x0, _, _, *v = predict(x, t)
         if variance == "learned" and (not v or v[0] is None):
             raise ValueError(
-                "variance 'learned' needs a network that outputs one: twice the channels of its input."
+                "variance 'learned' needs a network that outputs one: twice the channels of its "
+                "input."
             )
         s2_t, s2_r = (t / norm64(t)) ** 2, (r / norm64(r)) ** 2
         a_r, a_ratio = (1 - r) / norm64(r), (1 - t) / norm64(t) * norm64(r) / (1 - r)
@@ -291,21 +303,20 @@ def ddpm(predict, x, grid, noise, variance="small"):
         if r > 0:
             large = math.sqrt(beta)
             small = large * math.sqrt(s2_r / s2_t)
-            sd = (
-                small
-                if variance == "small"
-                else large
-                if variance == "large"
-                else torch.exp((v[0] + 1) / 2 * math.log(large) + (1 - v[0]) / 2 * math.log(small))
-            )
+            if variance == "learned":
+                share = (v[0] + 1) / 2 * math.log(large) + (1 - v[0]) / 2 * math.log(small)
+                sd = torch.exp(share)
+            else:
+                sd = small if variance == "small" else large
             mean = mean + sd * noise(x)
         x = norm64(r) * mean
         yield x
 
 
 def euler_ancestral(predict, x, grid, noise, eta=1.0):
-    """Euler beyond r, to d = r (1 + (r/t - 1) eta), and back up by noise to the linear path's own mix at r: the rule of flows
-    (k-diffusion's for VE breaks the marginals here). eta = 0 is Euler."""
+    """Euler beyond r, to d = r (1 + (r/t - 1) eta), and back up by noise to the linear path's own
+    mix at r: the rule of flows (k-diffusion's for VE breaks the marginals here). eta = 0 is
+    Euler."""
     for t, r in steps_of(grid):
         d = r * (1 + (r / t - 1) * eta)
         scale = (1 - r) / (1 - d)
@@ -317,8 +328,9 @@ def euler_ancestral(predict, x, grid, noise, eta=1.0):
 
 
 def sde(predict, x, grid, noise, eta=1.0):
-    """Euler–Maruyama on the reverse SDE with diffusion w(t) = eta t (Ma et al. 2024, SiT, eq. 6 and "sigma"): u - w score =
-    u + eta eps, which divides by nothing. The step to 0 is Euler's, without noise; eta = 0 is Euler throughout."""
+    """Euler–Maruyama on the reverse SDE with diffusion w(t) = eta t (Ma et al. 2024, SiT, eq. 6 and
+    "sigma"): u - w score = u + eta eps, which divides by nothing. The step to 0 is Euler's, without
+    noise; eta = 0 is Euler throughout."""
     for t, r in steps_of(grid):
         eps, u = predict(x, t)[1:3]
         if eta and r > 0:
@@ -328,9 +340,10 @@ def sde(predict, x, grid, noise, eta=1.0):
         yield x
 
 
-# ---- adaptive -------------------------------------------------------------------------------------------------------
+# ---- adaptive -----------------------------------------------------------------------------------
 
-# Dormand & Prince 1980. The error weights are Shampine's (as torchdiffeq's), 2/3 of the classical difference.
+# Dormand & Prince 1980. The error weights are Shampine's (as torchdiffeq's), 2/3 of the classical
+# difference.
 DOPRI_C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DOPRI_A = (
     (),
@@ -355,22 +368,21 @@ DOPRI_E = (
 def dopri5(
     predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=1000, whole_batch=False
 ):
-    """Adaptive fifth order; every sample keeps its own t and step, so it does not depend on its batch.
+    """Adaptive fifth order; every sample keeps its own t and step, so it does not depend on its
+    batch. Returns x and, (B,), the calls each row took part in.
 
-    Steps are clamped to end at sqrt(machine epsilon), never beyond: one Euler step from there to 0 errs by less than
-    rounding, and no 1/t is evaluated at 0. Finished rows leave the batch. Past max_nfe calls the rest of the way is
-    one Euler step and a warning. whole_batch: one error, so one step, for all samples, which is torchdiffeq's controller (its
-    last step overshoots and is interpolated, ours is clamped). Returns x and, (B,), the calls each row took part in.
+    Steps are clamped to end at sqrt(machine epsilon), never beyond: one Euler step from there to 0
+    errs by less than rounding, and no 1/t is evaluated at 0. Finished rows leave the batch. Past
+    max_nfe calls the rest of the way is one Euler step and a warning. whole_batch: one error, so
+    one step, for all samples, which is torchdiffeq's controller (its last step overshoots and is
+    interpolated, ours is clamped).
     """
     B, end = len(x), min(torch.finfo(x.dtype).eps ** 0.5, t_start / 2)
     out, calls_each = x.clone(), torch.zeros(B, dtype=torch.long, device=x.device)
     rows = torch.arange(B, device=x.device)  # still on their way
     t = torch.full((B,), float(t_start), dtype=torch.float64, device=x.device)
-    calls, rms, lost = (
-        0,
-        rms_of_all if whole_batch else rms_of_each,
-        [],
-    )  # lost: t of rows that end early
+    rms = rms_of_all if whole_batch else rms_of_each
+    calls, unfinished = 0, []  # t of rows that end early
 
     def u(x, t):
         nonlocal calls
@@ -379,46 +391,54 @@ def dopri5(
         return predict(x, t.to(x.dtype), rows=rows)[2]
 
     k1 = u(x, t)
-    h = first_step(u, x, t, k1, rtol, atol, rms).minimum(t - end)
+    h = first_step(u, x, t, k1, rtol, atol, rms)
     while len(rows) and calls + 6 <= max_nfe:
-        k = [k1]
-        for c, a in zip(DOPRI_C[1:], DOPRI_A[1:]):
-            new = x - per_row(h, x) * sum(w * ki for w, ki in zip(a, k) if w)
-            k.append(u(new, (t - c * h).clamp(min=end)))  # the last stage is the solution
-        error = per_row(h, x) * sum(w * ki for w, ki in zip(DOPRI_E, k) if w)
-        ratio = rms(error, atol + rtol * torch.maximum(x.abs(), new.abs())).nan_to_num(nan=math.inf)
-        accept = (ratio <= 1) | ((h < 1e-9) & torch.isfinite(ratio))  # too small to shrink: take it
-        moved = accept.view(-1, *[1] * (x.ndim - 1))
-        x, k1, t = (
-            torch.where(moved, new, x),
-            torch.where(moved, k[-1], k1),
-            torch.where(accept, t - h, t),
-        )
-        factor = (0.9 * power(ratio.clamp(min=1e-10), -0.2)).clamp(max=10.0)
-        h = h * torch.where(accept, factor.clamp(min=1.0), factor.clamp(min=0.2))
+        h = h.minimum(t - end)
+        new, k_last, error = dopri5_step(u, x, t, h, k1, end)
+        ratio = rms(error, atol + rtol * torch.maximum(x.abs(), new.abs()))
+        accept, h_next = control(ratio, h)
+        moved = column(accept, x)
+        x, k1 = torch.where(moved, new, x), torch.where(moved, k_last, k1)
+        t, h = torch.where(accept, t - h, t), h_next
         arrived = t <= end * 1.0001
         done = arrived | (h < 1e-12)  # not finite however small the step
-        out[rows[done]], lost = (
-            x[done] - per_row(t[done], x) * k1[done],
-            lost + t[done & ~arrived].tolist(),
-        )
-        rows, x, k1, t, h = (
-            rows[~done],
-            x[~done],
-            k1[~done],
-            t[~done],
-            h[~done].minimum(t[~done] - end),
-        )
+        out[rows[done]] = x[done] - per_row(t[done], x) * k1[done]
+        unfinished += t[done & ~arrived].tolist()
+        rows, x, k1 = rows[~done], x[~done], k1[~done]
+        t, h = t[~done], h[~done]
         if callback:
             callback(1 - float(t.max()) if len(t) else 1.0, x)
-    out[rows], lost = x - per_row(t, x) * k1, lost + t.tolist()
-    if lost:
-        print(
-            f"warning: dopri5 stopped after {calls} calls with {len(lost)} of {B} samples unfinished (t up to "
-            f"{max(lost):.3f}); they end in one Euler step. Raise max_nfe or loosen rtol.",
-            file=sys.stderr,
-        )
+    out[rows] = x - per_row(t, x) * k1
+    unfinished += t.tolist()
+    if unfinished:
+        warn_of_unfinished(unfinished, B, calls)
     return out, calls_each
+
+
+def warn_of_unfinished(times: list[float], B: int, calls: int) -> None:
+    print(
+        f"warning: dopri5 stopped after {calls} calls with {len(times)} of {B} samples unfinished "
+        f"(t up to {max(times):.3f}); they end in one Euler step. Raise max_nfe or loosen rtol.",
+        file=sys.stderr,
+    )
+
+
+def dopri5_step(u, x, t, h, k1, end) -> tuple[Tensor, Tensor, Tensor]:
+    """(the state at t - h, its velocity, the estimated error), of rows' own t and h (B,)."""
+    k = [k1]
+    for c, a in zip(DOPRI_C[1:], DOPRI_A[1:]):
+        new = x - per_row(h, x) * sum(w * ki for w, ki in zip(a, k) if w)
+        k.append(u(new, (t - c * h).clamp(min=end)))  # the last stage is the solution
+    error = per_row(h, x) * sum(w * ki for w, ki in zip(DOPRI_E, k) if w)
+    return new, k[-1], error
+
+
+def control(ratio: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(which steps are good, the next steps), from error / tolerance and the steps, (B,) each."""
+    ratio = ratio.nan_to_num(nan=math.inf)
+    accept = (ratio <= 1) | ((h < 1e-9) & torch.isfinite(ratio))  # too small to shrink: take it
+    factor = (0.9 * power(ratio.clamp(min=1e-10), -0.2)).clamp(max=10.0)
+    return accept, h * torch.where(accept, factor.clamp(min=1.0), factor.clamp(min=0.2))
 
 
 def rms_of_each(v: Tensor, scale: Tensor) -> Tensor:
@@ -432,13 +452,19 @@ def rms_of_all(v: Tensor, scale: Tensor) -> Tensor:
 
 
 def power(v: Tensor, p: float) -> Tensor:
-    """v (B,) to the power p, number by number: vectorised, its last bit depends on B, and a sample must not."""
+    """v (B,) to the power p, number by number: vectorised, its last bit depends on B, and a sample
+    must not."""
     return v.new_tensor([number**p for number in v.tolist()])
+
+
+def column(v: Tensor, x: Tensor) -> Tensor:
+    """(B,) to what broadcasts against x (B, …)."""
+    return v.view(-1, *[1] * (x.ndim - 1))
 
 
 def per_row(v: Tensor, x: Tensor) -> Tensor:
     """(B,) to a factor of x (B, …), in x's dtype."""
-    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return column(v.to(x.dtype), x)
 
 
 def first_step(u, x, t, k1, rtol, atol, rms) -> Tensor:
@@ -453,21 +479,18 @@ def first_step(u, x, t, k1, rtol, atol, rms) -> Tensor:
 
 
 METHODS = {
-    f.__name__: f
-    for f in (
-        euler,
-        heun,
-        midpoint,
-        rk4,
-        ab2,
-        lms4,
-        ddim,
-        ddpm,
-        euler_ancestral,
-        dpmpp_2m,
-        dpmpp_2m_sde,
-        unipc,
-        sde,
-        dopri5,
-    )
+    "euler": euler,
+    "heun": heun,
+    "midpoint": midpoint,
+    "rk4": rk4,
+    "ab2": ab2,
+    "lms4": lms4,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "euler_ancestral": euler_ancestral,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "sde": sde,
+    "dopri5": dopri5,
 }

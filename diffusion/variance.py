@@ -3,7 +3,8 @@
     bits = variational_bound(x0_error, sigma, k, "linear")
     small, large, gain = posterior("linear")                    # of every step from row k to k - 1
 
-A network that learns the variance says where it lies between its two bounds (Nichol & Dhariwal 2021).
+A network that learns the variance says where it lies between its two bounds (Nichol & Dhariwal
+2021).
 """
 
 import math
