@@ -1,4 +1,5 @@
-"""Exact resume: whatever kills a run, it ends bitwise where it would have ended; and ranks only split the work."""
+"""Exact resume: whatever kills a run, it ends bitwise where it would have ended; and ranks only
+split the work."""
 
 import json
 import os
@@ -17,14 +18,48 @@ from harness.run import checkpoints
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONUNBUFFERED": "1"}
-BASE = ["--model", "nano", "--data", "toyfaces:24", "--resolution", "32", "--batch", "8", "--images", "160", "--log-every", "24",
-        "--preview-every", "0", "--eval-every", "0", "--save-every", "80"]
+BASE = [
+    "--model",
+    "nano",
+    "--data",
+    "toyfaces:24",
+    "--resolution",
+    "32",
+    "--batch",
+    "8",
+    "--images",
+    "160",
+    "--log-every",
+    "24",
+    "--preview-every",
+    "0",
+    "--eval-every",
+    "0",
+    "--save-every",
+    "80",
+]
 
 
 def start(out, *args, ranks=1, base=BASE) -> subprocess.Popen:
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen([*launcher, "train.py", *base, *args, "--out", str(out)], cwd=ROOT, env=ENV, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    launcher = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
+    )
+    return subprocess.Popen(
+        [*launcher, "train.py", *base, *args, "--out", str(out)],
+        cwd=ROOT,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(out, *args, ranks=1, base=BASE) -> str:
@@ -35,8 +70,10 @@ def finish(out, *args, ranks=1, base=BASE) -> str:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and everything it started, children last so that none is adopted and missed."""
-    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    """SIGKILL for a process and everything it started, children last so that none is missed."""
+    listing = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout.split()
     parents = dict(zip(map(int, listing[::2]), map(int, listing[1::2])))
     family = [process.pid]
     for pid in family:
@@ -61,7 +98,11 @@ def final(out) -> dict[str, torch.Tensor]:
 
 def losses(out) -> list:
     lines = [json.loads(line) for line in (run_of(out) / "log.jsonl").read_text().splitlines()]
-    return [(r["images"], r["loss"], r["loss_by_t"], r["grad_norm"], r["lr"]) for r in lines if r["event"] == "train"]
+    return [
+        (r["images"], r["loss"], r["loss_by_t"], r["grad_norm"], r["lr"])
+        for r in lines
+        if r["event"] == "train"
+    ]
 
 
 def same(a, b):
@@ -72,7 +113,9 @@ def same(a, b):
 def wait_for(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():
-        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.time() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.005)
 
 
@@ -91,7 +134,7 @@ def test_20_steps_equal_10_steps_kill_10_steps_bitwise(whole, tmp_path):
     assert int(checkpoints(run_of(tmp_path))[-1].name) < 160
     assert "resuming" in finish(tmp_path, ranks=ranks)
     same(final(out), final(tmp_path))
-    assert losses(out) == losses(tmp_path) and len(losses(out)) == 7            # half-filled meters too
+    assert losses(out) == losses(tmp_path) and len(losses(out)) == 7  # half-filled meters too
 
 
 def test_a_cold_optimizer_would_not_be_bitwise(whole, tmp_path):
@@ -104,9 +147,12 @@ def test_a_cold_optimizer_would_not_be_bitwise(whole, tmp_path):
     kill_tree(process)
     from ckpt import read_tensors
     from harness.files import write_tensors
+
     state = checkpoints(run_of(tmp_path))[-1] / "state.safetensors"
     tensors, meta = read_tensors(state)
-    write_tensors(state, {k: v * 0 if k.startswith("exp_avg/") else v for k, v in tensors.items()}, meta)
+    write_tensors(
+        state, {k: v * 0 if k.startswith("exp_avg/") else v for k, v in tensors.items()}, meta
+    )
     finish(tmp_path)
     a, b = final(out), final(tmp_path)
     assert not torch.equal(a["model.safetensors:out.2.weight"], b["model.safetensors:out.2.weight"])
@@ -131,10 +177,21 @@ def test_20_kills_at_random_moments_also_during_saves_change_nothing(tmp_path):
     moments, kills, caught_saving = random.Random(0), 0, 0
     while kills < 20:
         process = start(tmp_path / "killed", base=base)
-        before = len(list((tmp_path / "killed").glob("*/log.jsonl")) and (run_of(tmp_path / "killed") / "log.jsonl").read_text())
+        before = len(
+            list((tmp_path / "killed").glob("*/log.jsonl"))
+            and (run_of(tmp_path / "killed") / "log.jsonl").read_text()
+        )
         try:
-            wait_for(lambda: len(list((tmp_path / "killed").glob("*/log.jsonl")) and (run_of(tmp_path / "killed") / "log.jsonl").read_text())
-                     != before, process)
+            wait_for(
+                lambda: (
+                    len(
+                        list((tmp_path / "killed").glob("*/log.jsonl"))
+                        and (run_of(tmp_path / "killed") / "log.jsonl").read_text()
+                    )
+                    != before
+                ),
+                process,
+            )
         except AssertionError:
             assert process.wait() == 0
             break
@@ -143,7 +200,9 @@ def test_20_kills_at_random_moments_also_during_saves_change_nothing(tmp_path):
         kills += 1
         caught_saving += bool(list((tmp_path / "killed").glob("*/ckpt/*.tmp")))
         done = checkpoints(run_of(tmp_path / "killed"))
-        if done and int(done[-1].name) >= 120:                                  # start over from an early checkpoint: 20 kills in all
+        if (
+            done and int(done[-1].name) >= 120
+        ):  # start over from an early checkpoint: 20 kills in all
             for late in done:
                 late.rename(late.with_name(late.name + ".old"))
     finish(tmp_path / "killed", base=base)
@@ -156,24 +215,54 @@ def test_20_kills_at_random_moments_also_during_saves_change_nothing(tmp_path):
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path, kind):
     ranks, out = whole
     process = start(tmp_path, ranks=ranks)
-    wait_for(lambda: list(tmp_path.glob("*/log.jsonl")) and '"train"' in (run_of(tmp_path) / "log.jsonl").read_text(), process)
+    wait_for(
+        lambda: (
+            list(tmp_path.glob("*/log.jsonl"))
+            and '"train"' in (run_of(tmp_path) / "log.jsonl").read_text()
+        ),
+        process,
+    )
     process.send_signal(kind)
     text, _ = process.communicate(timeout=120)
-    if ranks == 1:                                                              # torchrun itself reports the signal as a failure
+    if ranks == 1:  # torchrun itself reports the signal as a failure
         assert process.returncode == 0, text
     assert "stopped and saved at" in text and "The same command continues." in text
     stopped = int(checkpoints(run_of(tmp_path))[-1].name)
     assert 0 < stopped < 160
     finish(tmp_path, ranks=ranks)
     same(final(out), final(tmp_path))
-    assert "finished" in finish(tmp_path, ranks=ranks)                          # and once more: nothing to do, exit 0
+    assert "finished" in finish(tmp_path, ranks=ranks)  # and once more: nothing to do, exit 0
 
 
 def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_trainer(tmp_path):
     """Ctrl-C, timeout and Slurm signal the loader's worker processes too."""
-    command = [sys.executable, "train.py", *BASE, "--images", "100000", "--workers", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob("*/log.jsonl")) and '"train"' in (run_of(tmp_path) / "log.jsonl").read_text(), process)
+    command = [
+        sys.executable,
+        "train.py",
+        *BASE,
+        "--images",
+        "100000",
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    wait_for(
+        lambda: (
+            list(tmp_path.glob("*/log.jsonl"))
+            and '"train"' in (run_of(tmp_path) / "log.jsonl").read_text()
+        ),
+        process,
+    )
     os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "stopped and saved at" in text, text
@@ -181,7 +270,10 @@ def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_trainer(t
 
 def test_two_ranks_and_accumulation_split_the_work_and_nothing_else(tmp_path):
     """Same loss curve to fp32 rounding over 20 steps, whatever the split."""
-    base = [w if w != "24" else "8" for w in BASE] + ["--lr", "2e-4"]           # Adam amplifies rounding by lr where gradients are tiny
+    base = [w if w != "24" else "8" for w in BASE] + [
+        "--lr",
+        "2e-4",
+    ]  # Adam amplifies rounding by lr where gradients are tiny
     finish(tmp_path / "1", base=base)
     finish(tmp_path / "4", "--accum", "4", base=base)
     finish(tmp_path / "2", ranks=2, base=base)
@@ -190,7 +282,11 @@ def test_two_ranks_and_accumulation_split_the_work_and_nothing_else(tmp_path):
     assert len(one) == 20
     for other in others:
         for (_, a, _, norm_a, lr_a), (_, b, _, norm_b, lr_b) in zip(one, other):
-            assert b == pytest.approx(a, rel=1e-5) and norm_b == pytest.approx(norm_a, rel=1e-3) and lr_a == lr_b
+            assert (
+                b == pytest.approx(a, rel=1e-5)
+                and norm_b == pytest.approx(norm_a, rel=1e-3)
+                and lr_a == lr_b
+            )
     # and a different order of samples is not within rounding
     finish(tmp_path / "s", "--seed", "1", base=base)
     assert abs(losses(tmp_path / "s")[5][1] / one[5][1] - 1) > 1e-4
