@@ -32,7 +32,7 @@ from torch import Tensor
 
 import train
 from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
-from data.dataset import classes_of, latents_of, open_dataset
+from data.dataset import classes_of, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import TABLES, norm
 from diffusion.solvers import time_grid
@@ -607,15 +607,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     teacher = open_teacher(
         cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, ranks.device
     )
-    ds = open_dataset(
-        cfg.data,
-        stage=cfg.stage,
-        exclude_tags=cfg.exclude_tags,
-        resolution=cfg.resolution,
-        holdout=cfg.holdout,
-        crop=cfg.crop,
-        flip=cfg.flip,
-    )
+    ds = cfg.open_data()
     classes, labels = classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     if ranks.rank == 0:
         print(ds.report, flush=True)

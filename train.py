@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,18 +31,18 @@ import data.dataset as data
 from ckpt import fingerprint, load_like, load_strict, read_tensors, save_checkpoint
 from ckpt.training import load_optimizer, load_weights, optimizer_state
 from data.cache import is_cache
-from data.dataset import Dataset, Stream, latents_of, open_dataset
+from data.dataset import Dataset, Stream, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
-from harness.cli import UserError, check_flags, cli, closest, flag, parse
+from harness.cli import UserError, check_flags, cli, closest, dashed, flag, parse
 from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import Log, Meter, Progress, Run, StopSignal, begun_with, check_config, check_disk
-from harness.run import check_mirrors, checkpoints, find_fine, images_seen, lock, print_end
-from harness.run import print_start, print_unfinished, read_config, report_nonfinite, run_name
+from harness.run import FINAL, Log, Meter, Progress, Run, StopSignal, begun_with, check_config
+from harness.run import check_disk, check_mirrors, checkpoints, find_fine, images_seen, lock
+from harness.run import print_end, print_start, print_unfinished, report_nonfinite, run_name
 from harness.run import versions
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
@@ -56,22 +56,11 @@ from vae import AnyVAE, choose, save_vae, vae_from_meta
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which images, and which of their tags."""
+class Data(data.ImageFlags):
+    """Which images, and what the network is told of them."""
 
-    data: str = flag(
-        "toyfaces", "toyfaces[:N] | robohash[:N] | DIR | FILE.parquet | hf:… | a cache"
-    )
-    stage: Literal["standard", "fine", "stage2"] = flag(
-        "standard", "all | without --exclude-tags | only those, from the fine run"
-    )
-    exclude_tags: tuple[str, ...] = flag((), 'a,b or "a & !(b | c*)"; stage2: its fine run\'s')
     classes: tuple[str, ...] = flag((), 'tags to condition on, or "* hair"; none = unconditional')
     label_drop: float = flag(0.1, "share of labels dropped, for guidance", low=0, high=1)
-    resolution: int = flag(64, "pixels", low=1, high=8192)
-    crop: Literal["center", "random"] = flag("center", "of images that are not square")
-    flip: bool = flag(False, "mirror half of the images")
-    holdout: float = flag(0.02, "share of the images kept for the held-out loss", low=0, high=0.9)
 
 
 @dataclass(frozen=True)
@@ -173,9 +162,8 @@ def resolve(cfg: Config) -> Config:
     tags = cfg.exclude_tags
     if not tags and cfg.stage == "stage2" and not cfg.init:
         # Once begun, the fine run is no longer needed.
-        own = Path(cfg.out) / cfg.name
-        begun = (own / "config.json").exists()
-        tags = tuple(read_config(own if begun else fine_run(cfg))["exclude_tags"])
+        own = begun_with(Path(cfg.out) / cfg.name, "exclude_tags", ())
+        tags = tuple(begun_with(fine_run(cfg), "exclude_tags", ()) if own is None else own)
     return replace(cfg, exclude_tags=tags or embedded_tags(cfg.data, cfg.stage))
 
 
@@ -203,11 +191,11 @@ def check_objective(cfg: Config) -> None:
         objective = objective_of(cfg)
     except ValueError as error:
         raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
-    for name, given in (("t-loc", cfg.t_loc), ("t-scale", cfg.t_scale)):
-        without = ("uniform",) if name == "t-scale" else ("uniform", "mode")
-        if given is not None and objective.density in without:
+    idle = {"uniform": ("t_loc", "t_scale"), "mode": ("t_loc",)}
+    for name in idle.get(objective.density, ()):
+        if getattr(cfg, name) is not None:
             raise UserError(
-                f"--{name} changes nothing here: density {objective.density} has none",
+                f"{dashed(name)} changes nothing here: density {objective.density} has none",
                 do="Choose another --density, or leave it out.",
             )
     if cfg.objective == "cfm":
@@ -363,15 +351,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     Everything that can be wrong is found before the first byte is written.
     """
     run = Path(cfg.out) / cfg.name
-    ds = open_dataset(
-        cfg.data,
-        stage=cfg.stage,
-        exclude_tags=cfg.exclude_tags,
-        resolution=cfg.resolution,
-        holdout=cfg.holdout,
-        crop=cfg.crop,
-        flip=cfg.flip,
-    )
+    ds = cfg.open_data()
     classes, labels = data.classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     start, other, meta = "", None, None
     if not checkpoints(run):
@@ -389,13 +369,14 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     unet = network_config(cfg, vae, objective, len(classes))
     torch.manual_seed(cfg.seed)
     net = build(unet)
+    init = {"path": None, "fingerprint": None}
     if start:
         if cfg.aligned:
             check_aligned(objective, meta.get("objective"), start)
         if cfg.stage == "stage2" and ranks.rank == 0:
             print_unfinished(start, meta)
         load_strict(net, other.state_dict(), f"--init {start}")
-    init = {"path": start or None, "fingerprint": fingerprint(net.state_dict()) if start else None}
+        init = {"path": start, "fingerprint": fingerprint(net.state_dict())}
     return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
 
 
@@ -408,11 +389,10 @@ def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int)
         num_classes=classes,
     )
     side, multiple = vae.latent_shape(cfg.resolution)[1], unet.multiple
-    latents = f"{side}×{side} latents"
     if side % multiple:
         raise UserError(
-            f"--resolution {cfg.resolution} gives {latents}, and {cfg.model} needs a side that is "
-            f"divisible by {multiple}",
+            f"--resolution {cfg.resolution} gives {side}×{side} latents, and {cfg.model} needs a "
+            f"side that is divisible by {multiple}",
             do=f"Use a multiple of {vae.factor * multiple}.",
         )
     what, n = ("pixels", cfg.resolution) if cfg.upsample == "psu" else ("latents", side)
@@ -448,8 +428,6 @@ def assemble(
     labels: Any,
     init: dict[str, Any],
     make_loss: Callable[[Trainer], Any] | None = None,
-    kind: type[Trainer] = Trainer,
-    **more: Any,
 ) -> Trainer:
     """Begin the run's folder and put its parts together: from here on something is written.
 
@@ -458,7 +436,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     kept = cfg.keep + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
-    check_disk(run, sum(p.numel() for p in net.parameters()), len(cfg.ema), kept)
+    check_disk(run, net, len(cfg.ema), kept)
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
@@ -471,12 +449,8 @@ def assemble(
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     adamw = AdamW8bit if cfg.optim == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
     optimizer = adamw(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    ema = EMA(net, cfg.ema)
-    tr = kind(
-        *(cfg, ranks, run, ds, vae, objective, net, model, optimizer, ema, classes, labels),
-        *(init, held),
-        **more,
-    )
+    parts = (cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema))
+    tr = Trainer(*parts, classes, labels, init, held)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     if checkpoints(run):
         load_state(tr)
@@ -509,8 +483,8 @@ def save(tr: Trainer) -> None:
         parts = tr.ranks.world * tr.cfg.accum
         counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
         state = optimizer_state(tr.net, tr.optimizer) | more
-        keep = tr.cfg.keep, tr.cfg.keep_every
-        save_checkpoint(tr.run, tr.seen, tr.net, meta, tr.ema.weights, state, counts, *keep)
+        what = tr.net, meta, tr.ema.weights, state, counts
+        save_checkpoint(tr.run, tr.seen, *what, tr.cfg.keep, tr.cfg.keep_every)
     tr.ranks.barrier()
 
 
@@ -554,8 +528,7 @@ def positions(cfg: Any, ranks: Ranks, seen: int) -> Iterator[list[int]]:
     """The sample positions of each of this rank's micro-batches, from `seen` to the run's end."""
     micro = cfg.batch // (ranks.world * cfg.accum)
     for step in range(seen, cfg.images, cfg.batch):
-        for i in range(cfg.accum):
-            start = step + (i * ranks.world + ranks.rank) * micro
+        for start in range(step + ranks.rank * micro, step + cfg.batch, ranks.world * micro):
             yield list(range(start, start + micro))
 
 
@@ -627,11 +600,11 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
 
 def ema_net(tr: Trainer) -> tuple[str, Any]:
     """(name, net) of what one would sample: the first EMA, or without one the weights."""
-    if not tr.ema.weights:
-        return "raw", tr.net
-    width, weights = next(iter(tr.ema.weights.items()))
-    # A function of the network, not of the trainer: who keeps it does not keep the folder's lock.
+    # Of the network, not of the trainer: who keeps it does not keep the folder's lock.
     net = tr.net
+    if not tr.ema.weights:
+        return "raw", net
+    width, weights = next(iter(tr.ema.weights.items()))
     return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
 
 
@@ -641,14 +614,14 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
     if tr.objective.coupling == "ot":
         # It would pair by who else is in the batch.
         loss = replace(loss, objective=replace(tr.objective, coupling="none"))
-    how = tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+    known = tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
     tr.net.eval()
-    row = heldout.loss_of(partial(loss, net), *how)
+    row = heldout.loss_of(partial(loss, net), tr.ds.heldout, *known)
     tr.net.train()
     return {"event": "held-out", "images": tr.seen, "of": name, **row}
 
 
-def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
+def draw_samples(tr: Trainer, net: Any, seeds: Sequence[int], **how: Any) -> Tensor:
     """uint8 images (B, 3, H, W) of fixed seeds, on every rank; labels cycle through the classes.
 
     how: as sample() takes it, 10 Heun steps if nothing is said.
@@ -666,7 +639,7 @@ def draw_samples(tr: Trainer, net: Any, seeds: list[int], **how: Any) -> Tensor:
     return images
 
 
-def enlarged(tr: Trainer, seeds: list[int]) -> tuple[Tensor, list[int] | None]:
+def enlarged(tr: Trainer, seeds: Sequence[int]) -> tuple[Tensor, list[int] | None]:
     """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
     ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
     batch = ds.views([seed % len(ds) for seed in seeds], tr.ranks.device)
@@ -681,10 +654,9 @@ def enlarged(tr: Trainer, seeds: list[int]) -> tuple[Tensor, list[int] | None]:
 def preview(tr: Trainer) -> None:
     """A row of raw samples over a row of EMA samples, the same eight seeds at every call."""
     nets = [tr.net, ema_net(tr)[1]] if tr.ema.weights else [tr.net]
-    rows = [draw_samples(tr, net, list(range(8))) for net in nets]
+    rows = [draw_samples(tr, net, range(8)) for net in nets]
     if tr.ranks.rank == 0:
-        path = tr.run / "samples" / f"{tr.seen:012d}.png"
-        save_grid(torch.cat(rows), path, columns=8)
+        save_grid(torch.cat(rows), tr.run / "samples" / f"{tr.seen:012d}.png", columns=8)
 
 
 def report(tr: Trainer, log: Log, progress: Progress, norm: Tensor, lr: float) -> None:
@@ -763,7 +735,6 @@ def vae_name(cfg: Any, run: Path) -> str:
 def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
     """Check an existing run against the flags; say so if there is nothing left to do."""
     run = Path(cfg.out) / cfg.name
-    final = run / "samples" / "final.png"
     kept = run / "vae.safetensors"
     name = vae_name(cfg, run)
     if name not in ("", "pca") and kept.exists():
@@ -771,10 +742,10 @@ def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
         choose(name, kept=kept)
         free = free | {"vae"}
     check_config(cfg, run, free, cfg.resume)
-    if not final.exists() or images_seen(run) < cfg.images:
+    if not (run / FINAL).exists() or images_seen(run) < cfg.images:
         return False
     if ranks.rank == 0:
-        print_end(run, cfg.images, final)
+        print_end(run, cfg.images)
     return True
 
 
@@ -785,8 +756,8 @@ def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
     workers = cfg.workers
     if workers < 0:
         workers = data.workers_for(tr.ds, ranks.world, ranks.device)
-    pin = ranks.device.type == "cuda"
-    return data.batches(stream, positions(cfg, ranks, tr.seen), workers, pin)
+    groups = positions(cfg, ranks, tr.seen)
+    return data.batches(stream, groups, workers, pin=ranks.device.type == "cuda")
 
 
 def finish(tr: Trainer) -> None:
@@ -803,11 +774,10 @@ def finish(tr: Trainer) -> None:
     how = {"method": "ddim", "eta": 1.0, "steps": 50}
     if tr.objective.coupling == "lowres":
         how = {"method": "heun", "steps": 25}
-    images = draw_samples(tr, ema_net(tr)[1], list(range(32)), **how)
+    images = draw_samples(tr, ema_net(tr)[1], range(32), **how)
     if tr.ranks.rank == 0:
-        final = tr.run / "samples" / "final.png"
-        save_grid(images, final, columns=8)
-        print_end(tr.run, tr.seen, final)
+        save_grid(images, tr.run / FINAL, columns=8)
+        print_end(tr.run, tr.seen)
 
 
 def main() -> None:

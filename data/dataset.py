@@ -30,7 +30,8 @@ from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
-from harness.cli import UserError
+from diffusion.coupling import upsampled
+from harness.cli import UserError, flag
 from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
 STAGES = ("standard", "fine", "stage2")
@@ -79,10 +80,10 @@ class Dataset:
         image = self.image(i, where)
         return {"image": image.flip(-1) if mirrored else image}
 
-    def views(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def views(self, indices: Sequence[int], device: Any = "cpu") -> dict[str, Tensor]:
         """view() of several images, stacked."""
         views = [self.view(i) for i in indices]
-        return {key: torch.stack([view[key] for view in views]) for key in views[0]}
+        return {key: torch.stack([view[key] for view in views]).to(device) for key in views[0]}
 
     def counts(self) -> Counter:
         """How many of these images have each tag."""
@@ -120,7 +121,44 @@ def latents_of(vae: AnyVAE, batch: dict[str, Tensor]) -> Tensor:
     return vae.from_raw(batch["raw"])
 
 
+def low_latents_of(
+    vae: AnyVAE, batch: dict[str, Tensor], x0: Tensor, factor: int, upsample: str
+) -> Tensor:
+    """What `factor` times smaller versions of a batch say of its latents x0, in its shape
+    (B, C, h, w); upsample as in diffusion.coupling.upsampled."""
+    images = to_float(batch["image"]) if "image" in batch else None
+    return upsampled(images, x0, vae.encode, factor, upsample)
+
+
 # ---- opening ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+    """The flags of open_dataset()."""
+
+    data: str = flag(
+        "toyfaces", "toyfaces[:N] | robohash[:N] | DIR | FILE.parquet | hf:… | a cache"
+    )
+    stage: Literal["standard", "fine", "stage2"] = flag(
+        "standard", "all | without --exclude-tags | only those, from the fine run"
+    )
+    exclude_tags: tuple[str, ...] = flag((), 'a,b or "a & !(b | c*)"; stage2: its fine run\'s')
+    resolution: int = flag(64, "pixels", low=1, high=8192)
+    crop: Literal["center", "random"] = flag("center", "of images that are not square")
+    flip: bool = flag(False, "mirror half of the images")
+    holdout: float = flag(0.02, "share of the images kept for the held-out loss", low=0, high=0.9)
+
+    def open_data(self) -> Dataset:
+        return open_dataset(
+            self.data,
+            stage=self.stage,
+            exclude_tags=self.exclude_tags,
+            resolution=self.resolution,
+            holdout=self.holdout,
+            crop=self.crop,
+            flip=self.flip,
+        )
 
 
 def open_dataset(

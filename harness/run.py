@@ -32,6 +32,8 @@ from harness.ranks import Ranks, device_name
 
 # Of the loss by time in the log.
 TIME_BINS = 10
+# In a run's folder: the pictures that it ends with.
+FINAL = "samples/final.png"
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -119,11 +121,12 @@ def lock(run: Path) -> IO[str]:
     return handle
 
 
-def check_disk(run: Path, params: int, emas: int, kept: int) -> None:
+def check_disk(run: Path, net: torch.nn.Module, emas: int, kept: int) -> None:
     """Refuse a run whose checkpoints cannot fit: `kept` of them, and one more while it is written.
 
     Weights and EMAs are 4 bytes a parameter, AdamW's state 8.
     """
+    params = sum(p.numel() for p in net.parameters())
     each = params * 4 * (1 + emas + 2)
     count = kept + 1 - len(checkpoints(run))
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
@@ -405,11 +408,11 @@ def print_unfinished(start: str, meta: dict[str, Any]) -> None:
         print(f"warning: {start} stopped at {seen:,} of its {of:,} images.", flush=True)
 
 
-def print_end(run: Path, images: int, picture: Path) -> None:
+def print_end(run: Path, images: int) -> None:
     """The last words of a finished run."""
     more = f"More samples: python samplers.py --ckpt {run}"
     print(f"finished: {run} has seen {images:,} images.  {more}")
-    print(picture)
+    print(run / FINAL)
 
 
 # ---- trouble ------------------------------------------------------------------------------------
