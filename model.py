@@ -287,9 +287,13 @@ class Block(nn.Sequential):
     def forward(self, x: Tensor, emb: Tensor, context: Maybe, skip: Maybe) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        extra = {ResBlock: [emb], SpatialTransformer: [context]}
         for layer in self:
-            x = layer(x, *extra.get(type(layer), []))
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
         return x
 
 

@@ -301,11 +301,13 @@ class Reader(TorchFunctionMode):
         self.tensors = tensors
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args = [self.read(arg) for arg in args]
+        args = self.read(list(args))
         kwargs = {key: self.read(arg) for key, arg in (kwargs or {}).items()}
         return lean_convolution(*args, **kwargs) if func is F.conv2d else func(*args, **kwargs)
 
     def read(self, arg: Any) -> Any:
+        if type(arg) in (list, tuple):  # torch.cat([…])
+            return type(arg)(self.read(entry) for entry in arg)
         if id(arg) not in self.names:
             return arg
         tensor = self.tensors[self.names[id(arg)]].detach().cpu()
