@@ -558,7 +558,7 @@ def block_results(up: str) -> str:
             commit(loops),
         ],
         [
-            "FID, difference to pytorch-fid and others; speed of its distance",
+            "FID: difference to pytorch-fid; speed of the Fréchet distance",
             f"{gap:.0e}; {frechet:.0f}×",
             f"n = {parity['n']}",
             commit(parity),
@@ -576,7 +576,7 @@ def block_results(up: str) -> str:
             commit(adam),
         ],
         [
-            f"{name} to excluded tags: after `fine`, after `stage2`",
+            f"{name} to excluded tags, after `fine` and `stage2`",
             f"{fine}, {stage2}",
             f"n = {kittens['n']}",
             commit(kittens),
