@@ -2,9 +2,11 @@ import os
 import sys
 from pathlib import Path
 
-# The nets here are too small to share, and one thread sums in one order. Before torch is imported, for children too.
+# The nets here are too small to share, and one thread sums in one order. Before torch is imported,
+# for children too.
 os.environ["OMP_NUM_THREADS"] = "1"
-if os.environ.get("TWINPATH_GPU") != "1":    # Triton decides between interpreter and compiler when it is imported
+# Triton decides between interpreter and compiler when it is imported.
+if os.environ.get("TWINPATH_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -15,12 +17,16 @@ sys.path.insert(0, str(ROOT))
 
 
 def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fan-in weights everywhere, zero-initialised layers included: an untrained U-Net would output zeros."""
+    """Fan-in weights everywhere, zero-initialised layers included.
+
+    An untrained U-Net would output zeros.
+    """
     g = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
             fan_in = p[0].numel() if p.ndim > 1 else 1
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64, device="cpu") / fan_in ** 0.5 + (p.ndim == 1) * 0.5)
+            noise = torch.randn(p.shape, generator=g, dtype=torch.float64, device="cpu")
+            p.copy_(noise / fan_in**0.5 + (p.ndim == 1) * 0.5)
     return net
 
 
@@ -38,4 +44,5 @@ def user(monkeypatch, capsys):
             code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err.splitlines()
+
     return run

@@ -16,6 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from conftest import randomize
+from kernels.adamw8bit import AdamW8bit
+from kernels.attention import attention, attention_ref
+from kernels.groupnorm import group_norm_silu
+from model import PRESETS, UNet
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TWINPATH_GPU") != "1",
@@ -59,9 +66,6 @@ def nano(monkeypatch):
     """nano on the GPU with our kernels, deterministic; and inputs for it."""
     monkeypatch.setenv("KERNELS", "triton")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    from conftest import randomize
-    from model import PRESETS, UNet
-
     return (
         randomize(UNet(PRESETS["nano"])).cuda(),
         torch.randn(8, 32, 8, 8, device="cuda"),
@@ -119,8 +123,6 @@ def test_adamw8bit_can_be_captured_in_a_cuda_graph(monkeypatch):
     Bitwise what eager steps do.
     """
     monkeypatch.setenv("KERNELS", "triton")
-    from kernels.adamw8bit import AdamW8bit
-
     # the last keeps fp32 state
     g = torch.Generator("cpu").manual_seed(0)
     shapes = [(64, 32, 3, 3), (96, 128), (257, 19), (64,)]
@@ -166,8 +168,6 @@ def test_group_norm_reaches_beyond_2_to_31_elements(monkeypatch):
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of free GPU memory")
-    from kernels.groupnorm import group_norm_silu
-
     # the last sample starts at 2**31
     x = torch.randn(33, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
     w, b = torch.rand(64, device="cuda") + 0.5, torch.randn(64, device="cuda")
@@ -188,8 +188,6 @@ def test_group_norm_reaches_beyond_2_to_31_elements(monkeypatch):
 def test_attention_on_packed_views_is_as_exact_as_sdpa(monkeypatch, side, heads):
     """q, k, v as views of a 1×1 convolution's channels_last output, as the U-Net has them."""
     monkeypatch.setenv("KERNELS", "triton")
-    from kernels.attention import attention, attention_ref
-
     B, C = 4, heads * 64
     conv = torch.nn.Conv2d(C, 3 * C, 1).to(
         "cuda", torch.bfloat16, memory_format=torch.channels_last
@@ -335,8 +333,6 @@ def test_distillation_resumes_and_agrees_with_a_cpu(tmp_path):
     )
     run("distill.py", *how, "--name", "whole", "--dtype", "fp32")
     run("distill.py", *how, "--name", "cpu", "--dtype", "fp32", "--device", "cpu")
-    from safetensors.torch import load_file
-
     lam = lambda name: [
         json.loads(line)["blocks"]
         for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
