@@ -83,19 +83,6 @@ def test_due_fires_once_per_crossing_for_any_batch():
     assert not due(100, 0, 10)
 
 
-def test_power_ema_has_edm2s_exponents_and_their_closed_form():
-    net = torch.nn.Linear(1, 1, bias=False).double()
-    ema = EMA(net, (0.05, 0.10))
-    assert ema.exponents == pytest.approx({"0.050": 17.97, "0.100": 7.94}, abs=0.01)
-    for seen in range(10, 100_001, 10):
-        net.weight.data.fill_(seen / 100_000)  # a ramp: its power average is (g+1)/(g+2)
-        ema.update(net, seen, 10)
-    for key, exponent in ema.exponents.items():
-        assert ema.weights[key]["weight"].item() == pytest.approx(
-            exponent / (exponent + 1), abs=1e-3
-        )
-
-
 # ---- what a run leaves behind -------------------------------------------------------------------
 
 
@@ -623,7 +610,8 @@ def tree(path):
         pytest.param(
             ["--init", "OTHER"],
             "is of another architecture: it has channel_mult (1,), num_res_blocks 2, "
-            "attention (0,); --model nano is channel_mult (1, 1), num_res_blocks 1, attention (0, 1).  "
+            "attention (0,); --model nano is channel_mult (1, 1), num_res_blocks 1, "
+            "attention (0, 1).  "
             "Choose the preset it was made with.",
             id="init of another architecture",
         ),

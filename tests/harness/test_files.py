@@ -155,9 +155,7 @@ def test_a_writer_never_touches_another_file_and_may_be_refused(tmp_path, monkey
         write_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {}, check=full)
     assert (tmp_path / "x").read_bytes() == before and sorted(os.listdir(tmp_path)) == listed
     # 240 bytes: the temporary name is no longer.
-    write_tensors(
-        tmp_path / ("ü" * 120), {"a": torch.ones(2)}, {}
-    )
+    write_tensors(tmp_path / ("ü" * 120), {"a": torch.ones(2)}, {})
     with pytest.raises(UserError, match="Give a writable folder.$"):
         files.make_dir(tmp_path / "x" / "y")
 
@@ -583,9 +581,7 @@ def test_single_byte_corruptions_never_crash_and_never_load_damage(tmp_path, kin
     head = 8 + struct.unpack("<Q", data[:8])[0] if kind == "ours" else 4000
     for i in range(n):
         # The header is small, our metadata begins it.
-        at = rng.randrange(
-            (head, 1500, len(data))[i % 3]
-        )
+        at = rng.randrange((head, 1500, len(data))[i % 3])
         if kind == "legacy" and at > 4000:
             continue  # it has no checksum of its own; our files have
         bad = bytearray(data)
@@ -788,9 +784,7 @@ def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
         resolve("hf:org/name/unet/diffusion_pytorch_model.safetensors").parent / "config.json"
     ).exists()
     # Both are in the cache by now.
-    assert (
-        resolve("hf:org/name").name == "diffusion_pytorch_model.safetensors"
-    )
+    assert resolve("hf:org/name").name == "diffusion_pytorch_model.safetensors"
     shutil.rmtree(hub.cache)
     level = utils.logging.get_verbosity()
     with pytest.raises(UserError, match="ConnectionError: no route.  Check the network"):

@@ -17,6 +17,7 @@ COMMANDS = [
     "distill.py",
     "eval_fid.py",
     "vae.py",
+    "experiments/ablate.py",
     "experiments/protocol.py",
     "experiments/stages.py",
     "-m ckpt",
