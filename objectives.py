@@ -33,13 +33,14 @@ from diffusion.schedules import (
     T, TABLES, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile,
 )
 from diffusion.variance import variational_bound
+from diffusion.weights import loss_weight, x0_share
 
 __all__ = ["Loss", "Net", "Objective", "PRESETS", "loss_weight", "make_objective", "sample_t"]
 
 # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
 Net = Callable[..., Tensor]
-# How near eps may come to t = 1, and x0 to t = 0, where no table ends before.
-EDGE = 1e-3
+Triple = tuple[Tensor, Tensor, Tensor]  # (x0, eps, u)
+EDGE = 1e-3  # how near eps may come to t = 1, and x0 to t = 0, where no table ends before
 
 
 class Loss(NamedTuple):
@@ -53,8 +54,7 @@ class Objective:
     """What a network is trained to say. Use make_objective() for the presets."""
 
     name: str
-    # u is the velocity along the objective's own path.
-    target: Literal["u", "eps", "v", "x0"]
+    target: Literal["u", "eps", "v", "x0"]  # u: the velocity along the objective's own path
     # "" = the linear path; else a VP schedule (diffusion/schedules.py).
     table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""
     # Of t (linear path, aligned) or of k / 1000 (VP); None = the density's own loc and scale.
@@ -101,7 +101,7 @@ class Objective:
         return EDGE
 
     def time(self, q: Tensor) -> Tensor:
-        """Uniform q (B,) -> training times t (B,) fp32 on the linear path. VP tables draw whole rows.
+        """Uniform q (B,) -> training times t (B,) fp32 on the linear path; of tables, whole rows.
 
         Aligned, the density is of the linear path's own t, scaled to end where the table does: an
         eps network has seen nothing noisier, and u = (eps - x) / (1 - t) would blow up its errors.
@@ -124,26 +124,16 @@ class Objective:
         return noise * norm(torch.tensor(self.t_max))
 
     def source(self, z_up: Tensor, noise: Tensor) -> Tensor:
-        """coupling lowres: where the path starts, from the enlarged low-resolution latents
-        (B, C, H, W)."""
+        """coupling lowres: where the path starts, from enlarged low-resolution latents."""
         return add_noise(z_up, noise, self.noise_aug)
 
     # ---- training -------------------------------------------------------------------------------
 
     def loss(
-        self,
-        net: Net,
-        x0: Tensor,
-        *,
-        eps: Tensor | None = None,
-        t: Tensor | None = None,
-        q: Tensor | None = None,
-        position: Tensor | None = None,
-        strata: int = 0,
-        low: Tensor | None = None,
-        source: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        **cond: Any,
+        self, net: Net, x0: Tensor, *, eps: Tensor | None = None, t: Tensor | None = None,
+        q: Tensor | None = None, position: Tensor | None = None, strata: int = 0,
+        low: Tensor | None = None, source: Tensor | None = None,
+        generator: torch.Generator | None = None, **cond: Any,
     ) -> Loss:
         """One training step's loss for data x0 (B, C, H, W), with noise and times drawn or given.
 
@@ -153,44 +143,30 @@ class Objective:
         them and eps, and the network sees them beside x.
         source (B, C, H, W) replaces eps by another starting distribution; only velocities know it.
         cond["concat"] (B, C', H, W) is put beside x on the network's input channels, the rest goes
-        to it as it is.
-        """
+        to it as it is."""
         if t is None:
-            t = self.draw_times(x0, q, position, strata, generator)
+            if q is None:
+                q = fresh(torch.rand, (len(x0),), x0.device, generator, torch.float64)
+            if self.stratified:
+                position = torch.arange(len(q), device=q.device) if position is None else position
+                q = stratify(q, position, strata or len(q))
+            t = self.time(q)
+        if low is not None and source is not None:
+            raise ValueError("low= makes its own source=: give one of them.")
+        if source is None and eps is None:
+            eps = fresh(torch.randn, x0.shape, x0.device, generator)
         if low is not None:
-            noise = unit_noise(x0, generator) if eps is None else eps
-            source, eps, cond = self.source(low, noise), None, {**cond, "concat": low}
+            source, eps, cond = self.source(low, eps), None, {**cond, "concat": low}
         if source is not None and (self.target != "u" or eps is not None):
             raise ValueError("source= replaces eps= and needs the linear path with target 'u'.")
         if source is None and self.coupling == "lowres":
             raise ValueError("coupling lowres needs low= (or source= and concat=).")
-        if source is None:
-            source = unit_noise(x0, generator) if eps is None else eps
-            if self.coupling == "ot":
-                source = source[ot_permutation(x0.float(), source.float(), cond.get("y"))]
-        return self.loss_between(net, x0.float(), source.float(), t.float(), cond)
+        if self.coupling == "ot" and source is None:
+            eps = eps[ot_permutation(x0.float(), eps.float(), cond.get("y"))]
+        eps = eps if source is None else source
+        return self.loss_between(net, x0.float(), eps.float(), t.float(), cond)
 
-    def draw_times(
-        self,
-        x0: Tensor,
-        q: Tensor | None,
-        position: Tensor | None,
-        strata: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """The times of a batch, from q (B,) if it is given."""
-        if q is None:
-            device = x0.device if generator is None else generator.device
-            q = torch.rand(len(x0), dtype=torch.float64, generator=generator, device=device)
-            q = q.to(x0.device)
-        if self.stratified:
-            position = torch.arange(len(q), device=q.device) if position is None else position
-            q = stratify(q, position, strata or len(q))
-        return self.time(q)
-
-    def loss_between(
-        self, net: Net, x0: Tensor, eps: Tensor, t: Tensor, cond: dict[str, Any]
-    ) -> Loss:
+    def loss_between(self, net: Net, x0: Tensor, eps: Tensor, t: Tensor, cond: dict) -> Loss:
         """The loss at times t (B,) on the lines from x0 to eps (B, C, H, W), all fp32."""
         w = t.view(-1, 1, 1, 1)
         x = (1 - w) * x0 + w * eps
@@ -211,8 +187,7 @@ class Objective:
         return Loss(per_sample.mean(), per_sample, t)
 
     def variational_bound(self, error: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-        """The bound's term in bits per dimension, (B,), for errors of the target and the variance
-        output, each (B, C, H, W). The error comes detached."""
+        """Bits per dimension (B,), of the target's error, detached, and the variance output."""
         x0_error = error.double().square() * x0_share(t, self.target).view(-1, 1, 1, 1)
         bits = variational_bound(x0_error, sigma, self.row(t), self.table, self.zero_snr)
         return bits.to(t.dtype)
@@ -242,9 +217,7 @@ class Objective:
 
     # ---- reading a network ----------------------------------------------------------------------
 
-    def predict(
-        self, net: Net, x: Tensor, t: Tensor, **cond: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, net: Net, x: Tensor, t: Tensor, **cond: Any) -> Triple:
         """The network's opinion at x (B, C, H, W) on the linear path at t (B,): (x0, eps, u), at
         least fp32."""
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -252,7 +225,7 @@ class Objective:
         out = self.call(net, x.float(), t.float(), **cond).to(wide)
         return self.triple(out[:, : x.shape[1]] if self.learn_sigma else out, x, w)
 
-    def triple(self, out: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def triple(self, out: Tensor, x: Tensor, t: Tensor) -> Triple:
         """A prediction at the linear path's point x -> (x0, eps, u). t broadcasts against x.
 
         u and v convert without a division. eps divides by 1 - t and x0 by t; beyond t_max and
@@ -313,10 +286,13 @@ def problems(o: Objective) -> Iterator[str]:
         yield f"noise_aug {o.noise_aug:g}: wanted 0 to 1, the noise's standard deviation."
 
 
-def unit_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise in the shape of `like`, drawn where the generator is, fp32."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like.device)
+def fresh(
+    draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device,
+    generator: torch.Generator | None, dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """draw(shape), drawn where the generator is."""
+    where = device if generator is None else generator.device
+    return draw(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def per_element(error: Tensor, kind: str, c: float) -> Tensor:
@@ -324,52 +300,6 @@ def per_element(error: Tensor, kind: str, c: float) -> Tensor:
     if kind == "huber":
         return 2 * c**2 * ((error / c).square().add(1).sqrt() - 1)
     return error.square() if kind == "mse" else error.abs()
-
-
-# ---- weights ------------------------------------------------------------------------------------
-
-
-def x0_share(t: Tensor, target: str) -> Tensor:
-    """|x0 error|² / |target's error|² at the same point, for t (B,), float64:
-    u t², v s², eps (s/a)², x0 1."""
-    p, q = ends(t)
-    shares = {"u": q, "v": q / (p + q), "eps": q / p, "x0": torch.ones_like(q)}
-    shares["pi/2 v"] = shares["v"] / (math.pi / 2) ** 2
-    return shares[target]
-
-
-def ends(t: Tensor) -> tuple[Tensor, Tensor]:
-    """((1-t)², t²), float64, whose ratio is the SNR. The floor makes 0/0 its limit at t = 0, 1."""
-    t = t.double()
-    return (1 - t).square().clamp(min=1e-30), t.square().clamp(min=1e-30)
-
-
-def loss_weight(t: Tensor, target: str, kind: str, gamma: float = 5.0) -> Tensor:
-    """The weight of a target's squared error at t (B,), in t's dtype. Each is defined once, on the
-    error of x0; the same error of x0 then counts alike whatever the network predicts.
-
-    uniform        1 on the target's own error: it alone means another thing for every target
-    min_snr        min(SNR, gamma)                    Hang et al. 2023, gamma 5
-    soft_min_snr   SNR gamma / (SNR + gamma)          Crowson et al. 2024, gamma 4
-    debiased       SNR / sqrt(min(SNR, 1000))         Yu et al. 2023: 1 / sqrt(SNR) on eps; the cap
-                                                      is kohya-ss's
-    cosmap         2 / (pi ((1-t)² + t²)) on u        SD3, Esser et al. 2024
-    """
-    p, q = ends(t)
-    if kind == "uniform":
-        return torch.ones_like(t)
-    if kind == "min_snr":
-        on_u = torch.minimum(p, gamma * q)  # the weight on x0, times t²: finite everywhere
-    elif kind == "soft_min_snr":
-        on_u = gamma * p * q / (p + gamma * q)
-    elif kind == "debiased":
-        on_u = torch.maximum((p * q).sqrt(), p / math.sqrt(1000))
-    elif kind == "cosmap":
-        on_u = 2 / (math.pi * (p + q))
-    else:
-        kinds = "uniform, min_snr, soft_min_snr, debiased, cosmap"
-        raise ValueError(f"weight {kind!r} is not one of {kinds}.")
-    return (on_u / q * x0_share(t, target)).to(t.dtype)
 
 
 PRESETS: dict[str, Objective] = {
@@ -383,8 +313,7 @@ PRESETS: dict[str, Objective] = {
 
 
 def make_objective(name: str, **overrides: Any) -> Objective:
-    """A preset by name with fields replaced:
-    make_objective("ddpm", table="cosine", weight="min_snr")."""
+    """A preset by name with fields replaced: make_objective("ddpm", weight="min_snr")."""
     if name not in PRESETS:
         raise ValueError(f"objective {name!r} is not one of {', '.join(PRESETS)}.")
     return replace(PRESETS[name], **overrides)
