@@ -45,8 +45,10 @@ def load_optimizer(
     params = dict(net.named_parameters())
     for key, value in state.items():
         entry, name = key.split("/", 1)
-        if value.ndim == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
+        p = params[name]
+        if value.shape == p.shape:
+            # In the parameter's own order in memory (channels_last, for one): fused steps walk it.
+            value = torch.empty_like(p, dtype=value.dtype, device="cpu").copy_(value)
         # AdamW8bit's "order" is about memory, and stays on the CPU.
         value = value if entry == "order" else value.to(device)
-        optimizer.state[params[name]][entry] = value
+        optimizer.state[p][entry] = value

@@ -9,11 +9,6 @@ import sys
 if sys.argv[0] == "-m":
     import harness.interrupt  # noqa: F401  before torch is imported
 
-import sys
-
-if sys.argv[0] == "-m":  # python -m data.encode
-    import harness.interrupt  # noqa: F401
-
 from data.dataset import Dataset, Stream, batches, classes_of, open_dataset, rng
 
 __all__ = ["Dataset", "Stream", "batches", "classes_of", "open_dataset", "rng"]

@@ -4,9 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import model
+import samplers
+import train
+from harness.run import checkpoints
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -65,3 +74,65 @@ def test_nothing_below_imports_train(module):
         text = file.read_text()
         assert not re.search(r"^\s*(import train\b|from train import)", text, re.M), file
         assert not re.search(r"\bcfg\.(label_drop|save_every|warmup|preview_every)\b", text), file
+
+
+# ---- another network ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    in_channels: int = 32
+    out_channels: int = 32
+    num_classes: int = 0
+    width: int = 16
+    multiple: int = 1
+
+
+class Plain(nn.Module):
+    """Two convolutions and a scale by time."""
+
+    def __init__(self, cfg: PlainConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.first = nn.Conv2d(cfg.in_channels, cfg.width, 3, padding=1)
+        self.last = nn.Conv2d(cfg.width, cfg.out_channels, 3, padding=1)
+        self.time = nn.Linear(1, cfg.width)
+        self.label = nn.Embedding(cfg.num_classes + 1, cfg.width)
+
+    def forward(self, x, t, y=None, context=None):
+        scale = self.time(t[:, None] / 1000)
+        if y is not None:
+            scale = scale + self.label(y + 1)
+        return self.last(torch.relu(self.first(x) + scale[:, :, None, None]))
+
+
+def test_a_network_of_its_own_trains_resumes_bitwise_and_samples(tmp_path, user, monkeypatch):
+    """A class with its config, a line in NETWORKS and one in PRESETS: nothing else is edited."""
+    monkeypatch.setitem(model.NETWORKS, "Plain", (Plain, PlainConfig))
+    monkeypatch.setitem(model.PRESETS, "plain", PlainConfig())
+    words = [*SMALL, "--model", "plain", "--images", "48", "--save-every", "16", "--name", "p"]
+    for out in ("whole", "killed"):
+        if out == "killed":
+            real = train.step
+
+            def killed(tr, loader):
+                if tr.seen == 24:
+                    raise KeyboardInterrupt
+                return real(tr, loader)
+
+            with monkeypatch.context() as m:
+                m.setattr(train, "step", killed)
+                assert user(train.main, *words, "--out", tmp_path / out)[0] == 130
+        code, text, err = user(train.main, *words, "--out", tmp_path / out)
+        assert code == 0 and ("resuming" in text) == (out == "killed"), err
+    whole, again = (tensors(tmp_path / out / "p") for out in ("whole", "killed"))
+    assert whole.keys() == again.keys() and "model.safetensors:first.weight" in whole
+    assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
+    args = ["--ckpt", tmp_path / "whole" / "p", "--n", 2, "--steps", 2, "--out", tmp_path / "s"]
+    code, text, err = user(samplers.main, *args)
+    assert code == 0 and (tmp_path / "s" / "000001.png").exists(), err
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted(checkpoints(run)[-1].iterdir())
+    return {f"{file.name}:{key}": x for file in files for key, x in load_file(file).items()}
