@@ -1,4 +1,5 @@
-"""Objectives against closed forms, autograd, and the reference schedulers; and train.py with each of their flags."""
+"""Objectives against closed forms, autograd, and the reference schedulers; and train.py with each
+of their flags."""
 
 import json
 import math
@@ -14,7 +15,9 @@ import train
 from harness.run import checkpoints
 from ckpt import load_unet
 from objectives import EDGE, PRESETS, Objective, loss_weight, make_objective
-from diffusion.schedules import T, TABLES, alphas_bar, norm, table_row, table_time
+from diffusion.schedules import (
+    T, TABLES, alphas_bar, norm, stratify, table_row, table_time,
+)
 from diffusion.variance import posterior
 from samplers import sample
 
@@ -53,7 +56,8 @@ def coordinates(o: Objective, k: torch.Tensor):
 
 
 def answer(o: Objective, a, s, x0, eps):
-    """What a network says that knows x0 and eps: each target by its definition, u as the path's derivative."""
+    """What a network says that knows x0 and eps: each target by its definition, u as the path's
+    derivative."""
     r = (a**2 + s**2) ** 0.5  # v is defined where this is 1
     return {
         "u": eps - x0 if not o.table else math.pi / 2 * (a * eps - s * x0),
@@ -64,7 +68,8 @@ def answer(o: Objective, a, s, x0, eps):
 
 
 def oracle(o: Objective, x0: torch.Tensor, eps: torch.Tensor):
-    """A network that knows x0 and eps and answers in the objective's terms, checking what it is fed."""
+    """A network that knows x0 and eps and answers in the objective's terms, checking what it is
+    fed."""
 
     def net(x, k):
         a, s = coordinates(o, k)
@@ -326,7 +331,7 @@ def test_gvp_draws_angles_without_rows():
     assert torch.allclose(torch.atan2(t, 1 - t), q * math.pi / 2, atol=1e-6)
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def test_weights_are_what_their_papers_say_on_the_error_of_x0():
@@ -371,7 +376,8 @@ def test_weights_are_diffusers():
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_same_error_of_x0_costs_the_same_whatever_is_predicted(kind, zero):
-    """Networks that are wrong by the same d in x0 (and so consistently in eps, v and u), through the whole of loss()."""
+    """Networks that are wrong by the same d in x0 (and so consistently in eps, v and u), through
+    the whole of loss()."""
     x0, eps = (v.double() for v in pair(60))
     d = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)) * 0.3
     table = "cosine" if zero else "linear"
@@ -430,11 +436,12 @@ def test_the_loss_is_weighted_when_asked(name):
     assert torch.allclose(weighted.per_sample, plain.per_sample * weight) and weight.std() > 0.05
 
 
-# ---- learned variance ------------------------------------------------------------------------------------------------
+# ---- learned variance ----------------------------------------------------------------------------
 
 
 def guided_diffusions_bound(table, zero, x0, eps, k, eps_hat, frac):
-    """The term of guided-diffusion's vb loss in bits, with its arrays written out; at row 0 the Gaussian likelihood of latents."""
+    """The term of guided-diffusion's vb loss in bits, with its arrays written out; at row 0 the
+    Gaussian likelihood of latents."""
     ab = alphas_bar(table, zero).numpy()
     prev = np.append(1.0, ab[:-1])
     betas = 1 - ab / prev
@@ -536,11 +543,12 @@ def test_learned_variance_does_not_reach_predict():
     )
 
 
-# ---- aligned ---------------------------------------------------------------------------------------------------------
+# ---- aligned -------------------------------------------------------------------------------------
 
 
 def gaussian_net(o: Objective, mu, sd):
-    """The best network of Gaussian data, in the objective's terms: E[x0 | x] and E[eps | x] are linear in x."""
+    """The best network of Gaussian data, in the objective's terms: E[x0 | x] and E[eps | x] are
+    linear in x."""
 
     def net(x, k):
         a, s = coordinates(o, k)
@@ -599,7 +607,8 @@ def test_aligned_times_are_the_flows_scaled_to_the_table():
 
 
 def test_an_aligned_gradient_is_the_velocitys():
-    """d loss / d out = 2 (u_hat - u) / (1 - t), by the chain rule: the wrapping is differentiable and has no detour."""
+    """d loss / d out = 2 (u_hat - u) / (1 - t), by the chain rule: the wrapping is differentiable
+    and has no detour."""
     o, (x0, eps) = make_objective("ddpm", aligned=True), pair(8)
     t, said = (
         torch.linspace(0.1, 0.9, 8),
@@ -617,7 +626,7 @@ def test_an_aligned_gradient_is_the_velocitys():
     )
 
 
-# ---- as a value ------------------------------------------------------------------------------------------------------
+# ---- as a value ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -694,7 +703,25 @@ def test_stratified_loss_draws_one_time_a_stratum():
     assert torch.equal((t * 50).long().sort().values, torch.arange(50))
 
 
-# ---- train.py with each of the flags ----------------------------------------------------------------------------------
+def test_times_of_a_runs_positions_do_not_know_the_split():
+    """q and position come with the batch; the objective stratifies over the run's batches."""
+    objective = make_objective("fm", stratified=True, shift=3.0)
+    x0, eps = pair(16)
+    q = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(32, 48)
+
+    def times(part):
+        how = {"q": q[part], "position": position[part], "strata": 16, "eps": eps[part]}
+        return objective.loss(lambda x, t: x, x0[part], **how).t
+
+    whole = times(slice(None))
+    assert torch.equal(whole, objective.time(stratify(q, position, 16)))
+    assert torch.equal(torch.cat([times(slice(0, 4)), times(slice(4, 16))]), whole)
+    plain = make_objective("ddpm").loss(lambda x, t: x, x0, q=q, position=position, strata=16)
+    assert torch.equal(plain.t, make_objective("ddpm").time(q))
+
+
+# ---- train.py with each of the flags -------------------------------------------------------------
 
 FAST = dict(
     model="nano",

@@ -1,4 +1,5 @@
-"""Guidance, editing and the command: on fields with closed forms, on small networks, and through the command line."""
+"""Guidance, editing and the command: on fields with closed forms, on small networks, and through
+the command line."""
 
 import math
 from dataclasses import asdict, replace
@@ -13,7 +14,6 @@ import samplers
 from ckpt import load_unet, save_unet
 from harness.cli import UserError
 from conftest import randomize
-from samplers import pick_labels
 from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
 from vae import pixel
@@ -21,14 +21,19 @@ from model import UNet, UNetConfig
 from diffusion.schedules import T, alphas_bar
 from objectives import make_objective
 from harness.pictures import to_uint8
+from harness.ranks import Ranks
 from samplers import (
     METHODS,
+    Generator,
+    Sampling,
     begin,
     draw,
     edit,
     generators,
     guided,
     invert,
+    open_generator,
+    pick_labels,
     sample,
     slerp,
     time_grid,
@@ -79,7 +84,8 @@ def test_unknown_method_and_labels_are_named():
 
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_a_vp_network_on_its_own_rows_is_diffusers_ddim(steps):
-    """Through Objective.predict: the rows the network is fed are whole, and its fp32 opinion is turned into the same step."""
+    """Through Objective.predict: the rows the network is fed are whole, and its fp32 opinion is
+    turned into the same step."""
     diffusers = pytest.importorskip(
         "diffusers", reason="oracle: pip install -r requirements-dev.txt"
     )
@@ -113,7 +119,7 @@ def test_plain_sampling_of_a_vp_network_begins_with_unit_variance_at_any_row():
     )
 
 
-# ---- guidance -------------------------------------------------------------------------------------------------------
+# ---- guidance ------------------------------------------------------------------------------------
 
 
 def labelled(calls=None):
@@ -298,7 +304,7 @@ def test_a_learned_variance_between_small_and_large_gives_what_lies_there():
     )
 
 
-# ---- editing --------------------------------------------------------------------------------------------------------
+# ---- editing -------------------------------------------------------------------------------------
 
 STOCHASTIC = {"ddim": {"eta": 0.7}}
 
@@ -357,7 +363,8 @@ def test_strength_zero_returns_the_input_and_one_is_plain_sampling(method, name)
 @pytest.mark.parametrize("method", ["heun", "ddpm", "unipc", "dopri5"])
 @pytest.mark.parametrize("strength", [0.3, 0.8])
 def test_a_little_strength_keeps_a_gaussian_where_the_path_says(method, strength):
-    """For N(mu, sd²) the ODE takes the state at t linearly to data: mu + sd (x_t - (1 - t) mu) / sqrt((1-t)² sd² + t²)."""
+    """For N(mu, sd²) the ODE takes the state at t linearly to data: mu + sd (x_t - (1 - t) mu) /
+    sqrt((1-t)² sd² + t²)."""
     mu, sd, z, e, t = 0.7, 0.3, 0.7 + 0.3 * noise(200), noise(200, seed=1), strength
     options = {"rtol": 1e-6, "atol": 1e-6} if method == "dopri5" else {}
     out = edit(
@@ -414,9 +421,10 @@ def test_outside_the_mask_the_input_comes_back_and_is_what_the_network_sees(meth
 
 
 def test_inpainting_leans_on_what_is_kept():
-    """Two pixels, jointly Gaussian with correlation 0.9, one kept at 1.5. The field is linear, so the mean of the other follows one
-    ODE, in which the kept one is on its straight way (1 - t) 1.5. (It ends short of the conditional mean 1.35: a known bias of
-    showing the network what is kept, which is no exact conditioning.)"""
+    """Two pixels, jointly Gaussian with correlation 0.9, one kept at 1.5. The field is linear, so
+    the mean of the other follows one ODE, in which the kept one is on its straight way (1 - t) 1.5.
+    (It ends short of the conditional mean 1.35: a known bias of showing the network what is kept,
+    which is no exact conditioning.)"""
     C, eye, n = (
         torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64),
         torch.eye(2, dtype=torch.float64),
@@ -509,7 +517,7 @@ def test_slerp_is_a_great_circle_and_straight_where_there_is_none():
     )
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- from seeds to images -----------------------------------------------------------------------
 
 SMALL = UNetConfig(
     12,
@@ -520,7 +528,85 @@ SMALL = UNetConfig(
     attention=(0, 1),
     num_classes=3,
 )
+CPU = torch.device("cpu")
 
+
+def small_generator(objective=FM, unet=SMALL, **how):
+    net = randomize(UNet(unet)).eval()
+    return Generator(objective, net, pixel(2), (12, 8, 8), device=CPU, classes="abc", **how)
+
+
+@pytest.mark.parametrize("name, method", [("fm", "heun"), ("ddpm", "ddpm"), ("v", "dopri5")])
+def test_a_generator_is_sample_and_decode_of_each_seeds_own_noise(name, method):
+    objective = make_objective(name)
+    gen = small_generator(objective)
+    how = {"method": method} if method == "dopri5" else {"method": method, "steps": 3}
+    seeds, y = [3, 4, 9], torch.tensor([0, 2, -1])
+    drawn = gen.images(seeds, y, **how)
+    x = objective.prior(draw(generators(seeds), torch.empty(1, 12, 8, 8)))
+    predict = guided(objective, randomize(UNet(SMALL)).eval())
+    s = sample(predict, x, seeds=seeds, t_start=objective.t_max, cond={"y": y}, **how)
+    assert torch.equal(drawn.images, to_uint8(pixel(2).decode(s.x)))
+    assert drawn.nfe == s.nfe_each.double().mean() and drawn.images.shape == (3, 3, 16, 16)
+    alone = gen.images([9], [-1], **how).images[0].int()
+    assert (alone - drawn.images[2].int()).abs().max() <= 1  # convolutions round by batch
+    shared = gen.images_on(Ranks(0, 1, CPU), seeds, y.tolist(), **how)
+    assert torch.equal(shared, drawn.images)
+
+
+def test_a_generator_counts_the_networks_that_guidance_asks():
+    plain = small_generator().images([0, 1], [0, 1], method="euler", steps=4)
+    assert (plain.nfe, plain.evaluations) == (4, 4)
+    gen = small_generator(cfg=2.0)
+    for _ in range(2):  # counted a call, not in all
+        drawn = gen.images([0, 1], [0, 1], method="euler", steps=4)
+        assert (drawn.nfe, drawn.evaluations) == (4, 8)
+    weak = randomize(UNet(SMALL), 1).eval()
+    both = small_generator(cfg=2.0, guide=(FM, weak)).images([0], method="euler", steps=4)
+    assert (both.nfe, both.evaluations) == (4, 8)
+
+
+def test_a_generator_of_enlarging_needs_what_it_enlarges():
+    gen = small_generator(make_objective("cfm"), replace(SMALL, in_channels=24))
+    low = torch.zeros(1, 12, 8, 8)
+    assert gen.images([0], low=low, steps=2).images.shape == (1, 3, 16, 16)
+    for wrong, how in ((gen, {}), (small_generator(), {"low": low})):
+        with pytest.raises(ValueError, match="low= is what a cfm network enlarges"):
+            wrong.images([0], **how)
+
+
+def test_an_opened_generator_says_what_its_images_depend_on(tmp_path):
+    path = checkpoint(tmp_path / "m.safetensors")
+    cfg = Sampling(str(path), labels=("a", "c"), cfg=2.0, method="dopri5", whole_batch=True)
+    assert open_generator(cfg, CPU).sampled == {
+        "method": "dopri5",
+        "rtol": 1e-3,
+        "atol": 1e-4,
+        "max_nfe": 1000,
+        "whole_batch": True,
+        "t_start": 1.0,
+        "cfg": 2.0,
+        "labels": ["a", "c"],
+        "dtype": "fp32",
+        "device": "cpu",
+        "classes": "2 of 3",
+        "batch": 64,
+    }
+    cfg = Sampling(str(path), cfg=2.0, guide_ckpt=str(path), cfg_interval=(0.3, 5.0), steps=4)
+    gen = open_generator(cfg, CPU)
+    assert list(gen.sampled.items())[:4] == [
+        ("method", "heun"),
+        ("steps", 4),
+        ("grid", "uniform"),
+        ("shift", 1.0),
+    ]
+    assert gen.sampled["classes"] == "unconditional, of 3"
+    assert gen.sampled["cfg interval"] == [0.3, 5.0]
+    assert gen.sampled["guide"] == gen.meta["fingerprint"] and gen.path == path
+    assert "cfg rescale" not in gen.sampled and "batch" not in gen.sampled
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 def checkpoint(path, seed=0, cfg=SMALL, name="fm", vae=None, classes=("a", "b", "c"), **more):
     """A random network of 16×16 pixel images over pixel:2 latents (12, 8, 8)."""
@@ -707,7 +793,8 @@ def test_autoguidance_by_the_same_network_changes_nothing_and_by_another_does(tm
     ],
 )
 def test_flags_do_what_the_functions_do(tmp_path, user, name, flags, guidance, how):
-    """The same pictures from Python, put together by hand; another reading of any flag shows at 4 steps."""
+    """The same pictures from Python, put together by hand; another reading of any flag shows at 4
+    steps."""
     objective = FM if name == "fm" else make_objective("v", table="scaled_linear", zero_snr=True)
     path, weak = (
         checkpoint(tmp_path / "m.safetensors", objective=asdict(objective)),
@@ -942,7 +1029,8 @@ def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, us
         ("--eta x --method ddim", "--eta takes float, got 'x'"),
         (
             "--eta 0",
-            "--eta changes nothing here: it is of --method ddim | euler_ancestral | dpmpp_2m_sde | sde",
+            "--eta changes nothing here: it is of --method ddim | euler_ancestral | "
+            "dpmpp_2m_sde | sde",
         ),
         ("--eta 1 --method dpmpp_2m", "--eta changes nothing here"),
         ("--rtol 1e-3", "--rtol changes nothing here: it is of --method dopri5"),
@@ -1052,7 +1140,7 @@ def test_default_folders_of_long_settings_are_short_and_differ():
     assert len(names) == 5 and all(len(name) < 150 for name in names)
 
 
-# ---- files that cannot say everything -------------------------------------------------------------------------------
+# ---- files that cannot say everything ------------------------------------------------------------
 
 PIXELS = UNetConfig(
     3, 3, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention=(0, 1), num_classes=5
@@ -1064,7 +1152,8 @@ PIXELS = UNetConfig(
     [
         (
             dict(objective="eps"),
-            "eps needs its noise schedule.  Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 "
+            "eps needs its noise schedule.  Add --table linear, cosine or scaled_linear "
+            "(guided-diffusion: cosine for its 64×64 "
             "model, linear for the others; Stable Diffusion: scaled_linear)",
         ),
         (dict(objective="v", resolution=8), "v needs its noise schedule"),
@@ -1159,12 +1248,13 @@ def test_sample_folders_of_diffusers_files_have_the_folders_name(tmp_path):
     )
 
 
-# ---- objectives that begin or end elsewhere -------------------------------------------------------------------------
+# ---- objectives that begin or end elsewhere ------------------------------------------------------
 
 
 @pytest.mark.parametrize("upsample", ["psu", "nearest"])
 def test_a_cfm_network_enlarges_pictures(tmp_path, user, upsample):
-    """An untrained network says u = 0, so the way ends where it began: in the noised, enlarged picture."""
+    """An untrained network says u = 0, so the way ends where it began: in the noised, enlarged
+    picture."""
     objective, vae = make_objective("cfm", upsample=upsample), pixel(2)
     save_unet(
         tmp_path / "a",

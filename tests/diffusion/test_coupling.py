@@ -22,7 +22,7 @@ def draws(n, seed, *shape):
     return torch.randn(n, *shape, generator=g), torch.randn(n, *shape, generator=g)
 
 
-# ---- optimal transport ----------------------------------------------------------------------------------------------
+# ---- optimal transport ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
@@ -73,7 +73,7 @@ def test_the_loss_moves_noise_and_nothing_else():
     assert torch.allclose(out.per_sample, (eps[order] - x0).square().flatten(1).mean(1))
 
 
-# ---- coupling flow matching -----------------------------------------------------------------------------------------
+# ---- coupling flow matching ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,8 @@ RHO, NOISE = 0.8, 0.5883  # of a pair of unit normals, and of the source
 
 
 def best_velocity(x, k):
-    """E[source - z_hi | x_t, z_up] when z_hi and z_up are unit normals with correlation RHO: least squares from covariances."""
+    """E[source - z_hi | x_t, z_up] when z_hi and z_up are unit normals with correlation RHO: least
+    squares from covariances."""
     x, z, t, keep = (
         x[:, :1].double(),
         x[:, 1:].double(),

@@ -1,4 +1,5 @@
-"""Noise schedules and training times against closed forms, autograd, the reference schedulers and their own densities."""
+"""Noise schedules and training times against closed forms, autograd, the reference schedulers and
+their own densities."""
 
 import math
 
@@ -170,7 +171,8 @@ def test_the_shift_for_a_resolution_keeps_the_uncertainty_of_the_mean():
         and resolution_shift(16, 64) == 1
         and resolution_shift(8, 8) == 0.25
     )
-    # of a constant image of m pixels seen at t, the mean is known to t / (1 - t) / sqrt(m): SD3's argument, eq. 22
+    # of a constant image of m pixels seen at t, the mean is known to t / (1 - t) / sqrt(m): SD3's
+    # argument, eq. 22
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     moved = shift_time(t, resolution_shift(128, 64))
     assert torch.allclose(moved / (1 - moved) / math.sqrt(128 * 64), t / (1 - t) / 32)

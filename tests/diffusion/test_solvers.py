@@ -1,4 +1,5 @@
-"""Every method on fields with closed forms in fp64, and against the reference schedulers fed with our own grids."""
+"""Every method on fields with closed forms in fp64, and against the reference schedulers fed with
+our own grids."""
 
 import inspect
 import math
@@ -40,15 +41,16 @@ def walk(method, predict, x, grid, draws=None, **options):
 
 
 def moments(method, predict, grid, **options):
-    """Exact mean and standard deviation of what comes out, when predict is affine: row 0 starts from 0, row 1 from 1, row 2 + i has
-    step noise 1 at draw i, all else 0. Responses to unit noises add in squares."""
+    """Exact mean and standard deviation of what comes out, when predict is affine: row 0 starts
+    from 0, row 1 from 1, row 2 + i has step noise 1 at draw i, all else 0. Responses to unit noises
+    add in squares."""
     n = len(grid) + 1
     impulses = torch.eye(n, dtype=torch.float64).view(n, n, 1, 1, 1)
     out = walk(method, predict, impulses[1], grid, impulses[2:], **options).flatten()
     return float(out[0]), float((out[1:] - out[0]).square().sum().sqrt())
 
 
-# ---- A, B: exact ends -----------------------------------------------------------------------------------------------
+# ---- A, B: exact ends ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,13 +98,14 @@ def test_gaussian_data_goes_to_the_analytic_map(method, tolerance):
         ).abs().max() < tolerance
 
 
-# ---- C: orders and errors -------------------------------------------------------------------------------------------
+# ---- C: orders and errors ------------------------------------------------------------------------
 
 GRIDS = {
     "uniform": lambda n: torch.linspace(1, 0.02, n + 1, dtype=torch.float64),
     "karras": lambda n: time_grid(n + 1, 1.0, 80 / 81, "karras")[:-1],
 }  # sigma 80 … 0.002
-# RMS errors at 20 and 320 uniform steps, from an independent computation with NumPy; order; the least steps it shows at
+# RMS errors at 20 and 320 uniform steps, from an independent computation with NumPy; order; the
+# least steps it shows at
 MEASURED = {
     "euler": (8.2e-2, 5.2e-3),
     "heun": (3.6e-3, 1.5e-5),
@@ -127,8 +130,9 @@ ORDERS = {
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize("method", ORDERS)
 def test_order_and_error_on_a_mixture(method, kind):
-    """lms4 starts with an Euler step, whose error shows on the uniform grid (order 2) and hides behind Karras's tiny first steps.
-    UniPC-2 is of order 3, its corrector included. Both, and rk4 on Karras's grid (3.79 from 40 to 80), reach their order later."""
+    """lms4 starts with an Euler step, whose error shows on the uniform grid (order 2) and hides
+    behind Karras's tiny first steps. UniPC-2 is of order 3, its corrector included. Both, and rk4
+    on Karras's grid (3.79 from 40 to 80), reach their order later."""
     z, grid = noise(60), GRIDS[kind]
     truth = walk("rk4", mixture(), z, grid(1000))
     late = method in ("unipc", "lms4") or (method, kind) == ("rk4", "karras")
@@ -157,7 +161,7 @@ def test_the_step_to_zero_keeps_the_order_of_runge_kutta():
         assert p - 0.2 < math.log2(errors[0] / errors[1]) < p + 0.3, (method, errors)
 
 
-# ---- D, E: stochastic methods, by exact moments ---------------------------------------------------------------------
+# ---- D, E: stochastic methods, by exact moments --------------------------------------------------
 
 
 def unit_gaussian(x, t):
@@ -205,7 +209,8 @@ def test_final_deviation_of_ddim_is_a_product_of_cosines():
 
 
 def test_the_sde_converges_weakly_with_order_one():
-    """N(0.7, 0.3²): the errors of an independent Euler–Maruyama were .0032 .0018 .0009 .0003 ± .0005; its last step was of another kind."""
+    """N(0.7, 0.3²): the errors of an independent Euler–Maruyama were .0032 .0018 .0009 .0003 ±
+    .0005; its last step was of another kind."""
     errors = []
     for steps, most in ((50, 0.0032), (100, 0.0018), (200, 0.0009), (400, 0.0004)):
         mean, sd = moments("sde", gaussian(), time_grid(steps))
@@ -226,7 +231,8 @@ def test_the_sde_converges_weakly_with_order_one():
     ],
 )
 def test_stochastic_methods_end_in_the_data_distribution(method, options):
-    """A wrong noise level in a step (VE's rule in a flow, say) leaves an error that steps do not cure."""
+    """A wrong noise level in a step (VE's rule in a flow, say) leaves an error that steps do not
+    cure."""
     coarse, fine = (moments(method, gaussian(), time_grid(n), **options) for n in (200, 800))
     assert (
         abs(fine[0] - 0.7) < 1e-3
@@ -267,7 +273,7 @@ def test_without_noise_a_stochastic_method_is_its_twin_bit_for_bit(method, twin,
     assert a.dtype == dtype and torch.equal(a, b)
 
 
-# ---- grids and calls ------------------------------------------------------------------------------------------------
+# ---- grids and calls -----------------------------------------------------------------------------
 
 
 def test_grids_end_at_zero_and_shift_towards_noise():
@@ -408,11 +414,12 @@ def test_without_noise_nothing_is_drawn(method):
     walk(method, mixture(), noise(), time_grid(4))  # no draws are given: next() would stop it
 
 
-# ---- J: reference solvers on our grids ------------------------------------------------------------------------------
+# ---- J: reference solvers on our grids -----------------------------------------------------------
 
 
 def on_rows(net, table="linear"):
-    """predict of an eps network (x_vp, k) -> eps or (eps, v), in the state's own precision, at whole rows."""
+    """predict of an eps network (x_vp, k) -> eps or (eps, v), in the state's own precision, at
+    whole rows."""
 
     def predict(x, t):
         w, k = t.view(-1, 1, 1, 1), table_row(table, t).round()
@@ -491,7 +498,8 @@ def test_ddpm_is_diffusers(steps, variance, theirs, dtype, tolerance, monkeypatc
     )
     ours = walk("ddpm", on_rows(net), x * norm64(float(grid[0])), grid, draws, variance=variance)
     for i, k in enumerate(scheduler.timesteps):
-        # with one step theirs steps from row 999 to "row -1" too, and would still add noise at k > 0
+        # with one step theirs steps from row 999 to "row -1" too, and would still add noise at k >
+        # 0
         monkeypatch.setattr(
             module,
             "randn_tensor",
@@ -544,8 +552,8 @@ def test_euler_is_diffusers_flow_match_euler(kind):
 
 
 def sigmas_of(scheduler, flow, steps, kind):
-    """(our grid, the scheduler set to it, theirs: our state / their state at a grid point). flow: sigma = t; else sigma = t / (1 - t) and
-    the state is VP's."""
+    """(our grid, the scheduler set to it, theirs: our state / their state at a grid point). flow:
+    sigma = t; else sigma = t / (1 - t) and the state is VP's."""
     grid = time_grid(steps, 1.0, 0.995, kind)
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps
@@ -559,7 +567,8 @@ def sigmas_of(scheduler, flow, steps, kind):
 @pytest.mark.parametrize("steps", [1, 2, 20])
 @pytest.mark.parametrize("sde", [False, True])
 def test_dpmpp_2m_is_diffusers(flow, kind, steps, sde):
-    """Its step() casts the state to fp32, so that is compared to 1e-5 and its update formulas in fp64 to 1e-10."""
+    """Its step() casts the state to fp32, so that is compared to 1e-5 and its update formulas in
+    fp64 to 1e-10."""
     diffusers = pytest.importorskip(
         "diffusers", reason="oracle: pip install -r requirements-dev.txt"
     )
@@ -741,7 +750,8 @@ def test_fixed_steps_are_torchdiffeqs(method):
 
 
 def test_rk4_is_the_classical_one_and_of_the_order_of_torchdiffeqs():
-    """torchdiffeq's "rk4" is the 3/8 rule; the classical step is there too, under an internal name."""
+    """torchdiffeq's "rk4" is the 3/8 rule; the classical step is there too, under an internal
+    name."""
     torchdiffeq = pytest.importorskip(
         "torchdiffeq", reason="oracle: pip install -r requirements-dev.txt"
     )
@@ -769,7 +779,7 @@ def test_rk4_is_the_classical_one_and_of_the_order_of_torchdiffeqs():
     assert all(3.8 < math.log2(e[0] / e[1]) / 2 < 4.3 for e in (ours, theirs)), (ours, theirs)
 
 
-# ---- I: dopri5 ------------------------------------------------------------------------------------------------------
+# ---- I: dopri5 -----------------------------------------------------------------------------------
 
 
 def accepted_by_torchdiffeq(predict, z, tolerance):
@@ -800,8 +810,9 @@ def accepted_by_torchdiffeq(predict, z, tolerance):
 @pytest.mark.parametrize("batch, whole", [(1, False), (1, True), (9, True)])
 @pytest.mark.parametrize("tolerance", [1e-5, 1e-7])
 def test_dopri5_takes_torchdiffeqs_steps(batch, whole, tolerance):
-    """Tableau, error weights, controller and first step: the accepted times agree up to the first attempt that would leave (0, 1],
-    which ours clamps. At tolerances looser than these that is an early one, and theirs asks the field at t < 0."""
+    """Tableau, error weights, controller and first step: the accepted times agree up to the first
+    attempt that would leave (0, 1], which ours clamps. At tolerances looser than these that is an
+    early one, and theirs asks the field at t < 0."""
     z, predict, ours = noise(batch), mixture(), [1.0]
     theirs, end = accepted_by_torchdiffeq(predict, z, tolerance)
     out = sample(
@@ -860,7 +871,8 @@ def test_dopri5_gives_each_sample_what_it_gets_alone(dtype):
 
 @pytest.mark.parametrize("rtol, atol, most", [(1e-3, 1e-6, 0.75), (1e-5, 1e-5, 0.8)])
 def test_dopri5_by_sample_spends_less_than_by_batch(rtol, atol, most):
-    """A mixture of two Gaussians in 16 dimensions, one narrow: whoever ends in the wide one is done early."""
+    """A mixture of two Gaussians in 16 dimensions, one narrow: whoever ends in the wide one is done
+    early."""
 
     def predict(x, t):
         w = t.view(-1, 1, 1, 1)
@@ -887,7 +899,8 @@ def test_dopri5_by_sample_spends_less_than_by_batch(rtol, atol, most):
 
 
 def test_dopri5_integrates_polynomials_of_degree_four_in_t_exactly():
-    """In steps of any size: with so loose a tolerance each is ten times the last, until the clamp ends it."""
+    """In steps of any size: with so loose a tolerance each is ten times the last, until the clamp
+    ends it."""
     for degree in range(5):
         c, z, starts = [1.0, -2.0, 3.0, 5.0, -7.0][: degree + 1], noise(3), []
 
@@ -950,7 +963,7 @@ def test_dopri5_ends_a_row_without_a_number_and_lets_the_others_finish(capsys):
     assert torch.equal(out.x[[0, 1, 3, 4]], alone.x) and torch.isfinite(out.x).all()
 
 
-# ---- O: seeds -------------------------------------------------------------------------------------------------------
+# ---- O: seeds ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
