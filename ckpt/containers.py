@@ -117,11 +117,11 @@ def open_pickle(path: Path, zipped: bool) -> Container:
             f"bytes: {type(error).__name__}: {text})",
             do="Copy it again.",
         ) from None
-    raw, emas, beside = state_dicts(loaded, path)
+    raw, emas, left_out = state_dicts(loaded, path)
     kind = "torch zip pickle" if zipped else "torch legacy pickle"
     averages = {name: entries(weights, path) for name, weights in emas.items()}
     # Its plain values are never metadata: nothing protects them, and any script may use any name.
-    return Container(path, kind, entries(raw, path), {}, averages, beside)
+    return Container(path, kind, entries(raw, path), {}, averages, left_out)
 
 
 def unpickle(path: Path, zipped: bool) -> Any:
@@ -186,16 +186,16 @@ def state_dicts(loaded: Any, path: Path) -> tuple[Mapping, dict[str, Mapping], d
             do="Save the one you want alone.",
         )
     taken = [id(v) for v in [*raw.values(), *emas.values()]]
-    beside = {}
+    left_out = {}
     for key, value in top.items():
-        left = [value]
+        others = [value]
         if id(value) in taken:
-            left = [v for v in value.values() if not isinstance(v, Tensor)]
+            others = [v for v in value.values() if not isinstance(v, Tensor)]
         elif isinstance(value, Tensor) and id(top) in taken:
-            left = []
-        if n := tensors_in(left):
-            beside[str(key)] = n
-    return next(iter(raw.values()), {}), {str(k): v for k, v in emas.items()}, beside
+            others = []
+        if n := tensors_in(others):
+            left_out[str(key)] = n
+    return next(iter(raw.values()), {}), {str(k): v for k, v in emas.items()}, left_out
 
 
 def holds_tensors(value: Any) -> bool:

@@ -259,12 +259,12 @@ def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
         if not isinstance(errors[0], Unsaid):
             raise errors[0]
         other = next(source for source in found if source)
-        said = said_heads(other)
-        found = [src or open_unet(file, **{**said, **known}) for file, src in zip(files, found)]
+        heads = heads_of(other)
+        found = [src or open_unet(file, **{**heads, **known}) for file, src in zip(files, found)]
     return found
 
 
-def said_heads(source: Source) -> dict[str, Any]:
+def heads_of(source: Source) -> dict[str, Any]:
     """The heads of an open file, and their order where it has one."""
     cfg = source.cfg
     if cfg.num_head_channels:

@@ -196,12 +196,12 @@ def from_diffusers_config(
         raise UserError(f"config of {name}: {error}", do="Restore the file.") from None
     # Whatever was read wrongly or not at all comes back different.
     again = {k: v for k, v in diffusers_config(cfg).items() if k in c}
-    theirs, ours = _canonical(c), _canonical(DEFAULTS[name] | again)
-    for key in theirs:
-        if theirs[key] != ours[key]:
+    wanted, computed = _canonical(c), _canonical(DEFAULTS[name] | again)
+    for key in wanted:
+        if wanted[key] != computed[key]:
             raise UserError(
                 f"config of {name} has {key} = {brief(c[key])}; this U-Net computes "
-                f"{ours[key]!r} only",
+                f"{computed[key]!r} only",
                 do="Use it in diffusers.",
             )
     return cfg

@@ -116,7 +116,7 @@ def choose_ema(box: Container, ema: bool | None) -> tuple[Container, bool, dict[
 
     A pickle keeps its EMA under a name of its own; another file is an EMA by its prefix.
     """
-    beside = dict(box.beside)
+    left_out = dict(box.left_out)
     if box.emas and (ema or not len(box)):
         if len(box.emas) > 1:
             raise UserError(
@@ -124,10 +124,10 @@ def choose_ema(box: Container, ema: bool | None) -> tuple[Container, bool, dict[
                 do="Save the one you want alone.",
             )
         if len(box):
-            beside["raw"] = len(box)
+            left_out["raw"] = len(box)
         box, is_ema = box.over(next(iter(box.emas.values()))), True
     else:
-        beside |= {name: len(table) for name, table in box.emas.items()}
+        left_out |= {name: len(table) for name, table in box.emas.items()}
         is_ema = False
     is_ema = is_ema or "ema." in strip_prefix(box)[0]
     if is_ema and ema is False:
@@ -135,7 +135,7 @@ def choose_ema(box: Container, ema: bool | None) -> tuple[Container, bool, dict[
             f"{box.path} holds an EMA ({listed(box)}), wanted the raw weights",
             do="Name the file of the raw weights.",
         )
-    return box, is_ema, beside
+    return box, is_ema, left_out
 
 
 def without(part: str, groups: dict[str, dict[str, str]], box: Container) -> UserError:
@@ -207,12 +207,12 @@ def load_like(
             f"{preset_has}",
             do=f"Choose the preset it was made with{advice}.",
         )
-    said = {}
+    heads = {}
     if "heads" in unsaid:
-        said = {"num_heads": preset.num_heads, "num_head_channels": preset.num_head_channels}
+        heads = {"num_heads": preset.num_heads, "num_head_channels": preset.num_head_channels}
     if "order" in unsaid:
-        said["attention_order"] = preset.attention_order
-    return load_unet(file, dtype=dtype, **said)
+        heads["attention_order"] = preset.attention_order
+    return load_unet(file, dtype=dtype, **heads)
 
 
 def traits(cfg: Any, unsaid: set[str]) -> dict[str, Any]:

@@ -216,11 +216,11 @@ class Container(Mapping[str, Tensor]):
         table: Mapping[str, Entry],
         meta: Mapping[str, Any],
         emas: Mapping[str, Mapping[str, Entry]] = {},
-        beside: Mapping[str, int] = {},
+        left_out: Mapping[str, int] = {},
     ):
         self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
         # Of a pickle: EMAs under their own names; tensors not taken.
-        self.emas, self.beside = dict(emas), dict(beside)
+        self.emas, self.left_out = dict(emas), dict(left_out)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[name].read()
@@ -242,7 +242,7 @@ class Container(Mapping[str, Tensor]):
 
     def over(self, table: Mapping[str, Entry]) -> "Container":
         """The same file seen through another table: other names, other shapes, fewer tensors."""
-        return Container(self.path, self.kind, table, self.meta, self.emas, self.beside)
+        return Container(self.path, self.kind, table, self.meta, self.emas, self.left_out)
 
 
 def open_safetensors(path: Path) -> Container:

@@ -485,7 +485,7 @@ def test_everything_in_a_pickle_is_taken_or_counted(tmp_path, value, names, emas
     assert (
         "".join(box) == names
         and {k: "".join(v) for k, v in box.emas.items()} == emas
-        and box.beside == beside
+        and box.left_out == beside
     )
 
 
