@@ -1,6 +1,8 @@
-"""What the README tells people to type can be typed, and what it promises about loading holds in every file."""
+"""What README and docs tell people to type can be typed, and what they promise of loading holds."""
 
 import ast
+import builtins
+import importlib
 import re
 import shlex
 from dataclasses import replace
@@ -8,67 +10,151 @@ from pathlib import Path
 
 import pytest
 
-import ckpt.__main__ as ckpt
-import samplers
-import data.encode as encode
 import train
 from harness.cli import parse
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [match for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
-            for match in re.findall(r"(?:python|torchrun[^\n]*?) (train\.py|samplers\.py|ckpt\.py|-m data\.encode)([^\n#&|]*)", block)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+# What a page writes in a command's place, and what its test types there.
+COMMAND = re.compile(
+    r"^(?:python|torchrun(?: --nproc_per_node=\d+)?(?: --)?) (-m [\w.]+|[\w/]+\.(?:py|txt))([^\n#&|]*)"
+)
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """(page, script or "-m module", arguments) of every command in a bash block."""
+    found = []
+    for page, text in TEXT.items():
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := COMMAND.match(line.strip()):
+                    found.append((page, match[1], match[2].strip()))
+    return found
+
+
+COMMANDS = commands()
+SCRIPTS = {
+    "train.py", "samplers.py", "distill.py", "eval_fid.py", "-m ckpt", "-m data.encode",
+    "-m metrics.inception", "-m harness.plot", "experiments/ablate.py", "experiments/protocol.py",
+}
 
 
 def test_the_commands_are_found():
-    assert {script for script, _ in COMMANDS} == {"train.py", "samplers.py", "ckpt.py", "-m data.encode"} and len(COMMANDS) >= 15
+    assert SCRIPTS <= {script for _, script, _ in COMMANDS}
+    assert len(COMMANDS) >= 40
 
 
-@pytest.mark.parametrize("script, args", COMMANDS)
-def test_every_command_of_the_readme_parses(script, args):
+def main_of(script: str):
+    """The module that a command runs."""
+    if script.startswith("-m "):
+        name = script[3:]
+        package = (ROOT / name.replace(".", "/")).is_dir()
+        return importlib.import_module(f"{name}.__main__" if package else name)
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+@pytest.mark.parametrize("page, script, args", COMMANDS)
+def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args):
+    if script in ("-m pytest", "tests/aot.py", "benchmarks/kernels.py"):
+        assert script == "-m pytest" or (ROOT / script).is_file()
+        return
     words = shlex.split(args)
     assert "..." not in words and "…" not in words
+    module = main_of(script)
+    config = getattr(module, "Config", None) or getattr(module, "Options", None)
+    if script == "distill.py" and words[:1] == ["pretrain-assessor"]:
+        config, words = module.Pretrain, words[1:]
+    if script == "-m data.encode":
+        config = module.Encode
+    if config is None:
+        assert script == "-m metrics.inception" and words == ["--fetch"]
+        return
+    names = []
+    while words and not words[0].startswith("-"):
+        names.append(words.pop(0))
+    allowed = {"-m ckpt": 3, "-m harness.plot": 8, "eval_fid.py": 3}
+    assert len(names) <= allowed.get(script, 0), names
+    if script == "eval_fid.py" and names:
+        assert names[0] == "compare"
+        return
+    cfg, _ = parse(config, argv=words)
     if script == "train.py":
-        cfg, _ = parse(train.Config, argv=words)
-        train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)      # its fine run is not here
-    elif script == "samplers.py":
-        parse(samplers.Config, argv=words)
-    elif script == "-m data.encode":
-        parse(encode.Encode, argv=words)
-    else:
-        (command, *names), flags = ckpt.positional(words)
-        assert len(names) == len(ckpt.COMMANDS[command])
-        parse(ckpt.Options, argv=flags)
+        # The fine run that stage2 would take its tags from is not here.
+        train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)
 
 
-def test_the_python_of_the_readme_compiles_and_imports_every_name_it_uses():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        tree = ast.parse(block)
-        names = {"load": set(), "store": set(vars(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                names["load" if isinstance(node.ctx, ast.Load) else "store"].add(node.id)
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names["store"] |= {a.asname or a.name for a in node.names}
-            if isinstance(node, ast.ImportFrom):
-                assert all(hasattr(__import__(node.module), a.name) for a in node.names), node.module
-        assert names["load"] <= names["store"], names["load"] - names["store"]
+@pytest.mark.parametrize("page", TEXT)
+def test_the_files_that_a_page_names_are_there(page):
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", TEXT[page])
+    names = [a or b for a, b in links]
+    assert [name for name in names if not (folder / name).exists()] == []
 
 
-def calls(path):
+@pytest.mark.parametrize("page", TEXT)
+def test_a_line_of_a_page_fits_a_screen(page):
+    lines = enumerate(TEXT[page].splitlines(), 1)
+    assert page == "docs/results.md" or [n for n, line in lines if len(line) > 100] == []
+
+
+def test_readme_is_short():
+    assert len(TEXT["README.md"].splitlines()) <= 200
+    assert len(TEXT["README.md"].split()) <= 1_400
+
+
+BLOCKS = [
+    (page, block)
+    for page, text in TEXT.items()
+    for block in re.findall(r"(?<!-->\n)^```python\n(.*?)^```", text, re.M | re.S)
+]
+
+
+def test_the_python_of_the_pages_is_found():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("page, block", BLOCKS)
+def test_the_python_of_a_page_compiles_and_imports_every_name_it_uses(page, block):
+    used, made = set(), set(vars(builtins))
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            made |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
+    assert used <= made, used - made
+
+
+def calls(path: Path):
     """(line, name of what is called, {keyword: constant}) of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
-            yield node.lineno, ast.unparse(node.func), {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            yield node.lineno, ast.unparse(node.func), keywords
 
 
 def test_nothing_is_loaded_in_part_and_no_pickle_is_run():
-    files = [p for p in ROOT.rglob("*.py") if not any(part.startswith(".") or part in ("venv", "runs") for part in p.relative_to(ROOT).parts)]
-    found = [(path, line, name, keywords) for path in files for line, name, keywords in calls(path)]
-    assert {"files.py", "ckpt.py", "model.py", "conftest.py"} <= {p.name for p in files} and any(name == "torch.load" for _, _, name, _ in found)
-    assert [(p.name, line) for p, line, name, keywords in found if name != "zip" and keywords.get("strict", True) is not True] == []
+    files = [
+        path
+        for path in ROOT.rglob("*.py")
+        if not any(part.startswith((".", "venv", "runs")) for part in path.relative_to(ROOT).parts)
+    ]
+    found = [(path.name, *call) for path in files for call in calls(path)]
+    assert {"containers.py", "native.py", "model.py", "conftest.py"} <= {p.name for p in files}
+    assert any(name == "torch.load" for _, _, name, _ in found)
+    partial = [
+        (file, line)
+        for file, line, name, keywords in found
+        if name != "zip" and keywords.get("strict", True) is not True
+    ]
+    assert partial == []
     # A test may read back an optimizer that it wrote a line before.
-    assert [(p.name, line) for p, line, name, keywords in found if name == "torch.load" and keywords.get("weights_only") is not True
-            and p.name != "test_adamw8bit.py"] == []
+    unsafe = [
+        (file, line)
+        for file, line, name, keywords in found
+        if name == "torch.load" and keywords.get("weights_only") is not True
+    ]
+    assert [place for place in unsafe if place[0] != "test_adamw8bit.py"] == []
