@@ -108,7 +108,7 @@ def standard_error(values: list[float]) -> float:
 
 
 def block_map(up: str) -> str:
-    """Every file, its lines, and the first sentence of its docstring."""
+    """Every file of the product, and the first sentence of its docstring."""
     rows = []
     for folder in ("", *FOLDERS):
         for path in sorted((ROOT / folder).glob("*.py")):
@@ -116,9 +116,9 @@ def block_map(up: str) -> str:
             text = path.read_text()
             sentence = first_sentence(ast.get_docstring(ast.parse(text)) or "")
             if path.name != "__init__.py":
-                rows.append([f"[{name}]({up}{name})", str(len(text.splitlines())), sentence])
-    head = row_of(["file", "lines", "concept"])
-    return "\n".join([head, "|---|---:|---|", *map(row_of, rows)])
+                rows.append([f"[{name}]({up}{name})", sentence])
+    head = row_of(["file", "concept"])
+    return "\n".join([head, "|---|---|", *map(row_of, rows)])
 
 
 def first_sentence(doc: str) -> str:

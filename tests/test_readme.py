@@ -16,9 +16,8 @@ from harness.cli import parse
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
-# What a page writes in a command's place, and what its test types there.
 COMMAND = re.compile(
-    r"^(?:python|torchrun(?: --nproc_per_node=\d+)?(?: --)?) (-m [\w.]+|[\w/]+\.(?:py|txt))([^\n#&|]*)"
+    r"^(?:python|torchrun(?: --nproc_per_node=\d+)?(?: --)?) (-m [\w.]+|[\w/]+\.py)\b(.*)$"
 )
 
 
@@ -29,14 +28,15 @@ def commands() -> list[tuple[str, str, str]]:
         for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 if match := COMMAND.match(line.strip()):
-                    found.append((page, match[1], match[2].strip()))
+                    words = shlex.split(match[2], comments=True)
+                    found.append((page, match[1], shlex.join(words)))
     return found
 
 
 COMMANDS = commands()
 SCRIPTS = {
     "train.py", "samplers.py", "distill.py", "eval_fid.py", "-m ckpt", "-m data.encode",
-    "-m metrics.inception", "-m harness.plot", "experiments/ablate.py", "experiments/protocol.py",
+    "-m metrics.inception", "-m harness.plot", "experiments/ablate.py",
 }
 
 
@@ -78,6 +78,9 @@ def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args)
     if script == "eval_fid.py" and names:
         assert names[0] == "compare"
         return
+    if script == "experiments/ablate.py":
+        module.read(words)
+        return
     cfg, _ = parse(config, argv=words)
     if script == "train.py":
         # The fine run that stage2 would take its tags from is not here.
@@ -94,8 +97,12 @@ def test_the_files_that_a_page_names_are_there(page):
 
 @pytest.mark.parametrize("page", TEXT)
 def test_a_line_of_a_page_fits_a_screen(page):
-    lines = enumerate(TEXT[page].splitlines(), 1)
-    assert page == "docs/results.md" or [n for n, line in lines if len(line) > 100] == []
+    if page == "docs/results.md":
+        pytest.skip("its lines are written by benchmarks/readme.py")
+    lines = TEXT[page].splitlines()
+    # The rows of a table in docs/ may be long: Markdown cannot wrap them.
+    rows = "|" if page != "README.md" else "nothing"
+    assert [line for line in lines if len(line) > 100 and not line.startswith(rows)] == []
 
 
 def test_readme_is_short():
