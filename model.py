@@ -62,9 +62,8 @@ class UNetConfig:
         """What fits together. Of a config from a file, ckpt/ has checked types and sizes before."""
         levels, D, heads = len(self.channel_mult), self.num_head_channels, self.num_heads
         if not levels == len(self.attention) > 0:
-            raise ValueError(
-                f"attention has {len(self.attention)} levels, channel_mult {levels}; give one each."
-            )
+            given = f"attention has {len(self.attention)} levels, channel_mult {levels}"
+            raise ValueError(f"{given}; give one each.")
         depths = (*self.attention, self.middle_attention)
         if not self.context_dim and max(depths) > 1:
             raise ValueError(f"attention depths {depths}: wanted 0 or 1 without context_dim.")
@@ -73,9 +72,7 @@ class UNetConfig:
         # The middle block attends, and its channels are the last level's.
         for level, (C, attends) in enumerate(zip(self.channels, (*self.attention[:-1], 1))):
             if C % GROUPS or C < GROUPS:
-                raise ValueError(
-                    f"level {level} has {C} channels, not a multiple of {GROUPS} (of GroupNorm)."
-                )
+                raise ValueError(f"level {level} has {C} channels, not a multiple of {GROUPS}.")
             if attends and (C % D if D else heads < 1 or C % heads):
                 split = f"heads of {D}" if D else f"{heads} heads"
                 raise ValueError(f"level {level}: {C} channels do not split into {split}.")
@@ -301,13 +298,9 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """The U-Net. Its names are guided-diffusion's and LDM's: the building order is the file format.
+    """The U-Net. Names are guided-diffusion's and LDM's: the building order is the file format."""
 
-    `net.checkpointing = True` keeps only each block's inputs for the backward pass and computes the
-    block again there.
-    """
-
-    checkpointing = False
+    checkpointing = False  # True: the backward pass computes each block again from its inputs
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
