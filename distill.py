@@ -831,7 +831,7 @@ def main() -> None:
     if command == "ablate":
         raise UserError(
             "distill.py ablate has a command of its own",
-            do="From the repository's folder: python experiments/ablate.py --teacher RUN …",
+            do="Use it: python experiments/ablate.py --teacher RUN …",
         )
     if command == "pretrain-assessor":
         pretraining, dry_run = parse(Pretrain, sys.modules[Pretrain.__module__].__doc__, argv)
