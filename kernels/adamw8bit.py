@@ -157,13 +157,14 @@ def update_torch(
     v32 = v32.mul_(b2).add_(g.mul_(g).mul_(c2))
     # correctly rounded: fp32 sqrt is an ulp off where a vector library does it
     root = v32.double().sqrt_().float()
-    step = (m32 * rate).div_(root.mul_(rsqrt).add_(eps))
-    p.copy_((p.float() * decay).sub_(step))
+    p.copy_((p.float() * decay).sub_((m32 * rate).div_(root.mul_(rsqrt).add_(eps))))
     for e, w in zip(emas, control[2:]):
         e.add_((p.float() - e).mul_(w))
-    if m_absmax is not None:
-        new = (*quantize(m32, False), *quantize(v32, True))
-        torch._foreach_copy_([m, m_absmax, v, v_absmax], new)
+    if m_absmax is not None:  # one after the other: fewer temporaries
+        for kept, new in zip((m, m_absmax), quantize(m32, False)):
+            kept.copy_(new)
+        for kept, new in zip((v, v_absmax), quantize(v32, True)):
+            kept.copy_(new)
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
@@ -451,9 +452,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._run(jobs, self._scalars(jobs), control)
         return loss
 
-    def _jobs(
-        self, ema: Sequence[tuple[Sequence[Tensor], float]]
-    ) -> tuple[list[Job], list[tuple[Tensor, list[Tensor]]]]:
+    def _jobs(self, ema: Sequence[tuple[Sequence[Tensor], float]]) -> tuple[list[Job], list[tuple]]:
         """Parameters with gradients, and (parameter, EMAs) of those without."""
         jobs, idle = [], []
         params = self._params()
@@ -473,7 +472,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 jobs.append(Job(p, g, self._state(whole, p), group, emas))
             elif emas:
                 idle.append((p, emas))
-        devices = list(dict.fromkeys(str(job.p.device) for job in jobs))
+        devices = sorted({str(job.p.device) for job in jobs})
         if len(devices) > 1:  # the kernel would take their addresses for its own GPU's
             raise ValueError(
                 f"parameters are on {' and '.join(devices)}: wanted one device an optimizer."
@@ -637,7 +636,7 @@ def pieces(job: Job) -> Iterator:
 def moments(state: dict[str, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     """m and v of p as fp32 in p's shape and strides, from its entry in AdamW8bit.state."""
 
-    def moment(name: str) -> Tensor:
+    def moment(name):
         x = state[name].clone()
         if f"{name}_absmax" in state:
             x = dequantize(x, state[f"{name}_absmax"], name == "v")
