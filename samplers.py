@@ -239,14 +239,14 @@ class Sampling:
     variance: Literal["", "small", "large", "learned"] = flag(
         "", "of ddpm's steps; small if not given", of=takers("variance")
     )
-    rtol: float | None = flag(None, "relative tolerance, 0.001", above=0, of=takers("rtol"))
-    atol: float | None = flag(None, "absolute tolerance, 0.0001", above=0, of=takers("atol"))
+    rtol: float | None = flag(None, "dopri5: relative error, 0.001", above=0, of=takers("rtol"))
+    atol: float | None = flag(None, "dopri5: absolute error, 0.0001", above=0, of=takers("atol"))
     max_nfe: int | None = flag(
-        None, "calls before it gives up with a warning, 1000", low=8, of=takers("max_nfe")
+        None, "dopri5: calls before it gives up with a warning, 1000", low=8, of=takers("max_nfe")
     )
     whole_batch: bool = flag(
         False,
-        "one step size for all images of a batch, as torchdiffeq",
+        "dopri5: one step size for all images of a batch, as torchdiffeq",
         of=takers("whole_batch"),
     )
 
