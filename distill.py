@@ -529,9 +529,9 @@ class DistillLoss:
 
         No gradient goes through λ.
         """
-        theirs = answer.features
-        kd = torch.stack([kd_cosine(features[name], theirs[name]) for name in theirs])
-        lam, metrics = self.lambdas(features, theirs, answer.t)
+        wanted = answer.features
+        kd = torch.stack([kd_cosine(features[name], wanted[name]) for name in wanted])
+        lam, metrics = self.lambdas(features, wanted, answer.t)
         terms = self.cfg.kd_weight * kd
         if self.heads:
             if next(self.net.parameters()).grad is None:
@@ -543,16 +543,16 @@ class DistillLoss:
         return (lam * terms).sum(), metrics
 
     def lambdas(
-        self, features: dict[str, Tensor], theirs: dict[str, Tensor], t: Tensor
+        self, features: dict[str, Tensor], wanted: dict[str, Tensor], t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(λ (n,), what the log shows of each block (n, 5): λ, clipped, e_t, e_p, coh), from the
-        student's features and the teacher's. Ranks agree."""
+        student's features and the teacher's, which are wanted. Ranks agree."""
         cfg = self.cfg
         if self.assessor is None:
             return self.weights, F.pad(self.weights[:, None], (0, 4))
         found = self.assess(features, t)
         if cfg.e_t == "excess":
-            found[:, 0] -= self.assess(theirs, t)[:, 0]
+            found[:, 0] -= self.assess(wanted, t)[:, 0]
         e_t, e_p, coh = (self.ranks.all_reduce(found) / self.ranks.world).unbind(1)
         if cfg.e_t == "excess":
             e_t = e_t.clamp(min=0)  # of all ranks' samples together

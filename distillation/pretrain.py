@@ -202,23 +202,23 @@ def features(
     n = len(rows)
     groups = [list(range(low, min(low + CHUNK, n))) for low in range(0, n, CHUNK)]
     batches = data.batches(stream, iter(groups))
-    # The rows that the teacher is told.
-    said = rows
+    # The rows whose times the teacher is given.
+    given = rows
     if cfg.shuffle_time:
-        said = rows[torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))]
+        given = rows[torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))]
     for batch in tqdm(batches, total=len(groups), desc="features", disable=None, leave=False):
         at = batch["position"]
         text = teacher.text(cfg.seed, at, len(at))
         batch = on(device, batch)
         cond = {"y": batch["y"]} if labels is not None else {}
         t = teacher.time(rows[at]).to(device)
-        t_said = teacher.time(said[at]).to(device)
+        t_given = teacher.time(given[at]).to(device)
         x = teacher.noised(latents_of(vae, batch), batch["eps"], t, cfg.x_source)
         if cfg.shuffle_time and teacher.objective.table:
             # The network still sees the picture at its own scale.
-            x = x * (norm(t_said) / norm(t)).view(-1, 1, 1, 1)
+            x = x * (norm(t_given) / norm(t)).view(-1, 1, 1, 1)
         with autocast(device, cfg.dtype):
-            _, _, blocks = teacher.ask(x, t_said, **(cond | text))
+            _, _, blocks = teacher.ask(x, t_given, **(cond | text))
             for name, feature in blocks.items():
                 found[name].append(pool(feature).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}

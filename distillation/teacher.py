@@ -203,8 +203,8 @@ def describe_teacher(
         )
     source = open_unet(name)
     cfg, meta = source.cfg, source.meta
-    told = meta.get("objective")
-    if isinstance(told, dict) and told.get("coupling") == "lowres":
+    recorded = meta.get("objective")
+    if isinstance(recorded, dict) and recorded.get("coupling") == "lowres":
         raise UserError(
             f"{name} was trained to enlarge pictures (cfm): its path does not begin in noise, "
             "so it is no teacher here",

@@ -60,7 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "G": {"assessor": "none", "block_weight": 0.0, "shift": 3.0},
 }
 # Flags of distill.py that the arms and --seeds say.
-SAID = ("name", "seed", "lambdas", "assessor", "adaptive_t", "mode")
+FIXED = ("name", "seed", "lambdas", "assessor", "adaptive_t", "mode")
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def flags_of(
     shared: dict[str, Any], arm: str, seed: int, lambdas: tuple[float, ...] = ()
 ) -> distill.Config:
     """The flags of an arm's run: those that all share, without what this arm does not read."""
-    said = {**ARMS[arm], "lambdas": lambdas, "name": f"{arm}-{seed}", "seed": seed}
-    cfg = distill.Config(**{**shared, **said})
+    fixed = {**ARMS[arm], "lambdas": lambdas, "name": f"{arm}-{seed}", "seed": seed}
+    cfg = distill.Config(**{**shared, **fixed})
     while idle := idle_flags(cfg):
         cfg = replace(cfg, **{name: getattr(distill.Config, name) for name in idle})
     return replace(cfg, eval_every=shared.get("eval_every") or max(cfg.images // 10, 1))
@@ -243,7 +243,7 @@ def check_arms(cfg: Config, shared: dict[str, Any]) -> None:
                 wanted="at least one of each, none twice",
                 do="Name each once.",
             )
-    for name in SAID:
+    for name in FIXED:
         if name in shared and shared[name] != getattr(distill.Config, name):
             raise UserError(
                 f"{dashed(name)} is what the arms and --seeds say here", do="Leave it out."
