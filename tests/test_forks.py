@@ -1,4 +1,4 @@
-"""What docs/forking.md says can be done, done: its blocks are pasted where it says, and the result runs."""
+"""What docs/forking.md says can be done is done: its blocks are pasted, and the result runs."""
 
 import os
 import re
@@ -22,8 +22,23 @@ BLOCKS = dict(
     )
 )
 TRAIN = [
-    "train.py", "--data", "toyfaces:24", "--resolution", "32", "--batch", "8", "--images", "160",
-    "--log-every", "40", "--preview-every", "0", "--eval-every", "0", "--save-every", "40",
+    "train.py",
+    "--data",
+    "toyfaces:24",
+    "--resolution",
+    "32",
+    "--batch",
+    "8",
+    "--images",
+    "160",
+    "--log-every",
+    "40",
+    "--preview-every",
+    "0",
+    "--eval-every",
+    "0",
+    "--save-every",
+    "40",
 ]
 ENV = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -72,7 +87,10 @@ def newest(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def kill_at_the_first_checkpoint(folder: Path, *words: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=folder, env=ENV, stdout=subprocess.DEVNULL,
+        [sys.executable, *words],
+        cwd=folder,
+        env=ENV,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
@@ -141,7 +159,8 @@ from samplers import sample
 def predict(x, t):  # dx/dt = x, so x(0) = x(1) / e
     return x, x, x
 def error(steps):
-    x = sample(predict, torch.ones(1, 1, 1, 1, dtype=torch.float64), method="ralston", steps=steps).x
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    x = sample(predict, x, method="ralston", steps=steps).x
     return abs(float(x) - torch.exp(torch.tensor(-1.0, dtype=torch.float64)).item())
 order = torch.log2(torch.tensor(error(20) / error(40)))
 assert 1.9 < order < 2.1, order

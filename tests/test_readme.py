@@ -35,8 +35,15 @@ def commands() -> list[tuple[str, str, str]]:
 
 COMMANDS = commands()
 SCRIPTS = {
-    "train.py", "samplers.py", "distill.py", "eval_fid.py", "-m ckpt", "-m data.encode",
-    "-m metrics.inception", "-m harness.plot", "experiments/ablate.py",
+    "train.py",
+    "samplers.py",
+    "distill.py",
+    "eval_fid.py",
+    "-m ckpt",
+    "-m data.encode",
+    "-m metrics.inception",
+    "-m harness.plot",
+    "experiments/ablate.py",
 }
 
 
