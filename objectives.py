@@ -39,6 +39,12 @@ __all__ = ["Loss", "Net", "Objective", "PRESETS", "loss_weight", "make_objective
 
 # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
 Net = Callable[..., Tensor]
+Target = Literal["u", "eps", "v", "x0"]  # u: the velocity along the objective's own path
+Table = Literal["linear", "cosine", "scaled_linear", "gvp"]  # VP, diffusion/schedules.py
+Density = Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"]
+LossType = Literal["mse", "l1", "huber"]
+Weight = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"]
+Upsample = Literal["psu", "bilinear", "nearest"]
 Triple = tuple[Tensor, Tensor, Tensor]  # (x0, eps, u)
 EDGE = 1e-3  # how near eps may come to t = 1, and x0 to t = 0, where no table ends before
 
@@ -54,17 +60,16 @@ class Objective:
     """What a network is trained to say. Use make_objective() for the presets."""
 
     name: str
-    target: Literal["u", "eps", "v", "x0"]  # u: the velocity along the objective's own path
-    # "" = the linear path; else a VP schedule (diffusion/schedules.py).
-    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = ""
+    target: Target
+    table: Literal["", Table] = ""  # "" = the linear path
     # Of t (linear path, aligned) or of k / 1000 (VP); None = the density's own loc and scale.
-    density: Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"] = "uniform"
+    density: Density = "uniform"
     t_loc: float | None = None
     t_scale: float | None = None
     shift: float = 1.0  # of the training times; > 1 = more noise
-    loss_type: Literal["mse", "l1", "huber"] = "mse"
+    loss_type: LossType = "mse"
     huber_c: float = 0.03  # pseudo-Huber: c² (sqrt(d²/c² + 1) - 1) · 2 -> d² for small d
-    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = "uniform"
+    weight: Weight = "uniform"
     gamma: float = 5.0  # min_snr, soft_min_snr
     zero_snr: bool = False  # of a table: its last row is pure noise
     stratified: bool = False  # one training time in each of n equal strata of a batch of n
@@ -73,7 +78,7 @@ class Objective:
     aligned: bool = False  # the loss is on the linear path's velocity that the prediction implies
     coupling: Literal["none", "ot", "lowres"] = "none"  # diffusion/coupling.py
     noise_aug: float = 0.5883  # lowres: noise's standard deviation in the source
-    upsample: Literal["psu", "bilinear", "nearest"] = "psu"  # lowres
+    upsample: Upsample = "psu"  # lowres
     lowres: int = 2  # lowres: how many times smaller
 
     def __post_init__(self):
@@ -257,6 +262,9 @@ def problems(o: Objective) -> Iterator[str]:
         yield f"t_scale {scale:g} of density {o.density}: wanted more than 0."
     if o.density == "gaussian" and o.t_loc is not None and not 0 <= o.t_loc <= 1:
         yield f"t_loc {o.t_loc:g} of density gaussian: wanted 0 to 1, a time."
+    for name in {"uniform": ("t_loc", "t_scale"), "mode": ("t_loc",)}.get(o.density, ()):
+        if getattr(o, name) is not None:
+            yield f"{name} changes nothing here: density {o.density} has none."
     if o.zero_snr and o.table not in TABLES:
         where = o.table or "the linear path"
         yield f"zero_snr changes the last row of a table; {where} ends in pure noise as it is."

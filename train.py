@@ -17,39 +17,40 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import data.dataset as data
-from ckpt import fingerprint, load_like, load_strict, read_tensors, save_checkpoint
-from ckpt.training import load_optimizer, load_weights, optimizer_state
+from ckpt import fingerprint, load_like, load_strict
 from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
-from harness.cli import UserError, check_flags, cli, closest, dashed, flag, parse
+from harness.cli import UserError, check_flags, cli, closest, flag, parse
 from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import FINAL, Log, Meter, Progress, Run, StopSignal, begun_with, check_config
-from harness.run import check_disk, check_mirrors, checkpoints, find_fine, images_seen, lock
-from harness.run import print_end, print_start, print_unfinished, report_nonfinite, run_name
-from harness.run import versions
+from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_config, check_disk
+from harness.run import check_mirrors, checkpoints, find_fine, images_seen, lock, print_end
+from harness.run import print_start, print_unfinished, report_nonfinite, run_name
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
-from metrics import heldout
 from model import PRESETS, build
-from objectives import Loss, Objective, make_objective
-from samplers import Generator
+from objectives import PRESETS as OBJECTIVES
+from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
+from objectives import make_objective
+from training.checkpoints import load_state, save
+from training.previews import draw_samples, ema_net, held_out_loss, preview
+from training.start import check_aligned, network_config
+from training.trainer import Trainer
 from vae import AnyVAE, choose, save_vae, vae_from_meta
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -87,48 +88,26 @@ class Config(Run, Optim, Data):
     """The flags of this script: the bases', and which network learns to say what."""
 
     model: str = flag("tiny", "nano | tiny | toy-281m | toy-281m-attn | adm-64 …")
-    vae: str = flag(
-        "pca", "pca | pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
-    )
-    init: str = flag(
-        "", "network to start from: a run, a file, a diffusers folder, hf:org/name[/file]"
-    )
-    objective: Literal["fm", "ddpm", "v", "x0", "cfm"] = flag(
-        "fm", "what the network learns to say; cfm = from low resolution to high"
-    )
-    target: Literal["", "u", "eps", "v", "x0"] = flag("", "its output, if not the objective's own")
-    table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = flag(
-        "", "noise schedule of ddpm, v, x0; gvp (a continuous cosine) also of fm"
-    )
+    vae: str = flag("pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…")
+    init: str = flag("", "network to start from: a run, a file, a folder, hf:org/name[/file]")
+    objective: Literal[*OBJECTIVES] = flag("fm", "what is learnt; cfm = from small to large")
+    target: Literal["", Target] = flag("", "what the network says, if not the objective's own")
+    table: Literal["", Table] = flag("", "noise schedule of ddpm, v, x0; gvp also of fm")
     zero_snr: bool = flag(False, "v, x0: the table's last row becomes pure noise")
-    density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = flag(
-        "", "of training times"
-    )
-    t_loc: float | None = flag(
-        None, "its centre: logit_normal 0, gaussian 0.5, lognormal -1.2", low=-10, high=10
-    )
-    t_scale: float | None = flag(
-        None, "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29", low=-1, high=10
-    )
+    density: Literal["", Density] = flag("", "of training times")
+    t_loc: float | None = flag(None, "the density's centre, if not its own", low=-10, high=10)
+    t_scale: float | None = flag(None, "the density's width, if not its own", low=-1, high=10)
     stratified: bool = flag(False, "training times spread evenly over each batch")
     shift: float | Literal["auto"] = flag(1.0, "of times; > 1 = more noise", low=1e-3, high=1e3)
-    loss: Literal["mse", "l1", "huber"] = flag("mse", "per element")
-    weight: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"] = flag(
-        "uniform", "per sample, by its time"
-    )
+    loss: LossType = flag("mse", "per element")
+    weight: Weight = flag("uniform", "per sample, by its time")
     gamma: float = flag(5.0, "caps it", low=1e-3, of="--weight min_snr | soft_min_snr")
     learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
     aligned: bool = flag(False, "ddpm, v, x0: fm's loss on what they imply, to fine-tune an --init")
-    coupling: Literal["none", "ot"] = flag(
-        "none", "ot = noise goes to near images of its batch", of="--objective fm | ddpm | v | x0"
-    )
+    coupling: Literal["none", "ot"] = flag("none", "ot = near images", of="not --objective cfm")
     lowres: int = flag(2, "cfm: how many times smaller", low=2, high=64, of="--objective cfm")
-    upsample: Literal["psu", "bilinear", "nearest"] = flag(
-        "psu", "cfm: psu enlarges pixels, the others latents", of="--objective cfm"
-    )
-    noise_aug: float = flag(
-        0.5883, "cfm: noise where its path starts", low=0, high=1, of="--objective cfm"
-    )
+    upsample: Upsample = flag("psu", "cfm: of pixels, or of latents", of="--objective cfm")
+    noise_aug: float = flag(0.5883, "cfm: noise at the start", low=0, high=1, of="--objective cfm")
 
 
 # Fields that may change when a run is resumed: they do not change what is computed.
@@ -180,38 +159,17 @@ def settle(cfg: Any, *words: str) -> Any:
 
 
 def check_objective(cfg: Config) -> None:
-    """Refuse flags of the objective that contradict each other, or would change nothing."""
-    path = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
-    if path and cfg.table not in ("", "gvp"):
-        raise UserError(
-            f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
-            do="Leave it out, or choose --table gvp for fm.",
-        )
+    """Refuse what cannot be trained."""
     try:
-        objective = objective_of(cfg)
+        objective_of(cfg)
     except ValueError as error:
         raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
-    idle = {"uniform": ("t_loc", "t_scale"), "mode": ("t_loc",)}
-    for name in idle.get(objective.density, ()):
-        if getattr(cfg, name) is not None:
-            raise UserError(
-                f"{dashed(name)} changes nothing here: density {objective.density} has none",
-                do="Choose another --density, or leave it out.",
-            )
-    if cfg.objective == "cfm":
-        check_enlarging(cfg)
-
-
-def check_enlarging(cfg: Config) -> None:
-    """What only --objective cfm, from low resolution to high, cannot do."""
-    if cfg.fid_every:
+    if cfg.objective == "cfm" and cfg.fid_every:
         raise UserError(
-            "--fid-every: a cfm network enlarges pictures, so its FID would be that of a few "
-            "held-out images, over and over",
-            do="Leave it out; enlarge pictures with samplers.py, and give the folder to "
-            "eval_fid.py as --fake.",
+            "--fid-every draws from noise, and a cfm network enlarges pictures",
+            do="Leave it out; give a folder of enlarged pictures to eval_fid.py as --fake.",
         )
-    if cfg.upsample == "psu" and is_cache(cfg.data):
+    if cfg.objective == "cfm" and cfg.upsample == "psu" and is_cache(cfg.data):
         raise UserError(
             f"--upsample psu enlarges pixels, and {cfg.data} keeps latents only",
             do="Use --upsample bilinear or nearest, or the images themselves.",
@@ -304,44 +262,6 @@ class ObjectiveLoss:
         """The inverse of state_dict()."""
 
 
-@dataclass
-class Trainer:
-    """Everything a step needs."""
-
-    cfg: Any
-    ranks: Ranks
-    run: Path
-    ds: Dataset
-    vae: AnyVAE
-    objective: Objective
-    # The bare module, which is saved; and that inside torch.compile and DistributedDataParallel.
-    net: torch.nn.Module
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: EMA
-    classes: list[str]
-    # (n,) classes of the images, or None.
-    labels: Any
-    # Where the weights started.
-    init: dict[str, Any]
-    # Rank 0's lock on the folder.
-    held: Any
-    # loss(net, batch) -> Loss; see ObjectiveLoss.
-    loss: Any = None
-    seen: int = 0
-    # Non-finite steps, in all and in a row.
-    skipped: int = 0
-    bad: int = 0
-    meter: Meter = field(init=False)
-
-    def __post_init__(self):
-        self.meter = Meter(self.ranks)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.vae.latent_shape(self.cfg.resolution)
-
-
 # ---- setting up ---------------------------------------------------------------------------------
 
 
@@ -366,7 +286,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    unet = network_config(cfg, vae, objective, len(classes))
+    unet = network_config(cfg.model, vae, objective, cfg.resolution, len(classes))
     torch.manual_seed(cfg.seed)
     net = build(unet)
     init = {"path": None, "fingerprint": None}
@@ -378,43 +298,6 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
         load_strict(net, other.state_dict(), f"--init {start}")
         init = {"path": start, "fingerprint": fingerprint(net.state_dict())}
     return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
-
-
-def network_config(cfg: Config, vae: AnyVAE, objective: Objective, classes: int) -> Any:
-    """--model's, with the channels and classes that it meets here."""
-    unet = replace(
-        PRESETS[cfg.model],
-        in_channels=vae.channels * (2 if objective.coupling == "lowres" else 1),
-        out_channels=vae.channels * (2 if objective.learn_sigma else 1),
-        num_classes=classes,
-    )
-    side, multiple = vae.latent_shape(cfg.resolution)[1], unet.multiple
-    if side % multiple:
-        raise UserError(
-            f"--resolution {cfg.resolution} gives {side}×{side} latents, and {cfg.model} needs a "
-            f"side that is divisible by {multiple}",
-            do=f"Use a multiple of {vae.factor * multiple}.",
-        )
-    what, n = ("pixels", cfg.resolution) if cfg.upsample == "psu" else ("latents", side)
-    if cfg.objective == "cfm" and n % cfg.lowres:
-        raise UserError(
-            f"--lowres {cfg.lowres} does not divide the {n}×{n} {what} of this --resolution",
-            do="Choose another, or --upsample psu.",
-        )
-    return unet
-
-
-def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
-    """--aligned reads the network as it was trained; `known` is what its file says of that."""
-    known = {"target": known} if isinstance(known, str) else known or {}
-    flags = {key: getattr(objective, key) for key in ("target", "table", "zero_snr")}
-    own = {key: known.get(key, value) for key, value in flags.items()}
-    if own != flags:
-        raise UserError(
-            f"--aligned reads the network as it was trained, and {name} has {own}; the flags say "
-            f"{flags}",
-            do="Give its own.",
-        )
 
 
 def assemble(
@@ -455,70 +338,6 @@ def assemble(
     if checkpoints(run):
         load_state(tr)
     return tr
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
-def save(tr: Trainer) -> None:
-    """Write a checkpoint. Rank 0 writes; every rank calls."""
-    more = {"meter": tr.meter.state()}
-    more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
-    if tr.ranks.rank == 0:
-        # No step taken, nothing to have changed: then the weights are those it started from.
-        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None
-        meta = {
-            "run": tr.cfg.name,
-            "base_fingerprint": base,
-            "config": asdict(tr.cfg),
-            "objective": asdict(tr.objective),
-            "vae": tr.vae.meta(),
-            "classes": tr.classes,
-            "latent_shape": tr.latent_shape,
-            "resolution": tr.cfg.resolution,
-            "init": tr.init,
-            "data_hash": tr.ds.source.hash,
-            **versions(),
-        }
-        parts = tr.ranks.world * tr.cfg.accum
-        counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
-        state = optimizer_state(tr.net, tr.optimizer) | more
-        what = tr.net, meta, tr.ema.weights, state, counts
-        save_checkpoint(tr.run, tr.seen, *what, tr.cfg.keep, tr.cfg.keep_every)
-    tr.ranks.barrier()
-
-
-def load_state(tr: Trainer) -> None:
-    """Continue exactly: weights, EMAs, optimizer, counters, the half-filled loss meter.
-
-    Every rank reads for itself.
-    """
-    folder = checkpoints(tr.run)[-1]
-    state, meta = read_tensors(folder / "state.safetensors")
-    check_state(tr, meta)
-    tr.init = load_weights(folder, tr.net, tr.ema.weights)["init"]
-    tr.seen, tr.skipped = meta["images"], meta["skipped"]
-    tr.meter.load_state(state.pop("meter"))
-    own = [key for key in state if key.startswith("own/")]
-    tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
-    load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
-
-
-def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
-    """Refuse to go on where the rest of the run would be another one."""
-    if meta["data_hash"] != tr.ds.source.hash:
-        raise UserError(
-            f"the images or tags of {tr.cfg.data} changed since {tr.run} began; "
-            "its order of samples is gone",
-            do=f"Restore them, or start again with --init {tr.run} --name NEW.",
-        )
-    parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
-    if tr.loss.per_part and before not in (None, parts):
-        raise UserError(
-            f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and "
-            f"{tr.loss.per_part} compares the images within such a part of a batch",
-            do=f"Resume with {before}.",
-        )
 
 
 # ---- a step -------------------------------------------------------------------------------------
@@ -593,70 +412,6 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
             do=f"Look at the batch, which is in {path}; the weights, as they were before, are in "
             f"{checkpoints(tr.run)[-1]}.",
         )
-
-
-# ---- what a run shows of itself -----------------------------------------------------------------
-
-
-def ema_net(tr: Trainer) -> tuple[str, Any]:
-    """(name, net) of what one would sample: the first EMA, or without one the weights."""
-    # Of the network, not of the trainer: who keeps it does not keep the folder's lock.
-    net = tr.net
-    if not tr.ema.weights:
-        return "raw", net
-    width, weights = next(iter(tr.ema.weights.items()))
-    return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
-
-
-def held_out_loss(tr: Trainer) -> dict[str, Any]:
-    """A row of the log: the loss of the first EMA on held-out images."""
-    loss, (name, net) = tr.loss, ema_net(tr)
-    if tr.objective.coupling == "ot":
-        # It would pair by who else is in the batch.
-        loss = replace(loss, objective=replace(tr.objective, coupling="none"))
-    known = tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
-    tr.net.eval()
-    row = heldout.loss_of(partial(loss, net), tr.ds.heldout, *known)
-    tr.net.train()
-    return {"event": "held-out", "images": tr.seen, "of": name, **row}
-
-
-def draw_samples(tr: Trainer, net: Any, seeds: Sequence[int], **how: Any) -> Tensor:
-    """uint8 images (B, 3, H, W) of fixed seeds, on every rank; labels cycle through the classes.
-
-    how: as sample() takes it, 10 Heun steps if nothing is said.
-    """
-    device, dtype = tr.ranks.device, tr.cfg.dtype
-    generator = Generator(tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype)
-    how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
-    tr.net.eval()
-    labels = [seed % len(tr.classes) for seed in seeds] if tr.classes else None
-    low = None
-    if tr.objective.coupling == "lowres":
-        low, labels = enlarged(tr, seeds)
-    images = generator.images_on(tr.ranks, seeds, labels, low=low, **how)
-    tr.net.train()
-    return images
-
-
-def enlarged(tr: Trainer, seeds: Sequence[int]) -> tuple[Tensor, list[int] | None]:
-    """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
-    ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
-    batch = ds.views([seed % len(ds) for seed in seeds], tr.ranks.device)
-    x0, kind = latents_of(tr.vae, batch), tr.objective
-    low = data.low_latents_of(tr.vae, batch, x0, kind.lowres, kind.upsample)
-    if not tr.classes:
-        return low, None
-    _, labels = data.classes_of(ds, tr.classes)
-    return low, [int(labels[seed % len(ds)]) for seed in seeds]
-
-
-def preview(tr: Trainer) -> None:
-    """A row of raw samples over a row of EMA samples, the same eight seeds at every call."""
-    nets = [tr.net, ema_net(tr)[1]] if tr.ema.weights else [tr.net]
-    rows = [draw_samples(tr, net, range(8)) for net in nets]
-    if tr.ranks.rank == 0:
-        save_grid(torch.cat(rows), tr.run / "samples" / f"{tr.seen:012d}.png", columns=8)
 
 
 def report(tr: Trainer, log: Log, progress: Progress, norm: Tensor, lr: float) -> None:

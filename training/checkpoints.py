@@ -1,0 +1,118 @@
+"""A run's checkpoints: writing one, and going on from one exactly where it was written."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckpt import load_strict, load_unet, read_tensors, save_checkpoint
+from harness.cli import UserError
+from harness.run import checkpoints, versions
+from training.trainer import Trainer
+
+
+def load_weights(
+    folder: Path, net: nn.Module, emas: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Put a checkpoint's weights into a network, and its averages where they belong; returns the
+    network's metadata."""
+    saved, meta = load_unet(folder / "model.safetensors")
+    load_strict(net, saved.state_dict(), str(folder))
+    for width, weights in emas.items():
+        average, _ = load_unet(folder / f"ema-{width}.safetensors")
+        for name, value in average.state_dict().items():
+            weights[name].copy_(value)
+    return meta
+
+
+def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's tensors, as ENTRY/PARAMETER."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {
+        f"{key}/{names[id(p)]}": value
+        for p, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+
+
+def load_optimizer(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """The inverse of optimizer_state()."""
+    params = dict(net.named_parameters())
+    for key, value in state.items():
+        entry, name = key.split("/", 1)
+        p = params[name]
+        if value.shape == p.shape:
+            # In the parameter's own order in memory (channels_last, for one): fused steps walk it.
+            value = torch.empty_like(p, dtype=value.dtype, device="cpu").copy_(value)
+        # AdamW8bit's "order" is about memory, and stays on the CPU.
+        value = value if entry == "order" else value.to(device)
+        optimizer.state[p][entry] = value
+
+
+def save(tr: Trainer) -> None:
+    """Write a checkpoint. Rank 0 writes; every rank calls."""
+    more = {"meter": tr.meter.state()}
+    more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
+    if tr.ranks.rank == 0:
+        # No step taken, nothing to have changed: then the weights are those it started from.
+        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None
+        meta = {
+            "run": tr.cfg.name,
+            "base_fingerprint": base,
+            "config": asdict(tr.cfg),
+            "objective": asdict(tr.objective),
+            "vae": tr.vae.meta(),
+            "classes": tr.classes,
+            "latent_shape": tr.latent_shape,
+            "resolution": tr.cfg.resolution,
+            "init": tr.init,
+            "data_hash": tr.ds.source.hash,
+            **versions(),
+        }
+        parts = tr.ranks.world * tr.cfg.accum
+        counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
+        state = optimizer_state(tr.net, tr.optimizer) | more
+        what = tr.net, meta, tr.ema.weights, state, counts
+        save_checkpoint(tr.run, tr.seen, *what, tr.cfg.keep, tr.cfg.keep_every)
+    tr.ranks.barrier()
+
+
+def load_state(tr: Trainer) -> None:
+    """Continue exactly: weights, EMAs, optimizer, counters, the half-filled loss meter.
+
+    Every rank reads for itself.
+    """
+    folder = checkpoints(tr.run)[-1]
+    state, meta = read_tensors(folder / "state.safetensors")
+    check_state(tr, meta)
+    tr.init = load_weights(folder, tr.net, tr.ema.weights)["init"]
+    tr.seen, tr.skipped = meta["images"], meta["skipped"]
+    tr.meter.load_state(state.pop("meter"))
+    own = [key for key in state if key.startswith("own/")]
+    tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
+    load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
+
+
+def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
+    """Refuse to go on where the rest of the run would be another one."""
+    if meta["data_hash"] != tr.ds.source.hash:
+        raise UserError(
+            f"the images or tags of {tr.cfg.data} changed since {tr.run} began; "
+            "its order of samples is gone",
+            do=f"Restore them, or start again with --init {tr.run} --name NEW.",
+        )
+    parts, before = tr.ranks.world * tr.cfg.accum, meta.get("parts")
+    if tr.loss.per_part and before not in (None, parts):
+        raise UserError(
+            f"{tr.run} was trained with ranks × --accum = {before}, now {parts}, and "
+            f"{tr.loss.per_part} compares the images within such a part of a batch",
+            do=f"Resume with {before}.",
+        )

@@ -1,0 +1,77 @@
+"""What a run shows of itself: its loss on held-out images, and samples of fixed seeds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from data.dataset import classes_of, latents_of, low_latents_of
+from harness.pictures import save_grid
+from samplers import Generator
+from training import heldout
+from training.trainer import Trainer
+
+
+def ema_net(tr: Trainer) -> tuple[str, Any]:
+    """(name, net) of what one would sample: the first EMA, or without one the weights."""
+    # Of the network, not of the trainer: who keeps it does not keep the folder's lock.
+    net = tr.net
+    if not tr.ema.weights:
+        return "raw", net
+    width, weights = next(iter(tr.ema.weights.items()))
+    return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
+
+
+def held_out_loss(tr: Trainer) -> dict[str, Any]:
+    """A row of the log: the loss of the first EMA on held-out images."""
+    loss, (name, net) = tr.loss, ema_net(tr)
+    if tr.objective.coupling == "ot":
+        # It would pair by who else is in the batch.
+        loss = replace(loss, objective=replace(tr.objective, coupling="none"))
+    known = tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+    tr.net.eval()
+    row = heldout.loss_of(partial(loss, net), tr.ds.heldout, *known)
+    tr.net.train()
+    return {"event": "held-out", "images": tr.seen, "of": name, **row}
+
+
+def draw_samples(tr: Trainer, net: Any, seeds: Sequence[int], **how: Any) -> Tensor:
+    """uint8 images (B, 3, H, W) of fixed seeds, on every rank; labels cycle through the classes.
+
+    how: as sample() takes it, 10 Heun steps if nothing is said.
+    """
+    device, dtype = tr.ranks.device, tr.cfg.dtype
+    generator = Generator(tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype)
+    how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
+    tr.net.eval()
+    labels = [seed % len(tr.classes) for seed in seeds] if tr.classes else None
+    low = None
+    if tr.objective.coupling == "lowres":
+        low, labels = enlarged(tr, seeds)
+    images = generator.images_on(tr.ranks, seeds, labels, low=low, **how)
+    tr.net.train()
+    return images
+
+
+def enlarged(tr: Trainer, seeds: Sequence[int]) -> tuple[Tensor, list[int] | None]:
+    """cfm: (low, labels) of the pictures that seeds enlarge, held-out ones if there are any."""
+    ds = tr.ds.heldout if len(tr.ds.heldout) else tr.ds
+    batch = ds.views([seed % len(ds) for seed in seeds], tr.ranks.device)
+    x0, kind = latents_of(tr.vae, batch), tr.objective
+    low = low_latents_of(tr.vae, batch, x0, kind.lowres, kind.upsample)
+    if not tr.classes:
+        return low, None
+    _, labels = classes_of(ds, tr.classes)
+    return low, [int(labels[seed % len(ds)]) for seed in seeds]
+
+
+def preview(tr: Trainer) -> None:
+    """A row of raw samples over a row of EMA samples, the same eight seeds at every call."""
+    nets = [tr.net, ema_net(tr)[1]] if tr.ema.weights else [tr.net]
+    rows = [draw_samples(tr, net, range(8)) for net in nets]
+    if tr.ranks.rank == 0:
+        save_grid(torch.cat(rows), tr.run / "samples" / f"{tr.seen:012d}.png", columns=8)

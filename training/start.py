@@ -1,0 +1,49 @@
+"""What a run starts from: the network that fits its latents, and whether weights fit its flags."""
+
+from dataclasses import replace
+from typing import Any
+
+from harness.cli import UserError
+from model import PRESETS
+from objectives import Objective
+from vae import AnyVAE
+
+
+def network_config(
+    model: str, vae: AnyVAE, objective: Objective, resolution: int, classes: int
+) -> Any:
+    """The config of --model, with the channels and classes that it meets here."""
+    enlarges = objective.coupling == "lowres"
+    cfg = replace(
+        PRESETS[model],
+        in_channels=vae.channels * (2 if enlarges else 1),
+        out_channels=vae.channels * (2 if objective.learn_sigma else 1),
+        num_classes=classes,
+    )
+    side, multiple = vae.latent_shape(resolution)[1], cfg.multiple
+    if side % multiple:
+        raise UserError(
+            f"--resolution {resolution} gives {side}×{side} latents, and {model} needs a side that "
+            f"is divisible by {multiple}",
+            do=f"Use a multiple of {vae.factor * multiple}.",
+        )
+    what, n = ("pixels", resolution) if objective.upsample == "psu" else ("latents", side)
+    if enlarges and n % objective.lowres:
+        raise UserError(
+            f"--lowres {objective.lowres} does not divide the {n}×{n} {what} of this --resolution",
+            do="Choose another, or --upsample psu.",
+        )
+    return cfg
+
+
+def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
+    """--aligned reads the network as it was trained; `known` is what its file says of that."""
+    known = {"target": known} if isinstance(known, str) else known or {}
+    flags = {key: getattr(objective, key) for key in ("target", "table", "zero_snr")}
+    own = {key: known.get(key, value) for key, value in flags.items()}
+    if own != flags:
+        raise UserError(
+            f"--aligned reads the network as it was trained, and {name} has {own}; the flags say "
+            f"{flags}",
+            do="Give its own.",
+        )

@@ -1,0 +1,52 @@
+"""Everything a training step needs, in one place."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.dataset import Dataset
+from harness.ema import EMA
+from harness.ranks import Ranks
+from harness.run import Meter
+from objectives import Objective
+from vae import AnyVAE
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs."""
+
+    cfg: Any
+    ranks: Ranks
+    run: Path
+    ds: Dataset
+    vae: AnyVAE
+    objective: Objective
+    # The bare module, which is saved; and that inside torch.compile and DistributedDataParallel.
+    net: torch.nn.Module
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    classes: list[str]
+    # (n,) classes of the images, or None.
+    labels: Any
+    # Where the weights started.
+    init: dict[str, Any]
+    # Rank 0's lock on the folder.
+    held: Any
+    # loss(net, batch) -> Loss; see ObjectiveLoss.
+    loss: Any = None
+    seen: int = 0
+    # Non-finite steps, in all and in a row.
+    skipped: int = 0
+    bad: int = 0
+    meter: Meter = field(init=False)
+
+    def __post_init__(self):
+        self.meter = Meter(self.ranks)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.vae.latent_shape(self.cfg.resolution)
