@@ -1,4 +1,4 @@
-"""The house keeps its shape: who imports whom, how wide lines are, how large functions and files are.
+"""The house keeps its shape: who imports whom, how wide lines are, how large functions are.
 
     python tests/test_house.py [N]       # what is broken today, N places of each kind
 

@@ -197,8 +197,8 @@ def test_context_and_vector_reach_the_output_per_sample():
 
 
 def test_swapping_any_two_neighbours_of_one_shape_is_noticed():
-    """Which of two same-shape tensors is which: all visible in the output but biases that are only ever added together, and
-    test_layouts.py's unique tags tell those apart."""
+    """Which of two same-shape tensors is which: all are visible in the output, but for biases that
+    are only ever added together; the unique tags of test_layouts.py tell those apart."""
     cfg = replace(SD, attention=(1, 1), linear_projection=False)
     net, inputs = randomize(UNet(cfg)).double(), batch(cfg, size=4, dtype=torch.float64)
     with torch.no_grad():
