@@ -182,7 +182,13 @@ class Objective:
             error = self.triple(out, x, w)[2] - (eps - x0)
         else:
             error = out - self.goal(x0, eps, w)
-        per_sample = per_element(error, self.loss_type, self.huber_c).flatten(1).mean(1)
+        if self.loss_type == "mse":
+            element = error.square()
+        elif self.loss_type == "l1":
+            element = error.abs()
+        else:
+            element = 2 * self.huber_c**2 * ((error / self.huber_c).square().add(1).sqrt() - 1)
+        per_sample = element.flatten(1).mean(1)
         if self.weight != "uniform":
             what = "u" if self.aligned else self.what
             per_sample = per_sample * loss_weight(t, what, self.weight, self.gamma)
@@ -301,13 +307,6 @@ def fresh(
     """draw(shape), drawn where the generator is."""
     where = device if generator is None else generator.device
     return draw(shape, generator=generator, device=where, dtype=dtype).to(device)
-
-
-def per_element(error: Tensor, kind: str, c: float) -> Tensor:
-    """mse, l1 or pseudo-Huber of each element."""
-    if kind == "huber":
-        return 2 * c**2 * ((error / c).square().add(1).sqrt() - 1)
-    return error.square() if kind == "mse" else error.abs()
 
 
 PRESETS: dict[str, Objective] = {

@@ -986,7 +986,7 @@ def pictures_in(value) -> bool:
 
 
 def test_a_batch_meets_few_functions_on_its_way_to_the_loss(tmp_path):
-    """Of ours: the network and torch aside. To the network 8, and the objective's 2 behind it."""
+    """Eight of ours are given pictures, latents or their errors; the network and torch aside."""
     cfg = resolve(Config(**{**FAST, "out": str(tmp_path), "classes": ("glasses",)}))
     tr = train.setup(cfg, ALONE)
     batch = next(train.load(tr))
@@ -1013,4 +1013,5 @@ def test_a_batch_meets_few_functions_on_its_way_to_the_loss(tmp_path):
     assert loss.per_sample.shape == (8,)
     walk = [name for name in dict.fromkeys(walk) if not name.startswith("test_")]
     assert walk[0] == "train.__call__" and "objectives.loss" in walk
-    assert walk.index("the network") <= 8 and len(walk) <= 11, walk
+    walk.remove("the network")
+    assert len(walk) <= 8, walk
