@@ -168,16 +168,54 @@ assert 1.9 < order < 2.1, order
     run(folder, "-c", check)
 
 
-def test_a_flag_deleted_from_a_copied_train_py_is_not_missed(tmp_path):
+# A flag, and the text of its one use with what stands there without it.
+DELETED = {
+    "label_drop": (", cfg.label_drop)", ")"),
+    "stratified": ('"stratified", ', ""),
+    "loss": (", loss_type=cfg.loss", ""),
+    "warmup": ("cfg.warmup * cfg.images", "0"),
+    "noise_aug": (', "noise_aug"', ""),
+}
+
+
+def without(text: str, name: str) -> str:
+    """train.py without a flag: its declaration and its use."""
+    lines = text.split("\n")
+    first = next(i for i, line in enumerate(lines) if re.match(rf"    {name}: .*= flag\(", line))
+    last = first
+    while not lines[last].endswith(")"):
+        last += 1
+    text = "\n".join(lines[:first] + lines[last + 1 :])
+    used, instead = DELETED[name]
+    assert used in text, f"train.py no longer says {used!r}"
+    return text.replace(used, instead)
+
+
+def test_a_copied_train_py_without_some_flags_trains_and_resumes(tmp_path):
+    """All of them at once: what one alone needs, so do they together."""
     folder = copy_of_the_house(tmp_path / "fork")
-    train = folder / "train.py"
-    text = train.read_text()
-    text, flags = re.subn(r"^    label_drop: [^\n]*\n", "", text, flags=re.M)
-    text, uses = re.subn(r",?\s*(label_drop=)?\bcfg\.label_drop\b", "", text)
-    assert (flags, uses) == (1, 1) and "label_drop" not in text
-    train.write_text(text)
+    text = (folder / "train.py").read_text()
+    for name in DELETED:
+        text = without(text, name)
+        assert f"cfg.{name}" not in text
+    (folder / "train.py").write_text(text)
     command = [*TRAIN, "--model", "nano", "--name", "fork", "--classes", "* hair"]
     assert "finished: runs/fork has seen 160 images" in run(folder, *command)
+    assert "finished" in run(folder, *command)
+    words = [sys.executable, *command, "--label-drop", "0.2"]
+    gone = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, text=True)
+    assert gone.returncode == 2 and "unknown flag --label-drop" in gone.stderr
+
+
+@pytest.mark.parametrize("module", ["harness", "data", "ckpt", "vae", "samplers", "metrics"])
+def test_nothing_below_imports_train(module):
+    """Nor reads what only its Config has."""
+    place = ROOT / module
+    files = [place.with_suffix(".py")] if not place.is_dir() else sorted(place.rglob("*.py"))
+    for file in files:
+        text = file.read_text()
+        assert not re.search(r"^\s*(import train\b|from train import)", text, re.M), file
+        assert not re.search(r"\bcfg\.(label_drop|save_every|warmup|preview_every)\b", text), file
 
 
 def test_model_and_kernels_alone_work_in_another_project(tmp_path):
