@@ -311,11 +311,11 @@ def fresh(
 
 PRESETS: dict[str, Objective] = {
     "fm": Objective("fm", "u", density="logit_normal"),
-    "cfm": Objective("cfm", "u", coupling="lowres"),
     "ddpm": Objective("ddpm", "eps", "linear"),
     # v and x0 stay regular where eps does not: theirs is the table that reaches (almost) pure noise
     "v": Objective("v", "v", "cosine"),
     "x0": Objective("x0", "x0", "cosine"),
+    "cfm": Objective("cfm", "u", coupling="lowres"),
 }
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 import data.dataset as data
 from ckpt import fingerprint, load_like, load_strict
-from data.cache import is_cache
 from data.dataset import Dataset, Stream, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
@@ -49,7 +48,7 @@ from objectives import Density, Loss, LossType, Objective, Table, Target, Upsamp
 from objectives import make_objective
 from training.checkpoints import load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
-from training.start import check_aligned, network_config
+from training.start import check_aligned, check_enlarging, network_config
 from training.trainer import Trainer
 from vae import AnyVAE, choose, save_vae, vae_from_meta
 
@@ -68,26 +67,28 @@ class Data(data.ImageFlags):
 class Optim:
     """How the weights are found. Progress is counted in images."""
 
-    images: int = flag(40_000, "shown in all, rounded up to whole batches", low=1)
-    batch: int = flag(16, "global; split over ranks and --accum", low=1)
-    accum: int = flag(1, "micro-batches a step", low=1)
-    optim: Literal["adamw", "adamw8bit"] = flag("adamw", "adamw8bit: moments of 8 bits")
-    lr: float = flag(2e-3, "peak", low=0, high=1e3)
-    decay: Literal["constant", "cosine"] = flag("cosine", "after the warm-up")
-    warmup: float = flag(0.05, "share of --images", low=0, high=1)
-    weight_decay: float = flag(0.01, "AdamW", low=0)
-    clip: float = flag(1.0, "global gradient norm; 0 = off", low=0)
+    images: int = flag(
+        40_000, "shown in all, rounded up to whole batches", low=1, high=1e12, head="optimisation"
+    )
+    batch: int = flag(16, "images a step, over all ranks and --accum", low=1, high=1e6)
+    accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
+    optim: Literal["adamw", "adamw8bit"] = flag("adamw", "the latter keeps moments in 8 bits")
+    lr: float = flag(2e-3, "learning rate at its peak", low=0, high=1e3)
+    decay: Literal["constant", "cosine"] = flag("cosine", "of --lr, after the warm-up")
+    warmup: float = flag(0.05, "share of --images in which --lr rises", low=0, high=1)
+    weight_decay: float = flag(0.01, "of AdamW, times --lr", low=0, high=1e3)
+    clip: float = flag(1.0, "greatest norm of a gradient; 0 = off", low=0, high=1e9)
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths, shares of the run; none = off")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
-    compile: bool = flag(False, "torch.compile")
+    compile: bool = flag(False, "the network, with torch.compile")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 
 
 @dataclass(frozen=True)
-class Config(Run, Optim, Data):
-    """The flags of this script: the bases', and which network learns to say what."""
+class Task:
+    """Which network learns to say what."""
 
-    model: str = flag("tiny", "nano | tiny | toy-281m | toy-281m-attn | adm-64 …")
+    model: str = flag("tiny", "nano | tiny | toy-281m | adm-64 …", head="model and objective")
     vae: str = flag("pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…")
     init: str = flag("", "network to start from: a run, a file, a folder, hf:org/name[/file]")
     objective: Literal[*OBJECTIVES] = flag("fm", "what is learnt; cfm = from small to large")
@@ -95,19 +96,34 @@ class Config(Run, Optim, Data):
     table: Literal["", Table] = flag("", "noise schedule of ddpm, v, x0; gvp also of fm")
     zero_snr: bool = flag(False, "v, x0: the table's last row becomes pure noise")
     density: Literal["", Density] = flag("", "of training times")
-    t_loc: float | None = flag(None, "the density's centre, if not its own", low=-10, high=10)
-    t_scale: float | None = flag(None, "the density's width, if not its own", low=-1, high=10)
+    t_loc: float | None = flag(
+        None, "its centre: logit_normal 0, gaussian 0.5, lognormal -1.2", low=-10, high=10
+    )
+    t_scale: float | None = flag(
+        None, "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29", low=-1, high=10
+    )
     stratified: bool = flag(False, "training times spread evenly over each batch")
-    shift: float | Literal["auto"] = flag(1.0, "of times; > 1 = more noise", low=1e-3, high=1e3)
+    shift: float | Literal["auto"] = flag(
+        1.0, "of times; > 1 = more noise; auto = sqrt(latent pixels) / 32", low=1e-3, high=1e3
+    )
     loss: LossType = flag("mse", "per element")
     weight: Weight = flag("uniform", "per sample, by its time")
-    gamma: float = flag(5.0, "caps it", low=1e-3, of="--weight min_snr | soft_min_snr")
+    gamma: float = flag(
+        5.0, "caps the SNR", low=1e-3, high=1e6, of="--weight min_snr | soft_min_snr"
+    )
     learn_sigma: bool = flag(False, "ddpm, v, x0: also learn the reverse steps' variance")
     aligned: bool = flag(False, "ddpm, v, x0: fm's loss on what they imply, to fine-tune an --init")
-    coupling: Literal["none", "ot"] = flag("none", "ot = near images", of="not --objective cfm")
+    coupling: Literal["none", "ot"] = flag(
+        "none", "ot = noise goes to near images of its micro-batch", of="not --objective cfm"
+    )
     lowres: int = flag(2, "cfm: how many times smaller", low=2, high=64, of="--objective cfm")
-    upsample: Upsample = flag("psu", "cfm: of pixels, or of latents", of="--objective cfm")
+    upsample: Upsample = flag("psu", "cfm: psu of pixels, else of latents", of="--objective cfm")
     noise_aug: float = flag(0.5883, "cfm: noise at the start", low=0, high=1, of="--objective cfm")
+
+
+@dataclass(frozen=True)
+class Config(Run, Optim, Task, Data):
+    """The flags of this script. --help shows the last base first."""
 
 
 # Fields that may change when a run is resumed: they do not change what is computed.
@@ -160,20 +176,18 @@ def settle(cfg: Any, *words: str) -> Any:
 
 def check_objective(cfg: Config) -> None:
     """Refuse what cannot be trained."""
+    path = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
+    if path and cfg.table not in ("", "gvp"):
+        raise UserError(
+            f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
+            do="Leave it out" + (", or choose --table gvp." if cfg.objective == "fm" else "."),
+        )
     try:
         objective_of(cfg)
     except ValueError as error:
-        raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
-    if cfg.objective == "cfm" and cfg.fid_every:
-        raise UserError(
-            "--fid-every draws from noise, and a cfm network enlarges pictures",
-            do="Leave it out; give a folder of enlarged pictures to eval_fid.py as --fake.",
-        )
-    if cfg.objective == "cfm" and cfg.upsample == "psu" and is_cache(cfg.data):
-        raise UserError(
-            f"--upsample psu enlarges pixels, and {cfg.data} keeps latents only",
-            do="Use --upsample bilinear or nearest, or the images themselves.",
-        )
+        raise UserError(f"--objective {cfg.objective}: {error}", do="Change that flag.") from None
+    if cfg.objective == "cfm":
+        check_enlarging(cfg)
 
 
 def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) -> Objective:

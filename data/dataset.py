@@ -138,7 +138,9 @@ class ImageFlags:
     """The flags of open_dataset()."""
 
     data: str = flag(
-        "toyfaces", "toyfaces[:N] | robohash[:N] | DIR | FILE.parquet | hf:… | a cache"
+        "toyfaces",
+        "toyfaces[:N] | robohash[:N] | DIR | FILE.parquet | hf:org/name | a latent cache",
+        head="data",
     )
     stage: Literal["standard", "fine", "stage2"] = flag(
         "standard", "all | without --exclude-tags | only those, from the fine run"

@@ -273,7 +273,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         (low is None or n >= low)  # NaN fails every comparison
         and (high is None or n <= high)
         and (above is None or n > above)
-        and math.isfinite(n)
+        and abs(n) < math.inf
         for n in numbers
     )
     if not inside:
@@ -282,7 +282,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def range_text(low: float | None, high: float | None, above: float | None) -> str:
-    """1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
+    """ "1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
     if low is not None and high is not None:
         return f"{low:g} to {high:g}"
     if low is not None:

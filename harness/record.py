@@ -31,9 +31,8 @@ def machine() -> dict[str, Any]:
 def context(*packages: str) -> dict[str, Any]:
     """What every result says of itself: command, machine, commit, versions (of `packages` too)."""
     command = " ".join(["python", *sys.orig_argv[1:]])
-    command = re.sub(
-        r" --out[ =]\S+", "", command
-    )  # a folder of one machine means nothing elsewhere
+    # A folder of one machine means nothing elsewhere.
+    command = re.sub(r" --out[ =]\S+", "", command)
     return {"command": command, "machine": machine(), **versions(*packages)}
 
 

@@ -42,19 +42,26 @@ FINAL = "samples/final.png"
 class Run:
     """Where a run lives, and what it writes how often. What is `every` counts images; 0 = never."""
 
-    out: str = flag("runs", "where runs live")
+    out: str = flag("runs", "where runs live", head="the run")
     name: str = flag("", "default <data>-<objective>-<stage>")
     resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
     log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")
-    log_every: int = flag(1_280, "images, like the next four; 0 = never", low=0)
-    eval_every: int = flag(10_000, "held-out loss", low=0)
-    preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0)
-    save_every: int = flag(10_000, "checkpoints", low=0)
-    fid_every: int = flag(0, "FID of 2,048 samples to the training images", low=0)
-    fid_features: Literal["inception", "pca"] = flag("inception", "pca: FD-pca, instant")
-    keep: int = flag(2, "newest checkpoints kept", low=1)
-    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0)
-    workers: int = flag(-1, "loader processes; -1 = as many as it takes", low=-1, high=128)
+    log_every: int = flag(1_280, "images, like the next four; 0 = never", low=0, high=1e12)
+    eval_every: int = flag(10_000, "held-out loss", low=0, high=1e12)
+    preview_every: int = flag(10_000, "sample previews, raw and EMA", low=0, high=1e12)
+    save_every: int = flag(10_000, "checkpoints", low=0, high=1e12)
+    fid_every: int = flag(0, "FID of 2,048 samples to the training images", low=0, high=1e12)
+    fid_features: Literal["inception", "pca"] = flag(
+        "inception", "FD-pca is instant, needs no weights"
+    )
+    keep: int = flag(2, "newest checkpoints kept", low=1, high=1e6)
+    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0, high=1e12)
+    workers: int = flag(
+        -1,
+        "loader processes; -1 = none for data in memory on a CPU, else up to 8",
+        low=-1,
+        high=128,
+    )
     device: str = flag("auto", "auto | cpu | cuda")
 
 

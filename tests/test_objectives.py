@@ -14,6 +14,7 @@ import data.dataset as data
 import train
 from harness.run import checkpoints
 from ckpt import load_unet
+from harness.cli import UserError
 from objectives import EDGE, PRESETS, Objective, loss_weight, make_objective
 from diffusion.schedules import (
     T, TABLES, alphas_bar, norm, stratify, table_row, table_time,
@@ -862,6 +863,16 @@ def test_flags_that_mean_nothing_are_one_line(tmp_path, user, args, message):
     assert (
         code == 2 and len(errors) == 1 and message in errors[0] and not (tmp_path / "runs").exists()
     ), err
+
+
+def test_what_cannot_be_enlarged_is_refused_before_anything_is_read():
+    cfg = train.Config(data="nowhere", objective="cfm", resolution=32)
+    assert train.resolve(replace(cfg, lowres=4)).lowres == 4
+    for upsample in ("psu", "bilinear"):
+        with pytest.raises(UserError, match="does not divide the 32×32 pixels .* multiple of 3"):
+            train.resolve(replace(cfg, lowres=3, upsample=upsample))
+    with pytest.raises(UserError, match="--fid-every: a cfm network enlarges"):
+        train.resolve(replace(cfg, lowres=4, fid_every=8))
 
 
 def test_a_flag_may_be_a_number_or_a_word(user):

@@ -646,7 +646,7 @@ def tree(path):
         pytest.param(["--objective", "fm", "--table", "cosine"], "fm has none", id="table for fm"),
         pytest.param(["--lr", "nan"], "--lr nan: wanted 0 to 1000", id="nan"),
         pytest.param(["--lr", "-1"], "wanted 0 to", id="negative"),
-        pytest.param(["--images", "0"], "--images 0: wanted at least 1", id="no images"),
+        pytest.param(["--images", "0"], "--images 0: wanted 1 to 1e+12", id="no images"),
         pytest.param(["--images", "1e999"], "--images takes int", id="infinite"),
         pytest.param(["--shift", "0"], "--shift 0.0: wanted 0.001", id="shift"),
         pytest.param(["--workers", "100000"], "--workers 100000: wanted -1 to 128", id="workers"),
@@ -695,6 +695,30 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, user
     errors = [line for line in err if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0], err
     assert tree(tmp_path) == before
+
+
+# Of every number: beyond them a run hangs, fills the memory, or computes nonsense.
+BOUNDS = {
+    "images": (1, 10**12), "batch": (1, 10**6), "accum": (1, 10**6), "lr": (0.0, 1e3),
+    "warmup": (0.0, 1.0), "weight_decay": (0.0, 1e3), "clip": (0.0, 1e9), "shift": (1e-3, 1e3),
+    "t_loc": (-10.0, 10.0), "t_scale": (-1.0, 10.0), "gamma": (1e-3, 1e6), "lowres": (2, 64),
+    "label_drop": (0.0, 1.0), "holdout": (0.0, 0.9), "resolution": (1, 8192),
+    "seed": (0, 2**63 - 1), "keep": (1, 10**6), "keep_every": (0, 10**12),
+    "log_every": (0, 10**12), "eval_every": (0, 10**12), "preview_every": (0, 10**12),
+    "save_every": (0, 10**12), "fid_every": (0, 10**12), "workers": (-1, 128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_has_a_least_and_a_greatest_value(name):
+    low, high = BOUNDS[name]
+    if isinstance(low, int):
+        beyond = [low - 1, high + 1, 10**400]
+    else:
+        beyond = [math.nextafter(low, -math.inf), math.nextafter(high, math.inf), math.nan]
+    for value in beyond:
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} .*: wanted "):
+            train.resolve(replace(train.Config(), **{name: value}))
 
 
 def test_another_config_in_the_same_folder_says_what_differs(tmp_path, user):
@@ -871,7 +895,7 @@ def test_help_fits_a_screen(user, main):
     assert "fm | ddpm | v | x0" in out or (
         "euler | heun | midpoint" in out and "\nguidance:\n" in out
     )
-    assert code == 0 and len(out.splitlines()) <= 60 and max(map(len, out.splitlines())) <= 160
+    assert code == 0 and len(out.splitlines()) <= 64 and max(map(len, out.splitlines())) <= 160
     assert "# " not in out and all(line.strip() for line in out.splitlines()[2:])
 
 

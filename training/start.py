@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from data.cache import is_cache
 from harness.cli import UserError
 from model import PRESETS
 from objectives import Objective
@@ -27,13 +28,35 @@ def network_config(
             f"is divisible by {multiple}",
             do=f"Use a multiple of {vae.factor * multiple}.",
         )
-    what, n = ("pixels", resolution) if objective.upsample == "psu" else ("latents", side)
-    if enlarges and n % objective.lowres:
+    if enlarges and objective.upsample != "psu" and side % objective.lowres:
         raise UserError(
-            f"--lowres {objective.lowres} does not divide the {n}×{n} {what} of this --resolution",
+            f"--lowres {objective.lowres} does not divide the {side}×{side} latents of this "
+            "--resolution",
             do="Choose another, or --upsample psu.",
         )
     return cfg
+
+
+def check_enlarging(cfg: Any) -> None:
+    """What only --objective cfm, from low resolution to high, cannot do."""
+    if cfg.resolution % cfg.lowres:
+        size = f"{cfg.resolution}×{cfg.resolution}"
+        raise UserError(
+            f"--lowres {cfg.lowres} does not divide the {size} pixels of this --resolution",
+            do=f"Use a --resolution that is a multiple of {cfg.lowres}, or another --lowres.",
+        )
+    if cfg.fid_every:
+        raise UserError(
+            "--fid-every: a cfm network enlarges pictures, so its FID would be that of a few "
+            "held-out images, over and over",
+            do="Leave it out; enlarge pictures with samplers.py, and give the folder to "
+            "eval_fid.py as --fake.",
+        )
+    if cfg.upsample == "psu" and is_cache(cfg.data):
+        raise UserError(
+            f"--upsample psu enlarges pixels, and {cfg.data} keeps latents only",
+            do="Use --upsample bilinear or nearest, or the images themselves.",
+        )
 
 
 def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
@@ -45,5 +68,5 @@ def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name
         raise UserError(
             f"--aligned reads the network as it was trained, and {name} has {own}; the flags say "
             f"{flags}",
-            do="Give its own.",
+            do="Give the flags that it was trained with.",
         )

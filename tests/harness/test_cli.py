@@ -57,6 +57,7 @@ def test_words_become_the_declared_types():
         ("--lr", "--lr needs a value"),
         ("fast", "unexpected argument 'fast': every option is written --name value"),
         ("--seed 1e999", "--seed takes int"),
+        (f"--seed -1{'0' * 400}", "--seed -1000"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_that_says_what_to_do(words, message):
@@ -64,6 +65,10 @@ def test_what_cannot_be_is_refused_in_one_line_that_says_what_to_do(words, messa
         read(*words.split())
     line = str(caught.value)
     assert line.startswith(message) and "\n" not in line and line.endswith((".", "help."))
+
+
+def test_a_number_may_be_larger_than_any_float():
+    assert read("--seed", "1" + "0" * 400).seed == 10**400
 
 
 def test_flags_that_belong_together_pass():
