@@ -92,7 +92,6 @@ class UNetConfig:
         return self.num_head_channels or max(C // self.num_heads, 1)
 
 
-
 # ---- blocks -------------------------------------------------------------------------------------
 
 
@@ -102,7 +101,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     freqs = torch.exp(-math.log(10000.0) * steps / half)
     angles = t.float()[:, None] * freqs  # fp32: bf16 rounds t=988.5 to 988
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -455,7 +455,11 @@ NETWORKS: dict[str, tuple[type, type]] = {"UNet": (UNet, UNetConfig)}
 
 def network_name(cfg: Any) -> str:
     """The name in NETWORKS of a config's network."""
-    return next(name for name, (_, config) in NETWORKS.items() if type(cfg) is config)
+    for name, (_, config) in NETWORKS.items():
+        if type(cfg) is config:
+            return name
+    kind = type(cfg).__name__
+    raise ValueError(f"no network has a config of type {kind}: add a line to model.NETWORKS.")
 
 
 def build(cfg: Any) -> nn.Module:
@@ -546,7 +550,9 @@ def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
     cfg = UNetConfig(**(seen | given | {"num_heads": 1, "num_head_channels": 0} | fixed))
     D = heads.get("num_head_channels")
     if heads and any((D or C / heads["num_heads"]) != cfg.head_channels(C) for C in cfg.channels):
-        raise ValueError(f"{heads} was given, but the tensors are {family}'s: {fixed}.")
+        given, own = (" ".join(f"{k} {v}" for k, v in each.items()) for each in (heads, fixed))
+        what = f"{given} was given, but the tensors are {family}'s, which has {own}"
+        raise ValueError(f"{what}.  Leave it out.")
     return replace(cfg, **heads)
 
 
@@ -559,7 +565,7 @@ def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             first = ", ".join(list(state_dict)[:3])
             raise ValueError(
                 f"cannot tell the architecture: no tensor {name!r} among {len(state_dict)} "
-                f"({first} …); wanted guided-diffusion's or LDM's names."
+                f"({first} …); wanted guided-diffusion's or LDM's names.  Is the file complete?"
             )
         return tuple(state_dict[name].shape)
 
@@ -579,7 +585,7 @@ def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     levels = 1 + len(convs or resnets or pools)
     if total % levels or total // levels < 2:
         what = f"{total} output blocks do not split into {levels} levels"
-        raise ValueError(f"cannot tell the architecture: {what}.")
+        raise ValueError(f"cannot tell the architecture: {what}.  Is the file complete?")
     blocks = [f"input_blocks.{1 + level * (total // levels)}" for level in range(levels)]
     rows = [shape(f"{block}.0.out_layers.3.weight")[0] for block in blocks]
     context_dim, square = 0, True

@@ -17,7 +17,8 @@ from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, open_guessing, open_unet
 from ckpt.layouts import (
-    family, foreign_names, foreign_shapes, modelspec, reorder_attention, target_of, to_foreign,
+    family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention, target_of,
+    to_foreign,
 )
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
 from harness.cli import UserError
@@ -286,7 +287,7 @@ def verify(a: str, b: str, **known: Any) -> tuple[bool, list[str]]:
         return False, [f"another architecture: {'; '.join(differs)}"]
     sums: dict[str, list[float]] = {}  # block: [squared difference, squared norm]
     bitwise = True
-    for name in one.weights:
+    for name in native_shapes(one.cfg):
         x = in_new_order(one.cfg, name, one.weights[name])
         y = in_new_order(two.cfg, name, two.weights[name])
         same = same_bits(x, y)

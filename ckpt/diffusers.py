@@ -402,14 +402,15 @@ def UNetModel(
             do="Leave num_heads_upsample out.",
         )
     factors, mult = set(attention_resolutions), tuple(channel_mult)
-    cfg = UNetConfig(
-        in_channels, out_channels, model_channels, mult, num_res_blocks,
+    values = dict(
+        in_channels=in_channels, out_channels=out_channels, model_channels=model_channels,
+        channel_mult=mult, num_res_blocks=num_res_blocks,
         attention=tuple(int(2**level in factors) for level in range(len(mult))),
         num_heads=num_heads, num_head_channels=max(num_head_channels, 0),
         attention_order="new" if use_new_attention_order else "legacy",
         use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
         conv_resample=conv_resample, num_classes=num_classes or 0, dropout=dropout,
     )  # fmt: skip
-    net = UNet(cfg)
+    net = UNet(config_from(UNetConfig, values))
     net.checkpointing = use_checkpoint
     return net

@@ -167,7 +167,9 @@ def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:
     unsaid = [key for key, words in unsaid.items() if words in what]
     if unsaid:
         raise Unsaid(f"{box.path}: {what}", unsaid)
-    raise UserError(f"{box.path}: {what}", do=do or "Give its own, or leave it out.")
+    own = "Give the values that the network was made with."
+    do = do or (own if known else "Is the file damaged?  Copy it again.")
+    raise UserError(f"{box.path}: {what}", do=do)
 
 
 # ---- what a file cannot say ---------------------------------------------------------------------

@@ -318,8 +318,8 @@ def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
         found = (w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names))
         return next(found, "") if names else ""
 
-    while wrapper():
-        prefix += wrapper()
+    while found := wrapper():
+        prefix += found
     return prefix, {name: name[len(prefix) :] for name in names}
 
 

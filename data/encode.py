@@ -82,7 +82,7 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     source = open_source(cfg.data, cfg.resolution)
     old = ranks.broadcast(lambda: begun(out, held))
     threads = set_threads(old, out, ranks)
-    if cfg.vae == "pca":
+    if cfg.vae in ("", "pca"):
         vae = vae_from_meta(ranks.broadcast(lambda: fitted(out, source, old).meta()))
     vae = vae.to(ranks.device)
     plan = make_plan(cfg, old.get("data", cfg.data), threads, source, vae, ranks.device)

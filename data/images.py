@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from harness.cli import UserError
@@ -53,7 +53,16 @@ LARGE = 16_000_000  # pixels; an image above is decoded while no other is
 # Pixels. Decoding takes up to 9 bytes for each: a palette's index, RGBA, the same multiplied.
 IN_FLIGHT = 64_000_000
 WIDE = 4  # of a longer side, so many times the shorter are kept for random crops
-ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF's tag, and how to turn what its values stand for
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 gate = threading.Condition()
 in_flight = 0  # pixels being decoded in this process
@@ -167,7 +176,9 @@ def shrink(file: Image.Image, resolution: int, wide: int) -> np.ndarray:
     image = image.resize(kept, Image.Resampling.LANCZOS, (left, top, right, bottom))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(turned(image.convert("RGB"), turn))
+    image = image.convert("RGB")
+    # Turned after resizing, when there is less to turn.
+    return np.asarray(image if turn is None else image.transpose(turn))
 
 
 def to_8_bits(file: Image.Image) -> Image.Image:
@@ -180,20 +191,12 @@ def to_8_bits(file: Image.Image) -> Image.Image:
     return file if file.mode == mode else file.convert(mode)
 
 
-def orientation(file: Image.Image) -> int:
-    """EXIF's number for how to turn a decoded image upright; 1 = not at all. A picture with
-    unreadable EXIF is still a picture."""
+def orientation(file: Image.Image) -> Image.Transpose | None:
+    """How to turn a decoded image upright. A picture with unreadable EXIF is still a picture."""
     try:
-        return file.getexif().get(ORIENTATION, 1)
+        return TURNS.get(file.getexif().get(ORIENTATION))
     except Exception:  # see read_strip
-        return 1
-
-
-def turned(image: Image.Image, turn: int) -> Image.Image:
-    """Turned after resizing, when there is less to turn."""
-    image.info.clear()  # only `turn` counts: Pillow writes the rest of the EXIF again, and may fail
-    image.getexif()[ORIENTATION] = turn
-    return ImageOps.exif_transpose(image)
+        return None
 
 
 # ---- what others use ----------------------------------------------------------------------------

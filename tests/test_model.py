@@ -330,13 +330,13 @@ def test_stable_diffusion_needs_no_hints_but_takes_them(name):
     )
     same = {k: getattr(PRESETS[name], k) for k in ("num_heads", "num_head_channels")}
     assert infer_config(state, **same) == infer_config(state)
-    own = "'num_heads': 8" if name == "sd15" else "'num_head_channels': 64"
+    own = "num_heads 8" if name == "sd15" else "num_head_channels 64"
     for wrong in (
         {"num_heads": 4},
         {"num_head_channels": 40},
         {"num_heads": 1, "num_head_channels": 32},
     ):
-        with pytest.raises(ValueError, match=rf"was given, but the tensors are S.*: .*{own}"):
+        with pytest.raises(ValueError, match=rf"was given, .* are S.*, which has {own}"):
             infer_config(state, **wrong)
 
 
@@ -382,6 +382,15 @@ def test_time_embedding_is_cos_then_sin_and_fp32_in_bf16():
         e, torch.cat([(t[:, None] * freqs).cos(), (t[:, None] * freqs).sin()], 1), atol=1e-5
     )
     assert (timestep_embedding(torch.tensor([988.0]), 8) - e[:1]).abs().max() > 1e-2
+
+
+def test_an_odd_number_of_model_channels_computes():
+    e = timestep_embedding(torch.tensor([3.0]), 33)
+    assert e.shape == (1, 33) and e[0, -1] == 0
+    assert torch.equal(e[:, :32], timestep_embedding(torch.tensor([3.0]), 32))
+    widths = tuple(multiplier(C, 33) for C in (32, 64))
+    net = UNet(UNetConfig(model_channels=33, channel_mult=widths))
+    assert net(torch.randn(1, 32, 4, 4), torch.tensor([1.0])).shape == (1, 32, 4, 4)
 
 
 @pytest.mark.parametrize("film", [True, False])
@@ -481,6 +490,8 @@ def test_a_network_is_built_from_its_config():
         network_name(SMALL) == "UNet" and type(build(SMALL)) is UNet and build(SMALL).cfg == SMALL
     )
     assert [cfg.multiple for cfg in (PRESETS["nano"], SMALL, PRESETS["adm-512"])] == [2, 4, 64]
+    with pytest.raises(ValueError, match="a config of type int: add a line to model.NETWORKS"):
+        build(3)
 
 
 def test_the_model_and_its_kernels_run_alone_in_another_project(tmp_path):

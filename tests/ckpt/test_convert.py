@@ -486,6 +486,15 @@ def test_inspect_asks_transformers_for_no_order(tmp_path, user):
     )
 
 
+def test_verify_lists_blocks_in_the_order_of_the_network(tmp_path):
+    for name in "ab":
+        save_unet(tmp_path / name, randomize(UNet(TINY["adm"]), seed=ord(name)), {})
+    same, lines = verify(tmp_path / "a", tmp_path / "b")
+    own = [".".join(k.split(".")[:2]) for k in layouts.native_shapes(TINY["adm"])]
+    own = list(dict.fromkeys(k if "_blocks." in k else k.split(".")[0] for k in own))
+    assert not same and [line.split()[0] for line in lines[1:]] == own
+
+
 def test_verify_does_not_depend_on_the_order_of_its_arguments(tmp_path):
     def check(a, b, wanted):
         for pair in ((a, b), (b, a)):

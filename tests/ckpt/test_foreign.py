@@ -16,7 +16,7 @@ from ckpt.foreign import config_of
 from conftest import randomize
 from harness.cli import UserError
 from harness.files import Container
-from model import UNet, UNetConfig
+from model import PRESETS, UNet, UNetConfig
 
 
 # ---- foreign files ------------------------------------------------------------------------------
@@ -336,7 +336,14 @@ def without(cfg, start):
     (shapes(SMALL), {"num_heads": 4}, "Add --attention-order"),
     # Transformers have no order.
     (shapes(TEXT), {}, "context_dim 24.*Add --num-heads or --num-head-channels [^;]*$"),
-    (shapes(SMALL), {"num_heads": 5, "attention_order": "new"}, "do not split into 5 heads"),
+    (
+        shapes(SMALL), {"num_heads": 5, "attention_order": "new"},
+        "do not split into 5 heads.  Give the values that the network was made with",
+    ),
+    (
+        shapes(PRESETS["sd15"]), {"num_head_channels": 64},
+        "num_head_channels 64 was given, .* Stable Diffusion 1.x's, which has num_heads 8.  Leave",
+    ),
     (shapes(SMALL), {"num_head_channels": 48, "attention_order": "new"}, "split into heads of 48"),
     (
         shapes(SMALL), {"num_heads": 4, "attention_order": "new", "in_channels": 3},
@@ -347,7 +354,7 @@ def without(cfg, start):
         {f"model.diffusion_model.{k}": v for k, v in shapes(TEXT).items()}, {},
         "no tensor 'time_embed.0.weight' among",
     ),
-    (without(TEXT, "out.2.weight"), {}, "no tensor 'out.2.weight'"),
+    (without(TEXT, "out.2.weight"), {}, "no tensor 'out.2.weight'.*  Is the file complete"),
     (without(TEXT, "middle_block.1."), {}, "no tensor 'middle_block.1"),
     ({}, {}, "no tensor 'time_embed.0.weight' among 0"),
 ])  # fmt: skip

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -370,6 +371,23 @@ def test_every_odd_field_of_a_config_is_named_at_once(base, name):
             assert len(str(error)) < 400 and any(word in str(error) for word in SAYS), error
     # True is one of two; a depth or number of 1.5 is none.
     assert len(fine) <= 1 and time.monotonic() - start < 5
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """Fields of types that UNetConfig does not have."""
+
+    names: tuple[str, ...] = ("a",)
+    note: str | None = None
+    order: Literal[1, 2] = 1
+
+
+def test_the_config_of_a_fork_may_have_fields_of_other_types():
+    own = OwnConfig(("b", "c"), "d", 2)
+    assert config_from(OwnConfig, asdict(own)) == own
+    for value in (3, True, "1"):
+        with pytest.raises(ValueError, match="order is .*: wanted 1 or 2"):
+            config_from(OwnConfig, {"order": value})
 
 
 @pytest.mark.parametrize("base, changes, message", [
