@@ -8,18 +8,18 @@
 #           needs pytest numpy safetensors pillow tqdm
 #   bench   python benchmarks/kernels.py: kernels against their peers; also by section: groupnorm,
 #           attention, optimizer
-#           needs nothing; bitsandbytes and torchao take part where installed
+#           needs safetensors tqdm; bitsandbytes and torchao take part where installed
 #   step    python benchmarks/kernels.py --parts step: whole training steps of toy-281m
-#           needs nothing; diffusers (with what it needs), and bitsandbytes or torchao, take part
-#           where installed
+#           needs safetensors tqdm; diffusers (with what it needs), and bitsandbytes or torchao,
+#           take part where installed
 #   encode  20,000 robohash kittens at 256 px to 32×32×32 latents; toy faces if robohash is not
 #           installed
 #           needs numpy safetensors pillow tqdm
 #   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
-#           needs what encode needs
+#           needs numpy safetensors pillow tqdm
 #   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID,
 #           progressive halving; again = further, many times
-#           needs what encode needs, scipy, matplotlib, and FID's weights
+#           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
 #           (python -m metrics.inception --fetch)
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench

@@ -45,7 +45,6 @@ from model import PRESETS, UNet
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 # (B, C, side): of ADM with 192 channels, then of ADM with 256
-# fmt: skip
 GROUPNORM = [
     (64, 192, 32),
     (64, 384, 16),
@@ -64,7 +63,6 @@ GROUPNORM = [
     (64, 2048, 4),
 ]
 # (B, heads, N, M, D)
-# fmt: skip
 ATTENTION = [
     (64, 6, 256, 256, 64),
     (64, 3, 1024, 1024, 64),

@@ -17,7 +17,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# fmt: skip
 FOLDERS = (
     "kernels",
     "diffusion",
@@ -29,6 +28,11 @@ FOLDERS = (
     "experiments",
     "benchmarks",
 )
+# Scripts that have moved since something was measured with them.
+MOVED = {
+    "benchmarks/stages.py": "experiments/stages.py",
+    "benchmarks/protocol.py": "experiments/protocol.py",
+}
 ARMS = {
     "A": "no block losses",
     "B": "λ = w",
@@ -63,7 +67,16 @@ def origin(r: dict[str, Any], how: str) -> str:
     """Where a result comes from, as a line of small print; how: its seeds and its spread."""
     dirty = " + uncommitted changes" if r["dirty"] else ""
     where = f"{machine(r)}; torch {r['versions']['torch']}; commit {commit(r)}{dirty}"
-    return f"<sub>`{r['command']}`; {where}; {how}</sub>"
+    return f"<sub>{command(r)}; {where}; {how}</sub>"
+
+
+def command(r: dict[str, Any]) -> str:
+    """What was typed, and where the script is today."""
+    typed = f"`{r['command']}`"
+    for old, new in MOVED.items():
+        if old in typed:
+            typed += f" (this script is `{new}` now)"
+    return typed
 
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -130,7 +143,6 @@ def first_sentence(doc: str) -> str:
 
 def block_speed(up: str) -> str:
     r = results("train_cpu")
-    # fmt: skip
     rows = [
         [
             name,
@@ -141,7 +153,6 @@ def block_speed(up: str) -> str:
         for name, row in r["results"].items()
         if name != "loading"
     ]
-    # fmt: skip
     head = [
         "one training step on a CPU",
         "images/s",
@@ -192,7 +203,6 @@ def block_convert(up: str) -> str:
 def block_latents(up: str) -> str:
     r, v, k = results("latents"), results("vae"), results("robohash")
     peers = ("diffusers", "diffusers channels_last")
-    # fmt: skip
     rows = [
         [
             name,
@@ -204,8 +214,13 @@ def block_latents(up: str) -> str:
         ]
         for name, row in v["results"].items()
     ]
-    head = ["autoencoder on a CPU, random weights", "encode, against diffusers",
-            "… in channels_last", "decode", "… in channels_last"]  # fmt: skip
+    head = [
+        "autoencoder on a CPU, random weights",
+        "encode, against diffusers",
+        "… in channels_last",
+        "decode",
+        "… in channels_last",
+    ]
     kitten = k["results"]["compositor"]["64 px"]
     return paragraphs(
         table(head, rows),
@@ -225,7 +240,6 @@ def block_solvers(up: str) -> str:
         row = next(row for row in counts if row["calls"] == calls)
         distance = f"{row['distance']:.4f}" if "distance" in row else "(stochastic)"
         rows.append([name, f"{row['FD-pca']:.0f}", distance])
-    # fmt: skip
     head = [
         f"{calls} network calls on the network of the first picture",
         f"FD-pca of {r['n']} samples",
@@ -242,7 +256,6 @@ def block_solvers(up: str) -> str:
         row["times"]["ours"]["interquartile range"] / row["times"]["ours"]["seconds"]
         for row in s["results"].values()
     )
-    # fmt: skip
     return paragraphs(
         table(head, rows),
         f"[More numbers of calls, and dopri5]({up}benchmarks/results/solvers.md). A step size for "
@@ -287,7 +300,6 @@ def block_protocol(up: str) -> str:
     any_run = next(iter(r["results"].values()))
     floors = [f"{any_run['metrics'][part][name]['floor']:.0f}" for part in columns]
     rows.append(["floor: real against real", *floors, ""])
-    # fmt: skip
     head = [
         f"{name} of the kittens above (bold: what a run was trained on)",
         *columns,
@@ -303,7 +315,7 @@ def block_protocol(up: str) -> str:
 def block_fid(up: str) -> str:
     parity, speed = results("fid-parity"), results("fid-speed")["speed"]
     n = parity["n"]
-    modes = [f"{mode} {row['difference']:.0e}" for mode, row in parity["parity"].items()]
+    modes = [f"{row['difference']:.0e} ({mode})" for mode, row in parity["parity"].items()]
     apart = max(row["largest difference of features"] for row in parity["parity"].values())
     features = [f"{value:.2f}× {peer}" for peer, value in speed["times faster"].items()]
     frechet = [
@@ -313,8 +325,9 @@ def block_fid(up: str) -> str:
     ]
     return paragraphs(
         f"On {n} kittens, features differ from the peers' (pytorch-fid, clean-fid, "
-        f"torch-fidelity) by at most {apart:g}, FIDs by {', '.join(modes)}. Features run at "
-        f"{' and '.join(features)} on a CPU; the Fréchet distance is {', '.join(frechet)}.",
+        f"torch-fidelity) by at most {apart:g}, and FIDs by {', '.join(modes)}. Speed on a CPU, as "
+        f"a multiple of the peer's: features {' and '.join(features)}; the Fréchet distance "
+        f"{' and '.join(frechet)}.",
         origin(parity, f"kittens 0 to {n - 1}; a comparison without randomness"),
         origin(results("fid-speed"), "seed 0; medians of a few rounds, spread not recorded"),
     )
@@ -329,7 +342,6 @@ def block_adamw8bit(up: str) -> str:
         losses = [f"{run['held-out loss']:.4f}" for run in runs]
         rows.append([label, *losses, f"{runs[0]['state bytes a parameter']:.2f}"])
     seeds = seeds_of(r)
-    # fmt: skip
     head = [
         f"held-out loss after {r['steps']} steps",
         *(f"seed {s}" for s in seeds),
@@ -367,8 +379,8 @@ def block_distill(up: str) -> str:
         f"step of D takes {1 + shares['D over B']:.3f} times one of B, one of B "
         f"{1 + shares['B over A']:.3f} times one of A.",
         halving(),
-        origin(ablation, seeds_of_cards(ablation)),
-        origin(scratch, seeds_of_cards(scratch)),
+        # The two may have been measured by one command.
+        *dict.fromkeys(origin(r, seeds_of_cards(r)) for r in (ablation, scratch)),
         origin(cost, f"seed 0; medians of {cost['rounds']} rounds, spread not recorded"),
         origin(results("distill/cpu/progressive"), "one run; three sets of seeds for its samples"),
     )
@@ -398,7 +410,6 @@ def arms(r: dict[str, Any], start: str) -> str:
             ]
         )
     known = r["references"]
-    # fmt: skip
     rows.append(
         [
             "the teacher; training images against others",
@@ -409,7 +420,6 @@ def arms(r: dict[str, Any], start: str) -> str:
         ]
     )
     images = f"{r['cards'][0]['images']:,} images, {len(seeds)} seeds"
-    # fmt: skip
     head = [
         f"students that {start}, {images}",
         "held-out loss",
@@ -435,7 +445,6 @@ def halving() -> str:
     rows = []
     for who in ("teacher", "student"):
         cells = [row.get(who) for row in r["results"].values()]
-        # fmt: skip
         rows.append(
             [who, *("" if c is None else f"{c['FD']:.2f} ± {c['error']:.2g}" for c in cells)]
         )
@@ -454,7 +463,6 @@ def block_kernels(up: str) -> str:
     if not is_measured("kernels-cuda"):
         return ""
     parts = {name: part for name, part in results("kernels-cuda").items() if part["complete"]}
-    # fmt: skip
     shown = [
         kernel_table(name, parts[name])
         for name in ("groupnorm", "attention", "optimizer")
@@ -499,7 +507,6 @@ def kernel_cells(row: dict[str, Any], way: str) -> list[str]:
 
 
 def step_table(part: dict[str, Any]) -> str:
-    # fmt: skip
     rows = [
         [
             r["shape"].removeprefix("step "),
@@ -543,7 +550,6 @@ def block_results(up: str) -> str:
     fine, stage2 = (f"{m['value']:.0f} ± {m['error']:.0f}" for m in excluded.values())
     fd = {(card["arm"], card["seed"]): card["fd"] for card in arms_of["cards"]}
     apart = [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
-    # fmt: skip
     rows = [
         [
             "training step on a CPU, times as fast as diffusers'",

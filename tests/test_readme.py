@@ -102,6 +102,14 @@ def test_the_files_that_a_page_names_are_there(page):
     assert [name for name in names if not (folder / name).exists()] == []
 
 
+def test_what_a_number_was_measured_with_is_there_today():
+    """Results keep the command that was typed; where its script has moved, the page says so."""
+    origins = re.findall(r"^<sub>(.*)</sub>$", TEXT["docs/results.md"], re.M)
+    scripts = [re.findall(r"[\w/]+\.py\b", line)[-1] for line in origins]
+    assert len(scripts) >= 15
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_a_line_of_a_page_fits_a_screen(page):
     if page == "docs/results.md":
