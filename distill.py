@@ -361,7 +361,7 @@ def check_objective(cfg: Config) -> None:
     try:
         student_objective(cfg)
     except ValueError as error:
-        raise UserError(f"--objective {cfg.objective}: {error}", do="See --help.") from None
+        raise UserError(f"--objective {cfg.objective}: {error}", do="Change that flag.") from None
 
 
 def student_objective(cfg: Config) -> Objective:

@@ -151,7 +151,7 @@ def resolve(cfg: Config) -> Config:
     if getattr(PRESETS[cfg.model], "context_dim", 0):
         raise UserError(
             f"--model {cfg.model} is told what to draw by text, and data sets here have none yet",
-            do="Choose another.",
+            do="Choose another --model.",
         )
     check_objective(cfg)
     tags = cfg.exclude_tags

@@ -119,10 +119,10 @@ def flag(
 
 def flag_like(cls: type, name: str, default: Any, help: str | None = None) -> Any:
     """The flag `name` of another Config with a default, and perhaps a help text, of its own."""
-    told = dict(field_of(cls, name).metadata)
+    metadata = dict(field_of(cls, name).metadata)
     if help is not None:
-        told["help"] = help
-    return dataclasses.field(default=default, metadata=told)
+        metadata["help"] = help
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def field_of(cls: type, name: str) -> dataclasses.Field:
@@ -317,6 +317,7 @@ def usage(classes: list[type], doc: str | None) -> str:
         for field in dataclasses.fields(cls):
             fields.setdefault(field.name, field)
     lines = [(doc or "").strip().split("\n\n")[0], ""]
+    width = max(map(len, [*map(dashed, fields), "--dry-run"]))
     for field in fields.values():
         if head := field.metadata.get("head"):
             lines.append(f"{head}:")
@@ -327,6 +328,6 @@ def usage(classes: list[type], doc: str | None) -> str:
         default = "" if field.default is None else shown(field.default)
         if field.default is dataclasses.MISSING:
             default = "required"
-        lines.append(f"  {dashed(field.name):<17} {default:<10} {text}".rstrip())
-    lines.append(f"  {'--dry-run':<17} {'':<10} print the resolved config and stop")
+        lines.append(f"  {dashed(field.name):<{width}} {default:<10} {text}".rstrip())
+    lines.append(f"  {'--dry-run':<{width}} {'':<10} print the resolved config and stop")
     return "\n".join(lines)

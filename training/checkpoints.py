@@ -79,9 +79,17 @@ def save(tr: Trainer) -> None:
         }
         parts = tr.ranks.world * tr.cfg.accum
         counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
-        state = optimizer_state(tr.net, tr.optimizer) | more
-        what = tr.net, meta, tr.ema.weights, state, counts
-        save_checkpoint(tr.run, tr.seen, *what, tr.cfg.keep, tr.cfg.keep_every)
+        save_checkpoint(
+            tr.run,
+            tr.seen,
+            tr.net,
+            meta,
+            emas=tr.ema.weights,
+            state=optimizer_state(tr.net, tr.optimizer) | more,
+            state_meta=counts,
+            keep=tr.cfg.keep,
+            keep_every=tr.cfg.keep_every,
+        )
     tr.ranks.barrier()
 
 

@@ -32,9 +32,10 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
     if tr.objective.coupling == "ot":
         # It would pair by who else is in the batch.
         loss = replace(loss, objective=replace(tr.objective, coupling="none"))
-    known = tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
     tr.net.eval()
-    row = heldout.loss_of(partial(loss, net), tr.ds.heldout, *known)
+    row = heldout.loss_of(
+        partial(loss, net), tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+    )
     tr.net.train()
     return {"event": "held-out", "images": tr.seen, "of": name, **row}
 
