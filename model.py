@@ -477,7 +477,8 @@ SD = UNetConfig(
 XL = replace(SD, num_head_channels=64, vector_dim=2816, context_dim=2048)
 
 
-def of(cfg: UNetConfig, mult: tuple, attention: tuple, **changes: Any) -> UNetConfig:
+def variant(cfg: UNetConfig, mult: tuple, attention: tuple, **changes: Any) -> UNetConfig:
+    """cfg with other levels."""
     return replace(cfg, channel_mult=mult, attention=attention, **changes)
 
 
@@ -487,23 +488,23 @@ PRESETS: dict[str, Any] = {
     # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its
     # constructor takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM.
     "toy-281m": TOY,
-    "toy-281m-attn": of(
+    "toy-281m-attn": variant(
         TOY, (1, 1, 2, 4), (0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64
     ),
     # guided-diffusion's released models: pixels, eps with learned variance.
-    "adm-64": of(
+    "adm-64": variant(
         ADM, (1, 2, 3, 4), (0, 1, 1, 1), model_channels=192, num_res_blocks=3,
         attention_order="new", dropout=0.1,
     ),
-    "adm-128": of(ADM, (1, 1, 2, 3, 4), (0, 0, 1, 1, 1), num_head_channels=0, num_heads=4),
-    "adm-256": of(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1)),
-    "adm-256-uncond": of(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1), num_classes=0),
-    "adm-512": of(ADM, (0.5, 1, 1, 2, 2, 4, 4), (0, 0, 0, 0, 1, 1, 1)),
+    "adm-128": variant(ADM, (1, 1, 2, 3, 4), (0, 0, 1, 1, 1), num_head_channels=0, num_heads=4),
+    "adm-256": variant(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1)),
+    "adm-256-uncond": variant(ADM, (1, 1, 2, 2, 4, 4), (0, 0, 0, 1, 1, 1), num_classes=0),
+    "adm-512": variant(ADM, (0.5, 1, 1, 2, 2, 4, 4), (0, 0, 0, 0, 1, 1, 1)),
     # Stable Diffusion: latents of 4 channels at 1/8; 8 heads in 1.x, heads of 64 channels since.
     "sd15": replace(SD, num_heads=8, context_dim=768, linear_projection=False),
     "sd21": replace(SD, num_head_channels=64, context_dim=1024),
-    "sdxl": of(XL, (1, 2, 4), (0, 2, 10), middle_attention=10),
-    "sdxl-refiner": of(
+    "sdxl": variant(XL, (1, 2, 4), (0, 2, 10), middle_attention=10),
+    "sdxl-refiner": variant(
         XL, (1, 2, 4, 4), (0, 4, 4, 0), model_channels=384, middle_attention=4, vector_dim=2560,
         context_dim=1280,
     ),

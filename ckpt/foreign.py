@@ -218,7 +218,8 @@ def load_like(
 
 
 def traits(cfg: Any, unsaid: set[str]) -> dict[str, Any]:
-    """What two configs of one architecture have in common, whatever they read and are told."""
+    """What has to be equal for weights of one config to be loaded under another: all but the
+    channels in and out, the classes and dropout; of heads and their order what a file says."""
     free = {"in_channels", "out_channels", "num_classes", "dropout"}
     if isinstance(cfg, UNetConfig):
         free |= {"linear_projection", "num_heads", "num_head_channels", "attention_order"}

@@ -224,8 +224,9 @@ def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
         raise UserError(what, do="Load it with the code that wrote it.") from None
     if known:
         check_known(cfg, known, str(path))
-    target, wanted = target_of(meta), known.get("objective")
-    if wanted and target not in (None, wanted):
+    wanted = known.get("objective")
+    if wanted and target_of(meta) not in (None, wanted):
+        target = target_of(meta)
         raise UserError(f"{path} says its objective is {target}, got {wanted}", do="Leave it out.")
     if ema is not None and ema != (meta.get("ema") is not None):
         what = "the raw weights" if ema else f"an EMA of width {meta['ema']}"

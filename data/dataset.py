@@ -4,7 +4,7 @@
     ds[0].image, ds[0].tags                  # uint8 (3, H, W), tuple of tags
     for batch in batches(stream, positions): # what train.py consumes
 
-What a spec can be is told in sources.py, what exclude_tags can say in tags.py.
+sources.py lists what a spec can be, tags.py what exclude_tags can say.
 
 Randomness is a function: which image is seen at position p of the run, its crop, flip, noise, time
 and label dropout depend on (seed, p) and on nothing else. So a resumed run, more ranks or another
