@@ -248,7 +248,7 @@ def resolve(cfg: Config) -> Config:
     check_flags(cfg)
     unet, teacher, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
     cfg = like_the_teacher(cfg, meta)
-    check_student(cfg)
+    check_student(cfg, unet)
     check_blocks(cfg, tap_channels(unet))
     check_files(cfg)
     arm = cfg.assessor if cfg.block_weight else "vanilla"
@@ -263,19 +263,37 @@ def resolve(cfg: Config) -> Config:
     return replace(cfg, exclude_tags=tags, block_weight=block_weight)
 
 
-def check_student(cfg: Config) -> None:
+def check_student(cfg: Config, teacher: UNetConfig) -> None:
+    """--model: a U-Net that is given what its teacher is given."""
     if not cfg.model:
         return
     if cfg.model not in PRESETS:
-        known = f"Known: {', '.join(PRESETS)}."
         raise UserError(
-            f"--model {cfg.model!r} is not a preset", do=f"{closest(cfg.model, PRESETS)}  {known}"
+            f"--model {cfg.model!r} is not a preset",
+            do=f"{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.",
         )
     if not cfg.init:
         raise UserError(
             f"--model {cfg.model} with the teacher's weights",
             do="Leave --model out for its architecture, or add --init scratch or FILE.",
         )
+    student = PRESETS[cfg.model]
+    if not isinstance(student, UNetConfig):
+        raise UserError(
+            f"--model {cfg.model} is no U-Net, and a student is one", do="Choose another preset."
+        )
+    dims, wanted = text_dims(student), text_dims(teacher)
+    if dims != wanted:
+        raise UserError(
+            f"--model {cfg.model} takes text embeddings of {dims} numbers (0 = none), the teacher "
+            f"of {wanted}",
+            do="Choose a preset that takes what the teacher takes.",
+        )
+
+
+def text_dims(cfg: UNetConfig) -> str:
+    """Of what a network is told beside classes: its tokens and its vector."""
+    return f"{cfg.context_dim} and {cfg.vector_dim}"
 
 
 def check_blocks(cfg: Config, blocks: dict[str, int]) -> None:
@@ -630,14 +648,14 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     init |= contents_of(cfg, teacher.fingerprint, teacher.texts)
 
     def make_loss(tr: train.Trainer) -> DistillLoss:
-        loss = DistillLoss(cfg, ranks, vae, tr.objective, tr.net, teacher, weights)
-        if cfg.block_weight and cfg.assessor in READS:
-            loss = replace(loss, assessor=assessor.to(ranks.device))
-        if cfg.local_heads:
-            loss = replace(loss, heads=add_heads(cfg, tr))
+        judges = cfg.block_weight and cfg.assessor in READS
+        judge = assessor.to(ranks.device) if judges else None
+        heads = add_heads(cfg, tr) if cfg.local_heads else None
         if teacher.texts:
             add_caption(tr.net, teacher)
-        return replace(loss, sampler=sampler)
+        return DistillLoss(
+            cfg, ranks, vae, tr.objective, tr.net, teacher, weights, judge, sampler, heads
+        )
 
     objective = student_objective(cfg)
     return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, make_loss)

@@ -37,6 +37,7 @@ from harness.run import versions
 from metrics.cards import Card, card_name, compare, show
 from metrics.distances import (
     Statistics,
+    compact,
     frechet,
     frechet_distance,
     frechet_from_features,
@@ -134,7 +135,7 @@ def check(cfg: Config) -> None:
     if bool(cfg.ckpt) == bool(cfg.fake):
         raise UserError(
             "wanted either images to sample or images that are there",
-            do="give one of --ckpt (to sample from) and --fake (a folder, or an npz).",
+            do="Give one of --ckpt (to sample from) and --fake (a folder, or an npz).",
         )
     if cfg.fake and not cfg.ref:
         what = "--fake needs --ref: DATA[:tag expression], a folder, or an npz"
@@ -525,8 +526,7 @@ class FID:
     def distances(self, y: Tensor) -> list[float]:
         """[Fréchet distance, kernel distance, its standard error] of features (N, d)."""
         kid = kernel_distance(random_rows(self.ref.stored, FID_IMAGES), y)
-        generated = y if len(y) < y.shape[1] else Statistics.of(y)
-        return [frechet(self.ref.best(), generated), *kid]
+        return [frechet(self.ref.best(), compact(y)), *kid]
 
 
 # ---- the two sides ------------------------------------------------------------------------------

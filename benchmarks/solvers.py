@@ -111,7 +111,10 @@ def steps_for(method: str, calls: int) -> int:
 
 
 def main() -> None:
-    cfg, _ = parse(Config, __doc__)
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(cfg)
+        return
     bench, result = Bench(cfg), {}
     t_max, table = bench.d.objective.t_max, bench.d.objective.table
     print(f"the {cfg.exact} samples of a 1,000-step Heun solution …", flush=True)

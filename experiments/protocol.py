@@ -8,9 +8,10 @@ it copies. A copier of training images, which wins every distance, stands below 
 memorisation check has to flag it.
 """
 
+import json
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,7 +198,10 @@ def lines_of(result: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
-    cfg, _ = parse(Config, __doc__)
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
     ranks = join_ranks(cfg.device, patience=PATIENCE)
     result = assess(cfg, ranks)
     if ranks.rank == 0:

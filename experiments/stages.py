@@ -6,9 +6,10 @@ drawing to a sample (by search over attributes) says what the sample shows. A ch
 all five attributes of its concept are there.
 """
 
+import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ckpt import find_checkpoint, load_unet
 from data.dataset import open_dataset
 from data.images import to_float
 from harness import record
-from harness.cli import cli, parse
+from harness.cli import cli, flag, parse
 from harness.pictures import save_grid, to_uint8
 from samplers import Sampling, open_generator
 from vae import vae_from_meta
@@ -51,7 +52,7 @@ MOVES += [{name: shift} for name in ("dx", "dy") for shift in SHIFTS]
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "runs/stages"  # where its runs live
+    out: str = flag("runs/stages", "where its runs live")
 
 
 # ---- reading faces ------------------------------------------------------------------------------
@@ -124,7 +125,10 @@ def reader_accuracy(run: Path) -> float:
 
 
 def main() -> None:
-    cfg, _ = parse(Config, __doc__)
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
     root = Path(cfg.out).absolute()
     for stage in STAGES:
         command = [sys.executable, "train.py", "--out", str(root), "--preview-every", "0"]

@@ -931,6 +931,10 @@ BAD = {
     ),
     "model": (["--model", "tiny"], "add --init scratch"),
     "blocks": (["--model", "tiny", "--init", "scratch"], "they cannot be compared"),
+    "model of text": (
+        ["--model", "sd15", "--init", "scratch", "--block-weight", "0"],
+        "takes text embeddings of 768 and 0 numbers (0 = none), the teacher of 0 and 0",
+    ),
     "text": (["--context", "x"], "takes no text"),
     "command": (["frobnicate"], "command 'frobnicate'"),
     "ablate": (["ablate"], "python experiments/ablate.py"),

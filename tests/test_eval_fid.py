@@ -332,8 +332,8 @@ def test_moments_at_another_resolution_are_refused(cache, command):
 @pytest.mark.parametrize(
     "line, what",
     [
-        ("--features pca", "give one of --ckpt"),
-        ("--ckpt {run} --fake x --features pca", "give one of --ckpt"),
+        ("--features pca", "Give one of --ckpt"),
+        ("--ckpt {run} --fake x --features pca", "Give one of --ckpt"),
         ("--fake x --features pca", "--fake needs --ref"),
         ("--ckpt {run} --n 1 --features pca", "at least 2 images"),
         ("--ckpt {run} --cfg 2 --features pca", "--cfg 2.0 needs --labels"),

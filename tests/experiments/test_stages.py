@@ -1,10 +1,12 @@
 """Faces are read back from their pixels."""
 
+import json
+
 import numpy as np
 import pytest
 
 from data import toyfaces
-from experiments import stages
+from experiments import protocol, stages
 
 
 @pytest.fixture
@@ -22,3 +24,14 @@ def test_the_concept_of_a_drawn_face_is_read_back(seed, few):
     found = stages.read_face((stages.drawn(face) + noise).astype(np.float32))
     for name in toyfaces.CONCEPT:
         assert getattr(found, name) == getattr(face, name), name
+
+
+@pytest.mark.parametrize("script", [stages, protocol], ids=["stages", "protocol"])
+def test_a_dry_run_only_prints_the_flags(script, user, monkeypatch):
+    def started(*args, **kwargs):
+        raise AssertionError("a dry run has started something")
+
+    monkeypatch.setattr(stages.subprocess, "run", started)
+    monkeypatch.setattr(protocol, "join_ranks", started)
+    code, out, err = user(script.main, "--dry-run")
+    assert code == 0 and err == [] and json.loads(out)
