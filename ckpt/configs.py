@@ -20,15 +20,21 @@ MAX_LEVELS, MAX_BLOCKS = 16, 1024
 def config_from(cls: type, values: dict[str, Any]) -> Any:
     """cls(**values) of values that may be anything. ValueError or TypeError says what is wrong,
     before anything is built."""
-    kinds = get_type_hints(cls)
-    of_unet = cls is UNetConfig
-    for key, value in values.items():
-        limits = LIMITS.get(key, (0, 65536)) if of_unet else (float("-inf"), float("inf"))
-        if key in kinds:
-            check_field(key, value, kinds[key], limits)
-    if of_unet:
+    check_fields(cls, values)
+    if cls is UNetConfig:
         check_size({**{f.name: f.default for f in fields(cls)}, **values})
     return cls(**values)
+
+
+def check_fields(cls: type, values: dict[str, Any]) -> None:
+    """Refuse values that are not of their fields' types, or beyond limits."""
+    kinds = get_type_hints(cls)
+    for key, value in values.items():
+        limits = (float("-inf"), float("inf"))
+        if cls is UNetConfig:
+            limits = LIMITS.get(key, (0, 65536))
+        if key in kinds:
+            check_field(key, value, kinds[key], limits)
 
 
 def check_field(name: str, value: Any, kind: Any, limits: tuple[float, float]) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ckpt.configs import config_from, head_widths
+from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside
 from ckpt.hub import origin
-from ckpt.layouts import detect, family, native_shapes, native_view, parts, strip_prefix
+from ckpt.layouts import detect, family, native_view, parts, strip_prefix
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
 from harness.cli import UserError, closest
-from harness.files import Container, check_shapes, is_ours, listed, load_strict
+from harness.files import Container, check_fits, is_ours, listed, load_strict
 from model import PRESETS, UNetConfig, infer_config, network_name
 
 # What no tensor shows, and what a user is asked to give.
@@ -76,8 +76,7 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
     if not is_ours(box):
         return open_foreign(box, ema, known)
     source = open_own(box, ema, known)
-    given = {k: e.shape for k, e in source.weights.table.items()}
-    check_shapes(native_shapes(source.cfg), given, str(source.weights.path))
+    check_fits(skeleton(source.cfg), source.weights.header(), str(source.weights.path))
     return source
 
 
@@ -158,7 +157,9 @@ def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:
         if key not in names:
             near = closest(key, names) or "Leave it out."
             raise UserError(f"{box.path}: {key!r} is not a field of UNetConfig", do=near)
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     try:
+        check_fields(UNetConfig, known)
         cfg = infer_config(box.table, **known)
         return config_from(UNetConfig, {name: getattr(cfg, name) for name in names})
     except (ValueError, ArithmeticError, LookupError) as error:

@@ -310,17 +310,25 @@ def load_strict(
     net: nn.Module, tensors: Mapping[str, Tensor], what: str, assign: bool = False
 ) -> None:
     """load_state_dict where every difference is an error that lists both sides."""
+    check_fits(net, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, what)
+    net.load_state_dict(tensors, assign=assign)
+
+
+def check_fits(
+    net: nn.Module, header: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], what: str
+) -> None:
+    """Refuse tensors {name: (dtype, shape)} that a network's state dict cannot be."""
     own = net.state_dict()
-    shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (own, tensors)]
-    check_shapes(*shapes, what)
+    shapes = {k: tuple(v.shape) for k, v in own.items()}
+    check_shapes(shapes, {k: shape for k, (_, shape) in header.items()}, what)
     floats = [name for name, value in own.items() if value.is_floating_point()]
-    odd = [name for name in floats if not tensors[name].is_floating_point()]
+    odd = {name: header[name][0] for name in floats if not header[name][0].is_floating_point}
     if odd:
+        given = listed(f"{name} ({dtype})" for name, dtype in odd.items())
         raise UserError(
-            f"{what}: {len(odd)} weights are not floating-point numbers: {listed(odd)}",
+            f"{what}: {len(odd)} weights are not floating-point numbers: {given}",
             do="Save them in fp32, fp16 or bf16.",
         )
-    net.load_state_dict(tensors, assign=assign)
 
 
 def check_shapes(

@@ -335,6 +335,16 @@ def test_metadata_of_odd_types_is_one_line(meta, tmp_path):
         convert(tmp_path / "m", tmp_path / "d", "diffusers")
 
 
+def test_weights_that_are_whole_numbers_are_refused_by_all(tmp_path):
+    tensors = dict(UNet(ADM).state_dict())
+    tensors["out.2.bias"] = tensors["out.2.bias"].long()
+    write_tensors(tmp_path / "m", tensors, {"unet": asdict(ADM)})
+    message = r"1 weights are not floating-point numbers: out.2.bias .torch.int64"
+    for use in (load_unet, inspect, lambda m: convert(m, tmp_path / "n.safetensors", "native")):
+        with pytest.raises(UserError, match=message):
+            use(str(tmp_path / "m"))
+
+
 SMALL = UNetConfig(
     4, 4, model_channels=32, channel_mult=(1, 2, 2), attention=(0, 1, 1), num_head_channels=16
 )
