@@ -24,6 +24,7 @@ FOLDERS = (
     "ckpt",
     "data",
     "metrics",
+    "training",
     "distillation",
     "experiments",
     "benchmarks",
