@@ -63,7 +63,7 @@ from distillation.teacher import (
     v_target,
 )
 from distillation.timesteps import TimestepSampler, bins_of, make_sampler
-from harness.cli import UserError, check_flags, cli, closest, flag, flag_like, parse
+from harness.cli import UserError, check_flags, cli, closest, dashed, flag, flag_like, parse, shown
 from harness.ranks import Ranks, autocast, join_ranks
 from harness.run import TIME_BINS, checkpoints
 from model import PRESETS, UNet, UNetConfig
@@ -233,10 +233,8 @@ class Config(train.Run, train.Optim, train.Data):
 FREE = train.FREE - {"accum"} | {"teacher", "assessor_file", "context"}
 # Flags that a distillation once had from train.py, and refused: they stand in the configs of old
 # runs, at their defaults.
-FREE |= {
-    *("target", "stratified", "learn_sigma", "aligned", "coupling"),
-    *("lowres", "upsample", "noise_aug"),
-}
+FREE |= {"target", "stratified", "learn_sigma", "aligned", "coupling"}
+FREE |= {"lowres", "upsample", "noise_aug"}
 
 
 # ---- the flags -----------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def check_blocks(cfg: Config, blocks: dict[str, int]) -> None:
         values = getattr(cfg, name)
         if values and len(values) != len(blocks):
             raise UserError(
-                f"--{name.replace('_', '-')} {','.join(map(str, values))}",
+                f"{dashed(name)} {shown(values)}",
                 wanted=f"{len(blocks)} numbers from 0, for {', '.join(blocks)}",
                 do="Give one a block.",
             )
@@ -359,7 +357,7 @@ def check_halving(cfg: Config, teacher: Objective) -> None:
         raise UserError(
             f"--start-steps {cfg.start_steps} does not become --end-steps {cfg.end_steps} by "
             "halving",
-            do="Use powers of two, as 8 and 1.",
+            do="Use powers of two, such as 8 and 1.",
         )
     wanted = "v" if teacher.table else "fm"
     if cfg.objective != wanted:
@@ -860,7 +858,8 @@ def main() -> None:
         return
     if command not in ("", "train"):
         raise UserError(
-            f"command {command!r} is not one of train, pretrain-assessor", do="See --help."
+            f"command {command!r} is not one of train, pretrain-assessor",
+            do="Leave it out, to distil a teacher; distill.py --help lists the flags.",
         )
     cfg, dry_run = parse(Config, __doc__, argv)
     cfg = resolve(cfg)

@@ -245,6 +245,8 @@ def open_checkpoint(cfg: Sampling, device: torch.device) -> Checkpoint:
     subject |= {name: gen.meta.get(name) for name in ("run", "images", "ema")}
     subject |= {name: trained[name] for name in trained if name in ("flip", "crop")}
     means = {"objective": asdict(gen.objective), "unet": gen.meta.get("unet")}
+    if "network" in gen.meta:  # of another kind than UNet
+        means["network"] = gen.meta["network"]
     for name in ("num_heads", "num_head_channels", "attention_order"):
         means[name] = getattr(cfg, name)
     return Checkpoint(gen, labels, dict(gen.sampled), means, subject, trained)

@@ -203,6 +203,8 @@ def describe_teacher(
         )
     source = open_unet(name)
     cfg, meta = source.cfg, source.meta
+    if not isinstance(cfg, UNetConfig):
+        raise UserError(f"{name} holds no U-Net, and a teacher is one", do="Choose another.")
     recorded = meta.get("objective")
     if isinstance(recorded, dict) and recorded.get("coupling") == "lowres":
         raise UserError(

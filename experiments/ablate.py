@@ -234,7 +234,9 @@ def check_arms(cfg: Config, shared: dict[str, Any]) -> None:
     """Which arms, and what they say themselves."""
     if unknown := [arm for arm in cfg.arms if arm not in ARMS]:
         raise UserError(
-            f"--arms {shown(tuple(unknown))}", wanted=f"of {', '.join(ARMS)}", do="See --help."
+            f"--arms {shown(tuple(unknown))}",
+            wanted=f"some of {', '.join(ARMS)}",
+            do="Choose from these.",
         )
     for values in (cfg.arms, cfg.seeds):
         if not values or len(set(values)) < len(values):

@@ -438,7 +438,7 @@ def nearest_squared(x: Tensor, batches: Iterable[Features], center: Tensor) -> T
     """(N,): squared distance of each row of x to the nearest row of all batches less `center`."""
     nearest = torch.full((len(x),), float("inf"), dtype=torch.float64)
     for batch in batches:
-        batch = finite(torch.as_tensor(batch).double().cpu(), "training features") - center
+        batch = finite(double(batch), "training features") - center
         for part, d in squared_distances(x, batch):
             nearest[part] = torch.minimum(nearest[part], d.min(1).values)
     return nearest

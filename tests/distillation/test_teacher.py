@@ -1,6 +1,7 @@
 """A teacher under its own schedule, and its captions."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from distilling import EPS, stub
 
 from diffusion.schedules import alphas_bar, norm, table_time
 from distill import v_target
+from distillation import teacher as teachers
 from distillation.teacher import Teacher, tap_channels, taps
+from harness.cli import UserError
 from model import PRESETS, UNet
 from objectives import make_objective
 
@@ -92,3 +95,10 @@ def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
     x = teacher.noised(torch.ones_like(eps), eps, t, "noise")
     assert torch.allclose(x / norm(t).view(-1, 1, 1, 1), eps, atol=1e-6)
     assert torch.equal(stub(lambda: None, make_objective("fm")).noised(eps, eps, t, "noise"), eps)
+
+
+def test_a_network_of_another_kind_is_no_teacher(monkeypatch):
+    source = SimpleNamespace(cfg=SimpleNamespace(in_channels=4, out_channels=4), meta={})
+    monkeypatch.setattr(teachers, "open_unet", lambda name: source)
+    with pytest.raises(UserError, match="other.safetensors holds no U-Net"):
+        teachers.describe_teacher("other.safetensors", "fm")
