@@ -94,7 +94,6 @@ class UNetConfig:
 
 # ---- blocks -------------------------------------------------------------------------------------
 
-
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of t (B,) in [0, 1000] -> (B, dim): cos, then sin; frequencies 10000^(-i/half)."""
     half = dim // 2
@@ -296,7 +295,6 @@ class Block(nn.Sequential):
 
 # ---- the network --------------------------------------------------------------------------------
 
-
 class UNet(nn.Module):
     """The U-Net. Names are guided-diffusion's and LDM's: the building order is the file format."""
 
@@ -434,8 +432,8 @@ def check_labels(y: Tensor, B: int, classes: int) -> None:
     if y.device.type == "cpu" and B and not torch.compiler.is_compiling():
         low, high = y.min().item(), y.max().item()
         if low < -1 or high >= classes:
-            wanted = f"0 to {classes - 1}, or -1 = none"
-            raise ValueError(f"y has labels {low} to {high}: wanted {wanted}.")
+            got = f"y has labels {low} to {high}"
+            raise ValueError(f"{got}: wanted 0 to {classes - 1}, or -1 = none.")
 
 
 def num_params(cfg: Any) -> int:
@@ -458,8 +456,7 @@ def network_name(cfg: Any) -> str:
     for name, (_, config) in NETWORKS.items():
         if type(cfg) is config:
             return name
-    kind = type(cfg).__name__
-    raise ValueError(f"no network has a config of type {kind}: add a line to model.NETWORKS.")
+    raise ValueError(f"no network has a {type(cfg).__name__}: add a line to model.NETWORKS.")
 
 
 def build(cfg: Any) -> nn.Module:
@@ -478,7 +475,6 @@ XL = replace(SD, num_head_channels=64, vector_dim=2816, context_dim=2048)
 
 
 def variant(cfg: UNetConfig, mult: tuple, attention: tuple, **changes: Any) -> UNetConfig:
-    """cfg with other levels."""
     return replace(cfg, channel_mult=mult, attention=attention, **changes)
 
 
@@ -551,15 +547,13 @@ def infer_config(state_dict: Mapping[str, Any], **known: Any) -> UNetConfig:
     cfg = UNetConfig(**(seen | given | {"num_heads": 1, "num_head_channels": 0} | fixed))
     D = heads.get("num_head_channels")
     if heads and any((D or C / heads["num_heads"]) != cfg.head_channels(C) for C in cfg.channels):
-        given, own = (" ".join(f"{k} {v}" for k, v in each.items()) for each in (heads, fixed))
-        what = f"{given} was given, but the tensors are {family}'s, which has {own}"
+        what = f"{heads} was given, but the tensors are {family}'s, which has {fixed}"
         raise ValueError(f"{what}.  Leave it out.")
     return replace(cfg, **heads)
 
 
 def shapes_to_fields(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field of UNetConfig that names and shapes determine. Missing and extra tensors are left
-    for a strict load to name."""
+    """What names and shapes determine; a strict load names the tensors that miss or do not fit."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in state_dict:

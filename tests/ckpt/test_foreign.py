@@ -343,7 +343,7 @@ def without(cfg, start):
     (shapes(SMALL), {"num_heads": "4"}, "x.pt: num_heads is '4': wanted whole numbers from 0"),
     (
         shapes(PRESETS["sd15"]), {"num_head_channels": 64},
-        "num_head_channels 64 was given, .* Stable Diffusion 1.x's, which has num_heads 8.  Leave",
+        "'num_head_channels': 64. was given, .* 1.x's, which has .'num_heads': 8.*  Leave it out",
     ),
     (shapes(SMALL), {"num_head_channels": 48, "attention_order": "new"}, "split into heads of 48"),
     (
