@@ -258,8 +258,7 @@ def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: lis
     ]
     lines += [f"  {note}" for note in source.notes]
     if unreadable:
-        bad = [f"{printable(name)} ({why})" for name, why in sorted(source.unreadable.items())]
-        lines.append(f"  unreadable: {first_of(bad, SHOWN_FILES)}")
+        lines.append(unreadable_line(source.unreadable))
     lines += stage_lines
     untagged = int((source.table.lengths()[ds.index] == 0).sum())
     if untagged:
@@ -267,6 +266,12 @@ def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: lis
     tags = [f"{tag} {n:,}" for tag, n in used.most_common()]
     lines.append(f"  tags used: {first_of(tags, SHOWN_TAGS) or 'none'}")
     return "\n".join(lines)
+
+
+def unreadable_line(reasons: dict[str, str]) -> str:
+    """Which images cannot be used, and why each of them."""
+    bad = [f"{printable(name)} ({why})" for name, why in sorted(reasons.items())]
+    return f"  unreadable: {first_of(bad, SHOWN_FILES)}"
 
 
 def first_of(words: Sequence[str], most: int) -> str:

@@ -39,6 +39,7 @@ from data.cache import (
     verify,
     verify_shard,
 )
+from data.dataset import unreadable_line
 from data.images import to_float
 from data.sources import Source, open_source
 from harness.cli import UserError, cli, flag, parse
@@ -383,7 +384,11 @@ def main() -> None:
         images = manifest["plan"]["images"]
         shards = len(manifest["shards"])
         mean, std = manifest["mean"], manifest["std"]
-        print(f"{images:,} images in {shards} shards, mean {mean:.3f}, std {std:.3f}")
+        plural = "" if shards == 1 else "s"
+        print(f"{images:,} images in {shards} shard{plural}, mean {mean:.3f}, std {std:.3f}")
+        unreadable = read_meta(open_weights(Path(cfg.out) / "index.safetensors"))["unreadable"]
+        if unreadable:
+            print(unreadable_line(unreadable))
         print(cfg.out)
 
 

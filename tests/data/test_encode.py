@@ -387,3 +387,18 @@ def test_a_damaged_pca_is_fitted_again_the_same(tmp_path, damage):
     with pytest.raises(UserError, match=message):
         open_cache(str(tmp_path / "c"), 32)
     assert encoded(tmp_path / "c", "pca") == before and verify(tmp_path / "c") == []
+
+
+def test_the_command_says_which_images_it_could_not_read(tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 90, 120)).save(images / f"{i}.png")
+    (images / "broken.png").write_text("no picture")
+    words = ["encode.py", "--data", images, "--out", tmp_path / "cache", "--vae", "pixel"]
+    words += ["--resolution", "32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    encode.main()
+    out = capsys.readouterr().out
+    assert out.startswith("4 images in ")
+    assert "unreadable: broken.png (not PNG, JPEG, WEBP, GIF or BMP)" in out
