@@ -48,7 +48,7 @@ from objectives import Density, Loss, LossType, Objective, Table, Target, Upsamp
 from objectives import make_objective
 from training.checkpoints import load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
-from training.start import check_aligned, check_enlarging, network_config
+from training.start import check_aligned, check_enlarging, check_table, network_config, vae_name
 from training.trainer import Trainer
 from vae import AnyVAE, choose, save_vae, vae_from_meta
 
@@ -176,12 +176,7 @@ def settle(cfg: Any, *words: str) -> Any:
 
 def check_objective(cfg: Config) -> None:
     """Refuse what cannot be trained."""
-    path = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
-    if path and cfg.table not in ("", "gvp"):
-        raise UserError(
-            f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
-            do="Leave it out" + (", or choose --table gvp." if cfg.objective == "fm" else "."),
-        )
+    check_table(cfg)
     try:
         objective_of(cfg)
     except ValueError as error:
@@ -493,12 +488,6 @@ def train(
 def is_due(tr: Trainer, every: int) -> bool:
     """due(), and at the end of the run; 0 = never."""
     return every > 0 and (tr.seen >= tr.cfg.images or due(tr.seen, every, tr.cfg.batch))
-
-
-def vae_name(cfg: Any, run: Path) -> str:
-    """--vae, or "" if the run was begun with the same: what it kept is not looked for again."""
-    kept = (run / "vae.safetensors").exists()
-    return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
 
 
 def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:

@@ -1,13 +1,21 @@
 """What a run starts from: the network that fits its latents, and whether weights fit its flags."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from data.cache import is_cache
 from harness.cli import UserError
+from harness.run import begun_with
 from model import PRESETS
 from objectives import Objective
 from vae import AnyVAE
+
+
+def vae_name(cfg: Any, run: Path) -> str:
+    """--vae, or "" if the run was begun with the same: what it kept is not looked for again."""
+    kept = (run / "vae.safetensors").exists()
+    return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
 
 
 def network_config(
@@ -35,6 +43,17 @@ def network_config(
             do="Choose another, or --upsample psu.",
         )
     return cfg
+
+
+def check_table(cfg: Any) -> None:
+    """Only eps, v and x0 have a noise schedule."""
+    linear = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
+    if not linear or cfg.table in ("", "gvp"):
+        return
+    raise UserError(
+        f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
+        do="Leave it out, or choose --table gvp." if cfg.objective == "fm" else "Leave it out.",
+    )
 
 
 def check_enlarging(cfg: Any) -> None:
