@@ -33,7 +33,7 @@ def context(*packages: str) -> dict[str, Any]:
     command = " ".join(["python", *sys.orig_argv[1:]])
     # A folder of one machine means nothing elsewhere.
     command = re.sub(r" --out[ =]\S+", "", command)
-    return {"command": command, "machine": machine(), **versions(*packages)}
+    return {"command": command, "machine": machine(), **versions(*packages, dirty=True)}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -202,37 +202,64 @@ def run_name(name: str, data: str, *words: str) -> str:
 
 
 @lru_cache
-def versions(*packages: str) -> dict[str, Any]:
-    """Python, torch and the commit of this code, with a hash of uncommitted changes
-    ("" = clean, None = no git). Results of measurements are not code. Packages that are not
-    installed are None."""
-    folder = str(Path(__file__).parent.parent)
+def versions(*packages: str, dirty: bool = False) -> dict[str, Any]:
+    """Python, torch, packages (None = not installed) and the commit of this code (None = no git).
 
-    def git(*args: str) -> str | None:
-        command = ["git", "-c", "safe.directory=*", "-C", folder, *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout
-
-    def installed(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    commit = git("rev-parse", "HEAD")
-    diff = git("diff", "HEAD", "--", ".", ":!benchmarks/results")
+    dirty: also a hash of the uncommitted changes, "" if there are none. Only measurements ask for
+    it, because it runs git, which does what the configuration of the repository says.
+    """
+    folder = Path(__file__).parent.parent
     return {
-        "commit": commit and commit.strip(),
-        "dirty": diff and hashlib.sha256(diff.encode()).hexdigest()[:12],
+        "commit": commit_of(folder),
+        "dirty": uncommitted(folder) if dirty else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             **{package: installed(package) for package in ("numpy", "triton", *packages)},
         },
     }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that is checked out in a folder, read from git's files: git itself would run what
+    the configuration of a stranger's repository names, even of one in a folder above."""
+    git = folder / ".git"
+    try:
+        if git.is_file():  # a work tree beside the repository
+            git = (folder / git.read_text().removeprefix("gitdir:").strip()).resolve()
+        head = (git / "HEAD").read_text().strip()
+        if head.startswith("ref:"):
+            common = git / "commondir"
+            shared = git / common.read_text().strip() if common.is_file() else git
+            head = ref_of(shared, head.removeprefix("ref:").strip())
+    except (OSError, ValueError):
+        return None
+    return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else None
+
+
+def ref_of(git: Path, name: str) -> str:
+    """The commit of a branch: in a file of its own, or packed with others. "" if in neither."""
+    if (git / name).is_file():
+        return (git / name).read_text().strip()
+    lines = (git / "packed-refs").read_text().splitlines()
+    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
+
+
+def uncommitted(folder: Path) -> str | None:
+    """12 digits of a hash of the uncommitted changes; results of measurements do not count."""
+    command = ["git", "-C", str(folder), "diff", "HEAD", "--", ".", ":!benchmarks/results"]
+    try:
+        diff = subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return hashlib.sha256(diff).hexdigest()[:12] if diff else ""
 
 
 # ---- the log ------------------------------------------------------------------------------------

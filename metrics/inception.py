@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from ckpt.hub import resolve
 from harness.cli import UserError, cli, flag, parse
 from harness.files import atomic, make_dir
 from harness.ranks import full_precision
+from metrics.torchscript import read_torchscript
 
 Preproc = Literal["torch", "clean", "tf"]
 SIDE = 299
@@ -378,12 +378,11 @@ def from_torchscript(path: Path, data: bytes, net: FIDInception) -> dict[str, Te
     """TorchScript's tensors, read without running it: groups of weight, beta, mean, var in the
     order the layers are written in."""
     try:
-        # torch.jit is deprecated; the files are what they are.
-        with warnings.catch_warnings(action="ignore"):
-            script = torch.jit.load(BytesIO(data), map_location="cpu").state_dict()
-    except RuntimeError as error:
+        script = read_torchscript(data)
+    except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:100]})", do=f"Get it again: {FETCH}"
+            f"{path} is damaged, or not a plain TorchScript of weights ({error})",
+            do=f"Get it again: {FETCH}",
         ) from None
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in script.items():
