@@ -44,7 +44,7 @@ from diffusion.solvers import norm64, time_grid
 from harness.cli import (
     UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown,
 )
-from harness.files import make_dir
+from harness.files import make_dir, safe_name
 from harness.pictures import save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective, make_objective
@@ -826,7 +826,7 @@ def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
     """Where samples of a file go if nobody says: what it is, its weights, the settings."""
     same = path.name.startswith("diffusion_pytorch_model.")  # all of diffusers' have that name
     stem = path.resolve().parent.name if same else path.stem
-    parts = [str(meta[key]) for key in ("run", "images") if key in meta]
+    parts = [safe_name(meta[key]) for key in ("run", "images") if key in meta]
     return f"samples/{'-'.join([*parts, stem, meta['fingerprint'][:6]])}{settings(cfg)}"
 
 

@@ -275,8 +275,14 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
             f"{root} is a cache of version {version}, wanted {VERSION}", do="Encode it again."
         )
     short = []
-    for shard in manifest["shards"]:
-        file = root / shard["file"]
+    for k, shard in enumerate(manifest["shards"]):
+        file = shard_path(root, k)
+        # A name in a manifest is no path: it could lead out of the folder.
+        if shard["file"] != file.name:
+            raise UserError(
+                f"{root / 'manifest.json'} names shard {k} {shard['file']!r}, wanted {file.name}",
+                do=AGAIN,
+            )
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
             short.append(file.name)
     if short:

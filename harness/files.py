@@ -66,6 +66,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
 
 
+def safe_name(text: Any) -> str:
+    """What a file says of itself, as part of a file's name: letters, digits and ._- only.
+
+    No slash and no leading dot, so that metadata cannot name a place outside a folder.
+    """
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in str(text))
+    return plain.lstrip(".")[:80] or "unnamed"
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file to write in path's place: a reader sees the old file or the new one, never

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import UserError, closest
+from harness.files import safe_name
 from metrics.features import key_of
 
 Card = dict[str, Any]
@@ -26,7 +27,7 @@ SHOWN = 6
 def card_name(card: Card) -> str:
     """The card's own file name: whose weights, the first metric, and a hash of all conditions."""
     subject = card["subject"]
-    parts = [str(subject[key]) for key in ("run", "images", "fingerprint") if subject.get(key)]
+    parts = [safe_name(subject[k]) for k in ("run", "images", "fingerprint") if subject.get(k)]
     stem = "-".join(parts)[:60] or Path(subject.get("fake", "")).stem
     first = next(iter(card["metrics"]))
     conditions = key_of({**card["measured"], **card["sampled"], **subject})

@@ -217,6 +217,29 @@ def errors_without_advice() -> list[str]:
     return found
 
 
+# What could run code out of a file, a name or a string.
+DANGEROUS = {
+    "eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "torch.jit.load", "marshal.loads", "yaml.load", "yaml.unsafe_load", "joblib.load",
+}  # fmt: skip
+DANGEROUS_FLAGS = {("allow_pickle", "True"), ("shell", "True"), ("weights_only", "False")}
+
+
+def dangerous_calls() -> list[str]:
+    """No loader may run anything: no call of DANGEROUS, no keyword of DANGEROUS_FLAGS."""
+    found = []
+    for path in files():
+        if place(path) == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            flags = {(word.arg, ast.unparse(word.value)) for word in node.keywords}
+            if ast.unparse(node.func) in DANGEROUS or flags & DANGEROUS_FLAGS:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node.func)}")
+    return found
+
+
 CHECKS = (
     wide_lines,
     long_functions,
@@ -227,6 +250,7 @@ CHECKS = (
     circles,
     reading_path,
     errors_without_advice,
+    dangerous_calls,
 )
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt.native as native
 import harness.files as files
+import samplers
 from checkpoints import ADM, CFG, TINY, same, save_three, spoil
 from ckpt import (
     convert,
@@ -38,6 +40,7 @@ from conftest import ROOT, randomize
 from harness.cli import UserError
 from harness.files import META, text_meta, write_tensors
 from harness.run import checkpoints
+from metrics import cards
 from model import NETWORKS, PRESETS, UNet, UNetConfig, num_params
 
 
@@ -551,3 +554,15 @@ def test_another_network_saves_loads_strictly_and_is_refused_when_altered(tmp_pa
     spoil(path, "one bit flipped")
     with pytest.raises(UserError, match="do not match their own fingerprint"):
         load_unet(path)
+
+
+@pytest.mark.parametrize("run", ["../../up", "/etc/cron.d/x", "..", ".hidden", "a/b\\c", ""])
+def test_a_name_in_a_file_leads_nowhere_else(run):
+    """What metadata calls its run becomes part of a folder's or a card's name, never a path."""
+    meta = {"run": run, "images": 5, "fingerprint": "0" * 64}
+    folder = samplers.default_folder(samplers.Config(ckpt="x"), Path("m.safetensors"), meta)
+    subject = {"run": run, "fingerprint": "0" * 64}
+    card = {"metrics": {"FD": {}}, "measured": {}, "sampled": {}, "subject": subject}
+    for name, parent in ((folder, "samples"), (cards.card_name(card), "cards")):
+        place = Path(name)
+        assert place.parent == Path(parent) and not place.name.startswith(".")
