@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import harness.run as run_module
 import samplers
 import train
+import training.previews
 from harness.run import checkpoints
 from ckpt import convert, fingerprint, load_unet, save_unet
 from harness.cli import UserError
@@ -421,13 +422,13 @@ def test_every_setting_reaches_what_it_sets(tmp_path, monkeypatch):
         lambda stream, *a, **k: streams.append(stream) or real(stream, *a, **k),
     )
     nets = []
-    monkeypatch.setattr(
-        train,
-        "draw_samples",
-        lambda tr, net, seeds, **how: (
-            nets.append(net) or torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-        ),
-    )
+
+    def draw(tr, net, seeds, **how):
+        nets.append(net)
+        return torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+
+    for module in (train, training.previews):
+        monkeypatch.setattr(module, "draw_samples", draw)
     settings = dict(
         objective="v",
         table="scaled_linear",
