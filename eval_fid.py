@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt.hub import data_from_file
 from data.cache import is_cache
 from data.dataset import Dataset
 from data.images import to_float
@@ -480,7 +481,10 @@ class FID:
 
     def __init__(self, trained: dict[str, Any], name: str, ranks: Ranks):
         self.ranks, self.announced = ranks, False
-        images = open_images(default_ref(trained, name), trained["resolution"])
+        spec = default_ref(trained, name)
+        if is_cache(trained["data"]):  # which says what it was made from
+            data_from_file(spec)
+        images = open_images(spec, trained["resolution"])
         kind = trained["fid_features"]
         if kind == "inception":
             self.extractor = load_inception(device=ranks.device)
@@ -582,7 +586,7 @@ def open_task(cfg: Config, ranks: Ranks) -> Task:
     """Load the checkpoint, open both sets, and refuse sets of two sizes."""
     checkpoint = open_checkpoint(cfg, ranks.device) if cfg.ckpt else None
     trained = checkpoint.trained if checkpoint else {}
-    spec = cfg.ref or default_ref(trained, cfg.ckpt)
+    spec = cfg.ref or data_from_file(default_ref(trained, cfg.ckpt), "--ref")
     holdout = holdout_of(cfg, spec, trained)
     resolution = checkpoint.resolution if checkpoint else cfg.resolution
     specs = [name for name in (spec, cfg.fake) if name and not is_statistics(name)]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights
-from ckpt.hub import origin, resolve
+from ckpt.hub import from_file, origin, resolve
 from ckpt.vaes import OPTIONAL, infer_vae, pick_family, vae_map, vae_part
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, check_shapes, read_meta, write_tensors
@@ -627,7 +627,8 @@ def vae_from_meta(meta: dict[str, Any], where: str = "") -> AnyVAE:
         return linear_from_meta(meta)
     source = where or meta["source"]
     try:
-        vae = load_vae(source, meta["family"], meta["latents"] or None)
+        named = where or from_file(source, "--vae")
+        vae = load_vae(named, meta["family"], meta["latents"] or None)
     except UserError as error:
         raise UserError(
             f"cannot load {meta['name']}, the autoencoder that this belongs to: {error}",

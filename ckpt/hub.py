@@ -2,12 +2,16 @@
 
     resolve("hf:org/name/file@revision")     # the only words that reach the network
     origin(path)                 # {"source": "hf:org/name/file@commit", "sha256": …}
+
+The user says what is fetched; a file does not. A name that stands in somebody's metadata goes
+through from_file() or data_from_file(), and is then looked for in the local cache only.
 """
 
 import contextlib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,50 @@ from harness.cli import UserError
 from harness.files import listed
 
 HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
+# Repositories of weights that the user of this process named; and repositories of data that only a
+# file named, with what else would allow each.
+ASKED: set[str] = set()
+ONLY_CACHED: dict[str, str] = {}
+
+
+def ask(spec: str) -> None:
+    """Note that the user named this, so that what a file says of the same repository is fetched."""
+    if match := HUB.fullmatch(spec):
+        ASKED.add(match[1])
+
+
+def from_file(name: str, flag: str) -> str:
+    """A name of weights that stands in a file, as one that can be loaded without asking the Hub: a
+    local path. `flag` is what would say the same on the command line."""
+    if not name.startswith("hf:"):
+        return str(Path(name).absolute())
+    match = HUB.fullmatch(name)
+    if match and match[1] in ASKED:
+        return name
+    with contextlib.suppress(ImportError, ValueError):
+        import huggingface_hub as hub
+
+        repo, file, revision = match.groups() if match else ("", None, None)
+        found = hub.try_to_load_from_cache(repo, file, revision=revision) if file else None
+        if isinstance(found, str):
+            return found
+    raise UserError(
+        f"{quoted(name)} is named by a file and not by you, so the Hub is not asked for it, and "
+        "the local cache does not have it",
+        do=f"If you trust it, add: {flag} {quoted(name)}",
+    )
+
+
+def data_from_file(spec: str, flag: str = "") -> str:
+    """The same for a data set, DATA or DATA:tags: from here on it comes from the local cache."""
+    if match := re.match(r"hf:([\w.-]+/[\w.-]+)", spec):
+        ONLY_CACHED[match[1]] = f", or add: {flag} {quoted(spec)}" if flag else ""
+    return spec
+
+
+def quoted(name: str) -> str:
+    """A stranger's word as one that can be pasted into a shell, and that no terminal obeys."""
+    return shlex.quote(name if name.isprintable() else ascii(name))
 
 
 def resolve(spec: Path | str) -> Path:
@@ -31,6 +79,7 @@ def resolve(spec: Path | str) -> Path:
             do="Wanted hf:org/name, hf:org/name/file or hf:org/name/file@revision.",
         )
     repo, file, revision = match.groups()
+    ask(str(spec))
     try:
         import huggingface_hub as hub
         import huggingface_hub.errors

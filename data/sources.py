@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data.robohash as robohash
 import data.toyfaces as toyfaces
-from ckpt.hub import HUB, explained
+from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from data.tags import COLUMNS, TABLES, TagTable, printable, read_tags, tags_of
 from harness.cli import UserError
@@ -322,15 +322,22 @@ def fetch_dataset(spec: str) -> Path:
     endings = [*EXTENSIONS, ".parquet", ".txt"]
     patterns = [f"{below}*{e}" for end in endings for e in (end, end.upper())]
     patterns += [f"{below}*{table}" for table in TABLES]
+    how = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    if repo in ONLY_CACHED:
+        how["local_files_only"] = True
     with explained(spec, f"datasets/{repo}"):
         try:
-            root = hub.snapshot_download(
-                repo, repo_type="dataset", revision=revision, allow_patterns=patterns
-            )
+            root = hub.snapshot_download(repo, **how)
         except (OfflineModeIsEnabled, LocalEntryNotFoundError):
             command = f"hf download --repo-type dataset {repo}"
             if revision:
-                command += f" --revision {revision}"
+                command += f" --revision {quoted(revision)}"
+            if repo in ONLY_CACHED:
+                raise UserError(
+                    f"{quoted(spec)} is named by a file and not by you, so the Hub is not asked "
+                    "for it, and the local cache does not have it",
+                    do=f"If you trust it, run: {command}{ONLY_CACHED[repo]}",
+                ) from None
             raise UserError(
                 f"{spec} is not in the local cache, and the Hub cannot be reached "
                 "(offline, or HF_HUB_OFFLINE is set)",

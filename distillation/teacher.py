@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ckpt.containers import open_weights
+from ckpt.hub import data_from_file
 from ckpt.layouts import target_of
 from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.convert import with_table
@@ -270,7 +271,7 @@ def like_the_teacher(cfg: Any, meta: dict[str, Any]) -> Any:
         )
     cfg = replace(
         stage_like(cfg, {} if cfg.data else trained),
-        data=cfg.data or trained.get("data", ""),
+        data=cfg.data or data_from_file(trained.get("data", ""), "--data"),
         resolution=cfg.resolution or resolution,
         classes=cfg.classes or tuple(meta.get("classes", ())),
     )

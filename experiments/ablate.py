@@ -34,6 +34,7 @@ import torch
 
 import distill
 from ckpt import find_checkpoint, load_unet, open_unet
+from ckpt.hub import data_from_file
 from data.cache import is_cache
 from data.dataset import Dataset, open_dataset
 from distillation.assessor import load_assessor
@@ -357,7 +358,7 @@ def ablate(cfg: Config, shared: dict[str, Any], ranks: Ranks) -> Path | None:
 
 def images_of(own: distill.Config) -> Dataset:
     """The images of a run, also where it was trained on their latents."""
-    place = cached_data(own.data) if is_cache(own.data) else own.data
+    place = data_from_file(cached_data(own.data)) if is_cache(own.data) else own.data
     return open_dataset(
         place,
         stage=own.stage,

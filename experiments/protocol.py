@@ -24,6 +24,7 @@ import numpy as np
 import data.robohash as robohash
 import data.toyfaces as toyfaces
 import eval_fid
+from ckpt.hub import data_from_file
 from eval_fid import GROUPS, HELD, Side, default_ref, measure, side
 from harness import record
 from harness.cli import UserError, cli, flag, flag_like, parse
@@ -106,7 +107,7 @@ def read_configs(runs: tuple[str, ...]) -> tuple[str, list[dict[str, Any]]]:
             f"these runs are not of one data set ({', '.join(sorted(specs))})",
             do="Give runs of equal --data, --resolution and --holdout.",
         )
-    return specs.pop(), configs
+    return data_from_file(specs.pop()), configs
 
 
 def open_references(

@@ -33,9 +33,12 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture
 def user(monkeypatch, capsys):
     """user(train.main, "--lr", "x") -> (exit code, stdout, stderr lines), in this process."""
+    from ckpt import hub
     from harness.cli import cli
 
     def run(main, *args):
+        hub.ASKED.clear()  # it begins as a process does
+        hub.ONLY_CACHED.clear()
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
         code = 0
         try:

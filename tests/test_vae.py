@@ -12,7 +12,7 @@ import samplers
 import train
 import vae as vae_py
 from autoencoders import SMALL, images, peer, relative, saved, small
-from ckpt import save_unet
+from ckpt import hub, save_unet
 from conftest import ROOT, randomize
 from data import robohash
 from data.dataset import open_dataset
@@ -535,6 +535,7 @@ def test_names_on_the_hub(monkeypatch, tmp_path):
     place = "hf:org/name/f.safetensors@0123"
     assert asked == [FAMILIES["flux2"].hub] and net.latents == "packed128"
     assert net.meta()["source"] == place
+    hub.ask(place)
     assert vae_from_meta(net.meta()).meta() == net.meta() and asked[1] == place
 
 

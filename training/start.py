@@ -4,16 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckpt.hub import ask
 from data.cache import is_cache
 from harness.cli import UserError
 from harness.run import begun_with
 from model import PRESETS
 from objectives import Objective
-from vae import AnyVAE
+from vae import AnyVAE, read_name
 
 
 def vae_name(cfg: Any, run: Path) -> str:
-    """--vae, or "" if the run was begun with the same: what it kept is not looked for again."""
+    """--vae, or "" if the run was begun with the same: what it kept is not looked for again.
+
+    Every rank calls: what is named here may then be fetched, also where a file names it.
+    """
+    ask(read_name(cfg.vae, None, None)[0])
     kept = (run / "vae.safetensors").exists()
     return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
 
