@@ -327,8 +327,7 @@ def assemble(
     not the trainer itself: in a cycle it would hold on to the folder's lock.
     """
     run, held = Path(cfg.out) / cfg.name, None
-    kept = cfg.keep + (cfg.images // cfg.keep_every if cfg.keep_every else 0)
-    check_disk(run, net, len(cfg.ema), kept)
+    check_disk(run, net, cfg)
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)

@@ -36,7 +36,7 @@ from harness.cli import UserError
 from harness.files import (
     META, Container, fingerprint, fsync, listed, read_meta, write_tensors,
 )
-from harness.run import checkpoints
+from harness.run import checkpoints, sweep
 from kernels.dispatch import reference
 from model import NETWORKS, build, network_name
 from objectives import Objective
@@ -128,7 +128,8 @@ def save_checkpoint(
     keep_every: int,
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it into place, then remove those that are
-    no longer kept: all but the last `keep` and the multiples of keep_every."""
+    no longer kept: all but the last `keep`, and the first at or after each multiple of keep_every.
+    """
     final = run / "ckpt" / f"{images:012d}"
     temporary = final.with_name(final.name + ".tmp")
     sweep(run)
@@ -142,8 +143,9 @@ def save_checkpoint(
     write_tensors(temporary / "state.safetensors", state, state_meta)
     os.replace(temporary, final)
     fsync(final.parent)
+    milestones = firsts(checkpoints(run), keep_every)
     for old in checkpoints(run)[:-keep]:
-        if keep_every and int(old.name) % keep_every == 0:
+        if old in milestones:
             continue
         trash = old.with_name(old.name + ".old")
         os.replace(old, trash)  # a kill in rmtree leaves no numbered half
@@ -151,12 +153,14 @@ def save_checkpoint(
     return final
 
 
-def sweep(run: Path) -> None:
-    """Remove what a kill in mid-save left behind: only names that save_checkpoint uses before and
-    after."""
-    for leftover in (run / "ckpt").glob("*"):
-        if re.fullmatch(r"\d{12}\.(tmp|old)", leftover.name):
-            shutil.rmtree(leftover)
+def firsts(found: list[Path], every: int) -> list[Path]:
+    """Of checkpoints, oldest first, those that are the first at or after a multiple of `every`;
+    0 = none. A multiple need not be one of the batch."""
+    if not every:
+        return []
+    counts = [0, *(int(path.name) // every for path in found)]
+    crossed = zip(found, counts[1:], counts[:-1])
+    return [path for path, now, before in crossed if now > before or int(path.name) == 0]
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -118,8 +118,10 @@ def rescaled(
     x0: Tensor, conditional: Tensor, x: Tensor, t: Tensor, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's standard deviation of x0 drawn back, by `share`, to the conditional one's (Lin
-    et al. 2023, eq. 15-16): (x0, eps, u) on the line from x0 through x."""
+    et al. 2023, eq. 15-16): (x0, eps, u) on the line from x0 through x. An x0 without any spread
+    has none to draw back, and stays."""
     ratio = conditional.flatten(1).std(1) / x0.flatten(1).std(1)
+    ratio = torch.where(ratio.isfinite(), ratio, torch.ones_like(ratio))
     x0 = share * ratio.view(-1, 1, 1, 1) * x0 + (1 - share) * x0
     u = (x - x0) / t.view(-1, 1, 1, 1).clamp(min=1e-5)
     return x0, x0 + u, u

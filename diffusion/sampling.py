@@ -6,8 +6,10 @@
 Nothing here knows networks: predict(x, t (B,), **cond) -> (x0, eps, u) on the linear path.
 """
 
+from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,15 +28,29 @@ class Sample(NamedTuple):
     nfe_each: Tensor  # (B,) of them, how many each sample took part in (dopri5 retires rows early)
 
 
-def generators(seeds: list[int]) -> list[torch.Generator]:
+# torch's CPU generator looks at the low 32 bits of a seed only; NumPy's takes all of a larger one.
+Random = torch.Generator | np.random.Generator
+
+
+def generators(seeds: list[int]) -> list[Random]:
     """One CPU generator a sample, so that image i does not depend on its batch, rank or device."""
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return [generator(int(seed)) for seed in seeds]
 
 
-def draw(gens: list[torch.Generator], like: Tensor) -> Tensor:
+def generator(seed: int) -> Random:
+    return np.random.default_rng(seed) if seed >> 32 else torch.Generator().manual_seed(seed)
+
+
+def draw(gens: list[Random], like: Tensor) -> Tensor:
     """The next unit noise of each generator: (B, C, H, W) in like's shape (from dim 1), dtype and
     device."""
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in gens]).to(like)
+    return torch.stack([unit_noise(like.shape[1:], g) for g in gens]).to(like)
+
+
+def unit_noise(shape: Sequence[int], g: Random) -> Tensor:
+    if isinstance(g, torch.Generator):
+        return torch.randn(shape, generator=g)
+    return torch.from_numpy(g.standard_normal(tuple(shape), dtype=np.float32))
 
 
 @torch.no_grad()

@@ -84,18 +84,38 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     try:
-        yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # on an error; a disk may be full because of it
     fsync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the file system says which file it is about, where it has no name of its own or
+    that of a temporary file: "No space left on device" of a write() has none."""
+    try:
+        yield
+    except OSError as error:
+        nameless = error.filename is None or str(error.filename) == str(temporary_name(path))
+        if error.errno and nameless:
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text)
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON in which NaN and infinity, which it does not have, are null."""
+    loose = json.dumps(value)
+    return json.dumps(json.loads(loose, parse_constant=lambda name: None), indent=indent)
 
 
 def raw_bytes(tensor: Tensor) -> Any:
@@ -289,7 +309,7 @@ def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         data = torch.frombuffer(pages, dtype=torch.uint8)
     view, done = memoryview(data.numpy()), 0
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         file.seek(start)
         while done < len(view):  # a read returns at most 2 GiB
             n = file.readinto(view[done:])

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.cli import UserError, flag
-from harness.files import write_text
+from harness.files import naming, safe_name, strict_json, write_text
 from harness.ranks import Ranks, device_name
 
 # Of the loss by time in the log.
@@ -55,7 +56,9 @@ class Run:
         "inception", "FD-pca is instant, needs no weights"
     )
     keep: int = flag(2, "newest checkpoints kept", low=1, high=1e6)
-    keep_every: int = flag(0, "images; keeps also checkpoints at its multiples", low=0, high=1e12)
+    keep_every: int = flag(
+        0, "images; keeps also the first checkpoint at or after each multiple", low=0, high=1e12
+    )
     workers: int = flag(
         -1,
         "loader processes; -1 = none for data in memory on a CPU, else up to 8",
@@ -117,7 +120,8 @@ def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> No
 
 
 def lock(run: Path) -> IO[str]:
-    """Hold a run's folder for this process; the kernel lets go when it ends, however it ends."""
+    """Hold a run's folder for this process, and sweep it; the kernel lets go when it ends, however
+    it ends."""
     handle = open(run / ".lock", "a")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,25 +129,64 @@ def lock(run: Path) -> IO[str]:
         raise UserError(
             f"another process is writing to {run}", do="Wait for it, or give this one its own name."
         ) from None
+    sweep(run)
     return handle
 
 
-def check_disk(run: Path, net: torch.nn.Module, emas: int, kept: int) -> None:
-    """Refuse a run whose checkpoints cannot fit: `kept` of them, and one more while it is written.
+def check_disk(run: Path, net: torch.nn.Module, cfg: Any) -> None:
+    """Refuse a run whose checkpoints cannot fit: those that it keeps, and one more while it is
+    written.
 
-    Weights and EMAs are 4 bytes a parameter, AdamW's state 8.
+    Weights and EMAs are 4 bytes a parameter, AdamW's state 8. cfg: keep, keep_every, images, ema.
     """
     params = sum(p.numel() for p in net.parameters())
-    each = params * 4 * (1 + emas + 2)
-    count = kept + 1 - len(checkpoints(run))
+    each = params * 4 * (1 + len(cfg.ema) + 2)
+    milestones = cfg.images // cfg.keep_every if cfg.keep_every else 0
+    there = len(checkpoints(run))
+    # An old one goes when a new one is whole, so there is always one to come.
+    count = max(cfg.keep + milestones + 1 - there, 1)
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if each * count > free:
-        raise UserError(
-            f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free",
-            do="Lower --keep, drop --ema widths, or give another --out.",
-        )
+    # What a kill left behind goes before anything is written.
+    free = shutil.disk_usage(existing).free + sum(map(size_of, leftovers(run)))
+    if each * count <= free:
+        return
+    lacking = f"{(each * count - free) / 1e9:.2f} GB"
+    ways = [f"Make {lacking} free"]
+    fewer = free // each + there - milestones - 1
+    if free >= each and 1 <= fewer < cfg.keep:
+        ways.append(f"give --keep {fewer}")
+    if milestones and each * max(cfg.keep + 1 - there, 1) <= free:
+        ways.append("leave --keep-every out")
+    if not (run / "config.json").exists():  # else it goes on only where and as it is
+        if cfg.ema:
+            ways.append("drop --ema widths")
+        ways.append("give another --out")
+    raise UserError(
+        f"{run}: {count} checkpoints of {each / 1e9:.2f} GB need {each * count / 1e9:.2f} GB, "
+        f"{free / 1e9:.2f} GB are free",
+        do=f"{', or '.join(ways)}.",
+    )
+
+
+def leftovers(run: Path) -> list[Path]:
+    """What a kill in mid-save left in a run: only names that ckpt.save_checkpoint uses before and
+    after."""
+    names = (run / "ckpt").glob("*")
+    return [path for path in names if re.fullmatch(r"\d{12}\.(tmp|old)", path.name)]
+
+
+def sweep(run: Path) -> None:
+    """Remove what a kill left behind; only for who holds the run's lock."""
+    for path in leftovers(run):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes that removing a folder sets free."""
+    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -267,8 +310,9 @@ def uncommitted(folder: Path) -> str | None:
 
 def append(run: Path, row: dict[str, Any]) -> None:
     """One JSON line at the end of a run's log."""
-    with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = run / "log.jsonl"
+    with naming(path), open(path, "a") as file:
+        file.write(strict_json(row) + "\n")
 
 
 def complete_lines(path: Path) -> list[str]:
@@ -349,9 +393,23 @@ def open_mirror(
     import wandb
 
     wandb.init(
-        project="twinpath", name=run.name, dir=str(run), config=config, id=run.name, resume="allow"
+        project="twinpath",
+        name=run.name,
+        dir=str(run),
+        config=config,
+        id=wandb_id(run, seen),
+        resume="allow",
     )
     return lambda values, images: wandb.log(values, step=images)
+
+
+def wandb_id(run: Path, seen: int) -> str:
+    """What W&B knows a run by: drawn once and kept in its folder, so that it moves with it, and two
+    folders of one name are two runs. A run that was begun before has its name."""
+    path = run / "wandb-id"
+    if not path.exists() and not seen:
+        write_text(path, f"{safe_name(run.name)}-{uuid.uuid4().hex[:8]}\n")
+    return path.read_text().strip() if path.exists() else run.name
 
 
 class Meter:

@@ -137,6 +137,15 @@ def test_the_last_ones_and_every_multiple_are_kept(net, tmp_path):
     assert load_unet(tmp_path / "ckpt/000000000400/model.safetensors")[1]["ema"] is None
 
 
+def test_the_first_checkpoint_at_or_after_each_multiple_is_kept_whatever_the_batch(net, tmp_path):
+    steps = range(96, 1200, 96)
+    save_three(tmp_path, net, keep=1, keep_every=250, images=steps)
+    kept = [int(p.name) for p in checkpoints(tmp_path)]
+    assert kept == [288, 576, 768, 1056, 1152]
+    save_three(tmp_path / "b", net, keep=1, keep_every=40, images=(96, 192, 288))
+    assert len(checkpoints(tmp_path / "b")) == 3  # several multiples between two
+
+
 def test_a_kill_in_mid_save_leaves_the_last_good_one(net, tmp_path, monkeypatch):
     save_three(tmp_path, net, keep=2, images=(100,))
 

@@ -11,6 +11,7 @@ from scipy import integrate
 
 from fields import delta, exact, gaussian, mixture, noise, triple, rows_grid
 from diffusion.schedules import T, alphas_bar, norm, table_row, table_time
+from diffusion.guidance import guided
 from objectives import make_objective
 from samplers import draw, generators, sample
 from diffusion.solvers import DOPRI_A, METHODS, log_snr, norm64, table_rows, time_grid
@@ -1032,3 +1033,39 @@ def test_every_method_is_one_small_function():
         and np.isfinite(log_snr(1e-300))
     )
     assert float(table_time("linear", torch.tensor(0))) > 0
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**32 + 7, 2**40, 2**63 - 1])
+def test_large_seeds_are_seeds_of_their_own(seed):
+    like = torch.empty(1, 4, 8, 8)
+    own, low = draw(generators([seed, seed % 2**32]), like)
+    assert torch.equal(own, draw(generators([seed]), like)[0])
+    assert own.dtype == torch.float32 and not torch.equal(own, low)
+    many = draw(generators(list(range(seed - 200, seed + 1))), torch.empty(1, 64))
+    assert len({tuple(row.tolist()) for row in many}) == 201
+
+
+def test_noise_of_large_seeds_is_unit_noise_and_of_small_ones_torchs():
+    x = draw(generators(list(range(2**32, 2**32 + 400))), torch.empty(1, 3, 16, 16))
+    assert abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01
+    gens = generators([2**32 - 1])
+    want = torch.Generator().manual_seed(2**32 - 1)
+    for _ in range(2):  # the second draw is the first step's
+        assert torch.equal(draw(gens, x)[0], torch.randn(3, 16, 16, generator=want))
+
+
+def test_rescaling_an_x0_without_spread_leaves_it_as_it_is():
+    """An x0 network that says 0 has nothing to draw back."""
+    objective, x = make_objective("x0"), draw(generators([0, 1]), torch.empty(1, 4, 8, 8))
+
+    def constant(value):
+        return lambda x, k, y=None, **cond: torch.full_like(x, value)
+
+    for value in (0.0, 0.5):
+        plain, drawn_back = (
+            guided(objective, constant(value), 3.0, rescale=share) for share in (0.0, 0.7)
+        )
+        cond = {"y": torch.tensor([0, 1])}
+        how = {"steps": 4, "t_start": objective.t_max, "cond": cond}
+        outs = [sample(p, objective.prior(x), **how).x for p in (plain, drawn_back)]
+        assert outs[1].isfinite().all() and torch.allclose(*outs, atol=1e-6)

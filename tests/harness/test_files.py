@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import ckpt.containers as containers
 import harness.files as files
 from ckpt import fingerprint, load_unet, save_unet
-from harness.cli import UserError
+from harness.cli import UserError, explain
 from conftest import randomize
 from ckpt.convert import inspect
 from harness.files import META, read_meta, stream_tensors, write_tensors
@@ -133,6 +133,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path):
             lambda name: torch.ones(2, dtype=torch.float64),
         )
     assert (tmp_path / "x").read_bytes() == before and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("name", [None, "the temporary file"])
+def test_no_space_left_says_for_which_file(tmp_path, name):
+    """A write() that fails has no name; an open() that fails, that of a file nobody knows."""
+    path = tmp_path / "card.json"
+    with pytest.raises(OSError) as error, files.atomic(path) as temporary:
+        raise OSError(28, "No space left on device", temporary if name else None)
+    assert explain(error.value) == f"{path}: No space left on device."
+    with pytest.raises(OSError) as error, files.atomic(path):
+        raise OSError(2, "No such file or directory", "other.png")
+    assert error.value.filename == "other.png"
 
 
 def test_a_writer_never_touches_another_file_and_may_be_refused(tmp_path, monkeypatch):

@@ -1,24 +1,32 @@
 """A run's folder and log: what a kill leaves behind, what another process may not touch."""
 
+import errno
 import json
+import math
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from harness.cli import UserError, flag
 from harness.ranks import Ranks
+from harness import run as run_module
 from harness.run import (
     TIME_BINS,
     Log,
     Meter,
+    append,
     begun_with,
     check_config,
+    check_disk,
     check_mirrors,
     checkpoints,
     find_fine,
     images_seen,
     lock,
+    open_mirror,
     read_config,
     run_name,
 )
@@ -141,3 +149,98 @@ def test_the_meter_keeps_the_loss_by_time_through_a_resume():
     other.add(t, loss * float("nan"))
     other.drop_nonfinite()
     assert other.read()["loss"] is None
+
+
+def test_the_log_is_strict_json_whatever_is_measured(tmp_path):
+    row = {"event": "held-out", "loss": math.nan, "loss_by_t": [1.5, math.inf, {"x": -math.inf}]}
+    append(tmp_path, {**row, "n": 3, "of": "NaN"})
+    written = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert written["loss"] is None and written["loss_by_t"] == [1.5, None, {"x": None}]
+    assert written["of"] == "NaN" and written["n"] == 3
+
+
+def test_an_error_of_the_log_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "strict_json", full)
+    with pytest.raises(OSError) as error:
+        append(tmp_path, {})
+    assert error.value.filename == str(tmp_path / "log.jsonl")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def disk(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def flags(**more):
+    return SimpleNamespace(**{"keep": 3, "keep_every": 0, "images": 100, "ema": (0.05,), **more})
+
+
+def test_a_new_run_that_cannot_fit_is_told_what_would(tmp_path, monkeypatch):
+    net = torch.nn.Linear(1000, 250, bias=False)  # 4 MB a checkpoint
+    disk(monkeypatch, 16 * 10**6)
+    check_disk(tmp_path / "r", net, flags())
+    disk(monkeypatch, 9 * 10**6)
+    with pytest.raises(UserError) as error:
+        check_disk(tmp_path / "r", net, flags())
+    assert "Make 0.01 GB free, or give --keep 1, or drop --ema" in str(error.value)
+    check_disk(tmp_path / "r", net, flags(keep=1))
+    disk(monkeypatch, 5 * 10**6)
+    with pytest.raises(UserError) as error:
+        check_disk(tmp_path / "r", net, flags(ema=()))
+    assert "--keep" not in str(error.value) and "--ema" not in str(error.value)
+    disk(monkeypatch, 9 * 10**6)
+    with pytest.raises(UserError, match="or leave --keep-every out"):
+        check_disk(tmp_path / "r", net, flags(keep=1, keep_every=10))
+
+
+def test_a_run_that_has_begun_is_told_only_what_it_can_still_change(tmp_path, monkeypatch):
+    net = torch.nn.Linear(1000, 250, bias=False)
+    run = begin(tmp_path / "r")
+    for images in (100, 200):
+        (run / f"ckpt/{images:012d}").mkdir(parents=True)
+    disk(monkeypatch, 3 * 10**6)
+    with pytest.raises(UserError) as error:
+        check_disk(run, net, flags(keep=1))
+    assert "1 checkpoints of 0.00 GB need" in str(error.value)  # the old ones go when it is whole
+    assert str(error.value).endswith("Make 0.00 GB free.")
+
+
+def test_what_a_full_disk_left_behind_counts_as_free_and_is_swept_by_who_holds_the_run(
+    tmp_path, monkeypatch
+):
+    net = torch.nn.Linear(1000, 250, bias=False)
+    run = begin(tmp_path / "r")
+    half = run / "ckpt/000000000300.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"x" * 3_000_000)
+    disk(monkeypatch, 5_100_000)
+    check_disk(run, net, flags(keep=1))
+    with pytest.raises(UserError, match="GB are free"):
+        check_disk(tmp_path / "s", net, flags(keep=1))
+    handle = lock(run)
+    assert not half.exists()
+    half.mkdir()
+    with pytest.raises(UserError, match="another process"):
+        lock(run)
+    assert half.exists()  # it may be the other's, who is writing
+    handle.close()
+
+
+def test_two_folders_of_one_name_are_two_runs_of_wandb_and_a_moved_one_is_the_same(
+    tmp_path, monkeypatch
+):
+    ids = []
+    wandb = SimpleNamespace(init=lambda **how: ids.append(how["id"]), log=lambda *a, **k: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for out in ("a", "b"):
+        (tmp_path / out / "r#1").mkdir(parents=True)
+        open_mirror("wandb", tmp_path / out / "r#1", {}, 0)
+    (tmp_path / "a/r#1").rename(tmp_path / "a/moved")
+    open_mirror("wandb", tmp_path / "a/moved", {}, 64)
+    assert ids[0] == ids[2] != ids[1] and not set("/\\#?%:") & set("".join(ids))
+    (tmp_path / "old").mkdir()
+    open_mirror("wandb", tmp_path / "old", {}, 64)
+    assert ids[3] == "old"  # begun when the name was the id
