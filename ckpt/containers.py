@@ -224,16 +224,8 @@ def tensors_in(value: Any) -> int:
 
 def open_shards(index: Path) -> Container:
     """Several files as one. Each shard must hold exactly the keys that the index gives it."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-        if not all(Path(f).name == f for f in files):
-            raise ValueError("shards must lie beside the index")
-        if any(INDEX.search(f) for f in files):
-            raise ValueError("a shard is a weight file, not an index")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        what = f"{index} is not an index of shards ({type(error).__name__}: {error})"
-        raise UserError(what, do="Copy it again.") from None
+    weight_map = read_index(index)
+    files = sorted(set(weight_map.values()))
     table, meta, kind = {}, {}, ""
     for file in files:
         if not (index.parent / file).is_file():
@@ -258,6 +250,21 @@ def open_shards(index: Path) -> Container:
         meta.update(shard.meta)
         kind = shard.kind
     return Container(index, f"{len(files)} {kind} shards", table, meta)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """{tensor: file beside the index}. A name in it is no path: it leads nowhere else."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = set(weight_map.values())
+        if not all(Path(f).name == f != ".." and f.isprintable() for f in files):
+            raise ValueError("shards must lie beside the index")
+        if any(INDEX.search(f) for f in files):
+            raise ValueError("a shard is a weight file, not an index")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        what = f"{index} is not an index of shards ({type(error).__name__}: {error})"
+        raise UserError(what, do="Copy it again.") from None
+    return weight_map
 
 
 def weights_in(folder: Path) -> Path | None:

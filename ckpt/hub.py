@@ -9,14 +9,13 @@ through from_file() or data_from_file(), and is then looked for in the local cac
 
 import contextlib
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ckpt.containers import INDEX, USUAL, WEIGHTS
+from ckpt.containers import INDEX, USUAL, WEIGHTS, read_index
 from harness.cli import UserError
 from harness.files import listed
 
@@ -106,7 +105,7 @@ def resolve(spec: Path | str) -> Path:
             with contextlib.suppress(hub.errors.EntryNotFoundError):
                 get(beside)
         if INDEX.search(file):
-            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            for shard in sorted(set(read_index(path).values())):
                 get(f"{folder}/{shard}".lstrip("/"))
     return path
 

@@ -19,6 +19,7 @@ import csv
 import fnmatch
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -300,7 +301,7 @@ def read_tags(
         rows = csv_rows if table.suffix == ".csv" else json_rows
         for number, row in rows(table):
             try:
-                key = str((table.parent / row["file_name"]).relative_to(root))
+                key = image_key(root, table, row["file_name"])
                 column = next((c for c in COLUMNS if c in row), "tags")
                 tags[key] = tags_of(row[column])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -322,6 +323,15 @@ def read_tags(
         if sidecar in sidecars:
             tags[name] = split_tags(read_text(root / sidecar))
     return tags
+
+
+def image_key(root: Path, table: Path, name: str) -> str:
+    """The image that a table names, relative to root. It lies below the table's own folder: a name
+    in a file leads nowhere else."""
+    inner = Path(os.path.normpath(name))
+    if inner.parts[:1] == ("..",):
+        raise ValueError("it leads out of the folder")
+    return str((table.parent / inner).relative_to(root))
 
 
 def tags_of(value: object) -> tuple[str, ...]:

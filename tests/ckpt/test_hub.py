@@ -1,5 +1,6 @@
 """What a file names is not what the user named: the Hub is asked for the second only."""
 
+import json
 import re
 import shlex
 import types
@@ -98,6 +99,24 @@ def test_no_spelling_in_a_file_reaches_the_hub(remote, source):
     with pytest.raises(UserError) as caught:
         vae_from_meta(meta)
     assert remote.asked == ["org/name"] and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shard", ["../up.safetensors", "/etc/passwd", "a/b.bin", "..", "a\nb", 7])
+def test_an_index_on_the_hub_names_files_beside_it_only(remote, monkeypatch, tmp_path, shard):
+    import huggingface_hub
+
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    asked = []
+
+    def download(repo, name, revision=None):
+        asked.append(name)
+        return str(index)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match="is not an index of shards"):
+        hub.resolve(f"hf:org/name/{index.name}")
+    assert asked == [index.name]
 
 
 def test_a_run_goes_on_where_its_autoencoder_is_typed_again(remote, tmp_path, user):

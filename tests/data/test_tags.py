@@ -246,6 +246,21 @@ def test_tags_from_csv(tmp_path):
         open_dataset(str(tmp_path), resolution=8)
 
 
+def test_a_table_speaks_of_its_own_folder_only(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "x.png")
+    table = tmp_path / "a/metadata.jsonl"
+    for name, tags in (("x.png", ("t",)), ("./x.png", ("t",)), ("c/../x.png", ("t",))):
+        table.write_text(json.dumps({"file_name": name, "tags": "t"}))
+        ds = open_dataset(str(tmp_path), resolution=8, holdout=0)
+        assert ds.source.tags == [tags, ()]
+    for name in ("../b/x.png", "..", "c/../../b/x.png", "/etc/passwd", 7):
+        table.write_text(json.dumps({"file_name": name, "tags": "t"}))
+        with pytest.raises(UserError, match="metadata.jsonl:1: wanted a .file_name. below"):
+            open_dataset(str(tmp_path), resolution=8)
+
+
 @pytest.mark.parametrize("block", [2**17, 2, 1])
 def test_a_tag_table_is_its_lists_and_counts_as_they_do(monkeypatch, block):
     monkeypatch.setattr("data.tags.BLOCK", block)
