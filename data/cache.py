@@ -253,11 +253,12 @@ def open_cache(
     box = open_weights(root / "index.safetensors")
     meta = read_meta(box)
     index = {name: box[name].numpy() for name in box}
+    tags = TagTable(meta["vocabulary"], index["tag_starts"], index["tag_ids"])
     return LatentSource(
         root=root,
         manifest=manifest,
         names=Names(index["names"], index["name_ends"]),
-        tags=TagTable(meta["vocabulary"], index["tag_starts"], index["tag_ids"]),
+        tags=tags.of_one_form(),
         held=index["held"].astype(np.uint32),
         first=index["first"],
         resolution=resolution,

@@ -195,6 +195,12 @@ def open_dataset(
     held = source.held < holdout * 2**32
     heldout = Dataset(source, np.flatnonzero(inside & held))
     ds = Dataset(source, np.flatnonzero(inside & ~held), heldout)
+    if not len(ds) and len(heldout):
+        raise UserError(
+            f"stage={stage} of {spec}: all {len(heldout)} images are held out, so that none is "
+            "left to train on",
+            do="Add images, or give --holdout 0: which are held out follows from their names.",
+        )
     if not len(ds):
         raise UserError(
             f"stage={stage} of {spec} has no images to train on "

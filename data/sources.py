@@ -32,11 +32,16 @@ import data.robohash as robohash
 import data.toyfaces as toyfaces
 from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
-from data.tags import COLUMNS, TABLES, TagTable, printable, read_tags, tags_of
+from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
+from data.tags import read_tags, tags_of
 from harness.cli import UserError
 
 IN_MEMORY = 2_000_000_000  # bytes of decoded pixels kept; larger sets are decoded again when used
 AT_A_TIME = 1024  # images that are handed to the threads; they accept any number, memory does not
+# Folders that systems, cameras and network drives make for themselves; what begins with a dot is
+# of that kind too.
+GENERATED = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found"}
+GENERATED |= {"System Volume Information", "@tmp", "@Recycle", "@Recently-Snapshot", "__pycache__"}
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 # Text, and lists of it, as Arrow spells its types.
 TEXT = r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*>"
@@ -57,6 +62,9 @@ class Source:
     hash: str  # of names, tags and contents
     crop: str = "center"  # "random": strips are longer than a square, for positions to choose from
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tags = [of_one_form(tags) for tags in self.tags]
 
     @cached_property
     def table(self) -> TagTable:
@@ -181,6 +189,7 @@ class Found:
     parquet: list[Path] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)  # files, and folders that are not entered
     unusable: dict[str, str] = field(default_factory=dict)  # name -> why
 
     def add(self, path: Path, name: str) -> None:
@@ -212,15 +221,21 @@ class Found:
 
 
 def find_files(root: Path) -> Found:
-    """Everything below a folder. Links are followed; a folder that is reached twice, or contains
-    itself, is read once."""
+    """Everything below a folder but what is hidden. Links are followed; a folder that is reached
+    twice, or contains itself, is read once."""
     found, visited = Found(), {os.path.realpath(root)}
 
     def locked(error: OSError) -> None:
         found.unusable[os.path.relpath(error.filename, root)] = f"a folder: {error.strerror}"
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=locked):
-        folders.sort()
+        hidden = {name for name in folders if name[0] == "." or name in GENERATED}
+        hidden_files = {name for name in files if name[0] == "."}
+        found.hidden += [
+            os.path.relpath(os.path.join(folder, name), root) for name in hidden | hidden_files
+        ]
+        folders[:] = sorted(set(folders) - hidden)
+        files = [name for name in files if name not in hidden_files]
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
         folders[:] = [name for name in folders if real[name] not in visited]
         visited.update(real.values())
@@ -236,6 +251,7 @@ def unused(found: Found, more: dict[str, Iterable[str]]) -> list[str]:
     """A line for each kind of file that is not used, and no image."""
     kinds = {
         "archives, not opened: unpack them": found.archives,
+        "hidden files and folders, or generated ones, not read": found.hidden,
         "other files, no images by name or, without an ending, by content": found.others,
         **more,
     }
@@ -250,14 +266,15 @@ def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
     """A folder of images with their tags beside them."""
     names = found.names
     everything = [*names, *found.unusable]
-    sidecars = {str(Path(name).with_suffix(".txt")) for name in everything}
+    sidecars = Spellings(str(Path(name).with_suffix(".txt")) for name in everything)
     parquet = {str(path.relative_to(root)) for path in found.parquet}
     notes = unused(
         found,
         {
             "parquet files beside images, not read": parquet,
-            "text files of no image's name (the tags of a.png lie in a.txt)": found.texts
-            - sidecars,
+            "text files of no image's name (the tags of a.png lie in a.txt)": [
+                name for name in found.texts if not sidecars.find(name)
+            ],
         },
     )
     if not names:
@@ -449,6 +466,11 @@ def row_tags(name: str, column: str | None, value: Any) -> tuple[str, ...]:
 
 def columns_of(path: Path, schema: Any) -> tuple[str, str | None, str]:
     """The column of images, that of tags, and what is to be said about it."""
+    twice = [name for name in schema.names if schema.names.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"{path}: two columns are named {twice[0]}", do="Rename or drop one of them."
+        )
     types = {name: str(schema.field(name).type) for name in schema.names}
     images = [name for name, kind in types.items() if holds_bytes(kind)]
     if len(images) != 1 and "image" not in images:
@@ -494,7 +516,7 @@ class ParquetRows:
             raise BadImage(group)
         value = group[row - first].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None:
+        if not isinstance(data, bytes):
             raise BadImage("no bytes in this row")
         return read_strip(data, self.resolution, self.wide)
 

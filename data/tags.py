@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ class TagTable(Sequence):
         ids = [number.setdefault(tag, len(number)) for tags in lists for tag in tags]
         starts = np.cumsum([0, *map(len, lists)])
         return cls(list(number), starts, np.array(ids, dtype=np.int32))
+
+    def of_one_form(self) -> "TagTable":
+        """The same tags as they are compared."""
+        if all(tag == one_form(tag) for tag in self.vocabulary):
+            return self
+        return TagTable.of([of_one_form(tags) for tags in self])
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -93,16 +100,32 @@ class TagTable(Sequence):
         return out
 
 
-def normalize_tag(tag: str) -> str:
-    """One spelling of a booru tag: 'Albedo_\\(Overlord\\)' -> 'albedo (overlord)'."""
+def one_form(text: str) -> str:
+    """Text as it is compared: "é" is one character or two, and Unicode's NFC is the one."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def one_spelling(tag: str) -> str:
+    """Of a booru tag: 'Albedo_\\(Overlord\\)' -> 'albedo (overlord)'."""
     unescaped = re.sub(r"\\([()])", r"\1", tag)
     return re.sub(r"\s+", " ", unescaped.replace("_", " ")).strip().lower()
 
 
+def normalize_tag(tag: str) -> str:
+    """A tag as it is compared."""
+    return one_form(one_spelling(tag))
+
+
 def split_tags(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Comma-separated text, or a list, to normalized tags in order, without repeats."""
+    """Comma-separated text, or a list, to tags of one spelling in order, without repeats. Not yet
+    of one form: the hash of a data set, by which runs know it, is of these."""
     parts = text.split(",") if isinstance(text, str) else text
-    return tuple(dict.fromkeys(t for t in map(normalize_tag, parts) if t))
+    return tuple(dict.fromkeys(t for t in map(one_spelling, parts) if t))
+
+
+def of_one_form(tags: tuple[str, ...]) -> tuple[str, ...]:
+    """Tags as they are compared, without the repeats that this makes."""
+    return tags if all(map(str.isascii, tags)) else tuple(dict.fromkeys(map(one_form, tags)))
 
 
 # ---- patterns -----------------------------------------------------------------------------------
@@ -297,13 +320,13 @@ def read_tags(
     """Tags by image name: from tables with a file_name and tags (or text, caption) in any folder,
     and from sidecar files (a.png -> a.txt), which win."""
     tags: dict[str, tuple[str, ...]] = {}
+    named, texts = Spellings(names), Spellings(sidecars)
     for table in sorted(tables):
         rows = csv_rows if table.suffix == ".csv" else json_rows
         for number, row in rows(table):
             try:
                 key = image_key(root, table, row["file_name"])
-                column = next((c for c in COLUMNS if c in row), "tags")
-                tags[key] = tags_of(row[column])
+                tags[named.find(key) or key] = caption_of(row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f'{table}:{number}: wanted a "file_name" below the folder and "tags", '
@@ -319,8 +342,8 @@ def read_tags(
             flush=True,
         )
     for name in names:
-        sidecar = str(Path(name).with_suffix(".txt"))
-        if sidecar in sidecars:
+        sidecar = texts.find(str(Path(name).with_suffix(".txt")))
+        if sidecar:
             tags[name] = split_tags(read_text(root / sidecar))
     return tags
 
@@ -334,12 +357,34 @@ def image_key(root: Path, table: Path, name: str) -> str:
     return str((table.parent / inner).relative_to(root))
 
 
+class Spellings:
+    """File names, found by any form of their characters: macOS and what it packs write "é" as two,
+    tables mostly as one."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = set(names)
+        more = sorted(name for name in self.names if not name.isascii())
+        self.by_form = {one_form(name): name for name in more}
+
+    def find(self, name: str) -> str:
+        """The name as the disk has it; "" if it is not there in any form."""
+        return name if name in self.names else self.by_form.get(one_form(name), "")
+
+
+def caption_of(row: dict) -> tuple[str, ...]:
+    """The tags of a table's row; none where no column says anything."""
+    values = (row.get(column) for column in COLUMNS)
+    value = next((value for value in values if value is not None), ())
+    return tags_of(value) if value != () else ()
+
+
 def tags_of(value: object) -> tuple[str, ...]:
     """What a table says about one image: text or a list of texts."""
-    if isinstance(value, str):
-        return split_tags(value)
-    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(tag, str) for tag in texts):
         raise ValueError("tags are text or a list of texts")
+    if any("\ud800" <= letter <= "\udfff" for tag in texts for letter in tag):
+        raise ValueError("half of a character, \\ud800 to \\udfff without its other half")
     return split_tags(value)
 
 
@@ -349,7 +394,7 @@ def json_rows(table: Path) -> Iterator[tuple[int, dict]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f'{table}:{number}: wanted {{"file_name": …, "tags": …}}, '
                 f"got {line[:60]!r} ({error})",
@@ -360,8 +405,14 @@ def json_rows(table: Path) -> Iterator[tuple[int, dict]]:
 
 def csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
     rows = csv.DictReader(io.StringIO(read_text(table), newline=""))
-    for row in rows:
-        yield rows.line_num, row
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(
+            f"{table}:{rows.line_num}: not a row of csv ({error})",
+            do="Look for a quotation mark without its second one.",
+        ) from None
 
 
 def read_text(path: Path) -> str:

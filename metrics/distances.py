@@ -249,6 +249,8 @@ def centred(x: Tensor) -> Tensor:
 def root_trace(product: Tensor) -> tuple[float, bool]:
     """(Σ √eigenvalue of a symmetric matrix ≥ 0, whether some of them are lost in rounding)."""
     product = (product + product.T) / 2
+    if not len(product):  # of a constant set
+        return 0.0, False
     values = torch.linalg.eigvalsh(product)
     lost = values <= len(product) * EPS * values.max()
     return float(values[~lost].sqrt().sum()), bool(lost.any())
@@ -343,8 +345,12 @@ def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     squares = b.square().sum(1)
     for start in range(0, len(a), BLOCK):
         part = a[start : start + BLOCK]
-        distances = part.square().sum(1, keepdim=True) + squares - 2 * part @ b.T
-        yield slice(start, start + len(part)), distances.clamp_(min=0)
+        sums = part.square().sum(1, keepdim=True) + squares
+        distances = sums - 2 * part @ b.T
+        # What rounding leaves between equal rows is no distance: it would put a copy outside of a
+        # neighbourhood of radius 0.
+        distances.masked_fill_(distances <= b.shape[1] * EPS * sums, 0)
+        yield slice(start, start + len(part)), distances
 
 
 def radii(x: Tensor, k: int) -> Tensor:

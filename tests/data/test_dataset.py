@@ -115,7 +115,7 @@ def test_tags_for_absent_files_are_said_and_a_byte_order_mark_is_not_a_tag(folde
     assert dict(zip(ds.source.names, ds.source.tags))["a/1.jpg"] == ("first", "second")
 
 
-@pytest.mark.parametrize("tags", ['{"a": 1}', "[1, 2]", "3", "null"])
+@pytest.mark.parametrize("tags", ['{"a": 1}', "[1, 2]", "3", "true"])
 def test_tags_of_the_wrong_type_are_named(folder, tags):
     (folder / "a" / "tags.jsonl").write_text(f'{{"file_name": "0.png", "tags": {tags}}}\n')
     with pytest.raises(UserError, match="tags.jsonl:1: wanted"):

@@ -115,10 +115,11 @@ def test_files_without_an_ending_are_used_named_or_counted(tmp_path):
         and "half" in ds.source.unreadable
     )
     assert (
-        f"{len(counted) + 2} other files, no images by name or, without an ending, by content "
-        "(first: .DS_Store)"
+        f"{len(counted) + 1} other files, no images by name or, without an ending, by content "
+        "(first: LICENSE)"
         in ds.report
     )
+    assert "1 hidden files and folders, or generated ones, not read (first: .DS_Store)" in ds.report
     assert len(list(tmp_path.iterdir())) == 13 + len(counted) + 2 + 1  # and one file of tags
 
 

@@ -238,7 +238,7 @@ def test_tags_from_csv(tmp_path):
     )
     ds = open_dataset(str(tmp_path), resolution=8, holdout=0)
     assert ds.source.tags == [("red hair", "albedo (overlord)"), ("two lines", "x"), ()]
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png\n")
+    (tmp_path / "metadata.csv").write_text("text,file_name\nx,a.png\ny\n")
     with pytest.raises(UserError, match="metadata.csv:3: wanted"):
         open_dataset(str(tmp_path), resolution=8)
     (tmp_path / "metadata.csv").write_text("name,text\na.png,x\n")

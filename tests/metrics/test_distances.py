@@ -125,6 +125,41 @@ def test_small_sets_are_exact_where_roots_of_matrices_are_not():
     )
 
 
+@pytest.mark.parametrize("n", [20, 200])
+def test_a_constant_reference_has_rank_0_and_a_distance(n):
+    """Fewer images than dimensions, and more; the other one constant, or with a spread."""
+    one, two = torch.full((n, 64), 0.1), torch.full((n, 64), 1.1)
+    assert frechet_from_features(one, two) == pytest.approx(64, rel=1e-6)
+    assert frechet_from_features(one.double(), one.double()) == 0
+    zero = torch.zeros(64, 64)
+    assert frechet_distance(one[0], zero, two[0], zero) == pytest.approx(64, rel=1e-6)
+    spread = torch.randn(n, 64, generator=torch.Generator().manual_seed(0)).double()
+    wanted = float(spread.mean(0).square().sum() + spread.var(0).sum())
+    for pair in ((spread, torch.zeros(n, 64)), (torch.zeros(n, 64), spread)):
+        assert frechet_from_features(*pair) == pytest.approx(wanted)
+    assert frechet_infinity(one, two).value == pytest.approx(64, rel=1e-6)
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1, 1e4), (1e-3, 0)])
+def test_duplicates_lie_in_neighbourhoods_of_radius_0(copies, scale, offset):
+    """More copies than k: every ball has the radius 0, and rounding may not lead out of it."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, generator=g, dtype=torch.float64) * scale + offset
+    x = x.repeat(copies, 1)
+    found = precision_recall(x, x.flip(0))
+    assert found.precision == found.recall == found.coverage == 1
+    # A few of 2,048 dimensions are multiplied by another kernel, which rounds otherwise.
+    wide = torch.rand(300, 2048, generator=g, dtype=torch.float64).repeat(5, 1) * scale + offset
+    few = wide[torch.randperm(len(wide), generator=g)[: 4 + copies]]
+    assert precision_recall(wide, few).precision == 1
+    constant = torch.full((50, 64), offset + scale / 3, dtype=torch.float64)
+    assert precision_recall(constant, constant)[:2] == (1, 1)
+    moved = x + scale * 1e-3  # near, but no copy
+    if copies > 1:
+        assert precision_recall(x, moved)[:2] == (0, 0)
+
+
 def test_the_root_of_a_singular_matrix_has_its_rank():
     m = normal(50, 7) @ torch.diag(torch.logspace(0, -5, 7, dtype=torch.float64))
     for sigma, rank in (
