@@ -103,6 +103,7 @@ def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> No
         raise UserError(
             f"{run} exists and --no-resume was given", do="Start the new run under another --name."
         )
+    free = free | may_move(cfg, run)
     # A flag that is younger than the run had its default.
     defaults = json.loads(json.dumps(asdict(type(cfg)())))
     old, new = {**defaults, **read_config(run)}, json.loads(json.dumps(asdict(cfg)))
@@ -117,6 +118,13 @@ def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> No
             do="Repeat its flags to resume, or give this run its own --name "
             f"(and --init {run} to go on from its weights).",
         )
+
+
+def may_move(cfg: Any, run: Path) -> set[str]:
+    """Fields that say where something lies which is known by its content: the run, and a folder of
+    data, whose hash the checkpoint to go on from has (training.checkpoints.check_state)."""
+    goes_on = checkpoints(run) and images_seen(run) < cfg.images
+    return {"name", "data"} if goes_on and Path(cfg.data).exists() else {"name"}
 
 
 def lock(run: Path) -> IO[str]:
