@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,10 @@ from torch import Tensor
 from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights
 from ckpt.hub import from_file, origin, resolve
-from ckpt.vaes import OPTIONAL, infer_vae, pick_family, vae_map, vae_part
+from ckpt.vaes import (
+    FAMILIES, OPTIONAL, USUAL_VAE, Family, infer_vae, pick_family, scaled, scaling_of, vae_file,
+    vae_map, vae_part,
+)  # fmt: skip
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, check_shapes, read_meta, write_tensors
 from harness.ranks import full_precision
@@ -43,29 +46,6 @@ from kernels.groupnorm import group_norm_silu
 from model import Upsample
 
 
-class Family(NamedTuple):
-    z: int  # channels of the network's own latents
-    scale: float  # model-space latents are (mean - shift) · scale …
-    hub: str
-    shift: float = 0.0
-    stats: bool = False  # … or, instead of scale and shift, are normalised by running statistics
-    quant: bool = True  # has the two 1×1 convolutions around the latents
-    fp16: bool = True  # activations stay below 65,504
-
-
-# No revision is pinned, for none was checked; what a name led to (commit, sha256, fingerprint) is
-# recorded with every use.
-FILE = "diffusion_pytorch_model.safetensors"
-SD = f"hf:stable-diffusion-v1-5/stable-diffusion-v1-5/vae/{FILE}"
-FLUX1 = "hf:black-forest-labs/FLUX.1-schnell/ae.safetensors"
-FLUX2 = "hf:black-forest-labs/FLUX.2-dev/ae.safetensors"
-FAMILIES = {
-    "sd": Family(4, 0.18215, SD),
-    "sdxl": Family(4, 0.13025, f"hf:stabilityai/sdxl-vae/{FILE}", fp16=False),
-    "sdxl-fp16-fix": Family(4, 0.13025, f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"),
-    "flux1": Family(16, 0.3611, FLUX1, shift=0.1159, quant=False),
-    "flux2": Family(32, 1.0, FLUX2, stats=True),
-}
 # Of flux2: 1/8 of the size with 32 channels, or the same numbers at 1/16 with 128, as its own
 # U-Net has them.
 LATENTS = ("unpacked32", "packed128")
@@ -74,8 +54,6 @@ STATS_EPS = 1e-4  # of flux2; BatchNorm's usual 1e-5 is wrong here
 SLICE = 512 * 512
 # In latents: an image with a side above 256 · 8 = 2048 px is decoded in tiles of 1024 px.
 TILE_ABOVE, TILE, OVERLAP = 256, 128, 32
-# Where a folder keeps its autoencoder.
-FOLDER = (FILE, f"vae/{FILE}", "ae.safetensors", "vae.safetensors")
 PIXEL = re.compile(r"pixel(?::([1-9]\d?))?")
 
 
@@ -248,7 +226,7 @@ class VAE(Autoencoder):
     """LDM's AutoencoderKL, frozen. Encodes in fp32 whatever the weights' dtype; decodes in the
     weights' dtype."""
 
-    def __init__(self, cfg: VAEConfig, family: str, latents: str = ""):
+    def __init__(self, cfg: VAEConfig, family: str, latents: str = "", kind: Family | None = None):
         super().__init__()
         known = LATENTS if cfg.stats else ("",)
         if latents and latents not in known:
@@ -256,7 +234,8 @@ class VAE(Autoencoder):
             raise UserError(f"latent layout {latents!r}: {family} has {names}", do="Leave it out.")
         self.cfg = cfg
         self.name = self.family = family
-        self.kind = FAMILIES[family]
+        # A file may have constants of its own.
+        self.kind = kind or FAMILIES[family]
         self.latents = latents or known[0]
         packed = self.latents == "packed128"
         self.f = 2 ** (len(cfg.encoder) - 1)  # of the convolutions
@@ -284,7 +263,18 @@ class VAE(Autoencoder):
     @property
     def fingerprint(self) -> str:
         """Equal fingerprints, equal latents."""
-        return f"{self.raw_fingerprint} {self.latents}"
+        mark = f"{self.raw_fingerprint} {self.latents}"
+        return f"{mark} {self.constants}" if self.kind != FAMILIES[self.family] else mark
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of normalisation, as JSON has them."""
+        if self.bn is not None:
+            mean, var = to_base64(self.bn.running_mean), to_base64(self.bn.running_var)
+            return {"eps": STATS_EPS, "mean": mean, "var": var}
+        means, stds = list(self.kind.means), list(self.kind.stds)
+        both = {"means": means, "stds": stds} if means else {}
+        return {"scale": self.kind.scale, "shift": self.kind.shift, **both}
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean, logvar (B, z, H/8, W/8) of the posterior, as the
@@ -342,7 +332,8 @@ class VAE(Autoencoder):
         """The network's own latents (B, z, H/8, W/8) -> model space, in at least fp32."""
         x = self.widened(mean)
         if self.bn is None:
-            return (x - self.kind.shift) * self.kind.scale
+            shift, scale = scaled(self.kind, x)
+            return (x - shift) * scale
         x = self.bn.normalise(F.pixel_unshuffle(x, 2))  # (B, 4z, H/16, W/16): statistics by phase
         return x if self.latents == "packed128" else F.pixel_shuffle(x, 2)
 
@@ -350,7 +341,8 @@ class VAE(Autoencoder):
         """The inverse of normalise()."""
         x = self.widened(latents)
         if self.bn is None:
-            return x / self.kind.scale + self.kind.shift
+            shift, scale = scaled(self.kind, x)
+            return x / scale + shift
         x = x if self.latents == "packed128" else F.pixel_unshuffle(x, 2)
         return F.pixel_shuffle(self.bn.normalise(x, inverse=True), 2)
 
@@ -388,17 +380,13 @@ class VAE(Autoencoder):
             raise ValueError(
                 "this VAE came from no file, so nothing can name it: save_vae() it and load that."
             )
-        constants: dict[str, Any] = {"scale": self.kind.scale, "shift": self.kind.shift}
-        if self.bn is not None:
-            mean, var = to_base64(self.bn.running_mean), to_base64(self.bn.running_var)
-            constants = {"eps": STATS_EPS, "mean": mean, "var": var}
         return {
             "name": self.name,
             "factor": self.factor,
             "channels": self.channels,
             "family": self.family,
             "latents": self.latents,
-            "normalisation": constants,
+            "normalisation": self.constants,
             **self.source,
         }
 
@@ -577,16 +565,21 @@ def tensor_shapes(cfg: VAEConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(v.shape) for name, v in net.state_dict().items()}
 
 
-def build_vae(box: Container, family: str | None, latents: str | None) -> VAE:
-    """A VAE from any file that holds one, on the CPU and in fp32; every tensor is used."""
+def build_vae(
+    box: Container, family: str | None, latents: str | None, own: dict[str, Any] | None = None
+) -> VAE:
+    """A VAE from any file that holds one, on the CPU and in fp32; every tensor is used. own: the
+    constants of normalisation in metadata of ours, {} for the family's."""
     part, layout = vae_part(box)
     cfg = VAEConfig(**infer_vae(part, layout))
     table = vae_map(tensor_shapes(cfg), layout)
     absent = {OPTIONAL} - set(part)
     wanted = {name: shape for name, shape in table.values() if name not in absent}
     check_shapes(wanted, {k: e.shape for k, e in part.table.items()}, str(box.path))
+    said = scaling_of(box, cfg.z, own)
     with torch.device("meta"):
-        vae = VAE(cfg, pick_family(cfg, family, box.path, FAMILIES), latents or "")
+        name, kind = pick_family(cfg, family, said, box.path)
+        vae = VAE(cfg, name, latents or "", kind)
     tensors = {}
     for name, v in vae.state_dict().items():
         if name in absent:
@@ -616,6 +609,8 @@ def save_vae(path: Path, vae: AnyVAE, layout: str = "native", weights: bool = Tr
             "layout": layout,
             "fingerprint": weights_fingerprint(vae),
         }
+        if vae.kind != FAMILIES[vae.family]:
+            meta["normalisation"] = vae.constants
         tensors = {name: state[k].reshape(shape) for k, (name, shape) in table.items()}
         write_tensors(path, tensors, meta)
 
@@ -689,8 +684,7 @@ def load_vae(
     pixels = PIXEL.fullmatch(name)
     if pixels and not given:
         return pixel(int(pixels[1] or 1))
-    path = resolve(name)
-    path = next((path / file for file in FOLDER if (path / file).is_file()), path)
+    path = vae_file(resolve(name, USUAL_VAE))
     if not path.is_file():
         raise UserError(
             f"no autoencoder {str(name_or_path)!r}.{closest(name, FAMILIES)}  Got no such file; "
@@ -719,7 +713,8 @@ def open_vae(box: Container, given: dict[str, str]) -> AnyVAE:
     if "source" in meta:  # a note
         return vae_from_meta({**meta, **given})
     latents = given.get("latents") or meta.get("latents")
-    vae = build_vae(box, recorded or given.get("family"), latents)
+    own = meta.get("normalisation", {}) if META in box.meta else None
+    vae = build_vae(box, recorded or given.get("family"), latents, own)
     if meta.get("fingerprint", vae.source["fingerprint"]) != vae.source["fingerprint"]:
         raise UserError(
             f"{box.path}: the weights do not match their own fingerprint; the file was altered or "

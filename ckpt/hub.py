@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ckpt.containers import INDEX, USUAL, WEIGHTS, read_index
 from harness.cli import UserError
 from harness.files import listed
 
+SCHEDULER = "scheduler/scheduler_config.json"  # of a pipeline: see ckpt/meaning.py
 HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
 # Repositories of weights that the user of this process named; and repositories of data that only a
 # file named, with what else would allow each.
@@ -66,9 +67,12 @@ def quoted(name: str) -> str:
     return shlex.quote(name if name.isprintable() else ascii(name))
 
 
-def resolve(spec: Path | str) -> Path:
-    """A local path as it is; hf:org/name[/file][@revision] as the path of the file in
-    huggingface_hub's cache."""
+def resolve(spec: Path | str, usual: Sequence[str] = USUAL) -> Path:
+    """A local path as it is; hf:org/name[/file or folder][@revision] as the path of the file in
+    huggingface_hub's cache.
+
+    usual: where a repository keeps what is wanted, a U-Net if nothing is said.
+    """
     if not str(spec).startswith("hf:"):
         return Path(spec)
     match = HUB.fullmatch(str(spec))
@@ -94,23 +98,32 @@ def resolve(spec: Path | str) -> Path:
     words += f" --revision {revision}" if revision else ""
     with explained(str(spec), repo, words):
         # A file that is named needs no listing.
-        names = [] if file else hub_files(hub, repo, revision)
-        file = file or pick_file(str(spec), names)
+        names = []
+        if not file or "." not in Path(file).name:
+            # A repository, or a folder in it.
+            inside = f"{file.rstrip('/')}/" if file else ""
+            names = hub_files(hub, repo, revision, [inside + name for name in usual])
+            if file not in names:
+                there = [name[len(inside) :] for name in names if name.startswith(inside)]
+                file = inside + pick_file(str(spec), there, usual)
         path = get(file)
         folder = file.rpartition("/")[0]
-        beside = f"{folder}/config.json".lstrip("/")
-        usual = Path(file).name.startswith("diffusion_pytorch_model")
-        if beside in names or (usual and not names):
-            # If it is missed, that is said where it is read.
-            with contextlib.suppress(hub.errors.EntryNotFoundError):
-                get(beside)
+        usually = Path(file).name.startswith("diffusion_pytorch_model")
+        besides = [f"{folder}/config.json".lstrip("/")]
+        if folder.startswith("unet"):
+            besides.append(SCHEDULER)
+        for beside in besides:
+            if beside in names or (usually and not names):
+                # If it is missed, that is said where it is read.
+                with contextlib.suppress(hub.errors.EntryNotFoundError):
+                    get(beside)
         if INDEX.search(file):
             for shard in sorted(set(read_index(path).values())):
                 get(f"{folder}/{shard}".lstrip("/"))
     return path
 
 
-def hub_files(hub: Any, repo: str, revision: str | None) -> list[str]:
+def hub_files(hub: Any, repo: str, revision: str | None, usual: Sequence[str]) -> list[str]:
     """The files of a repository; where the Hub cannot be reached, those of the usual ones that are
     in the cache."""
     try:
@@ -118,17 +131,19 @@ def hub_files(hub: Any, repo: str, revision: str | None) -> list[str]:
     except hub.errors.HfHubHTTPError:  # it was reached, and said no
         raise
     except Exception as error:  # offline by choice or not
-        usual = [*USUAL, "config.json", "unet/config.json"]
-        cached = {n: hub.try_to_load_from_cache(repo, n, revision=revision) for n in usual}
+        folders = dict.fromkeys(name.rpartition("/")[0] for name in usual)
+        configs = [f"{folder}/config.json".lstrip("/") for folder in folders]
+        known = [*usual, *configs, SCHEDULER]
+        cached = {n: hub.try_to_load_from_cache(repo, n, revision=revision) for n in known}
         names = [name for name, path in cached.items() if isinstance(path, str)]
         if not names and not isinstance(error, hub.errors.OfflineModeIsEnabled):
             raise
         return names
 
 
-def pick_file(spec: str, names: list[str]) -> str:
-    """The repository's U-Net, if the names leave no doubt."""
-    usual = [n for n in USUAL if n in names]
+def pick_file(spec: str, names: list[str], wanted: Sequence[str]) -> str:
+    """The file that is wanted of a repository, if the names leave no doubt."""
+    usual = [n for n in wanted if n in names]
     if len(usual) > 1 and {Path(n).parent for n in usual} == {Path(usual[0]).parent}:
         usual = usual[:1]  # the same weights in several containers
     others = usual or [n for n in names if n.endswith(WEIGHTS)]
@@ -184,8 +199,7 @@ def explained(spec: str, repo: str, wanted: str = "") -> Iterator[None]:
     except Exception as error:  # the HTTP library's own, which changes with hub versions
         text = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{spec}: {type(error).__name__}: {text}",
-            do="Check the network, or give a local file.",
+            f"{spec}: {type(error).__name__}: {text}", do="Check the network, or give a local file."
         ) from None
     finally:
         logging.set_verbosity(verbosity)

@@ -1,9 +1,11 @@
-"""Autoencoders in other people's files: the names of their tensors, their shapes, their families.
+"""Autoencoders in other people's files: their names, shapes, families, and how latents are scaled.
 
     part, layout = vae_part(box)      # the autoencoder in a file, without prefixes
     table = vae_map(shapes, layout)   # {native name: (name, shape) in files of that layout}
+    scaling = scaling_of(box, z)      # what the file and the config.json beside it say, or {}
+    name, family = pick_family(cfg, given, scaling, path)
 
-The network itself is in vae.py, which is above this folder: its shapes and families are arguments.
+The network itself is in vae.py, which is above this folder: its shapes are arguments.
 """
 
 import json
@@ -11,11 +13,15 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from ckpt.containers import ENDINGS
 from ckpt.layouts import parts
 from harness.cli import UserError, closest
-from harness.files import Container, listed
+from harness.files import Container, Entry, listed
 
 # bfl: native, but the 1×1 convolutions are inside encoder and decoder (flux2's own file).
 LAYOUTS = ("native", "diffusers", "bfl")
@@ -38,6 +44,43 @@ DIFFUSERS = {
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 Shape = tuple[int, ...]
+
+
+class Family(NamedTuple):
+    z: int  # channels of the network's own latents
+    scale: float  # model-space latents are (mean - shift) · scale …
+    hub: str
+    shift: float = 0.0
+    stats: bool = False  # … or, instead of scale and shift, are normalised by running statistics
+    quant: bool = True  # has the two 1×1 convolutions around the latents
+    fp16: bool = True  # activations stay below 65,504
+    # Per channel, of a file that has them: the latents are (mean - means) · scale / stds.
+    means: tuple[float, ...] = ()
+    stds: tuple[float, ...] = ()
+
+
+# No revision is pinned, for none was checked; what a name led to (commit, sha256, fingerprint) is
+# recorded with every use.
+FILE = "diffusion_pytorch_model.safetensors"
+SD = f"hf:stable-diffusion-v1-5/stable-diffusion-v1-5/vae/{FILE}"
+FLUX1 = "hf:black-forest-labs/FLUX.1-schnell/ae.safetensors"
+FLUX2 = "hf:black-forest-labs/FLUX.2-dev/ae.safetensors"
+FAMILIES = {
+    "sd": Family(4, 0.18215, SD),
+    "sdxl": Family(4, 0.13025, f"hf:stabilityai/sdxl-vae/{FILE}", fp16=False),
+    "sdxl-fp16-fix": Family(4, 0.13025, f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"),
+    "flux1": Family(16, 0.3611, FLUX1, shift=0.1159, quant=False),
+    "flux2": Family(32, 1.0, FLUX2, stats=True),
+}
+# Where a folder or a repository keeps its autoencoder, most specific first.
+USUAL_VAE = [
+    *(f"{folder}diffusion_pytorch_model{end}" for folder in ("", "vae/") for end in ENDINGS),
+    "ae.safetensors",
+    "vae.safetensors",
+]
+SCALING = ("scale", "shift", "means", "stds")  # the fields of a Family that a file may say
+DIFFUSERS_SCALE = 0.18215  # of an AutoencoderKL whose config.json is silent
+EDM_SCALE = 0.5  # of a file with edm_mean and edm_std (Playground 2.5): EDM's sigma_data
 
 
 def vae_map(shapes: Mapping[str, Shape], layout: str) -> dict[str, tuple[str, Shape]]:
@@ -85,9 +128,10 @@ def vae_part(box: Container) -> tuple[Container, str]:
     groups = parts(box)
     other = groups.get("other", {})
     inner = groups.get("vae")
-    if inner is None:  # a bare one; LDM saved its training loss with it
-        inner = {full: name for full, name in other.items() if not name.startswith("loss.")}
-        other = {}
+    if inner is None:  # a bare one
+        inner, other = other, {}
+    # LDM saved its training loss with it.
+    inner = {full: name for full, name in inner.items() if not name.startswith("loss.")}
     if other:
         raise UserError(
             f"{box.path}: {len(other)} of {len(box)} tensors belong to nothing known: "
@@ -106,7 +150,20 @@ def vae_part(box: Container) -> tuple[Container, str]:
         layout = "diffusers"
     elif "encoder.quant_conv.weight" in table:
         layout = "bfl"
+    for name, entry in table.items():
+        table[name] = with_rank(name, entry, 2 if layout == "diffusers" else 4)
     return box.over(table), layout
+
+
+def with_rank(name: str, entry: Entry, rank: int) -> Entry:
+    """A weight of attention as a linear layer (C, C) or a 1×1 convolution (C, C, 1, 1), whichever
+    the layout has: programs write both."""
+    linear = re.search(r"\.(attn_1\.(q|k|v|proj_out)|attentions\.0\.to_.+)\.weight$", name)
+    shape = entry.shape
+    if not linear or len(shape) == rank or shape[2:] not in ((), (1, 1)):
+        return entry
+    shape = (*shape, 1, 1) if rank == 4 else shape[:2]
+    return Entry(entry.dtype, shape, lambda: entry.read().reshape(shape))
 
 
 def modern_name(name: str) -> str:
@@ -144,36 +201,166 @@ def infer_vae(box: Container, layout: str) -> dict[str, Any]:
     }
 
 
-def pick_family(cfg: Any, given: str | None, path: Path, families: Mapping[str, Any]) -> str:
-    """What a file is: shapes tell flux2 alone; of the others, a diffusers config.json beside it may
-    tell the scale. No guess.
+# ---- normalisation ------------------------------------------------------------------------------
 
-    cfg and the families have .z, .quant and .stats; a family also has .scale.
-    """
+
+def scaling_of(box: Container, z: int, own: Any = None) -> dict[str, Any]:
+    """The fields of SCALING that a file says itself, in its tensors or in a config.json of
+    diffusers beside it. Where both speak, they must agree. {} is silence. own: what metadata of
+    ours says, which counts alone."""
+    if own is not None:
+        if not isinstance(own, dict) or not set(own) <= set(SCALING):
+            what = f"{box.path}: its metadata says its normalisation is {brief(own)}"
+            raise UserError(what, do="Use an undamaged copy.")
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+        check_scaling(own, z, f"{box.path}: its metadata")
+        return own
+    found = {"config.json": scaling_beside(box.path), "its tensors": scaling_inside(box)}
+    found = {where: said for where, said in found.items() if said}
+    for where, said in found.items():
+        check_scaling(said, z, f"{box.path}: {where}")
+    # Of an fp16 file, the buffers may be fp16 too.
+    if len(found) == 2 and not same_scaling(*found.values(), rel_tol=1e-3):
+        raise UserError(
+            f"{box.path} and the config.json beside it say different things of how latents are "
+            f"normalised: {shown_scaling(found['its tensors'])} and "
+            f"{shown_scaling(found['config.json'])}",
+            do="Find out which is right, and remove the other.",
+        )
+    return {key: value for said in found.values() for key, value in said.items()}
+
+
+def scaling_beside(path: Path) -> dict[str, Any]:
+    """What diffusers would read from the config.json beside a file. Diffusers' defaults count only
+    where it is an autoencoder's."""
     try:
-        scale = json.loads((path.parent / "config.json").read_text()).get("scaling_factor")
-    except (OSError, ValueError, AttributeError):
-        scale = None  # none there, or somebody else's
-    fits = []
-    for name, family in families.items():
-        same = (family.z, family.quant, family.stats) == (cfg.z, cfg.quant, cfg.stats)
-        if same and (family.stats or scale is None or math.isclose(family.scale, scale)):
-            fits.append(name)
-    traits = f"{cfg.z} latent channels"
+        config = json.loads((path.parent / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}  # somebody else's
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    said = {key: config[name] for key, name in zip(SCALING, names) if config.get(name) is not None}
+    if config.get("_class_name") == "AutoencoderKL":
+        said = {"scale": DIFFUSERS_SCALE, "shift": 0.0, **said}
+    for key in ("means", "stds"):
+        if isinstance(said.get(key), list):
+            said[key] = tuple(said[key])
+    return said
+
+
+def scaling_inside(box: Container) -> dict[str, Any]:
+    """What buffers in a file say: LDM's scale_factor; edm_mean and edm_std."""
+    buffers = {name: full for full, name in parts(box).get("schedule", {}).items()}
+
+    def values(key: str) -> tuple[float, ...]:
+        return tuple(box[buffers[key]].float().flatten()[:4096].tolist())
+
+    said: dict[str, Any] = {}
+    if "edm_mean" in buffers or "edm_std" in buffers:
+        keys = {"means": "edm_mean", "stds": "edm_std"}
+        said = {key: values(name) for key, name in keys.items() if name in buffers}
+        said |= {"scale": EDM_SCALE, "shift": 0.0}
+    elif "scale_factor" in buffers:
+        scale = values("scale_factor")
+        said = {"scale": scale[0] if len(scale) == 1 else scale}
+    return said
+
+
+def check_scaling(said: Mapping[str, Any], z: int, what: str) -> None:
+    """Refuse constants that cannot be."""
+
+    def numbers(value: Any, positive: bool) -> bool:
+        # NaN fails every comparison.
+        kinds = all(type(v) in (int, float) and abs(v) <= 1e6 for v in value)
+        return kinds and (not positive or all(v > 0 for v in value))
+
+    for key, value in said.items():
+        if key in ("scale", "shift"):
+            fits = numbers([value], key == "scale")
+            wanted = "one number, above 0" if key == "scale" else "one number"
+        else:
+            fits = type(value) is tuple and len(value) == z and numbers(value, key == "stds")
+            wanted = f"{z} numbers, one a channel" + (", above 0" if key == "stds" else "")
+        if not fits:
+            raise UserError(
+                f"{what}: {key} of the latents", got=brief(value), wanted=wanted, do="Restore it."
+            )
+    if ("means" in said) != ("stds" in said) or said.get("means") and said.get("shift"):
+        raise UserError(
+            f"{what}: latents are normalised by {shown_scaling(said)}",
+            wanted="mean and standard deviation of every channel, or one shift",
+            do="Restore it.",
+        )
+
+
+def same_scaling(a: Mapping[str, Any], b: Mapping[str, Any], rel_tol: float = 1e-6) -> bool:
+    """Do they agree in all that both say? An fp32 file rounds what a config writes out."""
+
+    def flat(value: Any) -> tuple[float, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
+    for key in a.keys() & b.keys():
+        pairs = list(zip(flat(a[key]), flat(b[key])))
+        if len(flat(a[key])) != len(flat(b[key])):
+            return False
+        if not all(math.isclose(x, y, rel_tol=rel_tol, abs_tol=1e-6) for x, y in pairs):
+            return False
+    return True
+
+
+def shown_scaling(said: Mapping[str, Any]) -> str:
+    names = {"scale": "scaling_factor", "shift": "shift_factor"}
+    return ", ".join(f"{names.get(k, k)} {v}" for k, v in said.items() if v not in (0.0, ()))
+
+
+def scaled(family: Family, like: Tensor) -> tuple[Any, Any]:
+    """(shift, scale) of a family, each a number or one a channel of latents such as `like`."""
+    if not family.means:
+        return family.shift, family.scale
+    means, stds = (like.new_tensor(v)[:, None, None] for v in (family.means, family.stds))
+    return means, family.scale / stds
+
+
+def pick_family(
+    cfg: Any, given: str | None, said: Mapping[str, Any], path: Path
+) -> tuple[str, Family]:
+    """What a file is: shapes tell flux2 alone; of the others, what the file says of its scale may.
+    No guess.
+
+    A scale that no family has is used as it is said, whatever the name: the name is then that of
+    the shape. cfg has .z, .quant and .stats.
+    """
+    traits = (cfg.z, cfg.quant, cfg.stats)
+    shaped = {k: f for k, f in FAMILIES.items() if (f.z, f.quant, f.stats) == traits}
+    said = {} if cfg.stats else dict(said)
+    fits = {k: f for k, f in shaped.items() if same_scaling(said, own_scaling(f))}
+    if said and not fits and given in (None, *shaped) and shaped:
+        name = given or next(iter(shaped))
+        return name, shaped[name]._replace(**said)
+    words = f"{cfg.z} latent channels"
     if cfg.stats:
-        traits += ", running statistics"
-    if scale is not None:
-        traits += f", scaling_factor {scale}"
-    what = f"{path} ({traits}) can be {' or '.join(fits) or 'nothing known here'}"
-    if fits == ["flux1"]:
+        words += ", running statistics"
+    if said:
+        words += f", {shown_scaling(said)}"
+    what = f"{path} ({words}) can be {' or '.join(fits) or 'nothing known here'}"
+    if [*fits] == ["flux1"]:
         what += " (or Stable Diffusion 3, not known here)"
     if given and given not in fits:
         raise UserError(f"{what}, not {given}", do="Name what it is, or another file.")
-    if given:
-        return given
-    if len(fits) != 1 or not cfg.stats and scale is None:
-        spelling = f"{fits[0] if len(fits) == 1 else 'FAMILY'}:FILE"
+    if not given and (len(fits) != 1 or not cfg.stats and not said):
+        spelling = f"{next(iter(fits)) if len(fits) == 1 else 'FAMILY'}:FILE"
         raise UserError(
             what, do=f"What it is changes what its latents mean; say it: --vae {spelling}"
         )
-    return fits[0]
+    name = given or next(iter(fits))
+    return name, fits[name]
+
+
+def own_scaling(family: Family) -> dict[str, Any]:
+    return {key: getattr(family, key) for key in SCALING}
+
+
+def vae_file(path: Path) -> Path:
+    """The autoencoder's file in a folder: of a run, of diffusers, or of a whole pipeline."""
+    return next((path / name for name in USUAL_VAE if (path / name).is_file()), path)

@@ -527,7 +527,7 @@ def test_names_on_the_hub(monkeypatch, tmp_path):
     for family in FAMILIES:
         assert re.fullmatch(r"hf:[\w.-]+/[\w.-]+/.+\.safetensors", FAMILIES[family].hub)
     file = saved(tmp_path / "f.safetensors", small("flux2"))
-    monkeypatch.setattr(vae_py, "resolve", lambda spec: asked.append(spec) or file)
+    monkeypatch.setattr(vae_py, "resolve", lambda spec, usual: asked.append(spec) or file)
     monkeypatch.setattr(
         vae_py, "origin", lambda path: {"source": "hf:org/name/f.safetensors@0123", "sha256": "ab"}
     )

@@ -1,14 +1,17 @@
 """Autoencoders in other people's files: names, shapes and families, and what is refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from autoencoders import FULL, SMALL, peer, saved, small
+from autoencoders import FULL, SMALL, peer, saved, small, tensors_of
 from ckpt.containers import open_weights
 from ckpt import read_tensors
 from ckpt.vaes import vae_map
 from harness.cli import UserError
-from vae import VAE, load_vae, save_vae, tensor_shapes
+from vae import VAE, load_vae, save_vae, tensor_shapes, vae_from_meta
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -187,8 +190,8 @@ def test_a_flux2_file_may_lack_the_batch_count_and_nothing_else(tmp_path):
             "1 unexpected: decoder.extra.weight",
         ),
         (
-            lambda s: s.update({"encoder.mid.attn_1.q.weight": torch.zeros(128, 128)}),
-            r"1 of another shape: encoder.mid.attn_1.q.weight \(128, 128\)",
+            lambda s: s.update({"encoder.mid.attn_1.q.weight": torch.zeros(128, 64)}),
+            r"1 of another shape: encoder.mid.attn_1.q.weight \(128, 64, 1, 1\)",
         ),
         (
             lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}),
@@ -206,7 +209,7 @@ def test_a_flux2_file_may_lack_the_batch_count_and_nothing_else(tmp_path):
         "missing",
         "missing width",
         "extra",
-        "2-D attention",
+        "narrow attention",
         "4 colours",
         "no latents",
         "no decoder",
@@ -237,7 +240,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path, change, message):
         ("sd", None, "flux1", "can be sd or .*, not flux1"),
         ("flux2", None, "sd", "running statistics. can be flux2, not sd"),
         ("sd", '{"scaling_factor": 0.13025}', "sd", "0.13025. can be sdxl or .*, not sd"),
-        ("sd", '{"scaling_factor": 0.5}', None, "can be nothing known here"),
+        (
+            "sd",
+            '{"scaling_factor": 0.13025}',
+            "flux1",
+            "scaling_factor 0.13025. can be sdxl .* not",
+        ),
         ("sd", '{"scaling_factor": 0.13025}', None, "sdxl or sdxl-fp16-fix"),
         ("sd", '{"scaling_factor": 0.18215}', None, ""),
         ("flux1", '{"scaling_factor": 0.3611}', None, ""),
@@ -253,3 +261,130 @@ def test_families_are_asked_for_not_guessed(tmp_path, family, config, given, mes
         return
     with pytest.raises(UserError, match=message):
         load_vae(file, given)
+
+
+# ---- whose constants ----------------------------------------------------------------------------
+
+EDM = {
+    "edm_mean": torch.tensor([-1.6574, 1.886, -1.383, 2.5155]).view(1, 4, 1, 1),
+    "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).view(1, 4, 1, 1),
+}
+KL = '{"_class_name": "AutoencoderKL"%s}'
+LIST = ', "scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4], "latents_std": [5, 6, 7, 8]'
+
+
+def expected(net, x, scale, means=0.0, stds=1.0):
+    means, stds = (torch.as_tensor(v).view(-1, 1, 1) for v in (means, stds))
+    return (net.moments(x)[0] - means) * scale / stds
+
+
+@pytest.mark.parametrize(
+    "given, config, beside, scale, means, stds",
+    [
+        ("sdxl", None, EDM, 0.5, EDM["edm_mean"], EDM["edm_std"]),
+        (None, None, EDM, 0.5, EDM["edm_mean"], EDM["edm_std"]),
+        (None, KL % LIST, {}, 0.5, [1.0, 2, 3, 4], [5.0, 6, 7, 8]),
+        ("sdxl", KL % LIST, {}, 0.5, [1.0, 2, 3, 4], [5.0, 6, 7, 8]),
+        (None, KL % ', "scaling_factor": 0.2, "shift_factor": 0.1', {}, 0.2, 0.1, 1.0),
+        ("sdxl", KL % ', "scaling_factor": 0.2', {}, 0.2, 0.0, 1.0),
+        (None, KL % "", {}, 0.18215, 0.0, 1.0),
+        (None, None, {"scale_factor": torch.tensor(0.22765929)}, 0.22765929, 0.0, 1.0),
+        (None, KL % "", {"scale_factor": torch.tensor(0.18215)}, 0.18215, 0.0, 1.0),
+    ],
+)
+@torch.no_grad()
+def test_latents_are_normalised_as_the_file_says(
+    tmp_path, given, config, beside, scale, means, stds
+):
+    """Whatever the family's name: the constants in a file, or beside it, are those its networks
+    were trained with."""
+    net, x = small("sd"), torch.rand(1, 3, 32, 32) * 2 - 1
+    file = tmp_path / "f.safetensors"
+    state = {**tensors_of(net, "native"), **beside}
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    vae = load_vae(file, given)
+    latents = vae.encode(x)
+    torch.testing.assert_close(latents, expected(net, x, scale, means, stds))
+    torch.testing.assert_close(
+        vae.decode(latents), net.decoder(net.post_quant_conv(vae.moments(x)[0]))
+    )
+    # The constants travel with the autoencoder, and tell it from its family's.
+    (tmp_path / "copy").mkdir()
+    save_vae(tmp_path / "copy" / "own.safetensors", vae)
+    save_vae(tmp_path / "copy" / "note.safetensors", vae, weights=False)
+    meta = json.loads(json.dumps(vae.meta()))
+    for again in (
+        load_vae(tmp_path / "copy" / "own.safetensors"),
+        load_vae(tmp_path / "copy" / "note.safetensors"),
+        vae_from_meta(meta),
+    ):
+        assert torch.equal(again.encode(x), latents)
+        assert (
+            again.fingerprint == vae.fingerprint
+            and again.meta()["normalisation"] == meta["normalisation"]
+        )
+    plain = scale == 0.18215
+    assert (vae.fingerprint == net.fingerprint) == plain
+    assert vae.raw_fingerprint.split()[1] == net.raw_fingerprint.split()[1]
+
+
+@pytest.mark.parametrize(
+    "config, beside, message",
+    [
+        (KL % ', "scaling_factor": 0.13025', EDM, "say different things"),
+        (KL % "", {"scale_factor": torch.tensor(0.13025)}, "say different things"),
+        (KL % ', "scaling_factor": "0.2"', {}, "scale of the latents: got '0.2'"),
+        (KL % ', "scaling_factor": -1', {}, "scale of the latents"),
+        (KL % ', "scaling_factor": NaN', {}, "scale of the latents"),
+        (KL % ', "latents_mean": [1, 2, 3, 4]', {}, "wanted mean and standard deviation"),
+        (KL % ', "latents_mean": [1, 2], "latents_std": [1, 2]', {}, "4 numbers, one a channel"),
+        (KL % ', "latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 3, 0]', {}, "above 0"),
+        (None, {"edm_mean": EDM["edm_mean"]}, "wanted mean and standard deviation"),
+        (None, {**EDM, "edm_std": torch.ones(3)}, "4 numbers, one a channel"),
+        (None, {"scale_factor": torch.tensor(float("nan"))}, "scale of the latents"),
+    ],
+)
+def test_constants_that_cannot_be_or_contradict_are_refused(tmp_path, config, beside, message):
+    state = {**tensors_of(small("sd"), "native"), **beside}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "f.safetensors")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        load_vae(tmp_path / "f.safetensors", "sd")
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_attention_may_be_linear_or_a_convolution_and_losses_are_no_weights(tmp_path, layout, rank):
+    net = small("sd")
+    state = {}
+    for name, tensor in tensors_of(net, layout).items():
+        if "attn" in name or "attentions" in name:
+            if name.endswith("weight") and "norm" not in name:
+                tensor = tensor.reshape(tensor.shape[0], -1)
+                tensor = tensor[..., None, None] if rank == 4 else tensor
+        state[f"first_stage_model.{name}"] = tensor.contiguous()
+    state["first_stage_model.loss.logvar"] = torch.zeros(())
+    save_file(state, tmp_path / "f.safetensors")
+    assert load_vae(tmp_path / "f.safetensors", "sd").fingerprint == net.fingerprint
+
+
+@pytest.mark.parametrize("inner", ["", "vae/"])
+@pytest.mark.parametrize("ending", [".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"])
+def test_folders_of_diffusers_hold_variants_and_pickles(tmp_path, inner, ending):
+    net, folder = small("sd"), tmp_path / inner
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(KL % "")
+    state = tensors_of(net, "diffusers")
+    state = {k: v.half() if "fp16" in ending else v for k, v in state.items()}
+    file = folder / f"diffusion_pytorch_model{ending}"
+    if ending.endswith("bin"):
+        torch.save(state, file)
+    else:
+        save_file({k: v.contiguous() for k, v in state.items()}, file)
+    vae = load_vae(tmp_path)
+    assert vae.family == "sd" and vae.fingerprint == load_vae(file).fingerprint
+    if "fp16" not in ending:
+        assert vae.fingerprint == net.fingerprint

@@ -24,6 +24,7 @@ from conftest import randomize
 from ckpt.convert import inspect
 from harness.files import META, read_meta, stream_tensors, write_tensors
 from ckpt.containers import open_weights
+from ckpt.vaes import USUAL_VAE
 from ckpt.hub import origin, resolve
 from model import UNet, UNetConfig
 
@@ -778,6 +779,32 @@ def test_offline_the_cache_is_enough_and_a_miss_is_explained(hub):
     hub.error = errors.LocalEntryNotFoundError("miss")
     with pytest.raises(UserError, match="not in the local cache"):
         resolve("hf:org/name/v1.safetensors")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_an_autoencoder_of_a_pipeline_is_taken_where_one_is_asked_for(hub, offline):
+    from huggingface_hub import errors
+
+    hub.remote = {
+        "unet/diffusion_pytorch_model.safetensors": b"w",
+        "unet/config.json": b"{}",
+        "vae/diffusion_pytorch_model.fp16.safetensors": b"v",
+        "vae/config.json": b"{}",
+        "scheduler/scheduler_config.json": b"{}",
+    }
+    if offline:
+        for name, data in hub.remote.items():
+            (hub.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (hub.cache / name).write_bytes(data)
+        hub.listing_error = errors.OfflineModeIsEnabled("offline")
+    for spec in ("hf:org/name", "hf:org/name/vae", "hf:org/name/vae/"):
+        assert resolve(spec, USUAL_VAE).read_bytes() == b"v"
+        assert (hub.cache / "vae/config.json").exists()
+    for spec in ("hf:org/name", "hf:org/name/unet"):
+        assert resolve(spec).read_bytes() == b"w"
+        assert (hub.cache / "scheduler/scheduler_config.json").exists()
+    with pytest.raises(UserError, match="which file"):
+        resolve("hf:org/name/text_encoder", USUAL_VAE)
 
 
 def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
