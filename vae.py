@@ -35,8 +35,8 @@ from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights
 from ckpt.hub import from_file, origin, resolve
 from ckpt.vaes import (
-    FAMILIES, OPTIONAL, USUAL_VAE, Family, infer_vae, pick_family, scaled, scaling_of, vae_file,
-    vae_map, vae_part,
+    FAMILIES, OPTIONAL, USUAL_VAE, Family, constants_of, infer_vae, pick_family, scaled, scaling_of,
+    vae_file, vae_map, vae_part,
 )  # fmt: skip
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, check_shapes, read_meta, write_tensors
@@ -272,9 +272,7 @@ class VAE(Autoencoder):
         if self.bn is not None:
             mean, var = to_base64(self.bn.running_mean), to_base64(self.bn.running_var)
             return {"eps": STATS_EPS, "mean": mean, "var": var}
-        means, stds = list(self.kind.means), list(self.kind.stds)
-        both = {"means": means, "stds": stds} if means else {}
-        return {"scale": self.kind.scale, "shift": self.kind.shift, **both}
+        return constants_of(self.kind)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> mean, logvar (B, z, H/8, W/8) of the posterior, as the

@@ -361,6 +361,12 @@ def own_scaling(family: Family) -> dict[str, Any]:
     return {key: getattr(family, key) for key in SCALING}
 
 
+def constants_of(family: Family) -> dict[str, Any]:
+    """What scaling_of() reads, as JSON has it."""
+    both = {"means": list(family.means), "stds": list(family.stds)} if family.means else {}
+    return {"scale": family.scale, "shift": family.shift, **both}
+
+
 def vae_file(path: Path) -> Path:
     """The autoencoder's file in a folder: of a run, of diffusers, or of a whole pipeline."""
     return next((path / name for name in USUAL_VAE if (path / name).is_file()), path)
