@@ -31,6 +31,7 @@ from ckpt.hub import data_from_file
 from data.cache import is_cache
 from data.dataset import Dataset
 from data.images import to_float
+from diffusion.sampling import NonFinite
 from harness.cli import UserError, check_flags, cli, dashed, flag, parse
 from harness.files import make_dir, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
@@ -500,8 +501,22 @@ class FID:
         """A row of the log, after `seen` images, of the weights named `of`. Every rank calls.
 
         draw(seeds) -> uint8 (B, 3, H, W) of all seeds, on every rank; each rank extracts the
-        features of its share.
+        features of its share. A network that draws no numbers has no distance: null in the log.
         """
+        start = time.perf_counter()
+        try:
+            fid, kid, error = self.measured(draw)
+        except NonFinite as broken:
+            warn(self.ranks, f"no {self.names[0]}: {broken}")
+            fid = kid = error = float("nan")
+        row = {"event": "fid", "images": seen, "of": of, self.names[0]: fid}
+        row |= {self.names[1]: kid, f"{self.names[1]} error": error}
+        if self.floor:
+            row |= {"floor": self.floor["frechet"], "floor n": self.floor["n"]}
+        return {**row, "seconds": time.perf_counter() - start}
+
+    def measured(self, draw: Callable[[list[int]], Tensor]) -> list[float]:
+        """distances() of what is drawn."""
         start = time.perf_counter()
         group, parts = 64 * self.ranks.world, []
         for lo in range(0, FID_IMAGES, group):
@@ -513,12 +528,7 @@ class FID:
                 print(f"{what}, about {span(seconds)}", flush=True)
             self.announced = True
         y = self.ranks.all_reduce(torch.cat(parts)).double().cpu()
-        fid, kid, error = self.ranks.broadcast(lambda: self.distances(y))
-        row = {"event": "fid", "images": seen, "of": of, self.names[0]: fid}
-        row |= {self.names[1]: kid, f"{self.names[1]} error": error}
-        if self.floor:
-            row |= {"floor": self.floor["frechet"], "floor n": self.floor["n"]}
-        return {**row, "seconds": time.perf_counter() - start}
+        return self.ranks.broadcast(lambda: self.distances(y))
 
     def share_of_features(self, images: Tensor) -> Tensor:
         """(B, d): this rank's rows are the features of its share of the images, the others are

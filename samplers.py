@@ -28,24 +28,24 @@ from typing import Any, Callable, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
 from ckpt.convert import with_table
-from data.images import read_picture
+from data.images import EXTENSIONS, read_mask, read_picture
 from diffusion.coupling import enlarged
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
-    DETERMINISTIC, METHODS, Predict, Sample, draw, generators, invert, sample, slerp,
+    DETERMINISTIC, METHODS, NonFinite, Predict, Sample, check_finite, draw, generators, invert,
+    sample, slerp,
 )
 from diffusion.solvers import norm64, time_grid
 from harness.cli import (
     UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown,
 )
-from harness.files import make_dir, safe_name
-from harness.pictures import save_all, to_uint8
+from harness.files import safe_name
+from harness.pictures import check_set, grid_of, progress, save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective, make_objective
 from vae import AnyVAE, choose
@@ -163,7 +163,7 @@ class Generator:
         s = sample(
             self.predict, x, seeds=seeds, t_start=start, cond=cond, callback=callback, **how
         )
-        return self.drawn(s, before)
+        return self.drawn(s, before, seeds)
 
     def images_on(
         self,
@@ -174,20 +174,37 @@ class Generator:
         low: Tensor | None = None,
         **how: Any,
     ) -> Tensor:
-        """uint8 images (B, 3, H, W) of all seeds on every rank; each rank draws its share."""
+        """uint8 images (B, 3, H, W) of all seeds on every rank; each rank draws its share.
+
+        What images() raises, every rank raises.
+        """
         share = slice(ranks.rank, None, ranks.world)
         size = len(seeds), 3, self.resolution, self.resolution
         images = torch.zeros(size, dtype=torch.int32, device=self.device)
+        # Where a network broke, 1 + t.
+        broken = torch.zeros(len(seeds), device=self.device)
         if seeds[share]:
             own = None if labels is None else labels[share]
             start = None if low is None else low[share]
-            images[share] = self.images(seeds[share], own, low=start, **how).images.int()
+            try:
+                drawn = self.images(seeds[share], own, low=start, **how)
+            except NonFinite as error:
+                drawn, times = error, [1 + error.lost.get(seed, -1) for seed in seeds[share]]
+                broken[share] = broken.new_tensor(times)
+            images[share] = drawn.images.int()
         # The others' rows are zero.
-        return ranks.all_reduce(images).to(torch.uint8)
+        images = ranks.all_reduce(images).to(torch.uint8)
+        times = ranks.all_reduce(broken).tolist()
+        if any(times):
+            raise NonFinite({seed: t - 1 for seed, t in zip(seeds, times) if t}, images)
+        return images
 
-    def drawn(self, s: Sample, before: int) -> Drawn:
-        """Samples as images; `before`: the network evaluations until they were begun."""
-        images = to_uint8(self.vae.decode(s.x))
+    def drawn(self, s: Sample, before: int, seeds: list[int]) -> Drawn:
+        """Samples as images; `before`: the network evaluations until they were begun. Raises
+        NonFinite where they are none."""
+        pixels = self.vae.decode(s.x)
+        images = to_uint8(pixels)
+        check_finite(s, pixels, images, seeds)
         nfe = float(s.nfe_each.double().mean())
         return Drawn(images, nfe, (self.evaluations - before) / len(images))
 
@@ -632,7 +649,7 @@ class Config(Sampling):
     )
     out: str = flag("", "folder; default samples/<run>-<settings>", head="output")
     npz: str = flag("", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator")
-    grid_image: bool = flag(True, "grid.png of all images")
+    grid_image: bool = flag(True, "OUT-grid.png, beside the folder: all images")
 
 
 def check_command(cfg: Config) -> None:
@@ -693,22 +710,6 @@ def read_init(cfg: Config, gen: Generator) -> Init | None:
     return Init(z, strength, pixels, mask, cells)
 
 
-def read_mask(path: str, like: tuple[str, ...], resolution: int) -> Tensor:
-    """A mask file as bool (1, 1, resolution, resolution), white = True, resized and cropped as the
-    images `like` it, whose size it must have."""
-    mask = read_picture(path, resolution).float().mean(0) > 127
-    sizes = {}
-    for name in (path, *like):
-        with Image.open(name) as file:
-            sizes[name] = f"{file.width}×{file.height}"
-        if sizes[name] != sizes[path]:
-            raise UserError(
-                f"--mask {path} is {sizes[path]}, but {name} is {sizes[name]}",
-                do="Make them the same size.",
-            )
-    return mask[None, None]
-
-
 def enlarge(cfg: Config, gen: Generator) -> Tensor:
     """What the small pictures of --init say of large ones to a cfm network, (k, C, h, w)."""
     objective, R = gen.objective, gen.resolution
@@ -767,18 +768,6 @@ def draw_images(
     return torch.cat(images), nfe
 
 
-def progress(bar: tqdm, n: int) -> Callable[[float, Tensor], None]:
-    """A callback of sample() that moves the bar by its share of n images."""
-    done = 0.0
-
-    def advance(share: float, _: Tensor) -> None:
-        nonlocal done
-        bar.update((share - done) * n)
-        done = share
-
-    return advance
-
-
 def edited(
     cfg: Config,
     gen: Generator,
@@ -802,7 +791,7 @@ def edited(
     else:
         edits = {"strength": init.strength, "mask": init.cells}
         s = edit(gen.objective, gen.predict, z, gen.noise(seeds), **edits, **how)
-    drawn = gen.drawn(s, before)
+    drawn = gen.drawn(s, before, seeds)
     if init.mask is None:
         return drawn
     return drawn._replace(images=torch.where(init.mask, drawn.images.cpu(), init.pixels[rows]))
@@ -844,7 +833,7 @@ def main() -> None:
     init = read_init(cfg, gen)
     how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)
     out = Path(cfg.out or default_folder(cfg, gen.path, gen.meta))
-    make_dir(out)  # after all that can be refused, before hours of work
+    check_set(out, EXTENSIONS, cfg.grid_image)  # all that can be refused, before hours of work
     start = time.perf_counter()
     images, nfe = draw_images(cfg, gen, labels, init, how)
     seconds = time.perf_counter() - start
@@ -853,7 +842,7 @@ def main() -> None:
     if gen.evaluations != nfe:
         line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"
     print(f"{line}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
-    print(out / "grid.png" if cfg.grid_image else cfg.npz or out)
+    print(grid_of(out) if cfg.grid_image else cfg.npz or out)
 
 
 if __name__ == "__main__":

@@ -474,7 +474,7 @@ def train(
                     log.write(held_out_loss(tr))
                 if fid and is_due(tr, cfg.fid_every):
                     name, net = ema_net(tr)
-                    log.write(fid(partial(draw_samples, tr, net), tr.seen, name))
+                    log.write(fid(partial(draw_samples, tr, net, strict=True), tr.seen, name))
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):

@@ -227,6 +227,22 @@ def read_picture(path: str, resolution: int) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
+def read_mask(path: str, like: tuple[str, ...], resolution: int) -> Tensor:
+    """A mask file as bool (1, 1, resolution, resolution), white = True, resized and cropped as the
+    images `like` it, whose size it must have."""
+    mask = read_picture(path, resolution).float().mean(0) > 127
+    sizes = {}
+    for name in (path, *like):
+        with Image.open(name) as file:
+            sizes[name] = f"{file.width}×{file.height}"
+        if sizes[name] != sizes[path]:
+            raise UserError(
+                f"--mask {path} is {sizes[path]}, but {name} is {sizes[name]}",
+                do="Make them the same size.",
+            )
+    return mask[None, None]
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> fp32 in [-1, 1]."""
     return images.float() / 127.5 - 1

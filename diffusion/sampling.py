@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.solvers import METHODS, dopri5, time_grid
+from diffusion.solvers import METHODS, dopri5, finite_rows, time_grid
 
 # (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u[, v]); v: a learned variance, or None
 Predict = Callable[..., tuple]
@@ -26,6 +26,37 @@ class Sample(NamedTuple):
     x: Tensor  # like the x given
     nfe: int  # calls of predict
     nfe_each: Tensor  # (B,) of them, how many each sample took part in (dopri5 retires rows early)
+    lost: Tensor | None = None  # (B,) the time at which a sample ceased to be finite; NaN = never
+
+
+class NonFinite(ArithmeticError):
+    """Samples that are no numbers: a network that has diverged, or overflows.
+
+    lost: {seed: time}; images: what was drawn all the same, with the others among them.
+    """
+
+    # For harness.cli: one line, and not the exit code of a user's mistake.
+    for_user, exit_code = True, 1
+
+    def __init__(self, lost: dict[int, float], images: Tensor):
+        self.lost, self.images = lost, images
+        shown = [f"{seed} (t = {t:.4f})" for seed, t in list(lost.items())[:8]]
+        more = " …" if len(lost) > 8 else ""
+        super().__init__(
+            f"the network gives no finite numbers for {len(lost)} of {len(images)} images, of "
+            f"seeds {', '.join(shown)}{more}.  Its training has diverged, or it overflows: take an "
+            "earlier checkpoint, or --dtype fp32 where it ran in bf16."
+        )
+
+
+def check_finite(s: Sample, pixels: Tensor, images: Tensor, seeds: list[int]) -> None:
+    """Raise NonFinite if samples, or the pixels that they were decoded to, are not finite."""
+    lost = torch.full((len(seeds),), torch.nan).double() if s.lost is None else s.lost
+    bad = lost.isnan() & ~finite_rows(pixels).cpu()
+    times = torch.where(bad, 0.0, lost).tolist()
+    found = {seed: t for seed, t in zip(seeds, times) if t == t}
+    if found:
+        raise NonFinite(found, images)
 
 
 # torch's CPU generator looks at the low 32 bits of a seed only; NumPy's takes all of a larger one.
@@ -91,8 +122,8 @@ def sample(
 
     if method == "dopri5":
         start = t_start if grid is None else float(grid[0])
-        x, each = dopri5(counted, x, start, callback, **options)
-        return Sample(x, nfe, each)
+        x, each, lost = dopri5(counted, x, start, callback, **options)
+        return Sample(x, nfe, each, lost)
     gens = [] if seeds is None else generators(seeds)
     if gens:
         draw(gens, x)
@@ -102,10 +133,22 @@ def sample(
 
     if grid is None:
         grid = time_grid(steps, shift, t_start)
+    finite = [finite_rows(x)]
     for i, x in enumerate(METHODS[method](counted, x, grid, noise, **options), 1):
+        finite.append(finite_rows(x))
         if callback:
             callback(i / (len(grid) - 1), x)
-    return Sample(x, nfe, torch.full((len(x),), nfe))
+    return Sample(x, nfe, torch.full((len(x),), nfe), first_lost(finite, grid))
+
+
+def first_lost(finite: list[Tensor], grid: Tensor) -> Tensor:
+    """(B,) float64: the time of the first step after which a sample is not finite, NaN = none.
+
+    finite: (B,) bool at the start, then after each step of the grid.
+    """
+    bad = ~torch.stack(finite).cpu()
+    times = torch.cat([grid[:1], grid])[bad.int().argmax(0).to(grid.device)].double().cpu()
+    return torch.where(bad.any(0), times, torch.nan)
 
 
 def invert(
@@ -126,7 +169,8 @@ def invert(
     up = grid.flip(0)
     s = sample(predict, z, method="ddim", grid=up[:2], cond=cond)
     rest = sample(predict, s.x, method=method, grid=up[1:], cond=cond)
-    return Sample(rest.x, s.nfe + rest.nfe, s.nfe_each + rest.nfe_each)
+    lost = torch.where(s.lost.isnan(), rest.lost, s.lost)
+    return Sample(rest.x, s.nfe + rest.nfe, s.nfe_each + rest.nfe_each, lost)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

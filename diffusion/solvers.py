@@ -369,7 +369,8 @@ def dopri5(
     predict, x, t_start, callback=None, *, rtol=1e-3, atol=1e-4, max_nfe=1000, whole_batch=False
 ):
     """Adaptive fifth order; every sample keeps its own t and step, so it does not depend on its
-    batch. Returns x and, (B,), the calls each row took part in.
+    batch. Returns x and, (B,) each, the calls a row took part in and the time at which its
+    prediction was not finite, NaN = never: there it stops.
 
     Steps are clamped to end at sqrt(machine epsilon), never beyond: one Euler step from there to 0
     errs by less than rounding, and no 1/t is evaluated at 0. Finished rows leave the batch. Past
@@ -377,50 +378,93 @@ def dopri5(
     one step, for all samples, which is torchdiffeq's controller (its last step overshoots and is
     interpolated, ours is clamped).
     """
-    B, end = len(x), min(torch.finfo(x.dtype).eps ** 0.5, t_start / 2)
-    out, calls_each = x.clone(), torch.zeros(B, dtype=torch.long, device=x.device)
-    rows = torch.arange(B, device=x.device)  # still on their way
-    t = torch.full((B,), float(t_start), dtype=torch.float64, device=x.device)
-    rms = rms_of_all if whole_batch else rms_of_each
-    calls, unfinished = 0, []  # t of rows that end early
-
-    def u(x, t):
-        nonlocal calls
-        calls += 1
-        calls_each[rows] += 1
-        return predict(x, t.to(x.dtype), rows=rows)[2]
-
-    k1 = u(x, t)
-    h = first_step(u, x, t, k1, rtol, atol, rms)
-    while len(rows) and calls + 6 <= max_nfe:
-        h = h.minimum(t - end)
-        new, k_last, error = dopri5_step(u, x, t, h, k1, end)
+    end = min(torch.finfo(x.dtype).eps ** 0.5, t_start / 2)
+    rows, rms = Rows(predict, x, t_start, end), rms_of_all if whole_batch else rms_of_each
+    rows.begin(rtol, atol, rms)
+    while len(rows) and rows.calls + 6 <= max_nfe:
+        x, t, h = rows.x, rows.t, rows.h.minimum(rows.t - end)
+        new, k_last, error = dopri5_step(rows.u, x, t, h, rows.k1, end)
         ratio = rms(error, atol + rtol * torch.maximum(x.abs(), new.abs()))
-        accept, h_next = control(ratio, h)
+        accept, rows.h = control(ratio, h)
         moved = column(accept, x)
-        x, k1 = torch.where(moved, new, x), torch.where(moved, k_last, k1)
-        t, h = torch.where(accept, t - h, t), h_next
-        arrived = t <= end * 1.0001
-        done = arrived | (h < 1e-12)  # not finite however small the step
-        out[rows[done]] = x[done] - per_row(t[done], x) * k1[done]
-        unfinished += t[done & ~arrived].tolist()
-        rows, x, k1 = rows[~done], x[~done], k1[~done]
-        t, h = t[~done], h[~done]
+        rows.x, rows.k1 = torch.where(moved, new, x), torch.where(moved, k_last, rows.k1)
+        rows.t = torch.where(accept, t - h, t)
+        # h: its error is too large however small the step.
+        rows.retire(rows.arrived() | (rows.h < 1e-12) | rows.broken())
         if callback:
-            callback(1 - float(t.max()) if len(t) else 1.0, x)
-    out[rows] = x - per_row(t, x) * k1
-    unfinished += t.tolist()
-    if unfinished:
-        warn_of_unfinished(unfinished, B, calls)
-    return out, calls_each
+            callback(1 - float(rows.t.max()) if len(rows) else 1.0, rows.x)
+    rows.retire(torch.ones_like(rows.index, dtype=torch.bool))
+    lost = rows.lost.cpu()
+    if rows.unfinished:
+        warn_of_unfinished(rows.unfinished, lost, rows.calls)
+    return rows.out, rows.calls_each, lost
 
 
-def warn_of_unfinished(times: list[float], B: int, calls: int) -> None:
-    print(
-        f"warning: dopri5 stopped after {calls} calls with {len(times)} of {B} samples unfinished "
-        f"(t up to {max(times):.3f}); they end in one Euler step. Raise max_nfe or loosen rtol.",
-        file=sys.stderr,
-    )
+class Rows:
+    """The samples that dopri5 has still on their way, with state, time, step and velocity of each;
+    and what became of the others."""
+
+    def __init__(self, predict, x: Tensor, t_start: float, end: float):
+        B, device = len(x), x.device
+        self.predict, self.end, self.x = predict, end, x
+        self.index = torch.arange(B, device=device)
+        self.t = torch.full((B,), float(t_start), dtype=torch.float64, device=device)
+        self.out, self.lost = x.clone(), torch.full_like(self.t, math.nan)
+        self.calls, self.calls_each = 0, torch.zeros(B, dtype=torch.long, device=device)
+        self.unfinished: list[float] = []  # t of rows that end early
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def begin(self, rtol, atol, rms) -> None:
+        """The first velocities and steps."""
+        self.h, self.k1 = self.t, self.u(self.x, self.t)
+        self.retire(self.broken())
+        if not len(self):
+            return
+        h = first_step(self.u, self.x, self.t, self.k1, rtol, atol, rms)
+        # Of a whole batch, it is no number where one row broke.
+        self.h = torch.where(h.isfinite(), h, torch.full_like(h, 1e-6))
+        self.retire(self.broken())
+
+    def u(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        self.calls_each[self.index] += 1
+        out = self.predict(x, t.to(x.dtype), rows=self.index)[2]
+        lost = self.lost[self.index]
+        self.lost[self.index] = torch.where(lost.isnan() & ~finite_rows(out), t, lost)
+        return out
+
+    def arrived(self) -> Tensor:
+        return self.t <= self.end * 1.0001
+
+    def broken(self) -> Tensor:
+        return ~self.lost[self.index].isnan()
+
+    def retire(self, done: Tensor) -> None:
+        """One Euler step to 0 for some rows, which leave the batch."""
+        x, t = self.x[done], self.t[done]
+        self.out[self.index[done]] = x - per_row(t, x) * self.k1[done]
+        self.unfinished += t[~self.arrived()[done]].tolist()
+        for name in ("index", "x", "k1", "t", "h"):
+            setattr(self, name, getattr(self, name)[~done])
+
+
+def warn_of_unfinished(times: list[float], lost: Tensor, calls: int) -> None:
+    """times: of the rows that end early; lost: see dopri5."""
+    of, bad = len(lost), lost[~lost.isnan()].tolist()
+    line = f"warning: dopri5 stopped after {calls} calls with {len(times)} of {of} samples "
+    line += f"unfinished (t up to {max(times):.3f})"
+    if bad:
+        line += f"; of {len(bad)} the prediction is not finite, first at t = {max(bad):.4f}"
+    if len(times) > len(bad):
+        line += "; they end in one Euler step. Raise max_nfe or loosen rtol"
+    print(f"{line}.", file=sys.stderr)
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """(B,) bool: is all of a row finite?"""
+    return x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(1)
 
 
 def dopri5_step(u, x, t, h, k1, end) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,7 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
             where = "" if rank == "0" else f" [rank {rank}]"
             message = " ".join(explain(error).split("\n"))
             print(f"error{where}: {message}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(getattr(error, "exit_code", 2))
         if crash == 1:  # as Python itself does it
             raise
         traceback.print_exc()

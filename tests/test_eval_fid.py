@@ -22,7 +22,9 @@ from data.dataset import open_dataset
 from eval_fid import compare, default_ref
 from experiments import protocol
 from folders import pictures, read_all
+from diffusion.sampling import NonFinite
 from harness.cli import UserError
+from harness.files import strict_json
 from harness.ranks import Ranks
 from metrics.distances import Statistics, frechet, kernel_distance
 from metrics.features import Pca, key_of
@@ -139,7 +141,6 @@ def test_sampling_in_one_go_is_the_same_as_through_files(run, cache, user):
     card = card_of(f"--ckpt {run} --n 40 {FAST} --seed 5")
     how = "--n 40 --method euler --steps 2 --seed 5 --out drawn"
     user(samplers.main, "--ckpt", run, *how.split())
-    Path("drawn/grid.png").unlink()
     ref = default_ref(json.loads((run / "config.json").read_text()), "")
     against = ["--ref", ref, "--holdout", "0.3", "--resolution", "32", "--features", "pca"]
     np.savez("drawn.npz", read_all(Path("drawn")))  # arr_0
@@ -561,6 +562,27 @@ def test_a_run_can_log_its_own_fid(cache, tmp_path, monkeypatch, user):
         words += [f"--{name.replace('_', '-')}", value]
     code, _, err = user(train.main, *words)
     assert code == 2 and "python -m metrics.inception --fetch" in err[-1]
+
+
+def test_a_network_that_draws_no_numbers_has_no_distance_and_no_card(run, cache, command, capsys):
+    net, meta = network_of(run)
+    with torch.no_grad():
+        net.out[2].bias[0] = torch.nan
+    save_unet(cache.parent / "broken.safetensors", net, meta)
+    out = ["--out card.json", "--save-stats moments.npz"]
+    code, _, err = command(f"--ckpt broken.safetensors --n 20 {FAST} {' '.join(out)}")
+    assert code == 1 and "no finite numbers for 8 of 8 images, of seeds 0 (t = " in err[-1], err
+    assert not Path("card.json").exists() and not list(cache.rglob("*.safetensors"))[1:]
+
+    def draw(seeds):
+        raise NonFinite({3: 0.5}, torch.zeros(len(seeds), 3, 32, 32, dtype=torch.uint8))
+
+    trained = {"data": "toyfaces:60", "resolution": 32, "fid_features": "pca", "holdout": 0.2}
+    fid = eval_fid.FID(trained, "r", ALONE)
+    row = json.loads(strict_json(fid(draw, 8, "raw")))
+    name = fid.names[0]
+    assert row[name] is None and row["images"] == 8 and row[f"{fid.names[1]} error"] is None
+    assert f"no {name}: the network gives no finite numbers" in capsys.readouterr().err
 
 
 def test_a_run_that_enlarges_pictures_has_no_fid_of_its_own(cache, tmp_path, user):

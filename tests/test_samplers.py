@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy import integrate
 
+import harness.pictures as pictures
 import samplers
 from ckpt import load_unet, save_unet
 from harness.cli import UserError
@@ -20,7 +22,9 @@ from vae import pixel
 from model import UNet, UNetConfig
 from diffusion.schedules import T, alphas_bar
 from objectives import make_objective
-from harness.pictures import to_uint8
+from diffusion.sampling import NonFinite
+from harness.pictures import check_set, save_all, to_uint8
+from metrics.features import open_images
 from harness.ranks import Ranks
 from samplers import (
     METHODS,
@@ -40,6 +44,7 @@ from samplers import (
 )
 
 FM = make_objective("fm")
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_the_whole_way_from_a_vp_network_to_gaussian_data():
@@ -697,7 +702,7 @@ def test_npz_is_what_the_evaluator_reads_and_the_grid_can_be_left_out(tmp_path, 
     )
     assert (
         all((array[i] == pixels_of(tmp_path / "s", i)).all() for i in range(3))
-        and not (tmp_path / "s/grid.png").exists()
+        and not (tmp_path / "s-grid.png").exists()
     )
 
 
@@ -1358,3 +1363,118 @@ def test_only_the_network_runs_in_bf16(tmp_path, user, monkeypatch):
     assert (
         code == 0 and seen["encode"] == {False} == seen["decode"] and seen["net"] == {True, False}
     ), err  # False: the probe on loading
+
+
+# ---- networks that break -------------------------------------------------------------------------
+
+
+def test_a_network_without_numbers_draws_nothing_and_says_for_which_seeds_and_when(tmp_path, user):
+    path = checkpoint(tmp_path / "m.safetensors")
+    net, meta = load_unet(path)
+    with torch.no_grad():
+        net.out[2].bias[0] = torch.nan
+    save_unet(path, net, meta)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    ways = ([], ["--method", "dopri5"], ["--init", tmp_path / "a.png"])
+    for i, how in enumerate((*ways, [*ways[2], "--invert"])):
+        steps = [] if "dopri5" in how else ["--steps", 2]
+        out = tmp_path / f"s{i}"
+        code, _, err = user(
+            samplers.main, "--ckpt", path, "--n", 3, "--seed", 7, "--out", out, *steps, *how
+        )
+        assert code == 1 and "for 3 of 3 images, of seeds 7 (t = " in err[-1], err
+        assert not list(out.glob("*.png")) and not (tmp_path / f"s{i}-grid.png").exists()
+
+
+def test_one_broken_seed_is_named_and_the_others_are_whole():
+    gen = small_generator()
+    whole = gen.images([4, 5, 6], steps=2).images
+    real = gen.noise
+    gen.noise = lambda seeds: real(seeds).where(
+        torch.tensor(seeds).view(-1, 1, 1, 1) != 5, torch.inf
+    )
+    for draw_them in (gen.images, lambda seeds, **how: gen.images_on(ALONE, seeds, **how)):
+        with pytest.raises(NonFinite) as error:
+            draw_them([4, 5, 6], steps=2)
+        assert error.value.lost == {5: 1.0}
+        assert (error.value.images[[0, 2]].int() - whole[[0, 2]].int()).abs().max() <= 1
+
+
+def test_pixels_that_an_autoencoder_cannot_make_are_none():
+    gen = small_generator()
+    gen.vae = pixel(2)
+    gen.vae.decode = lambda z: torch.full((len(z), 3, 16, 16), torch.inf)
+    with pytest.raises(NonFinite, match="seeds 3 \\(t = 0.0000\\)"):
+        gen.images([3], steps=1)
+
+
+# ---- a folder of samples -------------------------------------------------------------------------
+
+
+def test_a_folder_of_samples_is_the_set_of_one_commands_images(tmp_path, user):
+    path, out = checkpoint(tmp_path / "m.safetensors"), tmp_path / "s"
+    how = ["--ckpt", path, "--steps", 1, "--out", out]
+    assert user(samplers.main, *how, "--n", 5)[0] == 0
+    first = (out / "000001.png").read_bytes()
+    code, said, _ = user(samplers.main, *how, "--n", 2, "--seed", 1)
+    assert code == 0 and "3 pictures of an earlier command" in said
+    assert sorted(p.name for p in out.glob("*.*g")) == ["000001.png", "000002.png"]
+    assert (out / "000001.png").read_bytes() == first and (tmp_path / "s-grid.png").exists()
+    open_images(str(out))  # one size: the grid is not among them
+
+
+@pytest.mark.parametrize("name", ["photo.png", "000001.png", "deep/er/photo.JPG"])
+def test_pictures_that_were_not_drawn_into_a_folder_are_refused_and_left(name, tmp_path, user):
+    path, out = checkpoint(tmp_path / "m.safetensors"), tmp_path / "s"
+    how = ["--ckpt", path, "--steps", 1, "--n", 2, "--out", out]
+    assert user(samplers.main, *how)[0] == 0
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), "red").save(out / name)
+    (out / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    code, _, err = user(samplers.main, *how, "--seed", 50)
+    assert code == 2 and f"not drawn into it ({name})" in err[-1]
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_kill_while_pictures_are_written_leaves_a_folder_that_is_drawn_anew(
+    tmp_path, monkeypatch
+):
+    out, images = tmp_path / "s", torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    check_set(out, (".png",), True)
+    save_all(images, out, 0)
+    real, calls = pictures.save_png, []
+
+    def killed(image, path, *info):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(image, path, *info)
+
+    with monkeypatch.context() as m:
+        m.setattr(pictures, "save_png", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_all(images + 9, out, 2)
+    check_set(out, (".png",), True)
+    save_all(images, out, 7)
+    assert sorted(p.name for p in out.glob("*.png")) == [f"{i:06d}.png" for i in (7, 8, 9)]
+
+
+def test_only_what_was_drawn_into_a_folder_and_is_as_it_was_may_be_replaced(tmp_path):
+    images = torch.arange(2 * 3 * 64).view(2, 3, 8, 8).to(torch.uint8)
+    for name in ("a", "b", "c", "d"):
+        check_set(tmp_path / name, (".png",), False)
+        save_all(images, tmp_path / name, 0, grid=False)
+    file = tmp_path / "a/000001.png"
+    with Image.open(file) as image:
+        text = PngInfo()
+        text.add_text(pictures.SEAL, image.info[pictures.SEAL])
+        edited = image.transpose(Image.Transpose.ROTATE_90)
+    edited.save(file, pnginfo=text)
+    (tmp_path / "b/best.png").write_bytes((tmp_path / "c/000001.png").read_bytes())
+    file.with_name("000003.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name in ("a", "b"):
+        with pytest.raises(UserError, match="not drawn into it"):
+            check_set(tmp_path / name, (".png",), False)
+    check_set(tmp_path / "d", (".png",), False)
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["000000.png", "000001.png"]

@@ -150,14 +150,13 @@ def test_a_run_leaves_everything_needed_to_repeat_and_to_sample_it(tmp_path, use
     )
     assert (
         code == 0
-        and out.splitlines()[-1] == str(tmp_path / "s" / "grid.png")
+        and out.splitlines()[-1] == str(tmp_path / "s-grid.png")
         and "NFE/image 3 " in out
     )
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         "000000.png",
         "000001.png",
         "000002.png",
-        "grid.png",
     ]
 
 

@@ -552,7 +552,7 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     assert code == 0, err
     sampling = ["--ckpt", run, "--n", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s"]
     code, _, err = user(samplers.main, *sampling)
-    assert code == 0 and (tmp_path / "s/grid.png").exists(), err
+    assert code == 0 and (tmp_path / "s-grid.png").exists(), err
     before = (tmp_path / "s/000001.png").read_bytes()
     file.rename(tmp_path / "moved.safetensors")
     code, _, err = user(samplers.main, *sampling)

@@ -1,5 +1,6 @@
 """What a run shows of itself: its loss on held-out images, and samples of fixed seeds."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from tqdm import tqdm
 
 from data.dataset import classes_of, latents_of, low_latents_of
+from diffusion.sampling import NonFinite
 from harness.pictures import save_grid
 from samplers import Generator
 from training import heldout
@@ -40,10 +43,13 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
     return {"event": "held-out", "images": tr.seen, "of": name, **row}
 
 
-def draw_samples(tr: Trainer, net: Any, seeds: Sequence[int], **how: Any) -> Tensor:
+def draw_samples(
+    tr: Trainer, net: Any, seeds: Sequence[int], strict: bool = False, **how: Any
+) -> Tensor:
     """uint8 images (B, 3, H, W) of fixed seeds, on every rank; labels cycle through the classes.
 
-    how: as sample() takes it, 10 Heun steps if nothing is said.
+    how: as sample() takes it, 10 Heun steps if nothing is said. strict: raise NonFinite where the
+    network gives no finite numbers, else say so.
     """
     device, dtype = tr.ranks.device, tr.cfg.dtype
     generator = Generator(tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype)
@@ -53,9 +59,16 @@ def draw_samples(tr: Trainer, net: Any, seeds: Sequence[int], **how: Any) -> Ten
     low = None
     if tr.objective.coupling == "lowres":
         low, labels = enlarged(tr, seeds)
-    images = generator.images_on(tr.ranks, seeds, labels, low=low, **how)
-    tr.net.train()
-    return images
+    try:
+        return generator.images_on(tr.ranks, seeds, labels, low=low, **how)
+    except NonFinite as error:
+        if strict:
+            raise
+        if tr.ranks.rank == 0:
+            tqdm.write(f"warning: {error}", file=sys.stderr)
+        return error.images
+    finally:
+        tr.net.train()
 
 
 def enlarged(tr: Trainer, seeds: Sequence[int]) -> tuple[Tensor, list[int] | None]:

@@ -65,10 +65,10 @@ def test_the_sampler_draws_from_a_foreign_file_what_it_draws_from_our_own(tmp_pa
             *flags,
         )
         assert code == 0, err
-        grids.append((tmp_path / f"s{len(grids)}/grid.png").read_bytes())
+        grids.append((tmp_path / f"s{len(grids)}-grid.png").read_bytes())
     assert (
         grids[0] == grids[1] == grids[2]
-        and len(set(Image.open(tmp_path / "s0/grid.png").tobytes())) > 20
+        and len(set(Image.open(tmp_path / "s0-grid.png").tobytes())) > 20
     )
     for drop, message in (
         ("--objective", "does not say what its network was trained to output.  Add --objective"),

@@ -13,7 +13,7 @@ from fields import delta, exact, gaussian, mixture, noise, triple, rows_grid
 from diffusion.schedules import T, alphas_bar, norm, table_row, table_time
 from diffusion.guidance import guided
 from objectives import make_objective
-from samplers import draw, generators, sample
+from samplers import draw, generators, invert, sample
 from diffusion.solvers import DOPRI_A, METHODS, log_snr, norm64, table_rows, time_grid
 
 FIXED = tuple(m for m in METHODS if m != "dopri5")
@@ -1069,3 +1069,46 @@ def test_rescaling_an_x0_without_spread_leaves_it_as_it_is():
         how = {"steps": 4, "t_start": objective.t_max, "cond": cond}
         outs = [sample(p, objective.prior(x), **how).x for p in (plain, drawn_back)]
         assert outs[1].isfinite().all() and torch.allclose(*outs, atol=1e-6)
+
+
+# ---- networks that break -------------------------------------------------------------------------
+
+
+def breaks(row, below):
+    """Exact, but no number for one row, from a time on."""
+
+    def predict(x, t, row_of):
+        x0, eps, u, *_ = exact(x, t)
+        bad = ((row_of == row) & (t < below)).view(-1, 1, 1, 1)
+        return tuple(torch.where(bad, torch.nan, part) for part in (x0, eps, u))
+
+    return predict
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_says_when_it_ceased_to_be_finite(method):
+    x, how = noise(3), {} if method == "dopri5" else {"steps": 8}
+    cond = {"row_of": torch.arange(3)}
+    for below, low, high in ((0.55, 0.25, 0.65), (2.0, 1.0, 1.0)):
+        s = sample(breaks(1, below), x, method=method, cond=cond, seeds=[0, 1, 2], **how)
+        assert s.lost.isnan().tolist() == [True, False, True]
+        assert low <= float(s.lost[1]) <= high and s.x[[0, 2]].isfinite().all()
+    whole = sample(breaks(-1, 1.0), x, method=method, cond=cond, seeds=[0, 1, 2], **how)
+    assert whole.lost.isnan().all()
+
+
+@pytest.mark.parametrize("whole_batch", [False, True])
+def test_dopri5_stops_at_the_first_prediction_that_is_no_number(whole_batch, capsys):
+    x, options = noise(2), {"method": "dopri5", "whole_batch": whole_batch}
+    cond = {"row_of": torch.arange(2)}
+    for below, most in ((2.0, 1), (0.999, 8)):
+        s = sample(breaks(0, below), x[:1], cond={"row_of": torch.zeros(1)}, **options)
+        assert s.nfe <= most, below
+        assert "the prediction is not finite, first at t = " in capsys.readouterr().err
+    s = sample(breaks(0, 2.0), x, cond=cond, **options)
+    assert s.nfe_each[0] == 1 and s.x[1].isfinite().all() and s.lost[1].isnan()
+
+
+def test_an_inversion_says_when_it_broke():
+    s = invert(breaks(1, 0.5), noise(3), time_grid(8), cond={"row_of": torch.arange(3)})
+    assert s.lost.isnan().tolist() == [True, False, True] and 0 <= float(s.lost[1]) < 0.5
