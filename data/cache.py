@@ -10,6 +10,7 @@ A cache is a folder:
     shard-00000.safetensors …   latents (n, 1 or 2, C, h, w): the posterior's mean before it is
                                 normalised, and that of the mirrored image
     index.safetensors           names, tags, the first images
+    contents.safetensors        a hash of every image, of sources that were read from files
     manifest.json               plan, statistics, checksums of the other files and its own:
                                 written last
 
@@ -230,6 +231,11 @@ def is_cache(spec: str) -> bool:
     return (Path(spec) / "plan.json").is_file()
 
 
+def contents_path(root: Path) -> Path:
+    """Where a cache keeps a hash of every image, with which data.reuse knows them again."""
+    return root / "contents.safetensors"
+
+
 def vae_path(root: Path | str) -> Path:
     """Where a cache keeps its autoencoder."""
     return Path(root) / "vae.safetensors"
@@ -369,6 +375,11 @@ def verify(root: Path, vae: str = "pca") -> list[str]:
     wrong = []
     if plan != source.manifest["plan"]:
         wrong.append("plan.json: not that of the manifest")
+    contents = source.manifest.get("contents")
+    if contents and not (
+        contents_path(root).is_file() and file_digest(contents_path(root)) == contents
+    ):
+        wrong.append(f"{contents_path(root).name}: checksum")
     shards = source.manifest["shards"]
     bar = tqdm(shards, desc=f"reading {root}", unit="shard", disable=None, leave=False)
     for k, shard in enumerate(bar):

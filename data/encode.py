@@ -41,6 +41,14 @@ from data.cache import (
 )
 from data.dataset import unreadable_line
 from data.images import to_float
+from data.reuse import (
+    Reuse,
+    clear_update,
+    find_reuse,
+    take_over,
+    update_folder,
+    write_contents,
+)
 from data.sources import Source, open_source
 from harness.cli import UserError, cli, flag, parse
 from harness.files import make_dir, read_meta, write_tensors, write_text
@@ -87,16 +95,37 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
         vae = vae_from_meta(ranks.broadcast(lambda: fitted(out, source, old).meta()))
     vae = vae.to(ranks.device)
     plan = make_plan(cfg, old.get("data", cfg.data), threads, source, vae, ranks.device)
-    agreed = ranks.broadcast(lambda: begin(out, old, plan, vae))
+    reuse = ranks.broadcast(lambda: reusable(out, old, plan, source))
+    moves = reuse is not None and not reuse.in_place
+    if reuse and reuse.in_place:  # shards and their plan stay
+        plan = old
+    agreed = ranks.broadcast(lambda: plan if moves else begin(out, old, plan, vae))
     if differs := differences(agreed, plan):
         raise UserError(
             f"rank {ranks.rank} is not like rank 0: {differs}",
             do="Ranks need the same files, torch and devices.",
         )
     ranks.barrier()  # nobody writes before the plan is agreed on
-    write_shards(out, plan, source, vae, ranks)
+    write_shards(update_folder(out) if moves else out, plan, source, vae, ranks, reuse)
     ranks.barrier()
+    if moves:
+        ranks.broadcast(lambda: take_over(out, plan, shard_count(plan)))
     ranks.broadcast(lambda: finish(out, plan, source))
+
+
+def reusable(
+    out: Path, old: dict[str, Any], plan: dict[str, Any], source: Source
+) -> Reuse | None:
+    """What there is already of a source that changed; said, and the place for the rest made."""
+    if old == plan:
+        clear_update(out, plan, shard_count(plan))
+        return None
+    reuse = find_reuse(out, old, plan, source)
+    if reuse and not reuse.in_place:
+        make_dir(update_folder(out))
+    if reuse and reuse.cache.manifest.get("source") != source.hash:
+        print(f"{out}: the images or their tags changed; {reuse}", flush=True)
+    return reuse
 
 
 def begun(out: Path, held: contextlib.ExitStack) -> dict[str, Any]:
@@ -237,7 +266,12 @@ def chunks(plan: dict[str, Any], k: int) -> list[range]:
 
 
 def write_shards(
-    out: Path, plan: dict[str, Any], source: Source, vae: AnyVAE, ranks: Ranks
+    out: Path,
+    plan: dict[str, Any],
+    source: Source,
+    vae: AnyVAE,
+    ranks: Ranks,
+    reuse: Reuse | None = None,
 ) -> None:
     """This rank's share, every world-th shard, but for those that are there."""
     share = range(ranks.rank, shard_count(plan), ranks.world)
@@ -255,13 +289,19 @@ def write_shards(
         bar.update(total - count(absent))
 
         def pixels() -> Iterator[Tensor]:
-            for batch in decoded(source, (group for k in absent for group in chunks(plan, k))):
+            groups = (fresh(chunk, reuse) for k in absent for chunk in chunks(plan, k))
+            for batch in decoded(source, filter(len, groups)):
                 bar.update(len(batch))
                 yield batch
 
         batches = pixels()
         for k in absent:
-            write_shard(out, plan, k, source.names, batches, vae, ranks.device)
+            write_shard(out, plan, k, source.names, batches, vae, ranks.device, reuse)
+
+
+def fresh(chunk: range, reuse: Reuse | None) -> Sequence[int]:
+    """The images of a chunk that are to be encoded."""
+    return [i for i in chunk if reuse.places[i] < 0] if reuse else chunk
 
 
 @torch.no_grad()
@@ -273,19 +313,35 @@ def write_shard(
     pixels: Iterator[Tensor],
     vae: AnyVAE,
     device: torch.device,
+    reuse: Reuse | None = None,
 ) -> None:
-    """Encode shard k, whose images come next in pixels."""
+    """Encode shard k, whose images come next in pixels, but for those that are encoded already."""
     parts, sums = [], []
-    for chunk, batch in zip(chunks(plan, k), pixels):
-        images = to_float(batch.to(device))
-        if plan["flip"]:  # a mirrored latent is not the latent of the mirrored image
-            images = torch.cat([images, images.flip(-1)])
-        raw = vae.raw(images)
-        kept = raw.to(PRECISION[plan["dtype"]])
-        check_fits(kept, raw, [names[i] for i in chunk], plan["dtype"])
+    for chunk in chunks(plan, k):
+        new, latents = fresh(chunk, reuse), {}
+        if reuse:
+            latents = {i: reuse.latents(i) for i in chunk if reuse.places[i] >= 0}
+        if len(new):
+            named = [names[i] for i in new]
+            latents |= zip(new, encode_batch(plan, named, next(pixels), vae, device))
+        part = torch.stack([latents[i] for i in chunk])  # (images, 1 or 2, C, h, w)
+        kept = part.transpose(0, 1).flatten(0, 1).to(device)
         sums.append(moment_sums(vae.from_raw(kept), kept.shape[1]))
-        parts.append(kept.cpu().unflatten(0, (-1, len(chunk))).transpose(0, 1))
+        parts.append(part)
     save_shard(out, plan, k, torch.cat(parts).contiguous(), sum(sums))
+
+
+def encode_batch(
+    plan: dict[str, Any], names: list[str], batch: Tensor, vae: AnyVAE, device: torch.device
+) -> Tensor:
+    """What is kept (B, 1 or 2, C, h, w) of images uint8 (B, 3, H, W)."""
+    images = to_float(batch.to(device))
+    if plan["flip"]:  # a mirrored latent is not the latent of the mirrored image
+        images = torch.cat([images, images.flip(-1)])
+    raw = vae.raw(images)
+    kept = raw.to(PRECISION[plan["dtype"]])
+    check_fits(kept, raw, names, plan["dtype"])
+    return kept.cpu().unflatten(0, (-1, len(batch))).transpose(0, 1)
 
 
 def check_fits(kept: Tensor, raw: Tensor, names: list[str], dtype: str) -> None:
@@ -328,6 +384,8 @@ def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
         "vae": file_digest(vae_path(out)),
         "shards": [shard_record(out, k) for k in shards],
     }
+    if source.contents:
+        manifest |= {"source": source.hash, "contents": write_contents(out, source)}
     write_text(out / "manifest.json", sealed(manifest))
 
 

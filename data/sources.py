@@ -62,6 +62,7 @@ class Source:
     hash: str  # of names, tags and contents
     crop: str = "center"  # "random": strips are longer than a square, for positions to choose from
     notes: list[str] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)  # a hash of each image, if it was read
 
     def __post_init__(self) -> None:
         self.tags = [of_one_form(tags) for tags in self.tags]
@@ -299,6 +300,7 @@ def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
         content_hash(kept, kept_tags, seen.hashes),
         crop,
         notes,
+        seen.hashes,
     )
 
 
@@ -422,6 +424,7 @@ def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source
         content_hash(kept, kept_tags, seen.hashes),
         crop,
         notes,
+        seen.hashes,
     )
 
 

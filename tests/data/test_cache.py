@@ -243,6 +243,10 @@ def test_a_changed_image_is_noticed(tmp_path):
     assert run(*args).returncode == 0  # nothing changed: nothing to do
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(tmp_path / "d" / "3.png")
     done = run(*args)
+    assert done.returncode == 0 and "4 of 5 images are encoded already, 1 are not" in done.text
+    (tmp_path / "c/contents.safetensors").unlink()  # as in a cache that is older than that file
+    (tmp_path / "d/3.png").unlink()
+    done = run(*args)
     assert done.returncode == 2 and "the images or their tags changed" in done.text
 
 
@@ -462,7 +466,7 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
         names = [f"folder/{i:09d}.png" for i in range(n)]
         held = held_hash(names)
         table = TagTable([f"tag {i}" for i in range(5000)], np.arange(0, 10 * n + 1, 10), ids)
-        notes, unreadable = [], {}
+        notes, contents, unreadable = [], [], {}
         pixel = staticmethod(lambda i: np.zeros((8, 8, 3), np.uint8))
 
     encode.finish(tmp_path, plan, Synthetic)

@@ -163,8 +163,8 @@ def test_one_folder_however_it_is_spelled(weights, tmp_path, monkeypatch):
     assert {k for k in first if first[k] != other[k]} == {"plan.json", "manifest.json"}
     assert open_cache("c", 32).hash == open_cache("d", 32).hash
     (tmp_path / "im/4.png").unlink()
-    with pytest.raises(UserError, match="images 5, now 4, the images or their tags changed"):
-        encoded("c", weights, data="im")
+    encoded("c", weights, data="im")
+    assert open_cache("c", 32).hash != open_cache("d", 32).hash
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------

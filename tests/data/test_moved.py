@@ -1,5 +1,5 @@
-"""A run is known by its content: its images, its cache and its folder may lie elsewhere when it goes
-on."""
+"""A run is known by its content: its images, its cache and its folder may lie elsewhere when it
+goes on."""
 
 import shutil
 from pathlib import Path
