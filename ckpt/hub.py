@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.containers import INDEX, USUAL, WEIGHTS, read_index
+from ckpt.patience import GivenUp, watched
 from harness.cli import UserError
 from harness.files import listed
 
@@ -91,7 +92,7 @@ def resolve(spec: Path | str, usual: Sequence[str] = USUAL) -> Path:
         raise UserError(what, do="pip install huggingface_hub") from None
 
     def get(name: str) -> Path:
-        return Path(hub.hf_hub_download(repo, name, revision=revision))
+        return Path(watched(hub.hf_hub_download, repo, name, revision=revision))
 
     # What `hf download` would be given.
     words = f" {file}" if file else ""
@@ -127,7 +128,7 @@ def hub_files(hub: Any, repo: str, revision: str | None, usual: Sequence[str]) -
     """The files of a repository; where the Hub cannot be reached, those of the usual ones that are
     in the cache."""
     try:
-        return hub.HfApi().list_repo_files(repo, revision=revision)
+        return watched(hub.HfApi().list_repo_files, repo, revision=revision)
     except hub.errors.HfHubHTTPError:  # it was reached, and said no
         raise
     except Exception as error:  # offline by choice or not
@@ -170,6 +171,8 @@ def explained(spec: str, repo: str, wanted: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
+    except GivenUp as error:
+        raise UserError(f"{spec}: {error}", do="Try again later, or give a local file.") from None
     except errors.GatedRepoError:
         raise UserError(
             f"{spec} is gated",

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data.robohash as robohash
 import data.toyfaces as toyfaces
 from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
+from ckpt.patience import watched
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
 from data.tags import read_tags, tags_of
@@ -346,7 +347,7 @@ def fetch_dataset(spec: str) -> Path:
         how["local_files_only"] = True
     with explained(spec, f"datasets/{repo}"):
         try:
-            root = hub.snapshot_download(repo, **how)
+            root = watched(hub.snapshot_download, repo, **how)
         except (OfflineModeIsEnabled, LocalEntryNotFoundError):
             command = f"hf download --repo-type dataset {repo}"
             if revision:
