@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
-from ckpt.convert import with_table
+from ckpt.meaning import with_table
 from data.images import EXTENSIONS, read_mask, read_picture
 from diffusion.coupling import enlarged
 from diffusion.guidance import EVERYWHERE, guided
@@ -394,17 +394,11 @@ def objective_of(cfg: Sampling, meta: dict[str, Any], what: str) -> Objective:
             f"{what} does not say what its network was trained to output",
             do="Add --objective fm, eps, v or x0 (guided-diffusion: eps).",
         )
-    if cfg.table:
-        return Objective(**with_table(meta, cfg.table, what))
-    if isinstance(known, dict):
+    if isinstance(known, dict) and not cfg.table:
         return Objective(**known)
-    if known == "fm":
+    if known == "fm" and not cfg.table:
         return make_objective("fm")
-    raise UserError(
-        f"{what} was trained to output {known}, and {known} needs its noise schedule",
-        do="Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 "
-        "model, linear for the others; Stable Diffusion: scaled_linear).",
-    )
+    return Objective(**with_table(meta, cfg.table, what))
 
 
 def vae_of(

@@ -301,7 +301,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     init = {"path": None, "fingerprint": None}
     if start:
         if cfg.aligned:
-            check_aligned(objective, meta.get("objective"), start)
+            check_aligned(objective, meta, start)
         if cfg.stage == "stage2" and ranks.rank == 0:
             print_unfinished(start, meta)
         load_strict(net, other.state_dict(), f"--init {start}")

@@ -3,8 +3,9 @@ the same weights under other names, and whether two files hold the same network.
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, open_guessing, open_unet
 from ckpt.layouts import (
-    family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention, target_of,
-    to_foreign,
+    MARKERS, family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention,
+    target_of, to_foreign,
 )
+from ckpt.meaning import UNKNOWN, with_table
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
 from harness.cli import UserError
 from harness.files import (
     Container, fingerprint, fsync, make_dir, raw_bytes, stream_tensors, text_meta, write_text,
 )
 from model import UNetConfig, network_name
-from objectives import make_objective
 
 # ---- convert ------------------------------------------------------------------------------------
 
@@ -60,6 +61,7 @@ def convert(
     check_target(dst, weights.path, folder)
     if table:
         meta["objective"] = with_table(meta, table, str(src))
+    meta.pop("said", None)
     digest = check_weights(source, weights)
     if dtype:
         weights = rounded(weights, dtype)
@@ -109,12 +111,32 @@ def write_layout(
     natives, shapes = foreign_names(cfg, layout), foreign_shapes(cfg, layout)
 
     def get(name: str) -> Tensor:
+        if name not in natives:
+            return torch.empty(0)
         native = natives[name]
         return dict(to_foreign(cfg, layout, native, weights[native]))[name]
 
     header = {name: (weights.dtype(natives[name]), shape) for name, shape in shapes.items()}
-    spec = modelspec(cfg, layout, meta, part.stem)
+    marks = markers(meta) if layout == "native" and cfg.context_dim else []
+    header |= {name: (torch.float32, (0,)) for name in marks}
+    spec = kept(weights.meta) | modelspec(cfg, layout, meta, part.stem)
     stream_tensors(file, header, {**text_meta(meta), **spec}, get)
+
+
+def markers(meta: dict[str, Any]) -> list[str]:
+    """The empty tensors by which other programs see what a file's objective is."""
+    objective = meta.get("objective")
+    whole = objective if isinstance(objective, dict) else meta.get("schedule", {})
+    signs = {"v_pred": target_of(meta) == "v", "ztsnr": whole.get("zero_snr", False)}
+    return [name for name in MARKERS if signs[name]]
+
+
+def kept(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What a header says of its file's origin, which another layout does not change. Digests are of
+    the old bytes."""
+    about = ("modelspec.", "license", "ss_v_parameterization", "ss_zero_terminal_snr")
+    words = {k: v for k, v in meta.items() if isinstance(v, str) and k.startswith(about)}
+    return {k: v for k, v in words.items() if not re.search(r"[0-9a-fA-F]{64}", v)}
 
 
 def check_again(dst: Path, part: Path, cfg: UNetConfig, digest: str) -> None:
@@ -127,22 +149,6 @@ def check_again(dst: Path, part: Path, cfg: UNetConfig, digest: str) -> None:
             f"({digest[:12]})",
             do="Is the disk sound?",
         )
-
-
-def with_table(meta: dict[str, Any], table: str, what: str) -> dict[str, Any]:
-    """The objective in full, where a file or the user says only eps, v or x0."""
-    target, objective = target_of(meta), meta.get("objective")
-    noise = f"--table {table} is a noise schedule of eps, v and x0"
-    if target == "fm":
-        raise UserError(f"{noise}; {what} is fm, which has none", do="Leave --table out.")
-    if target is None:
-        raise UserError(f"{noise}; {what} does not say its objective", do="Add --objective.")
-    if isinstance(objective, dict):
-        if objective.get("table") != table:
-            own = objective.get("table")
-            raise UserError(f"{what} says its table is {own!r}, got {table!r}", do="Leave it out.")
-        return objective
-    return asdict(make_objective("ddpm" if target == "eps" else target, table=table))
 
 
 def parameters(box: Container) -> int:
@@ -168,7 +174,8 @@ def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
         meta["objective"] = with_table(meta, table, path)
     objective = meta.get("objective")
     if isinstance(objective, dict):
-        words = [f"{k}={v}" for k, v in objective.items() if k in ("name", "target", "table")]
+        shown = ("name", "target", "table", "zero_snr")
+        words = [f"{k}={v}" for k, v in objective.items() if k in shown and v]
         objective = " ".join(words)
     unprobed = parameters(box) > PROBE_LIMIT and "probe" not in meta
     images = meta.get("images")
@@ -183,6 +190,7 @@ def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
         "parameters": f"{parameters(box):,} in {len(box)} tensors",
         "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))),
         "objective": objective or "not said",
+        "it says": "; ".join(meta.get("said", [])),
         "probe": "none: above 1e9 parameters" if unprobed else "",
         "ema": meta.get("ema"),
         "images": f"{images:,}" if images else "",
@@ -212,8 +220,12 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
         missing.append(f"{names} ({flags})")
     if objective is None:
         missing.append("objective (--objective)")
-        missing.append("noise schedule (--table) of eps, v or x0")
-    if objective in ("eps", "v", "x0"):
+        if "table" not in meta.get("schedule", {}):
+            missing.append("noise schedule (--table) of eps, v or x0")
+    table = meta.get("schedule", {}).get("table")
+    if objective == "edm" or table == UNKNOWN:
+        missing.append("code for what it says: no flag gives it")
+    elif objective in ("eps", "v", "x0") and not table:
         missing.append("noise schedule (--table)")
     if "vae" not in meta and cfg.in_channels != 3:
         missing.append("autoencoder (--vae)")

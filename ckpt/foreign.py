@@ -21,6 +21,7 @@ from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside
 from ckpt.hub import origin
 from ckpt.layouts import detect, family, native_view, parts, strip_prefix
+from ckpt.meaning import record
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
 from harness.cli import UserError, closest
 from harness.files import Container, check_fits, is_ours, listed, load_strict
@@ -82,7 +83,8 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
 
 def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     """A file of another program."""
-    path = box.path
+    path, known = box.path, dict(known)
+    said = record(box, known.pop("objective", None))
     box, is_ema, left_out = choose_ema(box, ema)
     groups = parts(box)
     if groups.get("other"):
@@ -95,8 +97,6 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
     if part not in groups:
         raise without(part, groups, box)
     inner = box.over({name: box.table[full] for full, name in groups[part].items()})
-    known, objective = dict(known), known.get("objective")
-    known.pop("objective", None)
     layout = detect(inner)
     if layout is None:
         raise UserError(
@@ -104,7 +104,7 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
             do="Wanted guided-diffusion's, LDM's or diffusers' names.",
         )
     cfg = config_beside(path, known) if layout == "diffusers" else config_of(inner, known)
-    meta = {"layout": layout, "family": family(cfg), "objective": objective, **origin(path)}
+    meta = {"layout": layout, "family": family(cfg), **said, **origin(path)}
     meta["ema"] = "the file's" if ema or is_ema else None
     left_out = {k: len(v) for k, v in groups.items() if k != part} | left_out
     return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)

@@ -283,8 +283,11 @@ def modelspec(cfg: UNetConfig, layout: str, meta: Mapping[str, Any], title: str)
         "implementation": "diffusers" if layout == "diffusers" else ldm,
     }
     if target in ("eps", "v"):
-        spec["prediction_type"] = {"eps": "epsilon", "v": "v"}[target]
+        spec["prediction_type"] = spec["predict_key"] = {"eps": "epsilon", "v": "v"}[target]
     return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+MARKERS = ("v_pred", "ztsnr")  # empty tensors by which other programs know a file
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -329,17 +332,19 @@ def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     unet, vae: inner names without prefix. ema: the U-Net's inner names (LDM writes them without
     dots and with one `diffusion_model` before; unresolved without the U-Net beside it, then as
     written). text, schedule: as written. other: whatever is nobody's, for the caller to refuse.
-    A bare or wrapped U-Net is all unet.
+    A bare or wrapped U-Net is all unet, but for the schedule.
     """
     names = list(names)
-    outer, inner = strip_prefix(names)
+    bare = {full: re.sub(r"^((module|_orig_mod)\.)*", "", full) for full in names}
+    marks = {full: name for full, name in bare.items() if name in SCHEDULE}
+    outer, inner = strip_prefix(name for name in names if name not in marks)
     if detect(inner.values()):
-        return {"unet": inner}
+        return {"unet": inner, "schedule": marks} if marks else {"unet": inner}
     # "model." can be part of what tells the parts.
     outer = re.match(r"((module|_orig_mod)\.)*", outer).group()
     table: dict[str, dict[str, str]] = {}
     for full in names:
-        name = full[len(outer) :]
+        name = marks.get(full, full[len(outer) :])
         prefix = next((p for p in PARTS if name.startswith(p)), "")
         part = PARTS.get(prefix, "other")
         if name in SCHEDULE:

@@ -31,7 +31,7 @@ from ckpt.configs import check_known, config_from
 from ckpt.containers import WEIGHTS, open_weights, weights_in
 from ckpt.diffusers import check_config_beside
 from ckpt.hub import origin, resolve
-from ckpt.layouts import native_view, target_of
+from ckpt.layouts import MARKERS, native_view, target_of
 from harness.cli import UserError
 from harness.files import (
     META, Container, fingerprint, fsync, listed, read_meta, write_tensors,
@@ -49,6 +49,7 @@ KINDS = {
     "unet": dict, "network": str, "layout": str, "fingerprint": str, "images": int, "source": str,
     "sha256": str, "run": str, "resolution": int, "classes": list, "vae": dict, "probe": list,
     "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)),
+    "schedule": dict,
 }  # fmt: skip
 
 
@@ -243,6 +244,7 @@ def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     if "layout" not in meta:
         return Source(cfg, box, meta, "native", {})
     check_config_beside(cfg, path, meta["layout"])
+    box = box.over({name: entry for name, entry in box.table.items() if name not in MARKERS})
     return Source(cfg, native_view(box, cfg, meta["layout"]), meta, meta["layout"], {})
 
 

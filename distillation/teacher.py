@@ -22,7 +22,7 @@ from ckpt.containers import open_weights
 from ckpt.hub import data_from_file
 from ckpt.layouts import target_of
 from ckpt import find_checkpoint, load_unet, open_unet
-from ckpt.convert import with_table
+from ckpt.meaning import with_table
 from data.dataset import Dataset, rng, vae_for
 from diffusion.schedules import TABLES, T, norm, table_time
 from harness.cli import UserError
@@ -248,7 +248,7 @@ def teacher_objective(
         raise UserError(f"--teacher-objective {objective}, but {path} says {target}", do=LEAVE_IT)
     if target == "fm":
         return make_objective("fm")
-    if not table:
+    if not table and "schedule" not in meta:
         raise UserError(
             f"{path} was trained to output {target}, and that needs its noise schedule",
             do="Add --teacher-table linear, cosine or scaled_linear (Stable Diffusion).",

@@ -83,9 +83,14 @@ def check_enlarging(cfg: Any) -> None:
         )
 
 
-def check_aligned(objective: Objective, known: dict[str, Any] | str | None, name: str) -> None:
-    """--aligned reads the network as it was trained; `known` is what its file says of that."""
-    known = {"target": known} if isinstance(known, str) else known or {}
+def check_aligned(objective: Objective, meta: dict[str, Any], name: str) -> None:
+    """--aligned reads the network as it was trained; `meta` holds what its file says of that."""
+    known = meta.get("objective") or {}
+    if isinstance(known, str):
+        target = {"fm": "u", "ddpm": "eps"}.get(known, known)
+        known = {"target": target, **meta.get("schedule", {})}
+    else:
+        known = {**meta.get("schedule", {}), **known}
     flags = {key: getattr(objective, key) for key in ("target", "table", "zero_snr")}
     own = {key: known.get(key, value) for key, value in flags.items()}
     if own != flags:
