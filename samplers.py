@@ -406,7 +406,7 @@ def vae_of(
 ) -> AnyVAE:
     """The autoencoder whose latents a network knows."""
     name = cfg.vae
-    if not name and "vae" not in meta and net.in_channels == 3:
+    if not name and not {"vae", "latent"} & set(meta) and net.in_channels == 3:
         name = "pixel"
     vae = choose(name, meta=meta, network=what)
     channels = vae.channels

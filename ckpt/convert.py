@@ -227,7 +227,7 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
         missing.append("code for what it says: no flag gives it")
     elif objective in ("eps", "v", "x0") and not table:
         missing.append("noise schedule (--table)")
-    if "vae" not in meta and cfg.in_channels != 3:
+    if "vae" not in meta and (cfg.in_channels != 3 or meta.get("latent")):
         missing.append("autoencoder (--vae)")
     if getattr(cfg, "context_dim", 0):
         missing.append("text encoders (not part of this code yet)")

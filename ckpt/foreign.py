@@ -23,6 +23,7 @@ from ckpt.hub import origin
 from ckpt.layouts import detect, family, native_view, parts, strip_prefix
 from ckpt.meaning import record
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
+from ckpt.vaes import vae_file
 from harness.cli import UserError, closest
 from harness.files import Container, check_fits, is_ours, listed, load_strict
 from model import PRESETS, UNetConfig, infer_config, network_name
@@ -106,6 +107,8 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
     cfg = config_beside(path, known) if layout == "diffusers" else config_of(inner, known)
     meta = {"layout": layout, "family": family(cfg), **said, **origin(path)}
     meta["ema"] = "the file's" if ema or is_ema else None
+    if "vae" in groups or vae_file(path.absolute().parent.parent / "vae").is_file():
+        meta["latent"] = True  # an autoencoder lies beside: its images are no pixels
     left_out = {k: len(v) for k, v in groups.items() if k != part} | left_out
     return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
 

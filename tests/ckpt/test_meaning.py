@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import samplers
 from checkpoints import TINY, heads, ldm
 from ckpt import convert, load_unet
 from ckpt.convert import inspect
@@ -228,3 +229,29 @@ def test_aligned_training_is_what_the_file_says(tmp_path):
     with pytest.raises(UserError, match="--aligned reads"):
         check_aligned(replace(flags, zero_snr=False), marked, "f")
     check_aligned(Objective("fm", "u"), {"objective": "fm"}, "f")
+
+
+@pytest.mark.parametrize("where", ["nowhere", "in the file", "in the pipeline"])
+def test_three_channels_are_pixels_only_where_no_autoencoder_lies_beside(tmp_path, where):
+    """LDM's first autoencoders have latents of three channels."""
+    cfg, beside = replace(TINY["adm"], num_classes=0, out_channels=3), {}
+    if where == "in the file":
+        beside = {"first_stage_model.encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}
+    if where == "in the pipeline":
+        (tmp_path / "vae").mkdir()
+        (tmp_path / "vae/diffusion_pytorch_model.bin").write_bytes(b"x")
+    scheduler(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    path = file_of(tmp_path / "unet/f.safetensors", beside, cfg=cfg)
+    asked = "autoencoder (--vae)" in "\n".join(inspect(str(path), **heads(cfg)))
+    assert asked == (where != "nowhere")
+    given = {k: v for k, v in heads(cfg).items() if v}
+    wanted = samplers.Config(ckpt=str(path), resolution=8, **given)
+    if where == "nowhere":
+        assert samplers.open_generator(wanted, torch.device("cpu")).vae.name == "pixel"
+    else:
+        with pytest.raises(UserError, match="does not say which latents its network knows"):
+            samplers.open_generator(wanted, torch.device("cpu"))
+    convert(path, tmp_path / "native.safetensors", "native", **heads(cfg))
+    asked = "autoencoder (--vae)" in "\n".join(inspect(str(tmp_path / "native.safetensors")))
+    assert asked == (where != "nowhere")
