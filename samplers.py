@@ -34,6 +34,7 @@ from tqdm import tqdm
 from ckpt import find_checkpoint, load_unet
 from ckpt.meaning import with_table
 from data.images import EXTENSIONS, read_mask, read_picture
+from data.tags import find_class
 from diffusion.coupling import enlarged
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
@@ -467,11 +468,8 @@ def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor |
         )
     ids = []
     for word in wanted:
-        if word in classes:
-            ids.append(classes.index(word))
-        elif word.isdigit() and int(word) < len(classes):
-            ids.append(int(word))
-        else:
+        ids.append(find_class(word, classes))
+        if ids[-1] < 0:
             known = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
             raise UserError(
                 f"--labels: no class {word!r} among {len(classes)}",

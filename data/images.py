@@ -94,20 +94,34 @@ def sniff(path: Path) -> str:
 def read_strip(source: Path | bytes, resolution: int, wide: int = 1) -> np.ndarray:
     """uint8 (h, w, 3): one side is `resolution`, the other from that to `wide` times it.
     BadImage says what is wrong."""
+    with opened(source) as image:
+        pixels = image.width * image.height
+        # A JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty.
+        image.draft(None, (4 * resolution, 4 * resolution))
+        baseline = image.format == "JPEG" and "progressive" not in image.info
+        if baseline and pixels <= LARGE:  # the others are held at full size
+            pixels = image.width * image.height
+        with taken(IN_FLIGHT if pixels > LARGE else pixels):
+            return shrink(image, resolution, wide)
+
+
+def read_size(source: Path | bytes) -> tuple[int, int]:
+    """(width, height) of an image by its header, where read_strip would not refuse that."""
+    with opened(source) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """An image whose header was read; what is wrong with it then or later is a BadImage. Every file
+    that training or a metric looks into is opened here."""
     set_up_pillow()
     try:
         file = source if isinstance(source, Path) else BytesIO(source)
         with Image.open(file, formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}×{image.height} is over {megapixels()}")
-            # A JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty.
-            image.draft(None, (4 * resolution, 4 * resolution))
-            baseline = image.format == "JPEG" and "progressive" not in image.info
-            if baseline and pixels <= LARGE:  # the others are held at full size
-                pixels = image.width * image.height
-            with taken(IN_FLIGHT if pixels > LARGE else pixels):
-                return shrink(image, resolution, wide)
+            yield image
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # damaged bytes can mean anything to a decoder
@@ -117,7 +131,7 @@ def read_strip(source: Path | bytes, resolution: int, wide: int = 1) -> np.ndarr
 @lru_cache
 def set_up_pillow() -> None:
     """What decoding wants of Pillow, once in a process."""
-    # Images that large are refused by read_strip, by name.
+    # Images that large are refused by opened(), by name.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     # A large image lies in one piece: smaller ones are kept by malloc for the next, 64 MB a thread.
     Image.core.set_block_size(2**29)
@@ -233,8 +247,7 @@ def read_mask(path: str, like: tuple[str, ...], resolution: int) -> Tensor:
     mask = read_picture(path, resolution).float().mean(0) > 127
     sizes = {}
     for name in (path, *like):
-        with Image.open(name) as file:
-            sizes[name] = f"{file.width}×{file.height}"
+        sizes[name] = "×".join(map(str, read_size(Path(name))))
         if sizes[name] != sizes[path]:
             raise UserError(
                 f"--mask {path} is {sizes[path]}, but {name} is {sizes[name]}",

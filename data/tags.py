@@ -378,6 +378,17 @@ def caption_of(row: dict) -> tuple[str, ...]:
     return tags_of(value) if value != () else ()
 
 
+def find_class(word: str, classes: Sequence[str]) -> int:
+    """The number of a class, given by its name in any form of its characters, or by its number; -1:
+    there is none."""
+    forms = [one_form(name) for name in classes]
+    if one_form(word) in forms:
+        return forms.index(one_form(word))
+    # isdigit() would let "²" through, which int() does not read.
+    number = int(word) if word.isdecimal() and len(word) < 10 else -1
+    return number if number < len(classes) else -1
+
+
 def tags_of(value: object) -> tuple[str, ...]:
     """What a table says about one image: text or a list of texts."""
     texts = [value] if isinstance(value, str) else value

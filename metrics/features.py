@@ -24,13 +24,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ckpt.containers import open_weights
 from data.cache import is_cache, read_sealed
-from data.images import FORMATS, to_float
+from data.images import BadImage, read_size, to_float
 from data.sources import find_files, open_source
 from data.tags import TagTable, compile_tags, printable
 from harness.cli import UserError
@@ -186,9 +185,8 @@ def own_size(root: Path) -> int:
     names, sizes = find_files(root).names, set()
     for name in names:
         try:
-            with Image.open(root / name, formats=FORMATS) as file:
-                sizes.add(file.size)
-        except (OSError, ValueError, SyntaxError):  # reported with a reason when it is read
+            sizes.add(read_size(root / name))
+        except BadImage:  # reported with a reason when it is read
             continue
         if len(sizes) > 1:
             raise mixed_sizes(str(root), sorted(sizes))

@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -411,9 +412,12 @@ def fill_random(net: FIDInception, spec: str) -> None:
     """Seeded weights, for trials without a download. Every result is named after them."""
     kind, _, seed = spec.partition(":")
     seed = seed or "0"
-    if not seed.isdigit() or kind != "random":
+    # torch takes seeds below 2^64.
+    if not re.fullmatch(r"[0-9]{1,19}", seed) or kind != "random":
         raise UserError(
-            f"weights {spec!r}", wanted="a file, or random:SEED", do="Give one of them."
+            f"weights {spec[:80]!r}",
+            wanted="a file, or random:SEED with a number of at most 19 digits",
+            do="Give one of them.",
         )
     g = torch.Generator().manual_seed(int(seed))
     with torch.no_grad():

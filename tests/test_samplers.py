@@ -84,6 +84,9 @@ def test_unknown_method_and_labels_are_named():
         sample(gaussian(), noise(), method="rk45")
     with pytest.raises(ValueError, match="Closest: blonde hair"):
         pick_labels(("blond hair",), ["red hair", "blonde hair"], 3)
+    for word in ("²", "9" * 5000):  # digits, but no number that int() reads
+        with pytest.raises(UserError, match="no class"):
+            pick_labels((word,), ["red hair", "blonde hair"], 3)
     assert pick_labels(("blonde hair", "0"), ["red hair", "blonde hair"], 3).tolist() == [1, 0, 1]
 
 

@@ -184,7 +184,7 @@ def build(root: Path) -> tuple[dict, dict]:
         ("nul.png", bytes(4096), "not PNG"),
         ("noise.webp", np.random.default_rng(0).bytes(5000), "not PNG"),
         ("lfs.png", b"version https://git-lfs.github.com/spec/v1\noid x", "not PNG"),
-        ("._plain.jpg", b"\0\5\x16\7\0\2\0\0Mac OS X", "not PNG"),
+        ("_plain.jpg", b"\0\5\x16\7\0\2\0\0Mac OS X", "not PNG"),
         ("vector.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not PNG"),
         ("svg.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not PNG"),
         ("bomb.png", png(60_000, 60_000, 8, 2, bytes(1000)), "megapixels"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import open_dataset
-from data.tags import TagTable, compile_tags, normalize_tag, split_tags
+from data.tags import TagTable, compile_tags, find_class, normalize_tag, split_tags
 from harness.cli import UserError
 
 TAGS = [
@@ -285,3 +285,14 @@ def test_a_tag_table_is_its_lists_and_counts_as_they_do(monkeypatch, block):
 def test_booru_tags_have_one_spelling(text, tags):
     assert split_tags(text) == tags
     assert all(normalize_tag(t) == t for t in tags)
+
+
+@pytest.mark.parametrize(
+    "word, number",
+    [
+        *(("cat", 0), ("pok\u00e9mon", 1), ("poke\u0301mon", 1), ("2", 2), ("02", 2), ("7", 2)),
+        *(("²", -1), ("①", -1), ("٢", 2), ("3", -1), ("-1", -1), ("", -1), ("9" * 5000, -1)),
+    ],
+)
+def test_a_class_is_found_by_its_name_in_any_form_or_by_its_number(word, number):
+    assert find_class(word, ["cat", "poke\u0301mon", "7"]) == number

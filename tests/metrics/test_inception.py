@@ -273,6 +273,9 @@ def test_wrong_and_missing_weights_are_refused_and_random_ones_are_named(
         and inception.weights_fingerprint(a)
         == inception.weights_fingerprint(load_inception("random:7"))
     )
+    for seed in ("²", "9" * 5000, "-1", "1e3"):
+        with pytest.raises(UserError, match="random:SEED"):
+            load_inception(f"random:{seed}")
     with pytest.raises(UserError, match="random:SEED"):
         load_inception("randomly")
 

@@ -1,11 +1,14 @@
 """Sets of images and their features on disk: computed once, found again, whole after a kill."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import eval_fid
+from data.dataset import open_dataset
 from folders import pictures
 from harness.cli import UserError
 from harness.ranks import Ranks
@@ -160,3 +163,35 @@ def test_pictures_that_are_turned_by_exif_count_as_they_are_seen(tmp_path):
         Image.new("RGB", (40, 24), "red").save(tmp_path / f"{i}.jpg", exif=exif)
     with pytest.raises(UserError, match="mixes image sizes"):
         open_images(str(tmp_path)).batch([0, 1])
+
+
+def bomb(path, side):
+    """A PNG whose header says side × side; its one row of bytes is never reached."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    size = side.to_bytes(4, "big") * 2
+    head = chunk(b"IHDR", size + b"\x08\x02\0\0\0")
+    rest = chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + rest)
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])  # above Pillow's line of warning, and of error
+@pytest.mark.parametrize("resolution", [0, 32])
+def test_a_decompression_bomb_is_refused_by_its_header_as_in_training(
+    tmp_path, capsys, side, resolution
+):
+    folder = pictures(tmp_path / "x", 4)
+    bomb(folder / "bomb.png", side)
+    images = open_images(str(folder), resolution)
+    trained = open_dataset(str(folder), resolution=32, holdout=0)
+    assert len(images) == len(trained) == 4 and images.unreadable == 1
+    assert "over 89 megapixels" in trained.source.unreadable["bomb.png"]
+    report = capsys.readouterr().err
+    assert "bomb.png (" in report and "over 89 megapixels)" in report
+    for path in folder.glob("*.png"):
+        bomb(path, side)
+    with pytest.raises(UserError, match="none of the 5 images .*over 89 megapixels"):
+        open_images(str(folder), resolution)
