@@ -1,4 +1,4 @@
-"""Pictures that were drawn, as PNG, as one grid, as NumPy."""
+"""Pictures that were drawn, as PNG, as one grid, as NumPy; a folder of samples, which is a set."""
 
 import hashlib
 import math

@@ -19,6 +19,7 @@ import harness.run as run_module
 import samplers
 import train
 import training.previews
+from diffusion.sampling import NonFinite
 from harness.run import checkpoints
 from ckpt import convert, fingerprint, load_unet, save_unet
 from harness.cli import UserError
@@ -244,6 +245,21 @@ def test_held_out_loss_is_of_fixed_noise_with_ot_too(tmp_path):
     tr.objective = replace(tr.objective, coupling="none")
     tr.loss = replace(tr.loss, objective=tr.objective)
     assert with_ot == train.held_out_loss(tr)
+
+
+def test_a_network_that_breaks_ends_no_run_and_its_pictures_are_said_to_be_none(tmp_path, capsys):
+    """The weights are what matters; strict, for a distance, it is an error."""
+    go(tmp_path)
+    tr = train.setup(resolve(Config(**{**FAST, "out": str(tmp_path)})), ALONE)
+    with torch.no_grad():
+        next(tr.net.parameters()).fill_(torch.nan)
+    capsys.readouterr()
+    images = train.draw_samples(tr, tr.net, [4, 6], method="heun", steps=1)
+    assert images.shape == (2, 3, 32, 32) and tr.net.training
+    assert "no finite numbers for 2 of 2 images, of seeds 4 (t = 1" in capsys.readouterr().err
+    with pytest.raises(NonFinite):
+        train.draw_samples(tr, tr.net, [4, 6], strict=True, method="heun", steps=1)
+    assert tr.net.training
 
 
 def test_a_runs_own_samples_are_those_of_the_command(tmp_path, user):
