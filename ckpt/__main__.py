@@ -31,7 +31,7 @@ class Options:
         "", "what it was trained to output; convert writes it", head="inspect and convert"
     )
     table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
-        "", "noise schedule of eps, v, x0; convert writes it"
+        "", "noise schedule of eps, v, x0; LDM calls scaled_linear linear"
     )
 
 

@@ -68,6 +68,19 @@ def quoted(name: str) -> str:
     return shlex.quote(name if name.isprintable() else ascii(name))
 
 
+def hub_spelling(name: str) -> str:
+    """What a web address of the Hub, or org/name, would be here; "" if it is neither."""
+    url = r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
+    url += r"(?:/(?:blob|resolve|tree)/([^/?]+)(?:/([^?]+))?)?/?(?:\?.*)?"
+    if match := re.fullmatch(url, name):
+        repo, revision, file = match.groups()
+        at = f"@{revision}" if revision not in (None, "main") else ""
+        return f"hf:{repo}" + (f"/{file}" if file else "") + at
+    local = name.startswith("runs/") or name.endswith(WEIGHTS)
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not local
+    return f"hf:{name}" if plain else ""
+
+
 def resolve(spec: Path | str, usual: Sequence[str] = USUAL) -> Path:
     """A local path as it is; hf:org/name[/file or folder][@revision] as the path of the file in
     huggingface_hub's cache.

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from ckpt.configs import check_known, config_from
 from ckpt.containers import WEIGHTS, open_weights, weights_in
 from ckpt.diffusers import check_config_beside
-from ckpt.hub import origin, resolve
+from ckpt.hub import hub_spelling, origin, resolve
 from ckpt.layouts import MARKERS, native_view, target_of
 from harness.cli import UserError
 from harness.files import (
@@ -170,7 +170,8 @@ def firsts(found: list[Path], every: int) -> list[Path]:
 def find_checkpoint(path: Path | str) -> Path:
     """A weight file from what a user names: a file, a name on the Hub, a run's folder (newest;
     first EMA), one of its checkpoints, or a folder as diffusers writes it."""
-    path = resolve(path) if str(path).startswith("hf:") else Path(path)
+    name = str(path)
+    path = resolve(path) if name.startswith("hf:") else Path(path)
     if path.is_file():
         one = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})((?:\.\w+)?)(\.safetensors|\.bin)", path.name)
         if one and int(one[2]) > 1:
@@ -180,7 +181,10 @@ def find_checkpoint(path: Path | str) -> Path:
             )
         return path
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}", do="Name a file or a folder that exists.")
+        do = "Name a file or a folder that exists."
+        if on_hub := hub_spelling(name):
+            do = f"Name a file or a folder that exists, or on the Hub {on_hub}."
+        raise UserError(f"no checkpoint at {name}", do=do)
     folder = (checkpoints(path) or [path])[-1]
     emas, plain = sorted(folder.glob("ema-*.safetensors")), weights_in(folder)
     if emas or plain:

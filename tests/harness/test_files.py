@@ -807,6 +807,27 @@ def test_an_autoencoder_of_a_pipeline_is_taken_where_one_is_asked_for(hub, offli
         resolve("hf:org/name/text_encoder", USUAL_VAE)
 
 
+@pytest.mark.parametrize(
+    "name, spelling",
+    [
+        ("org/pipe", "hf:org/pipe"),
+        ("https://huggingface.co/org/pipe", "hf:org/pipe"),
+        ("https://huggingface.co/org/pipe/blob/main/unet/f.bin", "hf:org/pipe/unet/f.bin"),
+        ("https://hf.co/org/pipe/resolve/v2/f.ckpt?download=true", "hf:org/pipe/f.ckpt@v2"),
+        ("runs/x/model.safetensors", ""),
+        ("x/model.safetensors", ""),
+        ("runs/x", ""),
+        ("/a/b", ""),
+        ("../b", ""),
+    ],
+)
+def test_a_name_of_the_hub_in_another_spelling_is_answered_with_ours(name, spelling):
+    with pytest.raises(UserError, match="no checkpoint at") as error:
+        load_unet(name)
+    assert ("on the Hub" in str(error.value)) == bool(spelling)
+    assert f"{spelling}." in str(error.value)
+
+
 def test_a_named_file_needs_no_listing_and_no_connection_means_the_cache(hub):
     from huggingface_hub import errors, utils
 
