@@ -21,12 +21,13 @@ from data.cache import (
     Names,
     contents_path,
     file_digest,
+    open_cache,
     read_sealed,
     sealed,
     shard_path,
     verify_shard,
 )
-from data.sources import Source
+from data.sources import Source, content_hash
 from data.tags import TagTable
 from harness.cli import UserError
 from harness.files import write_tensors, write_text
@@ -76,10 +77,12 @@ def find_reuse(
         return None
     try:
         manifest = read_sealed(out / "manifest.json")
-        if manifest["plan"] != old or file_digest(contents_path(out)) != manifest.get("contents"):
+        if manifest["plan"] != old:
             return None
-        hashes = [row.tobytes() for row in open_weights(contents_path(out))["contents"].numpy()]
+        hashes = read_contents(out, manifest, source)
     except (UserError, OSError):
+        return None
+    if not hashes:
         return None
     reuse = Reuse(latents_of_cache(out, manifest), find_places(hashes, source.contents))
     if not reuse.in_place:
@@ -88,6 +91,21 @@ def find_reuse(
         damaged = [k for k, record in shards if not verify_shard(out, old, k, record)]
         reuse.places[np.isin(reuse.places // reuse.cache.per_shard, damaged)] = -1
     return reuse
+
+
+def read_contents(out: Path, manifest: dict[str, Any], source: Source) -> list[bytes]:
+    """A hash of every image of a cache; [] if that cannot be told."""
+    if "contents" in manifest:
+        if file_digest(contents_path(out)) != manifest["contents"]:
+            return []
+        return [row.tobytes() for row in open_weights(contents_path(out))["contents"].numpy()]
+    # A cache that is older than that file: its images are those of the same names, if all are.
+    cache = open_cache(str(out), manifest["plan"]["resolution"])
+    now = dict(zip(source.names, source.contents))
+    hashes = [now.get(name, "") for name in cache.names]
+    if content_hash(list(cache.names), list(cache.tags), hashes) != manifest["plan"]["source"]:
+        return []
+    return [bytes.fromhex(content) for content in hashes]
 
 
 def find_places(hashes: list[bytes], contents: list[str]) -> np.ndarray:

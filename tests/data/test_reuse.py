@@ -10,7 +10,7 @@ from PIL import Image
 
 import data.encode as encode
 import data.reuse as reuse
-from data.cache import open_cache, read_sealed, shard_path, verify
+from data.cache import contents_path, open_cache, read_sealed, sealed, shard_path, verify
 from data.encode import Encode
 from harness.ranks import Ranks
 from test_cache import files
@@ -159,3 +159,15 @@ def test_what_was_written_for_a_change_that_was_taken_back_is_dropped(made, monk
     again(folder, out)
     assert encoded == [] and files(out) == before and not (out / ".update").exists()
     assert read_sealed(out / "plan.json")["images"] == 10
+
+
+def test_a_cache_that_is_older_than_the_hashes_lends_its_latents_too(made, tmp_path):
+    folder, out, encoded = made
+    manifest = read_sealed(out / "manifest.json")
+    older = {key: value for key, value in manifest.items() if key not in ("contents", "source")}
+    (out / "manifest.json").write_text(sealed(older))
+    contents_path(out).unlink()
+    (folder / "1.txt").write_text("dog")
+    picture(folder / "35.png", 35)
+    again(folder, out)
+    assert encoded == [4] and same_latents(out, folder, tmp_path) and contents_path(out).exists()
