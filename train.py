@@ -1,6 +1,6 @@
 """Train a diffusion or flow-matching network.   The same command again resumes.
 
-    python train.py                        # toy faces, flow matching, 3 minutes on two CPU cores
+    python train.py                        # toy faces, a few minutes on two CPU cores
     python train.py --objective ddpm       # the other arm: same images, same noise, same order
     torchrun --nproc_per_node=8 train.py --data DIR --resolution 256 --model toy-281m \\
         --batch 256 --images 5_000_000
