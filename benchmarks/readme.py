@@ -229,7 +229,7 @@ def block_latents(up: str) -> str:
         f"of 64 px takes {kitten['ms/image']:.2f} ms, with robohash's own code "
         f"{kitten['assemble() ms/image']:.0f}.",
         origin(v, f"seed 0; medians of {v['rounds']} rounds, spread not recorded"),
-        origin(r, f"seed 0; medians of {r.get('rounds', 9)} rounds, spread not recorded"),
+        origin(r, f"seed 0; medians of {r.get('rounds', 'several')} rounds, spread not recorded"),
         origin(k, f"kittens from 0 on; medians of {k['rounds']} rounds, spread not recorded"),
     )
 
@@ -589,7 +589,7 @@ def block_results(up: str) -> str:
             commit(kittens),
         ],
         [
-            f"distillation: FD, assessor minus none: {arms_of['verdict']}",
+            f"distillation: FD, assessed minus fixed λ: {arms_of['verdict']}",
             mean(apart, "+.2f"),
             f"{len(apart)} seeds",
             commit(arms_of),
@@ -597,7 +597,7 @@ def block_results(up: str) -> str:
         [
             "latent cache, times as fast as a memmap",
             f"{cache['ratio']:.2f}",
-            f"{cache.get('rounds', 9)} rounds",
+            f"{cache['rounds']} rounds" if "rounds" in cache else "not recorded",
             commit(cache),
         ],
     ]

@@ -94,14 +94,6 @@ def table_rows(steps: int, spacing: str = "trailing", rows: int = T) -> Tensor:
     return torch.linspace(0, rows - 1, steps, dtype=torch.float64).round().flip(0)
 
 
-def native_grid(
-    t_max: float, table: str, zero_snr: bool, steps: int, spacing: str = "trailing"
-) -> Tensor:
-    """Times of `steps` evenly spaced rows of a VP table that ends at t_max, then 0: (steps + 1,)
-    float64."""
-    return time_grid(steps, 1.0, t_max, spacing, table, zero_snr)
-
-
 def steps_of(grid: Tensor) -> zip:
     """(t, r) pairs of Python floats, float64 whatever the state is."""
     times = grid.tolist()

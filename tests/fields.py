@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from diffusion.solvers import native_grid
+from diffusion.solvers import time_grid
 
 
 def triple(x, t, x0):
@@ -67,4 +67,5 @@ def exact(x, t):
 
 def rows_grid(objective, steps, spacing="trailing"):
     """Times of `steps` rows of an objective's own VP table, then 0."""
-    return native_grid(objective.t_max, objective.table, objective.zero_snr, steps, spacing)
+    table = objective.table
+    return time_grid(steps, 1.0, objective.t_max, spacing, table, objective.zero_snr)
