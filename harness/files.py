@@ -14,8 +14,10 @@ import math
 import mmap
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,8 @@ DTYPES = {
     "I64": torch.int64,
 }  # fmt: skip
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+# In a folder of ours: the sha256 of its other files. No tensors, only metadata.
+DIGESTS = "digests.safetensors"
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -319,6 +323,87 @@ def read_range(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
                 )
             done += n
     return data.view(dtype).view(shape)
+
+
+# ---- digests ------------------------------------------------------------------------------------
+
+
+class Digests(NamedTuple):
+    of: dict[str, Any]  # what the files belong to: a run, a step
+    files: dict[str, str]  # {name in the folder: sha256 of the file}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(folder: Path, names: Iterable[str], **of: Any) -> None:
+    """List files of a folder with their sha256, and what they are `of`. They are read for it, so it
+    is written last."""
+    names = sorted(names)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the GIL
+        sums = list(pool.map(digest, [folder / name for name in names]))
+    meta = {"kind": "digests", "of": of, "files": dict(zip(names, sums))}
+    write_tensors(folder / DIGESTS, {}, meta)
+
+
+def read_digests(folder: Path) -> Digests:
+    """The list of a folder. Empty where there is none: what was written before there were lists,
+    and files that were copied without theirs."""
+    path = folder / DIGESTS
+    if not os.path.lexists(path):
+        return Digests({}, {})
+    if not path.is_file():
+        raise UserError(f"{path} is not a file", do="Copy the folder again, or use an older one.")
+    meta = read_meta(open_safetensors(path))
+    of, files = meta.get("of"), meta.get("files")
+    named = isinstance(of, dict) and isinstance(files, dict)
+    if not named or not all(Path(k).name == k and isinstance(v, str) for k, v in files.items()):
+        raise UserError(
+            f"{path} is not a list of files and their sha256",
+            do="Copy the folder again, or use an older one.",
+        )
+    return Digests(of, files)
+
+
+def fault(path: Path) -> str:
+    """What is wrong with a file that the list beside it names; "" = nothing, or it is not listed.
+
+    A file is read once by a process, unless it changes.
+    """
+    wanted = read_digests(path.parent).files.get(path.name)
+    if wanted is None:
+        return ""
+    if not path.is_file():
+        return f"{path} is missing, and {DIGESTS} beside it lists it"
+    if digest_once(path) == wanted:
+        return ""
+    return (
+        f"{path} is not the file that {DIGESTS} beside it lists: it is damaged, or of another run "
+        "or step"
+    )
+
+
+def digest_once(path: Path) -> str:
+    """digest(), remembered for as long as the file does not change."""
+    stat = path.stat()
+    # Clocks of file systems are coarse: two changes may have one time.
+    if time.time_ns() - stat.st_ctime_ns < 10**9:
+        return digest(path)
+    return remembered(path, stat.st_ino, stat.st_size, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def remembered(path: Path, *state: int) -> str:
+    return digest(path)
+
+
+def check_digest(path: Path, do: str) -> None:
+    """Refuse a file that is not the one that the list beside it names; do: what helps then."""
+    if what := fault(path):
+        raise UserError(what, do=do)
 
 
 # ---- comparing ----------------------------------------------------------------------------------
