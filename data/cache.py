@@ -37,9 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt.containers import open_weights
+from ckpt.hub import quoted
 from data.images import to_float
 from data.tags import TagTable
 from harness.cli import UserError
+from harness.files import digest as file_digest
 from harness.files import raw_bytes, read_meta, write_tensors
 from vae import AnyVAE, choose
 
@@ -63,11 +65,6 @@ def identity(plan: dict[str, Any]) -> str:
     """Equal identities, equal shards. How --data was spelled is a note; what it led to is in the
     plan as a hash."""
     return digest({key: value for key, value in plan.items() if key != "data"})
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(value: dict[str, Any]) -> str:
@@ -175,6 +172,7 @@ class LatentSource:
     unreadable: dict[str, str]
     hash: str
     notes: list[str] = field(default_factory=list)
+    watch: Any = None  # data.watch.Watch, once something is read
     pixels: None = None
     crop: str = "center"
 
@@ -224,7 +222,8 @@ class LatentSource:
         return tensor if self.dtype is np.float16 else tensor.view(torch.bfloat16)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": {}}  # a process that is not forked opens for itself
+        # A process that is not forked opens for itself, and watches nothing.
+        return {**self.__dict__, "files": {}, "watch": None}
 
 
 def is_cache(spec: str) -> bool:
@@ -239,6 +238,33 @@ def contents_path(root: Path) -> Path:
 def vae_path(root: Path | str) -> Path:
     """Where a cache keeps its autoencoder."""
     return Path(root) / "vae.safetensors"
+
+
+def encode_command(root: Path, plan: dict[str, Any]) -> str:
+    """The command that a cache of this plan was made by, which mends it too."""
+    words = ["--data", plan["data"], "--resolution", plan["resolution"]]
+    vae = autoencoder_name(root)
+    for flag, value, default in (
+        ("--vae", vae, "pca"),
+        ("--dtype", plan["dtype"], "fp16"),
+        ("--batch", plan["batch"], 16),
+    ):
+        if value != default:
+            words += [flag, value]
+    if plan["flip"]:
+        words.append("--flip")
+    if plan["device"].startswith("cpu"):
+        words += ["--device", "cpu"]
+    words += ["--out", root]
+    return " ".join(["python -m data.encode", *(quoted(str(word)) for word in words)])
+
+
+def autoencoder_name(root: Path) -> str:
+    """A cache's autoencoder as --vae names it."""
+    meta = read_meta(open_weights(vae_path(root)))
+    if "source" not in meta:
+        return str(meta["name"])
+    return ":".join(filter(None, (meta["family"], meta["latents"], meta["source"])))
 
 
 def open_cache(
@@ -291,18 +317,19 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
                 do=AGAIN,
             )
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
-            short.append(file.name)
-    if short:
-        raise UserError(
-            f"{root}: {len(short)} of {len(manifest['shards'])} shards are missing or cut short, "
-            f"first {short[0]}",
-            do=AGAIN,
-        )
+            size = f"{file.stat().st_size:,} bytes" if file.is_file() else "not there"
+            short.append(f"{file.name} ({size}, wanted {shard['bytes']:,})")
     small = {"index": "the names and tags of the cache", "vae": "its autoencoder, or where that is"}
     for name, what in small.items():
         file = root / f"{name}.safetensors"
         if not file.is_file() or file_digest(file) != manifest[name]:
             raise UserError(f"{file}, {what}, is damaged", do=AGAIN)
+    if short:
+        raise UserError(
+            f"{root}: {len(short)} of {len(manifest['shards'])} shards are missing or cut short, "
+            f"first {short[0]}",
+            do=f"Encode them again, and nothing else: {encode_command(root, manifest['plan'])}",
+        )
 
 
 def check_plan(root: Path, plan: dict[str, Any], resolution: int, flip: bool, crop: str) -> None:

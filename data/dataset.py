@@ -30,6 +30,7 @@ from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
 from data.tags import compile_tags, match_tags, printable
+from data.watch import look, start
 from diffusion.coupling import upsampled
 from harness.cli import UserError, flag
 from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
@@ -368,7 +369,8 @@ def batches(
     float64), y, position.
 
     Worker processes decode ahead, four batches each; what comes out does not depend on how many
-    there are.
+    there are. A latent cache is checked meanwhile: call data.watch.wait before saving what was
+    learnt.
     """
     loader = DataLoader(
         stream,
@@ -380,6 +382,7 @@ def batches(
         worker_init_fn=outlive_signals,
     )
     iterator = iter(loader)
+    start(stream.ds.source)  # after the workers were forked
     # Workers outlive signals, so whoever is done with them has to end them: here, or, where
     # nobody reads to the end, at the script's exit, which would wait for them.
     if workers:
@@ -387,6 +390,7 @@ def batches(
     error = None
     try:
         for batch in iterator:
+            look(stream.ds.source)
             if isinstance(batch, UserError):
                 error = batch
                 break

@@ -28,7 +28,6 @@ from data.cache import (
     CHECKED,
     PRECISION,
     VERSION,
-    file_digest,
     is_cache,
     read_sealed,
     save_shard,
@@ -41,17 +40,10 @@ from data.cache import (
 )
 from data.dataset import unreadable_line
 from data.images import to_float
-from data.reuse import (
-    Reuse,
-    clear_update,
-    find_reuse,
-    take_over,
-    update_folder,
-    write_contents,
-)
+from data.reuse import Reuse, clear_update, find_reuse, take_over, update_folder, write_contents
 from data.sources import Source, open_source
 from harness.cli import UserError, cli, flag, parse
-from harness.files import make_dir, read_meta, write_tensors, write_text
+from harness.files import digest, make_dir, read_meta, write_tensors, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import lock
 from vae import AnyVAE, choose, fit_pca, load_vae, pca_samples, pixel, save_vae, vae_from_meta
@@ -113,9 +105,7 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     ranks.broadcast(lambda: finish(out, plan, source))
 
 
-def reusable(
-    out: Path, old: dict[str, Any], plan: dict[str, Any], source: Source
-) -> Reuse | None:
+def reusable(out: Path, old: dict[str, Any], plan: dict[str, Any], source: Source) -> Reuse | None:
     """What there is already of a source that changed; said, and the place for the rest made."""
     if old == plan:
         clear_update(out, plan, shard_count(plan))
@@ -380,8 +370,8 @@ def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
         "std": spread,
         "channel_mean": mean.tolist(),
         "channel_std": std.tolist(),
-        "index": file_digest(out / "index.safetensors"),
-        "vae": file_digest(vae_path(out)),
+        "index": digest(out / "index.safetensors"),
+        "vae": digest(vae_path(out)),
         "shards": [shard_record(out, k) for k in shards],
     }
     if source.contents:

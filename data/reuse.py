@@ -20,7 +20,6 @@ from data.cache import (
     LatentSource,
     Names,
     contents_path,
-    file_digest,
     open_cache,
     read_sealed,
     sealed,
@@ -30,7 +29,7 @@ from data.cache import (
 from data.sources import Source, content_hash
 from data.tags import TagTable
 from harness.cli import UserError
-from harness.files import write_tensors, write_text
+from harness.files import digest, write_tensors, write_text
 
 MAY_CHANGE = {"data", "source", "images"}  # of a plan, without a latent becoming another
 
@@ -64,7 +63,7 @@ def write_contents(out: Path, source: Source) -> str:
     data = bytearray.fromhex("".join(source.contents))
     hashes = torch.frombuffer(data, dtype=torch.uint8).reshape(len(source.contents), -1)
     write_tensors(contents_path(out), {"contents": hashes}, {"kind": "contents of a cache"})
-    return file_digest(contents_path(out))
+    return digest(contents_path(out))
 
 
 def find_reuse(
@@ -96,7 +95,7 @@ def find_reuse(
 def read_contents(out: Path, manifest: dict[str, Any], source: Source) -> list[bytes]:
     """A hash of every image of a cache; [] if that cannot be told."""
     if "contents" in manifest:
-        if file_digest(contents_path(out)) != manifest["contents"]:
+        if digest(contents_path(out)) != manifest["contents"]:
             return []
         return [row.tobytes() for row in open_weights(contents_path(out))["contents"].numpy()]
     # A cache that is older than that file: its images are those of the same names, if all are.

@@ -20,6 +20,7 @@ import data.dataset as data
 from ckpt import read_tensors
 from data.dataset import Dataset, Stream, latents_of, open_dataset
 from data.sources import embedded_tags
+from data.watch import wait
 from diffusion.schedules import T, norm
 from distillation.assessor import (
     Assessor,
@@ -150,6 +151,7 @@ def pretrain(cfg: Pretrain) -> None:
     fit(net, on(device, seen), bins, weights, cfg.steps, cfg.batch, cfg.lr, cfg.seed)
     held_bins = bins_of(held_rows, cfg.bins).to(device)
     report = examine(net.frozen(), on(device, held), held_bins, weights)
+    wait(ds.source)
     save(cfg, net, teacher, report)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt import load_strict, load_unet, read_tensors, save_checkpoint
+from data.watch import wait
 from harness.cli import UserError
 from harness.run import checkpoints, versions
 from training.trainer import Trainer
@@ -59,6 +60,7 @@ def load_optimizer(
 
 def save(tr: Trainer) -> None:
     """Write a checkpoint. Rank 0 writes; every rank calls."""
+    wait(tr.ds.source)  # each rank its share, before the sum that all of them have to reach
     more = {"meter": tr.meter.state()}
     more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
     if tr.ranks.rank == 0:
