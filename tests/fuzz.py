@@ -176,12 +176,10 @@ WORDS = [
     "0", "-1", "1", "1e30", "-1e30", "1e12", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 400,
     "²", "١", "1_0", "0x10", "", " ", ",", ",,", "1,", "1,nan", "-", "--", "x", "a" * 5000,
     "\udcff", "é", "\u202e", "None", "True", "auto", "none", "meta", "cuda:99", "hpu", "runs/half",
-    "runs",
-    "card.json", "pics/csv", "start.png", "ours.safetensors", "latents", "nowhere", "nowhere/x",
-    ".", "out", "out/x.txt", "out/x", "a/" * 300, "n" * 300, "(a & b", "* hair", "!", "{}", "%s",
-    "pca:x", "toyfaces:0", "toyfaces:x", "toyfaces:1e30", "robohash:99999999", "pixel:0", "pixel:x", 
-    "hf:",
-    "hf:x", "hf:x/y@z", "random:x", "sdxl:nowhere", "2" * 19,
+    "runs", "card.json", "pics/csv", "start.png", "ours.safetensors", "latents", "nowhere",
+    "nowhere/x", ".", "out", "out/x.txt", "out/x", "a/" * 300, "n" * 300, "(a & b", "* hair", "!",
+    "{}", "%s", "pca:x", "toyfaces:0", "toyfaces:x", "toyfaces:1e30", "robohash:99999999",
+    "pixel:0", "pixel:x", "hf:", "hf:x", "hf:x/y@z", "random:x", "sdxl:nowhere", "2" * 19,
 ]  # fmt: skip
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TWINPATH_CACHE", "FID_INCEPTION", "HF_HOME")
 
