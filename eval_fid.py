@@ -36,7 +36,7 @@ from harness.cli import UserError, check_flags, cli, dashed, flag, parse
 from harness.files import make_dir, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import versions
-from metrics.cards import Card, card_name, compare, show
+from metrics.cards import Card, card_name, card_text, compare, show
 from metrics.distances import (
     Statistics,
     compact,
@@ -56,16 +56,15 @@ from metrics.features import (
     Images,
     Stored,
     cached_data,
-    chunk_path,
     compute,
     extract,
     features_in_batches,
     fit_extractor,
     is_statistics,
     key_of,
+    missing,
     open_images,
     pooled,
-    read_chunk,
     short,
     split_spec,
 )
@@ -267,27 +266,23 @@ def sample_features(
     """Features of the images of seeds cfg.seed … + n - 1: all ranks, in chunks that a kill leaves
     on disk. Says first what it will cost."""
     key = checkpoint.key(cfg.seed, extractor)
-    folder = cache / key_of(key)
-    chunks = [range(lo, min(lo + CHUNK, n)) for lo in range(0, n, CHUNK)]
-
-    def nfe_file(chunk: range) -> Path:
-        return chunk_path(folder, chunk.start, n).with_suffix(".nfe")
+    folder, nfe = cache / key_of(key), {}
 
     def produce(chunk: range) -> Tensor:
         seeds = [cfg.seed + i for i in chunk]
         parts = [seeds[i : i + cfg.batch] for i in range(0, len(seeds), cfg.batch)]
         drawn = [checkpoint.draw(part) for part in parts]
-        nfe = sum(each.nfe * len(part) for each, part in zip(drawn, parts))
-        write_text(nfe_file(chunk), repr(nfe))
+        nfe[chunk] = sum(each.nfe * len(part) for each, part in zip(drawn, parts))
         images = torch.cat([each.images for each in drawn])
         return features_of(extractor, images, ranks.device)
 
-    missing = [c for c in chunks if read_chunk(chunk_path(folder, c.start, n)) is None]
-    todo = sum(map(len, missing))
+    def notes(chunk: range) -> dict[str, Any]:
+        return {"nfe": nfe[chunk]}
+
+    todo = sum(map(len, missing(folder, n, range(0, n, CHUNK), key_of(key))))
     ranks.broadcast(lambda: announce(cfg, checkpoint, extractor, todo, n, ranks))
-    stored = compute(folder, n, np.arange(n), produce, ranks, key, "sampling")
-    nfe = sum(float(nfe_file(chunk).read_text()) for chunk in chunks)
-    checkpoint.sampled["nfe"] = nfe / n
+    stored = compute(folder, n, np.arange(n), produce, ranks, key, "sampling", notes)
+    checkpoint.sampled["nfe"] = sum(note["nfe"] for note in stored.notes()) / n
     return stored
 
 
@@ -812,7 +807,7 @@ def main() -> None:
     if ranks.rank == 0:
         path = Path(cfg.out or card_name(card))
         make_dir(path.parent)
-        write_text(path, json.dumps(card, indent=1) + "\n")
+        write_text(path, card_text(card))
         print(show(card))
         print(path)
     ranks.leave()

@@ -1,15 +1,17 @@
 """Metric cards: what was measured, of what, how it was sampled, and what the numbers are.
 
 A card is JSON: {"kind": "metric card", "metrics": {name: {"value", "error", "floor", …}},
-"measured", "sampled", "subject", …}. Several stand in one table if what was measured and how it was
-sampled agree.
+"measured", "sampled", "subject", …, "sha256": of the rest}. Several stand in one table if what was
+measured and how it was sampled agree.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.cache import digest
 from harness.cli import UserError, closest
 from harness.files import safe_name
 from metrics.features import key_of
@@ -34,6 +36,24 @@ def card_name(card: Card) -> str:
     return f"cards/{stem}-{first}-{conditions[:6]}.json"
 
 
+def card_text(card: Card) -> str:
+    """A card as its file: with a checksum of what it says."""
+    return json.dumps({**card, "sha256": digest(card)}, indent=1) + "\n"
+
+
+def check_checksum(path: Path, card: Card) -> None:
+    """Refuse a card that was altered. Older ones have no checksum; under a damaged name it is one
+    too."""
+    said = {key: value for key, value in card.items() if key != "sha256"}
+    renamed = [key for key, value in said.items() if re.fullmatch(r"[0-9a-f]{64}", str(value))]
+    has_one = "sha256" in card or set(renamed) - {"weights_sha256"}
+    if has_one and card.get("sha256") != digest(said):
+        raise UserError(
+            f"{path} does not match its own checksum: it was altered or damaged",
+            do="Copy it again, or measure again.",
+        )
+
+
 def read_card(path: Path) -> Card:
     advice = "Give a file that eval_fid.py wrote."
     try:
@@ -44,6 +64,7 @@ def read_card(path: Path) -> Card:
     is_card = isinstance(card, dict) and card.get("kind") == "metric card"
     if not is_card or not all(isinstance(card.get(part), dict) for part in CARD):
         raise UserError(f"{path} is not a metric card", do=advice)
+    check_checksum(path, card)
     return card
 
 

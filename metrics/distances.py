@@ -14,11 +14,12 @@ are refused.
 """
 
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -467,13 +468,27 @@ def read_npz(path: Path, wanted: Sequence[str]) -> tuple[list[str], dict[str, np
         with open(path, "rb") as data:
             file = np.load(data, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
+                check_members(file.zip, data)
                 present = [name for name in wanted if name in file.files]
                 return file.files, {name: file[name] for name in present}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # RuntimeError: of zips that are encrypted, or made in a way that zipfile does not know.
         raise UserError(f"{path} cannot be read as npz ({error})", do="Make it anew.") from None
     raise UserError(
         f"{path} holds one array, as npy does; wanted an npz", do="Save it with numpy.savez."
     )
+
+
+def check_members(file: zipfile.ZipFile, data: IO[bytes]) -> None:
+    """Raise BadZipFile where members are named otherwise in a zip's directory than in its body, or
+    hidden in the directory: no checksum covers that."""
+    for name in file.namelist():
+        file.open(name).close()
+    data.seek(-22, os.SEEK_END)
+    end = data.read(22)
+    count = int.from_bytes(end[10:12], "little")
+    if end.startswith(b"PK\5\6") and count != min(len(file.namelist()), 0xFFFF):
+        raise zipfile.BadZipFile(f"its directory is of {count} members, and names others")
 
 
 def load_statistics(path: Path, d: int | None = None) -> tuple[Statistics, dict[str, Any]]:

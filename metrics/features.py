@@ -9,17 +9,18 @@
     features.statistics(ranks), features.rows()
 
 A chunk of features is a function of its images and the extractor alone, so ranks, batches and
-interruptions leave no trace.
+interruptions leave no trace. It has a fingerprint, and says of what it is: one that is damaged,
+half written or in another's place is made anew.
 """
 
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from data.images import BadImage, read_size, to_float
 from data.sources import find_files, open_source
 from data.tags import TagTable, compile_tags, printable
 from harness.cli import UserError
-from harness.files import make_dir, write_tensors, write_text
+from harness.files import fingerprint, make_dir, read_meta, write_tensors, write_text
 from harness.ranks import Ranks
 from metrics.distances import Statistics, finite, read_npz
 from vae import LinearVAE, fit_pca, pca_samples
@@ -273,13 +274,21 @@ def fit_extractor(images: Images) -> Pca:
 # ---- features on disk ---------------------------------------------------------------------------
 
 
+class Chunk(NamedTuple):
+    """What a file of features holds."""
+
+    features: Tensor
+    notes: dict[str, Any]  # what else was found while they were made
+
+
 @dataclass
 class Stored:
-    """Features of images 0 … n - 1 in chunks, of which `index` counts."""
+    """Features of images 0 … n - 1 in chunks, of which `index` counts. key: see key_of()."""
 
     folder: Path
     n: int
     index: np.ndarray
+    key: str
 
     def __len__(self) -> int:
         return len(self.index)
@@ -296,11 +305,23 @@ class Stored:
             first, last = np.searchsorted(self.index, [lo, lo + CHUNK])
             if first == last:
                 continue
-            path = chunk_path(self.folder, lo, self.n)
-            chunk = read_chunk(path)
-            if chunk is None:
-                raise UserError(f"{path} is gone", do="Do all ranks see the same --cache?")
-            yield np.arange(first, last), chunk[torch.from_numpy(self.index[first:last] - lo)]
+            rows = torch.from_numpy(self.index[first:last] - lo)
+            yield np.arange(first, last), self.chunk(lo).features[rows]
+
+    def chunk(self, lo: int) -> Chunk:
+        """The one that begins with image lo; compute() has made it."""
+        path = chunk_path(self.folder, lo, self.n)
+        chunk = read_chunk(path, self.key)
+        if chunk is None:
+            raise UserError(
+                f"{path} is gone or damaged since it was written",
+                do="Run the same command again.  Do all ranks see the same --cache?",
+            )
+        return chunk
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Those of all chunks."""
+        return [self.chunk(lo).notes for lo in range(0, self.n, CHUNK)]
 
     def rows(self) -> Tensor:
         """(N, d) fp32, in memory."""
@@ -335,17 +356,40 @@ def chunk_path(folder: Path, lo: int, n: int) -> Path:
     return folder / f"{lo:09d}-{min(lo + CHUNK, n):09d}.safetensors"
 
 
-def read_chunk(path: Path) -> Tensor | None:
-    """A chunk's features, or None if it is not there or not whole."""
+def read_chunk(path: Path, key: str) -> Chunk | None:
+    """A chunk, or None if it is not there, not whole, of something else than `key`, or older than
+    the fingerprints: then a broken network may have drawn its images."""
     if not path.is_file():
         return None
     try:
-        features = open_weights(path)["features"]
-    except (UserError, KeyError):
+        box = open_weights(path)
+        meta, features = read_meta(box), box["features"]
+    except (UserError, KeyError, OSError):  # also where the disk cannot be read
         return None
     low, high = map(int, path.stem.split("-"))
+    found = [meta.get(name) for name in ("key", "images", "fingerprint")]
+    if found != [key, [low, high], fingerprint({"features": features})]:
+        return None
     whole = len(features) == high - low and features.isfinite().all()
-    return features if whole else None
+    return Chunk(features, meta["notes"]) if whole else None
+
+
+def write_chunk(path: Path, features: Tensor, what: dict[str, Any], notes: dict[str, Any]) -> None:
+    meta = {
+        "kind": "features",
+        "of": what,
+        "key": key_of(what),
+        "images": list(map(int, path.stem.split("-"))),
+        "fingerprint": fingerprint({"features": features}),
+        "notes": notes,
+    }
+    write_tensors(path, {"features": features}, meta)
+
+
+def missing(folder: Path, n: int, starts: Iterable[int], key: str) -> list[range]:
+    """The images of those chunks, by their first image, that cannot be read."""
+    absent = [lo for lo in starts if read_chunk(chunk_path(folder, lo, n), key) is None]
+    return [range(lo, min(lo + CHUNK, n)) for lo in absent]
 
 
 def compute(
@@ -356,14 +400,16 @@ def compute(
     ranks: Ranks,
     what: dict[str, Any],
     label: str,
+    notes: Callable[[range], dict[str, Any]] = lambda chunk: {},
 ) -> Stored:
     """Make the chunks that hold `index` and are not there; every rank its share. produce(range)
-    gives their features (len, d)."""
+    gives their features (len, d), and notes(range), asked afterwards, what is kept beside them."""
     ranks.broadcast(lambda: describe_folder(folder, what))
-    index = np.sort(index)
+    index, key = np.sort(index), key_of(what)
     wanted = [lo for lo in range(0, n, CHUNK) if any_between(index, lo, lo + CHUNK)]
     share = wanted[ranks.rank :: ranks.world]
-    todo = [lo for lo in share if read_chunk(chunk_path(folder, lo, n)) is None]
+    todo = missing(folder, n, share, key)
+    say_damaged([chunk_path(folder, chunk.start, n) for chunk in todo])
     bar = tqdm(
         total=len(share) * CHUNK,
         initial=(len(share) - len(todo)) * CHUNK,
@@ -372,15 +418,24 @@ def compute(
         disable=None if ranks.rank == 0 and todo else True,
     )
     with bar:
-        for lo in todo:
-            chunk = range(lo, min(lo + CHUNK, n))
+        for chunk in todo:
             place = f"{label}, images {chunk.start} to {chunk.stop - 1}"
             features = finite(produce(chunk).float().cpu(), place)
-            meta = {"kind": "features", "of": what}
-            write_tensors(chunk_path(folder, lo, n), {"features": features}, meta)
+            write_chunk(chunk_path(folder, chunk.start, n), features, what, notes(chunk))
             bar.update(len(chunk))
     ranks.barrier()
-    return Stored(folder, n, index)
+    return Stored(folder, n, index, key)
+
+
+def say_damaged(absent: list[Path]) -> None:
+    """Of files that cannot be read, say how many are there."""
+    there = [path for path in absent if path.exists()]
+    if there:
+        print(
+            f"{len(there):,} files of features are damaged, of something else, or older than their "
+            f"fingerprints, and are made anew (first: {there[0]})",
+            flush=True,
+        )
 
 
 def any_between(index: np.ndarray, low: int, high: int) -> bool:

@@ -1,6 +1,7 @@
 """Metric cards: read, shown, and put side by side where they belong together."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,40 @@ def test_what_is_no_card_is_one_line(text, what, tmp_path, user):
 def test_a_table_is_aligned():
     text = cards.table([["", "b"], ["long name", "1"], ["c", "22.5"]])
     assert text.splitlines() == ["              b", "long name     1", "c          22.5"]
+
+
+# ---- altered files ------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_card_is_refused_or_changes_nothing(old, tmp_path):
+    """All places of the checksum's line, and some elsewhere; compare() reads with read_card()."""
+    path, r = tmp_path / "a.json", random.Random(0)
+    path.write_text(cards.card_text(old))
+    assert cards.read_card(path) == {**old, "sha256": cards.digest(old)}
+    data = path.read_bytes()
+    places = [(at, r.randrange(8)) for at in range(len(data) - 85, len(data))]
+    places += [(r.randrange(len(data)), r.randrange(8)) for _ in range(150)]
+    refused = 0
+    for at, bit in places:
+        bad = bytearray(data)
+        bad[at] ^= 1 << bit
+        path.write_bytes(bad)
+        try:
+            found = cards.read_card(path)
+            assert {k: v for k, v in found.items() if k != "sha256"} == old, (at, bit)
+        except UserError:
+            refused += 1
+    assert refused > 0.8 * len(places)
+
+
+def test_a_number_that_was_changed_by_hand_is_refused_and_an_older_card_is_not(old, tmp_path):
+    first = next(iter(old["metrics"]))
+    path = tmp_path / "a.json"
+    text = cards.card_text(old)
+    changed = json.loads(text)
+    changed["metrics"][first]["value"] -= 1
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="a.json does not match its own checksum"):
+        cards.compare([str(path), str(OLD / "card2.json")], ())
+    path.write_text(json.dumps(old))  # without one
+    assert cards.read_card(path) == old

@@ -1,6 +1,8 @@
 """Distances between sets of features against closed forms and brute force."""
 
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -364,3 +366,26 @@ def test_the_jackknife_of_a_mean_is_the_textbooks():
     assert jackknife([np.delete(v, i).mean() for i in range(40)]) == pytest.approx(
         v.std(ddof=1) / 40**0.5, rel=1e-12
     )
+
+
+def test_a_flipped_bit_in_saved_statistics_is_refused_or_changes_nothing(tmp_path):
+    """All places of the zip's directory, and some others."""
+    path, r = tmp_path / "s.npz", random.Random(0)
+    save_statistics(path, Statistics.of(torch.randn(50, 6)), {"size": [32, 32]})
+    data, (stats, meta) = path.read_bytes(), load_statistics(path)
+    places = [r.randrange(len(data)) for _ in range(150)]
+    heads = [match.start() for match in re.finditer(b"PK\1\2", data)]
+    places += [head + at for head in heads for at in range(50)]
+    assert len(heads) == 4
+    refused = 0
+    for at in places:
+        bad = bytearray(data)
+        bad[at] ^= 1 << r.randrange(8)
+        path.write_bytes(bad)
+        try:
+            found, about = load_statistics(path)
+            assert about == meta and torch.equal(found.mean, stats.mean), at
+            assert torch.equal(found.scatter, stats.scatter), at
+        except UserError:
+            refused += 1
+    assert refused > 0.6 * len(places)

@@ -1,5 +1,8 @@
 """Sets of images and their features on disk: computed once, found again, whole after a kill."""
 
+import os
+import random
+import shutil
 import zlib
 
 import numpy as np
@@ -11,6 +14,7 @@ import eval_fid
 from data.dataset import open_dataset
 from folders import pictures
 from harness.cli import UserError
+from harness.files import write_tensors
 from harness.ranks import Ranks
 from metrics.distances import Statistics, frechet
 from metrics.features import CHUNK, compute, extract, fit_extractor, open_images, short, split_spec
@@ -60,6 +64,82 @@ def test_a_damaged_chunk_that_nobody_asks_for_does_no_harm(tmp_path):
     first.write_bytes(first.read_bytes()[:-100])
     last = compute(tmp_path, n, np.arange(CHUNK, n), numbered, ALONE, {}, "x")
     assert last.statistics(ALONE)[0].n == CHUNK
+
+
+def whole(tmp_path, capsys):
+    """Features of 300 images in two chunks -> (a call that gives them, their files)."""
+    n = CHUNK + 44
+
+    def stored(name="c", what={"of": 1}):
+        found = compute(tmp_path / name, n, np.arange(n), numbered, ALONE, what, "x").rows()
+        return found, capsys.readouterr().out
+
+    rows, said = stored()
+    assert torch.equal(rows, numbered(range(n))) and said == ""
+    return stored, sorted((tmp_path / "c").glob("*.safetensors"))
+
+
+def test_a_flipped_bit_anywhere_in_cached_features_is_found_or_changes_nothing(tmp_path, capsys):
+    """Positions in header and data, and files that a kill cut short: made anew, and said."""
+    stored, paths = whole(tmp_path, capsys)
+    r, found = random.Random(0), 0
+    for _ in range(50):
+        path = r.choice(paths)
+        data = bytearray(path.read_bytes())
+        at = r.randrange(r.choice((600, len(data))))
+        data[at] ^= 1 << r.randrange(8)
+        path.write_bytes(data)
+        rows, said = stored()
+        assert torch.equal(rows, numbered(range(CHUNK + 44)))
+        found += "1 files of features are damaged, of something else, or older" in said
+        assert stored()[1] == ""
+    assert found > 40
+    for size in (0, 7, 300, paths[0].stat().st_size - 1):
+        os.truncate(paths[0], size)
+        assert "are made anew" in stored()[1]
+
+
+def test_features_of_something_else_in_their_place_are_made_anew(tmp_path, capsys):
+    stored, paths = whole(tmp_path, capsys)
+    other, _ = stored("d", {"of": 2})  # the same names and shapes, of another network
+    shutil.copy(tmp_path / "d" / paths[0].name, paths[0])
+    assert "are made anew" in stored()[1] and stored()[1] == ""
+    two = tmp_path / "two"
+    compute(two, 2 * CHUNK, np.arange(2 * CHUNK), numbered, ALONE, {}, "x")
+    a, b = sorted(two.glob("*.safetensors"))
+    shutil.copy(a, b)  # the same key and shape, of other images
+    rows = compute(two, 2 * CHUNK, np.arange(2 * CHUNK), numbered, ALONE, {}, "x").rows()
+    assert torch.equal(rows, numbered(range(2 * CHUNK)))
+
+
+def test_features_that_an_older_version_kept_are_not_used(tmp_path, capsys):
+    """It drew a broken network's images in black, and kept their features."""
+    stored, paths = whole(tmp_path, capsys)
+    black = torch.ones(CHUNK, 3)
+    write_tensors(paths[0], {"features": black}, {"kind": "features", "of": {"of": 1}})
+    rows, said = stored()
+    assert torch.equal(rows[:CHUNK], numbered(range(CHUNK)))
+    assert "1 files of features are damaged" in said and "older than their fingerprints" in said
+
+
+def test_features_that_are_damaged_between_their_making_and_their_use_are_refused(tmp_path):
+    stored = compute(tmp_path, 9, np.arange(9), numbered, ALONE, {}, "x")
+    path = next(tmp_path.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged since it was written.*Run the same command again"):
+        stored.rows()
+
+
+def test_what_is_noted_beside_features_is_kept_with_them(tmp_path):
+    def stored(note):
+        n = CHUNK + 1
+        return compute(tmp_path, n, np.arange(n), numbered, ALONE, {}, "x", note)
+
+    wanted = [{"nfe": 0.5}, {"nfe": 128.5}]
+    assert stored(lambda chunk: {"nfe": chunk.start / 2 + 0.5}).notes() == wanted
+    assert stored(lambda chunk: {}).notes() == wanted
 
 
 def test_file_order_and_grouping_change_nothing(tmp_path):
