@@ -57,6 +57,9 @@ class UNetConfig:
     context_dim: int = 0  # 0 = self-attention; else transformers over context (B, M, context_dim)
     linear_projection: bool = True  # of *files*: False = proj_in/out are (C, C, 1, 1) there (SD1.x)
     dropout: float = 0.0
+    # As Ho et al. 2020 (google/ddpm-*): another timestep_embedding, an eps of 1e-6, and where a
+    # convolution halves H and W, padding on the right and below only.
+    like_ho: bool = False
 
     def __post_init__(self):
         """What fits together. Of a config from a file, ckpt/ has checked types and sizes before."""
@@ -94,13 +97,15 @@ class UNetConfig:
 
 # ---- blocks -------------------------------------------------------------------------------------
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of t (B,) in [0, 1000] -> (B, dim): cos, then sin; frequencies 10000^(-i/half)."""
+def timestep_embedding(t: Tensor, dim: int, like_ho: bool = False) -> Tensor:
+    """Sinusoids of t (B,) in [0, 1000] -> (B, dim): cos, then sin; frequencies 10000^(-i/half).
+    Ho et al.: sin, then cos; 10000^(-i/(half-1))."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(10000.0) * steps / half)
+    freqs = torch.exp(-math.log(10000.0) * steps / (half - 1 if like_ho else half))
     angles = t.float()[:, None] * freqs  # fp32: bf16 rounds t=988.5 to 988
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    waves = [angles.sin(), angles.cos()] if like_ho else [angles.cos(), angles.sin()]
+    embedding = torch.cat(waves, dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
@@ -119,6 +124,10 @@ def norm_act(
     return group_norm_silu(x, norm.weight, norm.bias, groups, scale, shift, silu, eps)
 
 
+def group_norm(cfg: UNetConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6 if cfg.like_ho else 1e-5)
+
+
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out, 3, stride, padding=1)
 
@@ -126,11 +135,14 @@ def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
 class Downsample(nn.Module):
     """Halve H and W: a strided convolution `op`, or 2×2 average pooling without weights."""
 
-    def __init__(self, channels: int, conv: bool):
+    def __init__(self, channels: int, conv: bool, like_ho: bool = False):
         super().__init__()
         self.op = conv3x3(channels, channels, stride=2) if conv else nn.AvgPool2d(2)
+        self.like_ho = like_ho and conv
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.like_ho:
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.op.weight, self.op.bias, stride=2)
         return self.op(x)
 
 
@@ -139,11 +151,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, conv: bool):
         super().__init__()
-        self.conv = conv3x3(channels, channels) if conv else None
+        self.conv = conv3x3(channels, channels) if conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 RESAMPLE = {"up": Upsample, "down": Downsample}
@@ -162,12 +173,11 @@ class ResBlock(nn.Module):
         rows = 2 * out if self.film else out
         # The names and indices are guided-diffusion's; an Identity holds the place of an
         # activation that forward() computes.
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, channels), nn.Identity(), conv3x3(channels, out)
-        )
+        first = conv3x3(channels, out)
+        self.in_layers = nn.Sequential(group_norm(cfg, channels), nn.Identity(), first)
         self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(4 * cfg.model_channels, rows))
         dropout, last = nn.Dropout(cfg.dropout), zero(conv3x3(out, out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(GROUPS, out), nn.Identity(), dropout, last)
+        self.out_layers = nn.Sequential(group_norm(cfg, out), nn.Identity(), dropout, last)
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
         self.resample = RESAMPLE[resample](channels, False) if resample else nn.Identity()
 
@@ -191,7 +201,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = channels // cfg.head_channels(channels)
         self.legacy = cfg.attention_order == "legacy"
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = group_norm(cfg, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -336,7 +346,7 @@ class UNet(nn.Module):
                     layers.append(self._resample("up", C))
                 self.output_blocks.append(Block(*layers))
         last = zero(conv3x3(C, cfg.out_channels))
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, C), nn.Identity(), last)
+        self.out = nn.Sequential(group_norm(cfg, C), nn.Identity(), last)
         self.to(memory_format=torch.channels_last)
 
     def _attention(self, depth: int, channels: int) -> list[nn.Module]:
@@ -349,7 +359,9 @@ class UNet(nn.Module):
     def _resample(self, way: str, C: int) -> nn.Module:
         if self.cfg.resblock_updown:
             return ResBlock(self.cfg, C, C, way)
-        return RESAMPLE[way](C, self.cfg.conv_resample)
+        if way == "up":
+            return Upsample(C, self.cfg.conv_resample)
+        return Downsample(C, self.cfg.conv_resample, self.cfg.like_ho)
 
     def _blocks(self) -> dict[str, Block]:
         inputs = {f"input_blocks.{i}": block for i, block in enumerate(self.input_blocks)}
@@ -371,7 +383,8 @@ class UNet(nn.Module):
         `features`, of block_names, also {name: what that block returned (B, C', H', W')}.
         """
         self._check(x, y, context, features or ())
-        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
+        waves = timestep_embedding(t, self.cfg.model_channels, self.cfg.like_ho)
+        emb = self.time_embed(waves.to(x.dtype))
         if self.cfg.vector_dim:
             emb = emb + self.label_emb(y.to(x.dtype))
         elif y is not None:

@@ -37,9 +37,9 @@ from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_config, check_disk
-from harness.run import check_mirrors, checkpoints, find_fine, images_seen, lock, print_end
-from harness.run import print_start, print_unfinished, report_nonfinite, run_name
+from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_disk, check_mirrors
+from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
+from harness.run import print_unfinished, report_nonfinite, run_name
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, build
@@ -48,9 +48,10 @@ from objectives import Density, Loss, LossType, Objective, Table, Target, Upsamp
 from objectives import make_objective
 from training.checkpoints import load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
-from training.start import check_aligned, check_enlarging, check_table, network_config, vae_name
+from training.start import check_aligned, check_enlarging, check_table, is_finished
+from training.start import network_config, vae_name
 from training.trainer import Trainer
-from vae import AnyVAE, choose, save_vae, vae_from_meta
+from vae import AnyVAE, save_vae, vae_from_meta
 
 # ---- flags --------------------------------------------------------------------------------------
 
@@ -487,23 +488,6 @@ def train(
 def is_due(tr: Trainer, every: int) -> bool:
     """due(), and at the end of the run; 0 = never."""
     return every > 0 and (tr.seen >= tr.cfg.images or due(tr.seen, every, tr.cfg.batch))
-
-
-def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
-    """Check an existing run against the flags; say so if there is nothing left to do."""
-    run = Path(cfg.out) / cfg.name
-    kept = run / "vae.safetensors"
-    name = vae_name(cfg, run)
-    if name not in ("", "pca") and kept.exists():
-        # The file may have moved: its contents are compared, not its name.
-        choose(name, kept=kept)
-        free = free | {"vae"}
-    check_config(cfg, run, free, cfg.resume)
-    if not (run / FINAL).exists() or images_seen(run) < cfg.images:
-        return False
-    if ranks.rank == 0:
-        print_end(run, cfg.images)
-    return True
 
 
 def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """A network's config as a file or a user gives it: types, limits, and where two of them differ."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from reprlib import repr as brief
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,12 @@ def config_from(cls: type, values: dict[str, Any]) -> Any:
     if cls is UNetConfig:
         check_size({**{f.name: f.default for f in fields(cls)}, **values})
     return cls(**values)
+
+
+def written(cfg: Any) -> dict[str, Any]:
+    """A network's config as metadata holds it. like_ho stands there only where it is on, so that
+    versions which do not know it read all other files, and refuse those."""
+    return {k: v for k, v in asdict(cfg).items() if k != "like_ho" or v}
 
 
 def check_fields(cls: type, values: dict[str, Any]) -> None:

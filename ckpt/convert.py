@@ -6,14 +6,13 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ckpt.configs import differences
+from ckpt.configs import differences, written
 from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, open_guessing, open_unet
@@ -72,7 +71,7 @@ def convert(
             meta["cast_from"] = before
     if "probe" not in meta and parameters(weights) <= PROBE_LIMIT:
         meta["probe"] = probe(cfg, weights)
-    meta |= {"unet": asdict(cfg), "layout": layout, "fingerprint": digest}
+    meta |= {"unet": written(cfg), "layout": layout, "fingerprint": digest}
     if "source" in meta and "sha256" not in meta:
         # The folders of this machine are nobody's business.
         meta["source"] = Path(meta["source"]).name
@@ -107,7 +106,8 @@ def write_layout(
     if folder:
         part.mkdir()
         file = part / "diffusion_pytorch_model.safetensors"
-        write_text(part / "config.json", json.dumps(diffusers_config(cfg), indent=2) + "\n")
+        config = diffusers_config(cfg, meta.get("diffusers"))
+        write_text(part / "config.json", json.dumps(config, indent=2) + "\n")
     natives, shapes = foreign_names(cfg, layout), foreign_shapes(cfg, layout)
 
     def get(name: str) -> Tensor:
@@ -119,7 +119,7 @@ def write_layout(
     header = {name: (weights.dtype(natives[name]), shape) for name, shape in shapes.items()}
     marks = markers(meta) if layout == "native" and cfg.context_dim else []
     header |= {name: (torch.float32, (0,)) for name in marks}
-    spec = kept(weights.meta) | modelspec(cfg, layout, meta, part.stem)
+    spec = modelspec(cfg, layout, meta, part.stem, kept(weights.meta))
     stream_tensors(file, header, {**text_meta(meta), **spec}, get)
 
 
@@ -244,12 +244,11 @@ def shown_config(cfg: Any, unsaid: set[str]) -> str:
     if "order" in unsaid or getattr(cfg, "context_dim", 0):
         unknown.add("attention_order")
     words = []
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
+    for name, value in written(cfg).items():
         if isinstance(value, tuple):
             value = ",".join(f"{v:g}" for v in value)
-        if f.name not in unknown:
-            words.append(f"{f.name}={value}")
+        if name not in unknown:
+            words.append(f"{name}={value}")
     return " ".join(words)
 
 

@@ -48,22 +48,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "UNet2DModel": SHARED | OF_2D,
     "UNet2DConditionModel": SHARED | OF_CONDITION,
 }
-# They change no result.
-IGNORED = (
+# They change no result: they are kept, and not used.
+ASIDE = (
     "sample_size", "upcast_attention", "num_train_timesteps", "addition_embed_type_num_heads",
 )  # fmt: skip
 CONDITION = "UNet2DConditionModel"
+# Details in which ADM and its kin are one, and Ho et al. 2020 (google/ddpm-*) another.
+LIKE_ADM = dict(norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1)
+LIKE_HO = dict(norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
 
 
 # ---- ours as theirs -----------------------------------------------------------------------------
 
 
-def diffusers_config(cfg: UNetConfig, sample_size: int | None = None) -> dict[str, Any]:
+def diffusers_config(cfg: UNetConfig, aside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """config.json for diffusers' from_pretrained: the same network. UserError where no diffusers
     class computes it.
 
-    sample_size, H/8 of a pipeline's default image, is not in the weights: by default 64, or 128
-    with a vector (SDXL).
+    aside: what is in no weights, ASIDE. Where it is silent sample_size, H/8 of a pipeline's
+    default image, is 64, or 128 with a vector (SDXL).
     """
     conv = not cfg.resblock_updown
     kind = "CrossAttn" if cfg.context_dim else "Attn"
@@ -80,25 +83,24 @@ def diffusers_config(cfg: UNetConfig, sample_size: int | None = None) -> dict[st
         down_block_types=down, up_block_types=[_up(name) for name in reversed(down)],
         dropout=cfg.dropout,
         resnet_time_scale_shift="scale_shift" if cfg.use_scale_shift_norm else "default",
-        act_fn="silu", norm_eps=1e-5, norm_num_groups=32, flip_sin_to_cos=True, freq_shift=0,
-        downsample_padding=1, num_class_embeds=cfg.num_classes or None,
+        act_fn="silu", norm_num_groups=32, num_class_embeds=cfg.num_classes or None,
+        **(LIKE_HO if cfg.like_ho else LIKE_ADM),
     )  # fmt: skip
     if cfg.context_dim:
-        own, missing = _of_condition(cfg, sample_size or (128 if cfg.vector_dim else 64))
+        own, missing = _of_condition(cfg)
         name = CONDITION
     else:
         own, missing = _of_2d(cfg)
-        own["sample_size"] = sample_size
         name = "UNet2DModel"
     if problem or missing:
         raise UserError(
             f"diffusers has no U-Net with {problem or missing}",
             do="Keep this network in the native layout.",
         )
-    return dict(_class_name=name, **common, **own)
+    return dict(_class_name=name, **common, **own) | said_aside(aside or {})
 
 
-def _of_condition(cfg: UNetConfig, sample_size: int) -> tuple[dict[str, Any], str]:
+def _of_condition(cfg: UNetConfig) -> tuple[dict[str, Any], str]:
     """(what UNet2DConditionModel has beside the common fields, what it cannot compute)."""
     problem = ""
     if cfg.attention[-1] not in (0, cfg.middle_attention):
@@ -112,7 +114,7 @@ def _of_condition(cfg: UNetConfig, sample_size: int) -> tuple[dict[str, Any], st
         mid_block_type="UNetMidBlock2DCrossAttn", cross_attention_dim=cfg.context_dim,
         transformer_layers_per_block=_one(depths),
         attention_head_dim=_one(heads),  # diffusers' name; its meaning is the head count
-        use_linear_projection=cfg.linear_projection, sample_size=sample_size,
+        use_linear_projection=cfg.linear_projection, sample_size=128 if cfg.vector_dim else 64,
     )  # fmt: skip
     if cfg.vector_dim:
         own["addition_embed_type"] = "text_time"
@@ -133,7 +135,7 @@ def _of_2d(cfg: UNetConfig) -> tuple[dict[str, Any], str]:
         problem = "class vectors without cross-attention"
     resample = "resnet" if cfg.resblock_updown else "conv"
     own = dict(
-        attn_norm_num_groups=32, downsample_type=resample, upsample_type=resample,
+        attn_norm_num_groups=32, downsample_type=resample, upsample_type=resample, sample_size=None,
         attention_head_dim=dims.pop() if len(dims) == 1 else None,
     )  # fmt: skip
     return own, problem
@@ -184,6 +186,7 @@ def from_diffusers_config(
         resblock_updown="resnet" in resamples,
         num_classes=c["num_class_embeds"] or 0,
         dropout=c["dropout"],
+        like_ho=all(c[key] == value for key, value in LIKE_HO.items()),
     )
     if cross:
         values["context_dim"] = c["cross_attention_dim"]
@@ -209,7 +212,7 @@ def from_diffusers_config(
 
 def _completed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its class's defaults; every key is known and of the type it is used as."""
-    own = {k: v for k, v in config.items() if not k.startswith("_") and k not in IGNORED}
+    own = {k: v for k, v in config.items() if not k.startswith("_") and k not in ASIDE}
     c = DEFAULTS[name] | own
     unknown = sorted(c.keys() - DEFAULTS[name].keys())
     if unknown:
@@ -308,9 +311,26 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-def config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
-    """The config of diffusers weights, from the config.json beside them: their names and shapes
-    alone do not tell the heads."""
+def said_aside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of diffusers says that changes no result: the size of a pipeline's images,
+    and what guards fp16."""
+    aside = {key: config[key] for key in ASIDE if key in config}
+    for key, value in aside.items():
+        sizes = value if isinstance(value, list) and len(value) == 2 else [value]
+        if not all(v is None or type(v) is bool or _is_size(v) for v in sizes):
+            raise UserError(
+                f"config has {key} = {brief(value)}: wanted a number, true or false",
+                do="Restore the file.",
+            )
+    return aside
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 65536
+
+
+def config_beside(path: Path, known: dict[str, Any]) -> tuple[UNetConfig, dict[str, Any]]:
+    """(the config of diffusers weights, what else is said), from the config.json beside them."""
     file = path.parent / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -322,6 +342,7 @@ def config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
         ) from None
     try:
         cfg = from_diffusers_config(config, known.get("attention_order", "new"))
+        aside = said_aside(config)
     except UserError as error:
         what, _, do = str(error).partition("  ")
         raise UserError(f"{file}: {what}", do=do) from None
@@ -330,7 +351,7 @@ def config_beside(path: Path, known: dict[str, Any]) -> UNetConfig:
         what = f"{file} is not a config of diffusers ({type(error).__name__}: {error})"
         raise UserError(what, do="Restore it.") from None
     check_known(cfg, known, str(file))
-    return cfg
+    return cfg, aside
 
 
 def check_config_beside(cfg: UNetConfig, path: Path, layout: str) -> None:
@@ -338,7 +359,8 @@ def check_config_beside(cfg: UNetConfig, path: Path, layout: str) -> None:
     file, usual = path.parent / "config.json", path.name.startswith("diffusion_pytorch_model")
     if layout != "diffusers" or not usual or not file.exists():
         return
-    found = differences(cfg, config_beside(path, {"attention_order": cfg.attention_order}))
+    said, _ = config_beside(path, {"attention_order": cfg.attention_order})
+    found = differences(cfg, said)
     if found:
         raise UserError(
             f"{file} is not the config of the weights beside it: {'; '.join(found)}",

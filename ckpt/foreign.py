@@ -20,7 +20,7 @@ from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside
 from ckpt.hub import origin
-from ckpt.layouts import detect, family, native_view, parts, strip_prefix
+from ckpt.layouts import detect, family, modern, native_names, native_view, parts, strip_prefix
 from ckpt.meaning import record
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
 from ckpt.vaes import vae_file
@@ -104,8 +104,10 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
             f"{path}: {len(inner)} tensors under names of no known layout: {listed(inner)}",
             do="Wanted guided-diffusion's, LDM's or diffusers' names.",
         )
-    cfg = config_beside(path, known) if layout == "diffusers" else config_of(inner, known)
+    inner = modern(inner) if layout == "diffusers" else inner
+    cfg, aside = described(inner, layout, known)
     meta = {"layout": layout, "family": family(cfg), **said, **origin(path)}
+    meta |= aside
     meta["ema"] = "the file's" if ema or is_ema else None
     if "vae" in groups or vae_file(path.absolute().parent.parent / "vae").is_file():
         meta["latent"] = True  # an autoencoder lies beside: its images are no pixels
@@ -150,6 +152,28 @@ def without(part: str, groups: dict[str, dict[str, str]], box: Container) -> Use
         do = "Ask for its EMA."
     wanted = "EMA of a U-Net" if part == "ema" else "U-Net"
     return UserError(f"{box.path} holds no {wanted}, but {found} ({listed(box)})", do=do)
+
+
+def described(
+    box: Container, layout: str, known: dict[str, Any]
+) -> tuple[UNetConfig, dict[str, Any]]:
+    """(the config of a U-Net's tensors, metadata that says what else is known of it).
+
+    Distilled networks are passed round as one file under diffusers' names, without a config.json:
+    their names and shapes are enough where the family fixes the heads.
+    """
+    if layout == "native":
+        return config_of(box, known), {}
+    if (box.path.parent / "config.json").exists():
+        cfg, aside = config_beside(box.path, known)
+        return cfg, {"diffusers": aside} if aside else {}
+    if any(".transformer_blocks." in name for name in box):
+        return config_of(native_names(box), known), {}
+    raise UserError(
+        f"{box.path} has the names of diffusers' UNet2DModel and needs diffusers' config.json "
+        "beside it: no tensor shows its heads, its eps and its padding",
+        do="Copy it there.",
+    )
 
 
 def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:

@@ -23,17 +23,18 @@ never computed with.
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ckpt.configs import LIMITS, MAX_LEVELS, differences
 from ckpt.diffusers import diffusers_config
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, check_shapes, listed
-from model import UNetConfig, build
+from model import PRESETS, UNetConfig, build
 
 LAYOUTS = ("native", "diffusers")
 
@@ -78,7 +79,8 @@ def unet_map(cfg: UNetConfig, layout: str) -> tuple[Rename, ...]:
         )
     if layout == "diffusers":
         diffusers_config(cfg)  # raises where no diffusers class computes this
-    places, renames, shapes = _places(cfg), [], native_shapes(cfg)
+    places = _places(cfg.num_res_blocks, cfg.attention)
+    renames, shapes = [], native_shapes(cfg)
     squeezed = ("proj_in.weight", "proj_out.weight")
     squeezed = () if cfg.linear_projection or not cfg.context_dim else squeezed
     for name in shapes:
@@ -110,10 +112,10 @@ def _adm_attention(name: str, place: str, inner: str, leaf: str) -> list[Rename]
     return [Rename(name, f"{place}.to_{part}.{leaf}", part) for part in "qkv"]
 
 
-def _places(cfg: UNetConfig) -> dict[str, str]:
+def _places(n: int, attention: Sequence[int]) -> dict[str, str]:
     """{native prefix: diffusers prefix} of residual blocks, attentions and resamplers, counted as
-    UNet builds them."""
-    n, levels = cfg.num_res_blocks, len(cfg.channel_mult)
+    UNet builds them: n residual blocks a level, levels with attention or without."""
+    levels = len(attention)
     places = {
         f"middle_block.{i}": f"mid_block.{name}"
         for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))
@@ -134,7 +136,7 @@ def _places(cfg: UNetConfig) -> dict[str, str]:
                 }
             places[f"{up}.0"] = f"up_blocks.{i}.resnets.{j}"
             last = 1
-            if cfg.attention[level]:
+            if attention[level]:
                 places[f"{up}.1"], last = f"up_blocks.{i}.attentions.{j}", 2
             if level and j == n:
                 places |= {
@@ -142,6 +144,56 @@ def _places(cfg: UNetConfig) -> dict[str, str]:
                     f"{up}.{last}": f"up_blocks.{i}.upsamplers.0",
                 }
     return places
+
+
+# In attention, in diffusers' first years.
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_name(name: str) -> str:
+    """A name of diffusers' first years as it is today."""
+    return re.sub(r"(?<=\.attentions\.)(\d+\.)(\w+)", lambda m: m[1] + OLD.get(m[2], m[2]), name)
+
+
+def modern(box: Container) -> Container:
+    """A file under diffusers' names of today. One that has a tensor under both keeps both."""
+    table = {}
+    for name, entry in box.table.items():
+        new = modern_name(name)
+        table[name if new in box.table else new] = entry
+    return box.over(table)
+
+
+def native_names(box: Container) -> Container:
+    """A UNet2DConditionModel under native names, as far as its names alone tell which is which: so
+    that infer_config can read its shapes. Other names stay as they are."""
+
+    def numbers(pattern: str) -> set[int]:
+        return {int(m[1]) for name in box if (m := re.match(pattern, name))}
+
+    levels = numbers(r"down_blocks\.(\d{1,3})\.")
+    n = numbers(r"down_blocks\.0\.resnets\.(\d{1,3})\.")
+    if not 1 <= len(levels) <= MAX_LEVELS or not 1 <= len(n) <= LIMITS["num_res_blocks"][1]:
+        raise UserError(
+            f"{box.path} has diffusers' names, with {len(levels)} levels of {len(n)} blocks",
+            do="Is the file complete?  Copy it again.",
+        )
+    attends = numbers(r"down_blocks\.(\d{1,3})\.attentions\.")
+    places = _places(len(n), [int(level in attends) for level in range(len(levels))])
+    inner = {foreign: native for native, foreign in RESNET.items()}
+    outer = {foreign: native for native, foreign in (*places.items(), *TOP.items())}
+    table = {}
+    for name, entry in box.table.items():
+        cuts = [i for i, letter in enumerate(name) if letter == "."]
+        # The longest place first: a resampler's convolution lies in a resampler.
+        cut = next((i for i in reversed(cuts) if name[:i] in outer), None)
+        if cut is None:
+            table[name] = entry
+            continue
+        module, _, leaf = name[cut + 1 :].rpartition(".")
+        place = outer[name[:cut]]
+        table[".".join(p for p in (place, inner.get(module, module), leaf) if p)] = entry
+    return box.over(table)
 
 
 @lru_cache
@@ -262,29 +314,39 @@ def target_of(meta: Mapping[str, Any]) -> str | None:
     return {"u": "fm", "ddpm": "eps"}.get(target, target) if isinstance(target, str) else None
 
 
-def modelspec(cfg: UNetConfig, layout: str, meta: Mapping[str, Any], title: str) -> dict[str, str]:
-    """The metadata keys by which other programs know a Stable Diffusion file (Stability AI's
-    ModelSpec 1.0)."""
-    target = target_of(meta)
+def architecture(cfg: UNetConfig, target: str | None) -> str | None:
+    """ModelSpec's name of a network that is one of Stable Diffusion's to the last block; None where
+    it is only like one."""
     names = {
-        "sd1": "stable-diffusion-v1",
-        "sd2": "stable-diffusion-v2-768-v" if target == "v" else "stable-diffusion-v2-512",
+        "sd15": "stable-diffusion-v1",
+        "sd21": {"eps": "stable-diffusion-v2-512", "v": "stable-diffusion-v2-768-v"}.get(target),
         "sdxl": "stable-diffusion-xl-v1-base",
         "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
     }
-    if family(cfg) not in names:
-        return {}
+    return next((name for key, name in names.items() if not differences(cfg, PRESETS[key])), None)
+
+
+def modelspec(
+    cfg: UNetConfig, layout: str, meta: Mapping[str, Any], title: str, kept: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata keys by which other programs know a Stable Diffusion file (Stability AI's
+    ModelSpec 1.0). kept: the source's own, which say more than can be seen."""
+    target, kept = target_of(meta), dict(kept)
+    kept.pop("modelspec.implementation", None)
+    name = kept.get("modelspec.architecture") or architecture(cfg, target)
+    if not name:
+        return kept
     ldm = "https://github.com/Stability-AI/generative-models"
     spec = {
         "sai_model_spec": "1.0.0",
-        "architecture": names[family(cfg)],
+        "architecture": name,
         "title": title,
         "date": time.strftime("%Y-%m-%d"),
         "implementation": "diffusers" if layout == "diffusers" else ldm,
     }
     if target in ("eps", "v"):
         spec["prediction_type"] = spec["predict_key"] = {"eps": "epsilon", "v": "v"}[target]
-    return {f"modelspec.{key}": value for key, value in spec.items()}
+    return {f"modelspec.{key}": value for key, value in spec.items()} | kept
 
 
 MARKERS = ("v_pred", "ztsnr")  # empty tensors by which other programs know a file

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ckpt.configs import check_known, config_from
+from ckpt.configs import check_known, config_from, written
 from ckpt.containers import WEIGHTS, open_weights, weights_in
 from ckpt.diffusers import check_config_beside
 from ckpt.hub import hub_spelling, origin, resolve
@@ -49,7 +48,7 @@ KINDS = {
     "unet": dict, "network": str, "layout": str, "fingerprint": str, "images": int, "source": str,
     "sha256": str, "run": str, "resolution": int, "classes": list, "vae": dict, "probe": list,
     "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)),
-    "schedule": dict,
+    "schedule": dict, "diffusers": dict,
 }  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def save_unet(
             f"those training started from ({digest[:12]})",
             do="Is --lr 0, or are other weights being trained than saved?",
         )
-    meta = {**meta, "unet": asdict(unet.cfg), "fingerprint": digest}
+    meta = {**meta, "unet": written(unet.cfg), "fingerprint": digest}
     if network_name(unet.cfg) != "UNet":
         meta["network"] = network_name(unet.cfg)
     if sum(t.numel() for t in tensors.values()) <= PROBE_LIMIT:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ckpt.containers import ENDINGS
-from ckpt.layouts import parts
+from ckpt.layouts import modern_name, parts
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, listed
 
@@ -40,8 +40,6 @@ DIFFUSERS = {
     "mid.attn_1.k": "mid_block.attentions.0.to_k",
     "mid.attn_1.v": "mid_block.attentions.0.to_v",
 }
-# In attention, in diffusers' first years.
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 Shape = tuple[int, ...]
 
@@ -164,10 +162,6 @@ def with_rank(name: str, entry: Entry, rank: int) -> Entry:
         return entry
     shape = (*shape, 1, 1) if rank == 4 else shape[:2]
     return Entry(entry.dtype, shape, lambda: entry.read().reshape(shape))
-
-
-def modern_name(name: str) -> str:
-    return re.sub(r"(?<=\.attentions\.0\.)\w+", lambda m: OLD.get(m[0], m[0]), name)
 
 
 def infer_vae(box: Container, layout: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What a run starts from: the network that fits its latents, and whether weights fit its flags."""
+"""What a run starts from: what is there of it, the network that fits its latents, and whether
+weights fit its flags."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 from ckpt.hub import ask
 from data.cache import is_cache
 from harness.cli import UserError
-from harness.run import begun_with
+from harness.ranks import Ranks
+from harness.run import FINAL, begun_with, check_config, images_seen, print_end
 from model import PRESETS
 from objectives import Objective
-from vae import AnyVAE, read_name
+from vae import AnyVAE, choose, read_name
 
 
 def vae_name(cfg: Any, run: Path) -> str:
@@ -21,6 +23,23 @@ def vae_name(cfg: Any, run: Path) -> str:
     ask(read_name(cfg.vae, None, None)[0])
     kept = (run / "vae.safetensors").exists()
     return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
+
+
+def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
+    """Check an existing run against the flags; say so if there is nothing left to do."""
+    run = Path(cfg.out) / cfg.name
+    kept = run / "vae.safetensors"
+    name = vae_name(cfg, run)
+    if name not in ("", "pca") and kept.exists():
+        # The file may have moved: its contents are compared, not its name.
+        choose(name, kept=kept)
+        free = free | {"vae"}
+    check_config(cfg, run, free, cfg.resume)
+    if not (run / FINAL).exists() or images_seen(run) < cfg.images:
+        return False
+    if ranks.rank == 0:
+        print_end(run, cfg.images)
+    return True
 
 
 def network_config(

@@ -22,10 +22,11 @@ import harness.files as files
 from ckpt import convert, fingerprint, load_unet, save_unet
 from ckpt.containers import PRECISIONS, open_weights
 from ckpt.convert import inspect, verify
+from ckpt.layouts import modelspec
 from ckpt.native import probe
 from harness.cli import UserError
 from harness.files import read_meta, stream_tensors, text_meta
-from model import UNet, UNetConfig
+from model import PRESETS, UNet, UNetConfig
 from objectives import make_objective
 
 
@@ -264,24 +265,59 @@ def test_a_noise_schedule_is_stored_with_the_objective(tmp_path, user):
         assert code == 2 and message in err[0], err
 
 
-def test_stable_diffusion_exports_carry_modelspec(tmp_path):
-    net = UNet(replace(SD, context_dim=768))
-    save_unet(
-        tmp_path / "a", net, {"objective": {"name": "v", "target": "v", "table": "scaled_linear"}}
-    )
-    convert(tmp_path / "a", tmp_path / "toy.safetensors", "native")
-    with safe_open(tmp_path / "toy.safetensors", "pt") as file:
-        meta = file.metadata()
-    assert (
-        meta["modelspec.architecture"] == "stable-diffusion-v1"
-        and meta["modelspec.prediction_type"] == "v"
-        and meta["modelspec.title"] == "toy"
-    )
-    assert (
-        meta["modelspec.sai_model_spec"] == "1.0.0"
-        and meta["format"] == "pt"
-        and len(meta["modelspec.date"]) == 10
-    )
+@pytest.mark.parametrize(
+    "preset, change, target, name",
+    [
+        ("sd15", {}, None, "v1"),
+        ("sd15", {"num_heads": 1, "num_head_channels": 40}, "fm", None),
+        ("sd15", {"in_channels": 9}, "eps", None),  # inpainting
+        ("sd21", {}, None, None),
+        ("sd21", {}, "eps", "v2-512"),
+        ("sd21", {}, "v", "v2-768-v"),
+        ("sdxl", {}, "eps", "xl-v1-base"),
+        ("sdxl", {"attention": (0, 2, 4), "middle_attention": 4}, "eps", None),  # distilled
+        ("sdxl-refiner", {}, "eps", "xl-v1-refiner"),
+        ("adm-256", {}, "eps", None),
+    ],
+)
+def test_an_architecture_is_claimed_only_where_it_is_known(preset, change, target, name):
+    cfg, meta = replace(PRESETS[preset], **change), {"objective": target}
+    spec = modelspec(cfg, "native", meta, "toy", {"license": "fair"})
+    own = {"license": "fair"}
+    if name is None:
+        assert spec == own
+    else:
+        word = {None: None, "eps": "epsilon", "v": "v"}[target]
+        assert spec["modelspec.architecture"] == f"stable-diffusion-{name}"
+        assert spec.get("modelspec.prediction_type") == spec.get("modelspec.predict_key") == word
+        assert spec["modelspec.title"] == "toy" and spec["modelspec.sai_model_spec"] == "1.0.0"
+        assert len(spec["modelspec.date"]) == 10 and spec["license"] == "fair"
+
+
+def test_what_a_file_says_of_itself_is_kept_but_not_how_it_was_written(net, tmp_path):
+    said = {
+        "modelspec.architecture": "stable-diffusion-v1/inpainting", "modelspec.title": "Its own",
+        "modelspec.date": "2023-01-02", "modelspec.implementation": "diffusers",
+        "modelspec.author": "A", "modelspec.license": "CC", "license": "fair",
+    }  # fmt: skip
+    save_file(ldm(net), tmp_path / "a.safetensors", metadata=said | {"other": "x"})
+    for name, layout in (("n.safetensors", "native"), ("d.safetensors", "diffusers")):
+        convert(tmp_path / "a.safetensors", tmp_path / name, layout, objective="v", **heads(CFG))
+        with safe_open(tmp_path / name, "pt") as file:
+            meta = file.metadata()
+        wrote = "diffusers" if layout == "diffusers" else "https://github.com/Stability-AI/"
+        assert meta.pop("modelspec.implementation").startswith(wrote)
+        assert meta["modelspec.prediction_type"] == "v" and meta["format"] == "pt"
+        assert {key: meta.get(key) for key in said if "implementation" not in key} == {
+            key: value for key, value in said.items() if "implementation" not in key
+        }
+    del said["modelspec.architecture"]
+    save_file(ldm(net), tmp_path / "b.safetensors", metadata=said)
+    convert(tmp_path / "b.safetensors", tmp_path / "b2.safetensors", "native", **heads(CFG))
+    with safe_open(tmp_path / "b2.safetensors", "pt") as file:
+        assert "modelspec.architecture" not in file.metadata()
+        assert "modelspec.implementation" not in file.metadata()
+        assert file.metadata()["modelspec.title"] == "Its own"
 
 
 MEMORY = """

@@ -91,6 +91,9 @@ TINY = {
     "adm-uncond-one_head": replace(ADM, num_head_channels=0, num_classes=0),
     "adm-no_attention_above": replace(ADM, attention=(0, 0, 0)),
     "adm-attention_at_the_top": replace(ADM, attention=(1, 0, 0), num_res_blocks=1),
+    "ho": replace(ADM, resblock_updown=False, use_scale_shift_norm=False, like_ho=True),
+    "ho-resblock_updown": replace(ADM, like_ho=True),
+    "ho-sd2": replace(SD2, like_ho=True),
 }
 
 
