@@ -25,7 +25,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from torch import Tensor
 from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights
 from ckpt.hub import from_file, origin, resolve
+from ckpt.notes import VaeMeta, check_note, linear_parts
 from ckpt.vaes import (
     FAMILIES, OPTIONAL, USUAL_VAE, Family, constants_of, infer_vae, pick_family, scaled, scaling_of,
     vae_file, vae_map, vae_part,
@@ -41,6 +41,7 @@ from ckpt.vaes import (
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, check_shapes, read_meta, write_tensors
 from harness.ranks import full_precision
+from harness.typed import check
 from kernels.attention import attention
 from kernels.groupnorm import group_norm_silu
 from model import Upsample
@@ -491,17 +492,6 @@ def to_base64(tensor: Tensor) -> str:
     return base64.b64encode(tensor.cpu().numpy().tobytes()).decode()
 
 
-def from_base64(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.float32).copy())
-
-
-def linear_from_meta(meta: dict[str, Any]) -> LinearVAE:
-    """The inverse of LinearVAE.meta()."""
-    basis = from_base64(meta["basis"]).view(meta["channels"], -1)
-    mean = from_base64(meta["mean"])
-    return LinearVAE(meta["name"], meta["factor"], basis, mean, from_base64(meta["std"]))
-
-
 def pixel(factor: int = 1) -> LinearVAE:
     """Pixels as latents, factor × factor of them stacked per position."""
     n = 3 * factor * factor
@@ -617,7 +607,7 @@ def vae_from_meta(meta: dict[str, Any], where: str = "") -> AnyVAE:
     """The inverse of meta(). A VAE is loaded again from its source, or from `where` it lies now,
     and must be the same, bit for bit."""
     if "family" not in meta:
-        return linear_from_meta(meta)
+        return LinearVAE(*linear_parts(meta, "the checkpoint"))
     source = where or meta["source"]
     try:
         named = where or from_file(source, "--vae")
@@ -707,9 +697,12 @@ def open_vae(box: Container, given: dict[str, str]) -> AnyVAE:
         got = " ".join(given.values())
         raise UserError(f"{box.path} says it is {recorded}, got {got}", do="Leave it out.")
     if linear:
-        return LinearVAE(meta["name"], meta["factor"], box["basis"], box["mean"], box["std"])
+        return LinearVAE(*linear_parts(meta, box.path, box))
     if "source" in meta:  # a note
+        check_note(meta, box.path)
         return vae_from_meta({**meta, **given})
+    if META in box.meta:
+        check(meta, VaeMeta, box.path)
     latents = given.get("latents") or meta.get("latents")
     own = meta.get("normalisation", {}) if META in box.meta else None
     vae = build_vae(box, recorded or given.get("family"), latents, own)
@@ -769,6 +762,7 @@ def load_kept(note: Path, name: str) -> AnyVAE:
     has to be the same one."""
     meta = read_meta(open_weights(note))
     if name and "source" in meta:
+        check_note(meta, note)
         return vae_from_meta(meta, name)
     vae = load_vae(note)
     if name and load_vae(name).fingerprint != vae.fingerprint:

@@ -34,6 +34,7 @@ class Noise:
     table = TagTable.of([()] * N)
     notes: list[str] = []
     unreadable: dict[str, str] = {}
+    contents: list[str] = []
 
     @staticmethod
     def pixel(i: int) -> np.ndarray:
@@ -52,8 +53,11 @@ def make(folder: Path) -> None:
         "dtype": "fp16",
         "batch": 1,
         "images": N,
-        "source": "",
+        "source": "0" * 64,
         "vae": "",
+        "threads": 1,
+        "torch": "",
+        "device": "",
         "shape": list(SHAPE),
         "shard": encode.SHARD // (2 * 32**3),
     }

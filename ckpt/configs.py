@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, fields, replace
 from reprlib import repr as brief
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args
 
 from harness.cli import UserError
+from harness.typed import Range, faults, field_kinds
 from model import UNetConfig, network_name
 
 # From, to; 0 to 65536 for a U-Net's field that is not here. Far beyond any network: a damaged file
@@ -34,39 +35,19 @@ def written(cfg: Any) -> dict[str, Any]:
 
 def check_fields(cls: type, values: dict[str, Any]) -> None:
     """Refuse values that are not of their fields' types, or beyond limits."""
-    kinds = get_type_hints(cls)
+    kinds = field_kinds(cls)
     for key, value in values.items():
-        limits = (float("-inf"), float("inf"))
-        if cls is UNetConfig:
-            limits = LIMITS.get(key, (0, 65536))
-        if key in kinds:
-            check_field(key, value, kinds[key], limits)
+        if key not in kinds:
+            continue  # the class itself refuses it
+        kind = kinds[key]
+        if cls is UNetConfig and holds_numbers(kind):
+            kind = Annotated[kind, Range(*LIMITS.get(key, (0, 65536)))]
+        for place, got, words in faults(value, kind, key):
+            raise ValueError(f"{place} is {got}: wanted {words}.")
 
 
-def check_field(name: str, value: Any, kind: Any, limits: tuple[float, float]) -> None:
-    """Refuse a value that is not of its field's type, or beyond limits."""
-    options = (True, False) if kind is bool else get_args(kind)
-    if kind is bool or get_origin(kind) is Literal:
-        # By type too: 1 equals True, and a tensor compares to anything.
-        fits = any(type(value) is type(option) and value == option for option in options)
-        wanted = " or ".join(map(repr, options))
-    elif kind is str:
-        fits = type(value) is str
-        wanted = "a word"
-    elif kind in (int, float) or kind in (tuple[int, ...], tuple[float, ...]):
-        low, high = limits
-        many = get_origin(kind) is tuple
-        numbers = (int, float) if float in (kind, *options) else (int,)
-        entries = value if many and type(value) is tuple else (value,)
-        fits = many == (type(value) is tuple)
-        # NaN fails every comparison.
-        fits = fits and all(type(v) in numbers and low <= v <= high for v in entries)
-        wanted = f"{'numbers' if float in numbers else 'whole numbers'} from {low:g} to {high:g}"
-        wanted = f"a tuple of {wanted}" if many else wanted
-    else:
-        return  # a type of a fork's own: its config checks it
-    if not fits:
-        raise ValueError(f"{name} is {brief(value)}: wanted {wanted}.")
+def holds_numbers(kind: Any) -> bool:
+    return bool({int, float} & {kind, *get_args(kind)})
 
 
 def check_size(values: dict[str, Any]) -> None:

@@ -7,21 +7,22 @@ A pickle is opened by torch's weights_only reader, which builds tensors and plai
 runs nothing.
 """
 
-import json
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from harness.cli import UserError
-from harness.files import HEADER_LIMIT, Container, Entry, open_safetensors
+from harness.files import HEADER_LIMIT, TENSORS, Container, Entry, open_safetensors
+from harness.typed import Length, Open, Rule, read_json
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # diffusers puts a variant before .json.
@@ -252,19 +253,24 @@ def open_shards(index: Path) -> Container:
     return Container(index, f"{len(files)} {kind} shards", table, meta)
 
 
+def beside(name: str) -> bool:
+    """Is a shard's name that of a file of weights beside its index, and no path?"""
+    plain = Path(name).name == name != ".." and name.isprintable()
+    return plain and not INDEX.search(name)
+
+
+@dataclass
+class ShardIndex(Open):
+    """An index of shards: {tensor: file}."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, Rule(beside, "a file beside it")]], Length(1, TENSORS)
+    ]
+
+
 def read_index(index: Path) -> dict[str, str]:
     """{tensor: file beside the index}. A name in it is no path: it leads nowhere else."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = set(weight_map.values())
-        if not all(Path(f).name == f != ".." and f.isprintable() for f in files):
-            raise ValueError("shards must lie beside the index")
-        if any(INDEX.search(f) for f in files):
-            raise ValueError("a shard is a weight file, not an index")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        what = f"{index} is not an index of shards ({type(error).__name__}: {error})"
-        raise UserError(what, do="Copy it again.") from None
-    return weight_map
+    return read_json(index, ShardIndex, "Copy it again.")["weight_map"]
 
 
 def weights_in(folder: Path) -> Path | None:

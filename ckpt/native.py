@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,12 +31,12 @@ from ckpt.configs import check_known, config_from, written
 from ckpt.containers import WEIGHTS, open_weights, weights_in
 from ckpt.diffusers import check_config_beside
 from ckpt.hub import hub_spelling, origin, resolve
-from ckpt.layouts import MARKERS, native_view, target_of
+from ckpt.layouts import LAYOUTS, MARKERS, native_view, target_of
+from ckpt.notes import check_note
 from harness.cli import UserError
-from harness.files import (
-    META, Container, fingerprint, fsync, listed, read_meta, write_tensors,
-)
-from harness.run import checkpoints, sweep
+from harness.files import META, Container, fingerprint, fsync, listed, read_meta, write_tensors
+from harness.run import Recorded, checkpoints, sweep
+from harness.typed import AnyFloat, Count, Hash, Length, Open, Range, check
 from kernels.dispatch import reference
 from model import NETWORKS, build, network_name
 from objectives import Objective
@@ -43,13 +44,52 @@ from objectives import Objective
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 PROBE_LIMIT = 1e9  # parameters: above, one more pass over the weights would be felt
 TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0")  # an objective that is one word
-# What our metadata may hold, as far as this code reads it.
-KINDS = {
-    "unet": dict, "network": str, "layout": str, "fingerprint": str, "images": int, "source": str,
-    "sha256": str, "run": str, "resolution": int, "classes": list, "vae": dict, "probe": list,
-    "ema": (float, int, str, type(None)), "objective": (str, dict, type(None)),
-    "schedule": dict, "diffusers": dict,
-}  # fmt: skip
+
+
+@dataclass
+class Init(Open):
+    """What a run started from."""
+
+    path: str | None = None
+    fingerprint: str | None = None
+    teacher: str | None = None
+    assessor: str | None = None
+    context: str | None = None
+
+
+@dataclass
+class Schedule(Open):
+    """A noise schedule, as far as another program's file told it."""
+
+    table: str | None = None
+    zero_snr: bool = False
+
+
+@dataclass
+class Meta(Open):
+    """What our metadata may hold, as far as this code reads it."""
+
+    unet: dict[str, Any]
+    network: str = "UNet"
+    layout: Literal[LAYOUTS] = "native"
+    fingerprint: Hash = ""
+    base_fingerprint: Hash | None = None
+    images: Count = 0
+    source: str = ""
+    sha256: str = ""
+    said: list[str] = ()
+    latent: bool = False
+    run: str = ""
+    resolution: Annotated[int, Range(1, 65536)] = 1
+    classes: list[str] = ()
+    vae: dict[str, Any] = ()
+    probe: Annotated[list[AnyFloat], Length(0, 64)] = ()
+    ema: Annotated[float, Range(above=0, high=1e6)] | Literal["the file's"] | None = None
+    objective: Objective | Literal[TARGETS] = None
+    schedule: Schedule = ()
+    diffusers: dict[str, Any] = ()
+    config: Recorded = ()
+    init: Init = ()
 
 
 class Source(NamedTuple):
@@ -225,6 +265,7 @@ def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
             f"{path} holds no U-Net (its kind: {meta.get('kind', 'another')})",
             do="Name a network's file, such as model.safetensors.",
         )
+    check(meta, Meta, path)
     try:
         cfg = describe(meta)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -253,20 +294,19 @@ def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
 
 def describe(meta: dict[str, Any]) -> Any:
     """The config that metadata describes. TypeError or ValueError where it is not ours."""
-    for key, kind in KINDS.items():
-        if key in meta and not isinstance(meta[key], kind):
-            raise TypeError(f"{key} is {str(meta[key])[:40]!r}")
     name = meta.get("network", "UNet")
     if name not in NETWORKS:
         raise ValueError(f"network is {name[:40]!r}: wanted one of {', '.join(NETWORKS)}")
+    if "vae" in meta:
+        check_note(meta["vae"], "vae")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["unet"].items()}
-    objective = meta.get("objective")
-    if isinstance(objective, dict):
-        Objective(**objective)
-    elif objective not in TARGETS:
-        raise ValueError(f"objective is {objective!r}")
-    torch.tensor(meta.get("probe", []), dtype=torch.float64)
-    return config_from(NETWORKS[name][1], values)
+    cfg = config_from(NETWORKS[name][1], values)
+    if isinstance(meta.get("objective"), dict):
+        Objective(**meta["objective"])
+    classes = getattr(cfg, "num_classes", 0)
+    if "classes" in meta and len(meta["classes"]) != classes:
+        raise ValueError(f"it names {len(meta['classes'])} classes, and its network has {classes}")
+    return cfg
 
 
 def check_weights(source: Source, tensors: Mapping[str, Tensor]) -> str:

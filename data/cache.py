@@ -29,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -41,8 +41,10 @@ from ckpt.hub import quoted
 from data.images import to_float
 from data.tags import TagTable
 from harness.cli import UserError
+from harness.files import Container, raw_bytes, read_meta, write_tensors
 from harness.files import digest as file_digest
-from harness.files import raw_bytes, read_meta, write_tensors
+from harness.reading import read_file
+from harness.typed import Count, Hash, Length, Open, Range, check, parse_json
 from vae import AnyVAE, choose
 
 VERSION = 2
@@ -52,6 +54,73 @@ CHECKED = 4  # images kept in the index, to be encoded again when a run opens th
 CLOSE = 2e-2
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 AGAIN = "Repeat the command that encodes the cache."
+
+
+# ---- what its files say --------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What is encoded, how and on what (encode.make_plan)."""
+
+    version: Literal[VERSION]
+    data: str
+    resolution: Annotated[int, Range(1, 65536)]
+    crop: Literal["center"]
+    resize: Literal["lanczos"]
+    flip: bool
+    dtype: Literal["fp16", "bf16"]
+    batch: Annotated[int, Range(1, 65536)]
+    images: Annotated[int, Range(1, 10**10)]
+    source: Hash
+    vae: str
+    shape: Annotated[list[Annotated[int, Range(1, 65536)]], Length(3, 3)]
+    shard: Annotated[int, Range(1, 10**10)]
+    threads: Annotated[int, Range(1, 65536)]
+    torch: str
+    device: str
+
+
+@dataclass
+class Shard(Open):
+    """What the manifest says of a shard (shard_record)."""
+
+    file: str
+    images: Annotated[int, Range(1, 10**10)]
+    bytes: Count
+    head: Hash
+    sha256: Hash
+
+
+@dataclass
+class Manifest(Open):
+    """What manifest.json says (encode.finish)."""
+
+    plan: Plan
+    mean: Annotated[float, Range(-1e6, 1e6)]
+    std: Annotated[float, Range(0, 1e6)]
+    index: Hash
+    vae: Hash
+    shards: list[Shard]
+    contents: Hash = ""
+
+
+@dataclass
+class ShardMeta(Open):
+    """What a shard says of itself."""
+
+    plan: Hash
+    sha256: Hash
+    sums: Annotated[list[list[float]], Length(3, 3)]
+
+
+@dataclass
+class IndexMeta(Open):
+    """What the index says beside its arrays."""
+
+    vocabulary: list[str]
+    notes: list[str]
+    unreadable: dict[str, str]
 
 
 # ---- files and their checksums ------------------------------------------------------------------
@@ -73,22 +142,32 @@ def sealed(value: dict[str, Any]) -> str:
     return json.dumps({**value, "sha256": digest(value)}, indent=1, sort_keys=True) + "\n"
 
 
-def read_sealed(path: Path, do: str = AGAIN) -> dict[str, Any]:
-    """The inverse of sealed(), or a UserError."""
+def read_sealed(path: Path, kind: Any = dict[str, Any], do: str = AGAIN) -> dict[str, Any]:
+    """The inverse of sealed(), checked by a dataclass, or a UserError."""
     try:
-        text = path.read_bytes()
-        value = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_file(path)
+    except OSError as error:
         raise UserError(f"{path} is damaged ({type(error).__name__})", do=do) from None
-    if not isinstance(value, dict):
-        got = type(value).__name__
-        raise UserError(f"{path} is damaged: it holds {got}, wanted an object", do=do)
+    value = check(parse_json(text, path, do), dict[str, Any], path, do)
     if "sha256" not in value:
         raise UserError(f"{path} is damaged, or of an older version: it has no checksum", do=do)
     value.pop("sha256")
     if text != sealed(value).encode():
         raise UserError(f"{path} is damaged: it does not match its own checksum", do=do)
-    return value
+    return check(value, kind, path, do)
+
+
+def read_plan(root: Path, do: str = AGAIN) -> dict[str, Any]:
+    return read_sealed(root / "plan.json", Plan, do)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    return read_sealed(root / "manifest.json", Manifest)
+
+
+def shard_meta(box: Container) -> dict[str, Any]:
+    """What a shard says of itself."""
+    return check(read_meta(box), ShardMeta, box.path, AGAIN)
 
 
 def shard_path(out: Path, k: int) -> Path:
@@ -115,7 +194,7 @@ def shard_record(out: Path, k: int) -> dict[str, Any]:
         "images": shape[0],
         "bytes": size,
         "head": hashlib.sha256(head).hexdigest(),
-        "sha256": read_meta(box)["sha256"],
+        "sha256": shard_meta(box)["sha256"],
     }
 
 
@@ -128,7 +207,7 @@ def verify_shard(
     header = {"latents": (PRECISION[plan["dtype"]], (n, 1 + plan["flip"], *plan["shape"]))}
     try:
         box = open_weights(shard_path(out, k))
-        meta = read_meta(box)
+        meta = shard_meta(box)
         if box.header() != header or meta["plan"] != identity(plan):
             return False
         if hashlib.sha256(raw_bytes(box["latents"])).hexdigest() != meta["sha256"]:
@@ -278,13 +357,14 @@ def open_cache(
             f"the cache {root} is not finished",
             do=f"Repeat the command that encodes it: python -m data.encode --out {root} …",
         )
-    manifest = read_sealed(root / "manifest.json")
+    manifest = read_manifest(root)
     check_whole(root, manifest)
     check_plan(root, manifest["plan"], resolution, flip, crop)
     check_statistics(root, manifest)
     box = open_weights(root / "index.safetensors")
-    meta = read_meta(box)
+    meta = check(read_meta(box), IndexMeta, box.path, AGAIN)
     index = {name: box[name].numpy() for name in box}
+    check_index(box.path, index, len(meta["vocabulary"]), manifest["plan"]["images"])
     tags = TagTable(meta["vocabulary"], index["tag_starts"], index["tag_ids"])
     return LatentSource(
         root=root,
@@ -302,11 +382,8 @@ def open_cache(
 
 def check_whole(root: Path, manifest: dict[str, Any]) -> None:
     """Of this version, with all its files, as far as sizes and the checksums of small ones show."""
-    version = manifest["plan"]["version"]
-    if version != VERSION:
-        raise UserError(
-            f"{root} is a cache of version {version}, wanted {VERSION}", do="Encode it again."
-        )
+    plan = manifest["plan"]
+    each = (1 + plan["flip"]) * 2 * math.prod(plan["shape"])  # bytes an image
     short = []
     for k, shard in enumerate(manifest["shards"]):
         file = shard_path(root, k)
@@ -319,6 +396,15 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
             size = f"{file.stat().st_size:,} bytes" if file.is_file() else "not there"
             short.append(f"{file.name} ({size}, wanted {shard['bytes']:,})")
+    counts = [shard["images"] for shard in manifest["shards"]]
+    filled, rest = divmod(plan["images"], plan["shard"])
+    tiny = any(shard["bytes"] < shard["images"] * each for shard in manifest["shards"])
+    if tiny or len(counts) != filled + bool(rest) or sum(counts) != plan["images"]:
+        raise UserError(
+            f"{root / 'manifest.json'}: its {len(counts)} shards do not hold the "
+            f"{plan['images']:,} images of its plan",
+            do=AGAIN,
+        )
     small = {"index": "the names and tags of the cache", "vae": "its autoencoder, or where that is"}
     for name, what in small.items():
         file = root / f"{name}.safetensors"
@@ -330,6 +416,35 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
             f"first {short[0]}",
             do=f"Encode them again, and nothing else: {encode_command(root, manifest['plan'])}",
         )
+
+
+def check_index(path: Path, index: dict[str, np.ndarray], tags: int, images: int) -> None:
+    """Refuse arrays that are not the names and tags of so many images."""
+    wanted = {
+        "names": (np.uint8, 1),
+        "name_ends": (np.int64, 1),
+        "held": (np.int64, 1),
+        "tag_starts": (np.int64, 1),
+        "tag_ids": (np.int32, 1),
+        "first": (np.uint8, 4),
+    }
+    sound = {name: (x.dtype.type, x.ndim) for name, x in index.items()} == wanted
+    if sound:
+        ends, starts, ids = index["name_ends"], index["tag_starts"], index["tag_ids"]
+        counts = (len(ends), len(index["held"]), len(starts) - 1, len(index["first"]))
+        sound = counts == (images, images, images, min(CHECKED, images))
+        sound = sound and is_partition(ends, len(index["names"]))
+        sound = sound and starts[0] == 0 and is_partition(starts, len(ids))
+        sound = sound and not (len(ids) and (ids.min() < 0 or ids.max() >= tags))
+        sound = sound and 0 <= index["held"].min() and index["held"].max() < 2**32
+        sound = sound and index["first"].shape[3] == 3
+    if not sound:
+        raise UserError(f"{path} does not hold the names and tags of {images:,} images", do=AGAIN)
+
+
+def is_partition(ends: np.ndarray, n: int) -> bool:
+    """Do these places cut n things into pieces, in order?"""
+    return bool(ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == n)
 
 
 def check_plan(root: Path, plan: dict[str, Any], resolution: int, flip: bool, crop: str) -> None:
@@ -395,7 +510,7 @@ def verify(root: Path, vae: str = "pca") -> list[str]:
     """What is wrong with a cache, file by file. `vae` is where the autoencoder lies now, if that is
     not where it was."""
     try:
-        plan = read_sealed(root / "plan.json")
+        plan = read_plan(root)
         source = open_cache(str(root), plan["resolution"])
     except UserError as error:
         return [str(error)]

@@ -29,9 +29,11 @@ from data.cache import (
     PRECISION,
     VERSION,
     is_cache,
-    read_sealed,
+    read_manifest,
+    read_plan,
     save_shard,
     sealed,
+    shard_meta,
     shard_path,
     shard_record,
     vae_path,
@@ -124,10 +126,10 @@ def begun(out: Path, held: contextlib.ExitStack) -> dict[str, Any]:
     held.enter_context(lock(out))
     if (out / "plan.json").exists():
         with contextlib.suppress(UserError):
-            return read_sealed(out / "plan.json")
+            return read_plan(out)
         with contextlib.suppress(UserError):
-            return read_sealed(out / "manifest.json")["plan"]  # which has it too
-        return read_sealed(out / "plan.json", "Remove the cache and encode it again.")
+            return read_manifest(out)["plan"]  # which has it too
+        return read_plan(out, "Remove the cache and encode it again.")
     # What a kill leaves behind begins with a dot.
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} is there and is not a cache", do="Give another --out.")
@@ -267,7 +269,7 @@ def write_shards(
     share = range(ranks.rank, shard_count(plan), ranks.world)
     records = {}
     with contextlib.suppress(UserError):  # not finished, or damaged: shards speak for themselves
-        records = dict(enumerate(read_sealed(out / "manifest.json")["shards"]))
+        records = dict(enumerate(read_manifest(out)["shards"]))
 
     def count(shards: Iterable[int]) -> int:
         return sum(len(shard_images(plan, k)) for k in shards)
@@ -358,7 +360,7 @@ def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
     """The index and, from the shards' headers, the manifest."""
     write_index(out / "index.safetensors", source)
     shards = range(shard_count(plan))
-    sums = [read_meta(open_weights(shard_path(out, k)))["sums"] for k in shards]
+    sums = [shard_meta(open_weights(shard_path(out, k)))["sums"] for k in shards]
     number, value, square = torch.tensor(sums, dtype=torch.float64).sum(0)  # (C,) each
     mean = value / number
     std = (square / number - mean.square()).clamp(min=0).sqrt()
@@ -428,7 +430,7 @@ def main() -> None:
     encode(cfg, ranks)
     ranks.leave()
     if ranks.rank == 0:
-        manifest = json.loads((Path(cfg.out) / "manifest.json").read_text())
+        manifest = read_manifest(Path(cfg.out))
         images = manifest["plan"]["images"]
         shards = len(manifest["shards"])
         mean, std = manifest["mean"], manifest["std"]

@@ -21,7 +21,7 @@ from data.cache import (
     Names,
     contents_path,
     open_cache,
-    read_sealed,
+    read_manifest,
     sealed,
     shard_path,
     verify_shard,
@@ -75,7 +75,7 @@ def find_reuse(
     if not old or not same or not source.contents:
         return None
     try:
-        manifest = read_sealed(out / "manifest.json")
+        manifest = read_manifest(out)
         if manifest["plan"] != old:
             return None
         hashes = read_contents(out, manifest, source)
@@ -135,7 +135,7 @@ def clear_update(out: Path, plan: dict[str, Any], shards: int) -> None:
     if not update_folder(out).is_dir():
         return
     with contextlib.suppress(UserError):
-        if read_sealed(out / "manifest.json")["plan"] == plan:
+        if read_manifest(out)["plan"] == plan:
             shutil.rmtree(update_folder(out))
             return
     take_over(out, plan, shards)

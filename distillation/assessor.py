@@ -15,7 +15,8 @@ of the blocks.
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from reprlib import repr as brief
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,8 @@ from ckpt import fingerprint, load_strict, read_tensors
 from distillation.teacher import Teacher, tap_channels
 from harness.cli import UserError
 from harness.files import write_tensors
+from harness.typed import Hash, Open, Range, check
+from objectives import Objective
 
 # Of a crystal's vertices: anchor, need, relation, purpose, observer. Their sum is 1.
 ROLES = (1.0, -0.75, 0.75, 0.75, -0.75)
@@ -168,20 +171,51 @@ def block_weights(unet: Any) -> dict[str, float]:
 # ---- the network ---------------------------------------------------------------------------------
 
 
+Size = Annotated[int, Range(1, 65536)]
+
+
 @dataclass(frozen=True)
 class AssessorConfig:
     """The shape of an assessor, and how its patterns were taught."""
 
-    blocks: dict[str, int]  # {"down_0": channels, …}
-    bins: int = 100  # of the timestep, K
-    patterns: int = 10  # a bin, P
-    dim: int = 128  # of z
-    belly: float = 2.0  # hidden width of the projection, times dim
+    blocks: dict[str, Size]  # {"down_0": channels, …}
+    bins: Size = 100  # of the timestep, K
+    patterns: Size = 10  # a bin, P
+    dim: Size = 128  # of z
+    belly: Annotated[float, Range(1e-3, 1e3)] = 2.0  # hidden width of the projection, times dim
     head: Literal["linear", "mlp"] = "linear"  # on z; mlp has a hidden layer of 2 dim
     # A bin's nearest crystals, softly; or always its pattern 0 (the source's last version).
     pattern_target: Literal["nearest", "zero"] = "nearest"
     # What the teacher was shown: noised data, or noise at every t (the source's).
     x_source: Literal["data", "noise"] = "data"
+
+
+@dataclass
+class Pretraining(Open):
+    """How an assessor was made, as far as it matters here."""
+
+    shuffle_time: bool = False
+
+
+@dataclass
+class HeldOut(Open):
+    """How well it read timesteps of held-out images."""
+
+    mean: Annotated[float, Range(0, 1)] = 0.0
+    chance: Annotated[float, Range(0, 1)] = 1.0
+
+
+@dataclass
+class AssessorMeta(Open):
+    """What the metadata of an assessor's file says."""
+
+    kind: Literal["assessor"]
+    assessor: AssessorConfig
+    fingerprint: Hash
+    objective: Objective = ()
+    teacher: Hash | None = None
+    pretraining: Pretraining = ()
+    held_out: HeldOut = ()
 
 
 class Companion(nn.Module):
@@ -355,20 +389,18 @@ def load_assessor(path: Path | str) -> Assessor:
     tensors, meta = read_tensors(path)
     make_one = f"Make one: {MAKE_ONE}"
     if meta.get("kind") != "assessor":
-        kind = meta.get("kind", "U-Net")
+        kind = brief(meta.get("kind", "U-Net"))
         raise UserError(f"{path} holds no assessor (its kind: {kind})", do=make_one)
-    try:
-        net = fresh_assessor(AssessorConfig(**meta["assessor"]), 0)
-    except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        what = f"{path}: its metadata is not of this version's assessors ({error})"
-        raise UserError(what, do=make_one) from None
+    check(meta, AssessorMeta, path, make_one)
+    with torch.device("meta"):  # so that its size is that of the file
+        net = Assessor(AssessorConfig(**meta["assessor"]))
     if fingerprint(tensors) != meta["fingerprint"]:
         raise UserError(
             f"{path}: the weights do not match their own fingerprint; "
             "the file was altered or damaged",
             do=make_one,
         )
-    load_strict(net, tensors, str(path))
+    load_strict(net, tensors, str(path), assign=True)
     net.meta = meta
     return net.frozen()
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness.cli import UserError
+from harness.typed import check, parse_json
 
 META = "twinpath"
 # In the order of safetensors' own list.
@@ -36,7 +37,8 @@ DTYPES = {
     "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64,
 }  # fmt: skip
-HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+HEADER_LIMIT = 64 << 20  # bytes
+TENSORS = 100_000  # in one file; the largest networks have some thousands
 # In a folder of ours: the sha256 of its other files. No tensors, only metadata.
 DIGESTS = "digests.safetensors"
 
@@ -215,18 +217,8 @@ def read_meta(box: "Container") -> dict[str, Any]:
             "damaged",
             do="Copy it again, or use an older one.",
         )
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        what = f"{box.path}: the metadata is damaged ({error})"
-        raise UserError(what, do="Copy it again, or use an older one.") from None
-    if not isinstance(meta, dict):
-        kind = type(meta).__name__
-        raise UserError(
-            f"{box.path}: the metadata is damaged (a JSON {kind}, wanted an object)",
-            do="Copy it again, or use an older one.",
-        )
-    return meta
+    what = f"{box.path}: the metadata"
+    return check(parse_json(text, what, nan=True), dict[str, Any], what)
 
 
 # ---- reading ------------------------------------------------------------------------------------

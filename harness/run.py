@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from harness.cli import UserError, flag
 from harness.files import naming, safe_name, strict_json, write_text
 from harness.ranks import Ranks, device_name
+from harness.typed import Count, Open, Range, read_json
 
 # Of the loss by time in the log.
 TIME_BINS = 10
@@ -71,18 +72,32 @@ class Run:
 # ---- the folder ---------------------------------------------------------------------------------
 
 
+@dataclass
+class Recorded(Open):
+    """What scripts read of the config that a run, or the file of a network, recorded."""
+
+    data: str = ""
+    stage: Literal["", "standard", "fine", "stage2"] = "standard"
+    exclude_tags: list[str] = ()
+    classes: list[str] = ()
+    resolution: Annotated[int, Range(0, 65536)] = 0
+    holdout: Annotated[float, Range(0, 1)] = 0.0
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    model: str = ""
+    vae: str = ""
+    init: str = ""
+    objective: str = ""
+    images: Count = 0
+    mode: str = ""
+    end_steps: Annotated[int, Range(1, 10**6)] = 1
+    fid_features: Literal["inception", "pca"] = "inception"
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json as a dict."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise TypeError(f"a JSON {type(config).__name__}")
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{run / 'config.json'} is not the config of a run ({error})",
-            do="Restore it, or move the folder away.",
-        ) from None
-    return config
+    advice = "Restore it, or move the folder away."
+    return read_json(run / "config.json", Recorded, advice)
 
 
 def begun_with(run: Path, flag: str, default: Any) -> Any:

@@ -8,18 +8,52 @@ measured and how it was sampled agree.
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from data.cache import digest
 from harness.cli import UserError, closest
 from harness.files import safe_name
+from harness.typed import Count, Length, Open, Range, called, read_json
 from metrics.features import key_of
 
 Card = dict[str, Any]
+Value = Annotated[float, Range(-1e15, 1e15)] | None
 
-# The parts that every card has.
-CARD = ("metrics", "measured", "sampled", "subject")
+
+@dataclass
+class Metric(Open):
+    """One number of a card, as a table shows it. None: it was not finite, or there is none."""
+
+    value: Value = None
+    error: Value = None
+    floor: Value = None
+    floor_n: Count | None = called("floor n", None)
+    flagged: bool = False
+
+
+@dataclass
+class Measured(Open):
+    n: Count
+
+
+@dataclass
+class Sampled(Open):
+    nfe: Annotated[float, Range(0, 1e9)] | None = None
+
+
+@dataclass
+class CardFile(Open):
+    """What is read of a card's file. All else in these parts is only compared."""
+
+    kind: Literal["metric card"]
+    metrics: Annotated[dict[str, Metric], Length(1, 1000)]
+    measured: Measured
+    sampled: Sampled
+    subject: dict[str, Any]
+
+
 # What may differ in one table. (Which reference it was is said by its hash.)
 FREE = ("nfe", "device", "reference", "reference images")
 # Fields in which cards differ that one message names.
@@ -55,15 +89,7 @@ def check_checksum(path: Path, card: Card) -> None:
 
 
 def read_card(path: Path) -> Card:
-    advice = "Give a file that eval_fid.py wrote."
-    try:
-        card = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = type(error).__name__
-        raise UserError(f"{path} cannot be read as a metric card ({reason})", do=advice) from None
-    is_card = isinstance(card, dict) and card.get("kind") == "metric card"
-    if not is_card or not all(isinstance(card.get(part), dict) for part in CARD):
-        raise UserError(f"{path} is not a metric card", do=advice)
+    card = read_json(path, CardFile, "Give a file that eval_fid.py wrote.")
     check_checksum(path, card)
     return card
 
@@ -84,7 +110,7 @@ def table(rows: list[list[str]]) -> str:
 
 def decimals(metric: dict[str, Any], key: str) -> str:
     """A number of a metric, "" if it has none."""
-    return f"{metric[key]:.4f}" if isinstance(metric.get(key), float) else ""
+    return "" if metric.get(key) is None else f"{metric[key]:.4f}"
 
 
 def floor_of(metric: dict[str, Any], card: Card) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt.containers import open_weights
-from data.cache import is_cache, read_sealed
+from data.cache import is_cache, read_manifest
 from data.images import BadImage, read_size, to_float
 from data.sources import find_files, open_source
 from data.tags import TagTable, compile_tags, printable
@@ -148,7 +148,7 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 def cached_data(folder: str) -> str:
     """The data set that a latent cache was made from."""
-    return str(read_sealed(Path(folder) / "manifest.json")["plan"]["data"])
+    return str(read_manifest(Path(folder))["plan"]["data"])
 
 
 def of_source(data: str, resolution: int) -> Images:

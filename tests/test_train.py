@@ -743,7 +743,7 @@ def test_another_config_in_the_same_folder_says_what_differs(tmp_path, user):
     code, _, err = user(train.main, *flags(out=tmp_path, lr=5e-4, seed=3))
     assert code == 2 and "lr 0.002 -> 0.0005; seed 0 -> 3" in err[-1] and tree(run) == before
     (run / "config.json").write_text("{")
-    assert "is not the config of a run" in user(train.main, *flags(out=tmp_path))[2][-1]
+    assert "config.json is damaged" in user(train.main, *flags(out=tmp_path))[2][-1]
     (run / "config.json").unlink()
     assert "has checkpoints but no config.json" in user(train.main, *flags(out=tmp_path))[2][-1]
     (run / "config.json").write_text(old)

@@ -340,7 +340,7 @@ def without(cfg, start):
         shapes(SMALL), {"num_heads": 5, "attention_order": "new"},
         "do not split into 5 heads.  Give the values that the network was made with",
     ),
-    (shapes(SMALL), {"num_heads": "4"}, "x.pt: num_heads is '4': wanted whole numbers from 0"),
+    (shapes(SMALL), {"num_heads": "4"}, "x.pt: num_heads is '4': wanted a whole number from 0"),
     (
         shapes(PRESETS["sd15"]), {"num_head_channels": 64},
         "'num_head_channels': 64. was given, .* 1.x's, which has .'num_heads': 8.*  Leave it out",

@@ -114,7 +114,7 @@ def test_an_index_on_the_hub_names_files_beside_it_only(remote, monkeypatch, tmp
         return str(index)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(UserError, match="is not an index of shards"):
+    with pytest.raises(UserError, match="wanted a file beside it"):
         hub.resolve(f"hf:org/name/{index.name}")
     assert asked == [index.name]
 

@@ -374,7 +374,7 @@ def test_a_config_with_anything_anywhere_in_it_is_read_or_refused_at_once(base):
         with pytest.raises(UserError, match="config _class_name is None"):
             from_diffusers_config(odd)
     with pytest.raises(
-        UserError, match="num_res_blocks is 1000000000: wanted whole numbers from 1 to 64"
+        UserError, match="num_res_blocks is 1000000000: wanted a whole number from 1 to 64"
     ):
         from_diffusers_config({**config, "layers_per_block": 10**9})
     assert time.monotonic() - start < 20

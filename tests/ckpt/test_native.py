@@ -417,7 +417,7 @@ def test_the_config_of_a_fork_may_have_fields_of_other_types():
     (SMALL, {"channel_mult": (1,) * 17, "attention": (0,) * 17}, "for 1 to 16 levels"),
     (SMALL, {"channel_mult": (), "attention": ()}, "for 1 to 16 levels"),
     (XL, {"num_res_blocks": 64, "attention": (64, 64)}, "16770 blocks: wanted up to 1024"),
-    (XL, {"middle_attention": 0}, "middle_attention is 0: wanted whole numbers from 1 to 64"),
+    (XL, {"middle_attention": 0}, "middle_attention is 0: wanted a whole number from 1 to 64"),
 ])  # fmt: skip
 def test_sizes_that_nobody_builds_are_named(base, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -551,7 +551,7 @@ def test_another_network_saves_loads_strictly_and_is_refused_when_altered(tmp_pa
     for change, message in (
         ({"heads": 4}, "the network computes .* its config"),  # no tensor shows it
         ({"depth": 2}, "unexpected: blocks.2"),
-        ({"width": "x"}, "width is 'x': wanted whole numbers"),
+        ({"width": "x"}, "width is 'x': wanted a whole number"),
     ):
         odd = meta | {"unet": asdict(net.cfg) | change}
         save_file(tensors, tmp_path / "odd", metadata=text_meta(odd))

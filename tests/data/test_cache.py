@@ -446,14 +446,21 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
     n, shape = 1_000_000, (4, 8, 8)
     plan = {
         "version": cache_py.VERSION,
+        "data": "synthetic",
         "resolution": 8,
+        "crop": "center",
+        "resize": "lanczos",
         "flip": False,
         "dtype": "fp16",
         "batch": 1,
         "images": n,
+        "source": "0" * 64,
         "vae": "",
         "shape": list(shape),
         "shard": 2**17,
+        "threads": 1,
+        "torch": "",
+        "device": "",
     }
     for k in range(encode.shard_count(plan)):
         images = len(encode.shard_images(plan, k))

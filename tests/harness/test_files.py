@@ -399,12 +399,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
         ("a key in the wrong shard", "x is in it, but the index says b"),
         ("a key in no shard", "y is not in it"),
         ("a stray key", "z is in it, but not in the index"),
-        ("a path outside", "must lie beside"),
-        ("no map", "is not an index of shards"),
-        ("itself", "a shard is a weight file, not an index"),
-        ("a deep one", "is not an index of shards"),
-        ("numbers", "is not an index of shards"),
-        ("not JSON", "is not an index of shards"),
+        ("a path outside", "wanted a file beside it"),
+        ("no map", "wanted an object"),
+        ("itself", "wanted a file beside it"),
+        ("a deep one", "is not JSON"),
+        ("numbers", "wanted "),
+        ("not JSON", "is not JSON"),
     ],
 )
 def test_shards_that_do_not_fit_their_index(tmp_path, how, message):

@@ -91,7 +91,7 @@ def test_a_run_goes_on_under_its_config_alone(tmp_path):
     assert begun_with(run, "lr", 5.0) == 1.0 and begun_with(run, "new", 5.0) == 5.0
     assert begun_with(tmp_path / "none", "lr", 5.0) is None
     (run / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="is not the config of a run"):
+    with pytest.raises(UserError, match="config.json is damaged"):
         read_config(run)
 
 
