@@ -26,7 +26,7 @@ Value = Annotated[float, Range(-1e15, 1e15)] | None
 class Metric(Open):
     """One number of a card, as a table shows it. None: it was not finite, or there is none."""
 
-    value: Value = None
+    value: Value
     error: Value = None
     floor: Value = None
     floor_n: Count | None = called("floor n", None)

@@ -113,7 +113,8 @@ def test_many_differences_are_not_all_named(old, tmp_path):
         ("{}", "kind is missing"),
         ('{"kind": "metric card"}', "metrics is missing"),
         (
-            '{"kind": "metric card", "metrics": {}, "measured": {"n": 1}, "sampled": 1}',
+            '{"kind": "metric card", "metrics": {"a": {"value": 1}}, "measured": {"n": 1}, '
+            '"sampled": 1}',
             "sampled is 1: wanted an object",
         ),
     ],
