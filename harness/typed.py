@@ -23,6 +23,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Annotated, Any, Literal, NamedTuple
@@ -228,6 +229,7 @@ def faults_of_object(value: Any, kind: type, place: str) -> Iterator[Fault]:
         yield inside(place, unknown[0]), "there", f"no other fields than {names}"
 
 
+@lru_cache
 def field_kinds(kind: type) -> dict[str, Any]:
     """{field: its type, with the range that flag() gave it}."""
     hints = typing.get_type_hints(kind, include_extras=True)
