@@ -13,6 +13,7 @@ A cache is a folder:
     contents.safetensors        a hash of every image, of sources that were read from files
     manifest.json               plan, statistics, checksums of the other files and its own:
                                 written last
+    .source.safetensors         names, sizes and times of the files it was made of, see stamps.py
 
 A shard is a function of the plan and its number, so ranks and interruptions leave no trace. Its
 last bits depend on torch, the device and the number of threads: they are part of the plan, and
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from ckpt.containers import open_weights
 from ckpt.hub import quoted
+from ckpt.notes import LinearNote, VaeNote
 from data.images import to_float
 from data.tags import TagTable
 from harness.cli import UserError
@@ -79,6 +81,7 @@ class Plan:
     threads: Annotated[int, Range(1, 65536)]
     torch: str
     device: str
+    written_for: Hash = ""  # the source when the shards were written, where only tags changed since
 
 
 @dataclass
@@ -132,8 +135,19 @@ def digest(value: Any) -> str:
 
 def identity(plan: dict[str, Any]) -> str:
     """Equal identities, equal shards. How --data was spelled is a note; what it led to is in the
-    plan as a hash."""
-    return digest({key: value for key, value in plan.items() if key != "data"})
+    plan as a hash: where only tags changed since, as it was when the shards were written."""
+    own = {key: value for key, value in plan.items() if key not in ("data", "written_for")}
+    if "written_for" in plan:
+        own["source"] = plan["written_for"]
+    return digest(own)
+
+
+def retagged(old: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a cache whose shards stay while names or tags change to those of another plan."""
+    first = old.get("written_for", old["source"])
+    own = {key: value for key, value in old.items() if key != "written_for"}
+    own |= {"data": plan["data"], "source": plan["source"]}
+    return own if first == plan["source"] else {**own, "written_for": first}
 
 
 def sealed(value: dict[str, Any]) -> str:
@@ -341,8 +355,9 @@ def encode_command(root: Path, plan: dict[str, Any]) -> str:
 def autoencoder_name(root: Path) -> str:
     """A cache's autoencoder as --vae names it."""
     meta = read_meta(open_weights(vae_path(root)))
+    check(meta, VaeNote if "source" in meta else LinearNote, vae_path(root))
     if "source" not in meta:
-        return str(meta["name"])
+        return meta["name"]
     return ":".join(filter(None, (meta["family"], meta["latents"], meta["source"])))
 
 

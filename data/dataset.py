@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, default_collate
 from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
 from data.sources import Source, open_source
+from data.stamps import difference
 from data.tags import compile_tags, match_tags, printable
 from data.watch import look, start
 from diffusion.coupling import upsampled
@@ -56,7 +57,14 @@ class Dataset:
         heldout: "Dataset | None" = None,
         report: str = "",
     ):
-        self.source, self.index, self.heldout, self.report = source, index, heldout, report
+        self.source, self.index, self.heldout, self.found = source, index, heldout, report
+
+    @property
+    def report(self) -> str:
+        """What was found, and of a latent cache whether its images are still the same. Those are
+        looked at only here, for one rank alone shows it."""
+        other = difference(self.source) if isinstance(self.source, LatentSource) else ""
+        return f"{self.found}\n  {other}" if other else self.found
 
     def __len__(self) -> int:
         return len(self.index)
@@ -209,7 +217,7 @@ def open_dataset(
             do="Choose another stage, other tags or a smaller --holdout.",
         )
     lines = describe_stage(stage, ds, fits)
-    ds.report = describe(spec, stage, ds, int((~inside).sum()), lines)
+    ds.found = describe(spec, stage, ds, int((~inside).sum()), lines)
     return ds
 
 

@@ -28,9 +28,11 @@ from data.cache import (
     CHECKED,
     PRECISION,
     VERSION,
+    identity,
     is_cache,
     read_manifest,
     read_plan,
+    retagged,
     save_shard,
     sealed,
     shard_meta,
@@ -44,6 +46,7 @@ from data.dataset import unreadable_line
 from data.images import to_float
 from data.reuse import Reuse, clear_update, find_reuse, take_over, update_folder, write_contents
 from data.sources import Source, open_source
+from data.stamps import take_stamps, write_stamps
 from harness.cli import UserError, cli, flag, parse
 from harness.files import digest, make_dir, read_meta, write_tensors, write_text
 from harness.ranks import PATIENCE, Ranks, join_ranks
@@ -82,17 +85,20 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     out = Path(cfg.out)
     vae = choose(cfg.vae, fit=lambda: pixel(8))  # pca has the same factor and is not fitted yet
     vae.latent_shape(cfg.resolution)  # before anything is read
+    stamps = take_stamps(cfg.data) if ranks.rank == 0 else None
     source = open_source(cfg.data, cfg.resolution)
     old = ranks.broadcast(lambda: begun(out, held))
     threads = set_threads(old, out, ranks)
     if cfg.vae in ("", "pca"):
         vae = vae_from_meta(ranks.broadcast(lambda: fitted(out, source, old).meta()))
     vae = vae.to(ranks.device)
-    plan = make_plan(cfg, old.get("data", cfg.data), threads, source, vae, ranks.device)
+    plan = make_plan(cfg, spelled(old, cfg.data), threads, source, vae, ranks.device)
+    if "written_for" in old and old["source"] == source.hash:
+        plan["written_for"] = old["written_for"]
     reuse = ranks.broadcast(lambda: reusable(out, old, plan, source))
     moves = reuse is not None and not reuse.in_place
-    if reuse and reuse.in_place:  # shards and their plan stay
-        plan = old
+    if reuse and reuse.in_place:  # shards stay
+        plan = retagged(old, plan)
     agreed = ranks.broadcast(lambda: plan if moves else begin(out, old, plan, vae))
     if differs := differences(agreed, plan):
         raise UserError(
@@ -105,6 +111,7 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     if moves:
         ranks.broadcast(lambda: take_over(out, plan, shard_count(plan)))
     ranks.broadcast(lambda: finish(out, plan, source))
+    ranks.broadcast(lambda: write_stamps(out, stamps))
 
 
 def reusable(out: Path, old: dict[str, Any], plan: dict[str, Any], source: Source) -> Reuse | None:
@@ -188,6 +195,13 @@ def make_plan(
     }
 
 
+def spelled(old: dict[str, Any], data: str) -> str:
+    """How --data was spelled at first, if it still leads to the same place."""
+    first = old.get("data", data)
+    moved = Path(data).exists() and not (Path(first).exists() and os.path.samefile(first, data))
+    return data if moved else first
+
+
 def device_name(device: torch.device) -> str:
     """What computes, as far as it changes the last bits."""
     if device.type == "cuda":
@@ -198,9 +212,10 @@ def device_name(device: torch.device) -> str:
 def begin(out: Path, old: dict[str, Any], plan: dict[str, Any], vae: AnyVAE) -> dict[str, Any]:
     """Compare the plan with the one that is there, and write it, and the autoencoder as it was
     found this time."""
-    if old and (differs := differences(old, plan)):
+    if old and identity(old) != identity(plan):
         raise UserError(
-            f"{out} was begun with another plan: {differs}", do="Give another --out, or remove it."
+            f"{out} was begun with another plan: {differences(old, plan)}",
+            do="Give another --out, or remove it.",
         )
     write_text(out / "plan.json", sealed(plan))
     save_vae(vae_path(out), vae, weights=False)
@@ -211,7 +226,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs, as in "resolution 64, now 128"; hashes are named, not shown."""
     hashes = {"source": "the images or their tags", "vae": "the autoencoder"}
     found = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted((old.keys() | new.keys()) - {"written_for"}):
         if old.get(key) == new.get(key):
             continue
         if key in hashes:

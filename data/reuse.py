@@ -20,6 +20,7 @@ from data.cache import (
     LatentSource,
     Names,
     contents_path,
+    identity,
     open_cache,
     read_manifest,
     sealed,
@@ -31,7 +32,12 @@ from data.tags import TagTable
 from harness.cli import UserError
 from harness.files import digest, write_tensors, write_text
 
-MAY_CHANGE = {"data", "source", "images"}  # of a plan, without a latent becoming another
+MAY_CHANGE = {
+    "data",
+    "source",
+    "written_for",
+    "images",
+}  # of a plan, without a latent becoming another
 
 
 @dataclass
@@ -76,7 +82,7 @@ def find_reuse(
         return None
     try:
         manifest = read_manifest(out)
-        if manifest["plan"] != old:
+        if identity(manifest["plan"]) != identity(old):
             return None
         hashes = read_contents(out, manifest, source)
     except (UserError, OSError):

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,11 @@ def content_hash(names: list[str], tags: list[tuple[str, ...]], contents: list[s
     return hashlib.sha256(json.dumps([names, tags, contents]).encode()).hexdigest()
 
 
+def strip_hash(strip: np.ndarray) -> str:
+    """Of an image as it was read: uint8 (h, w, 3)."""
+    return hashlib.sha256(f"{strip.shape}".encode() + strip.tobytes()).hexdigest()
+
+
 # ---- reading everything once --------------------------------------------------------------------
 
 
@@ -148,8 +154,7 @@ def survey(load: Load, names: list[str], resolution: int, what: str) -> Survey:
             strip = load(i)
         except BadImage as error:
             return error
-        digest = hashlib.sha256(f"{strip.shape}".encode() + strip.tobytes()).hexdigest()
-        return digest, strip if pixels is not None else None
+        return strip_hash(strip), strip if pixels is not None else None
 
     bar = tqdm(total=len(names), desc=f"reading {what}", unit="img", disable=None, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
@@ -193,6 +198,7 @@ class Found:
     others: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)  # files, and folders that are not entered
     unusable: dict[str, str] = field(default_factory=dict)  # name -> why
+    more: bool = False  # there are files that were not looked at
 
     def add(self, path: Path, name: str) -> None:
         """Put a file where it belongs: by its ending, or without one by its first bytes."""
@@ -222,10 +228,10 @@ class Found:
                 self.others.append(name)
 
 
-def find_files(root: Path) -> Found:
-    """Everything below a folder but what is hidden. Links are followed; a folder that is reached
-    twice, or contains itself, is read once."""
-    found, visited = Found(), {os.path.realpath(root)}
+def find_files(root: Path, most: int = sys.maxsize) -> Found:
+    """Everything below a folder but what is hidden; after `most` files, no other folder is entered.
+    Links are followed; a folder that is reached twice, or contains itself, is read once."""
+    found, visited, count = Found(), {os.path.realpath(root)}, 0
 
     def locked(error: OSError) -> None:
         found.unusable[os.path.relpath(error.filename, root)] = f"a folder: {error.strerror}"
@@ -238,6 +244,10 @@ def find_files(root: Path) -> Found:
         ]
         folders[:] = sorted(set(folders) - hidden)
         files = [name for name in files if name not in hidden_files]
+        count += len(files)
+        if count > most:
+            found.more = True
+            break
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
         folders[:] = [name for name in folders if real[name] not in visited]
         visited.update(real.values())

@@ -10,10 +10,11 @@ from PIL import Image
 
 import data.encode as encode
 import data.reuse as reuse
-from data.cache import contents_path, open_cache, read_sealed, sealed, shard_path, verify
+from data.cache import contents_path, identity, open_cache, read_sealed, sealed, shard_path, verify
 from data.encode import Encode
 from harness.ranks import Ranks
 from test_cache import files
+from test_encode import torchrun
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 SHARD = 3 * 2 * 192 * 16  # bytes: three images of 32 px through pixel:8
@@ -68,7 +69,7 @@ def test_other_tags_cost_no_latents(made, capsys, tmp_path):
     assert "tags changed; 10 of 10 images are encoded already, 0 are not" in capsys.readouterr().out
     assert encoded == [] and source.tags[1] == ("dog",) and source.hash != old
     changed = {name for name, digest in files(out).items() if digest != before[name]}
-    assert changed == {"index.safetensors", "manifest.json"}
+    assert changed == {"index.safetensors", "manifest.json", "plan.json"}
     after = files(out)
     again(folder, out)  # nothing changed: nothing is said or done
     assert encoded == [] and files(out) == after and "changed" not in capsys.readouterr().out
@@ -171,3 +172,58 @@ def test_a_cache_that_is_older_than_the_hashes_lends_its_latents_too(made, tmp_p
     picture(folder / "35.png", 35)
     again(folder, out)
     assert encoded == [4] and same_latents(out, folder, tmp_path) and contents_path(out).exists()
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "shard-00001.safetensors"])
+def test_what_is_lost_after_a_change_of_tags_is_mended_as_before(made, tmp_path, lost):
+    """The plan says what the tags are now, and its shards are still its own."""
+    folder, out, encoded = made
+    first = read_sealed(out / "plan.json")
+    (folder / "1.txt").write_text("dog")
+    again(folder, out)
+    plan = read_sealed(out / "plan.json")
+    assert plan["source"] == read_sealed(out / "manifest.json")["source"] != first["source"]
+    assert identity(plan) == identity(first)
+    after = files(out)
+    (out / lost).unlink()
+    again(folder, out)
+    assert encoded == ([] if "manifest" in lost else [3, 4, 5]) and files(out) == after
+    (folder / "1.txt").write_text("cat")
+    again(folder, out)
+    assert read_sealed(out / "plan.json") == first
+
+
+def test_a_plan_that_an_older_version_left_behind_its_tags_is_brought_up(made):
+    folder, out, encoded = made
+    old = files(out)["plan.json"]
+    (folder / "1.txt").write_text("dog")
+    again(folder, out)
+    after = files(out)
+    plan = read_sealed(out / "plan.json")
+    manifest = read_sealed(out / "manifest.json")
+    before = {k: v for k, v in plan.items() if k != "written_for"}
+    before["source"] = plan["written_for"]
+    (out / "plan.json").write_text(sealed(before))
+    (out / "manifest.json").write_text(sealed({**manifest, "plan": before}))
+    assert files(out)["plan.json"] == old
+    again(folder, out)
+    assert encoded == [] and files(out) == after
+
+
+def test_two_ranks_update_a_cache_as_one_does(made, tmp_path):
+    folder, out, encoded = made
+    two = shutil.copytree(out, tmp_path / "two")
+    picture(folder / "35.png", 35)
+    (folder / "1.txt").write_text("dog")
+    again(folder, out)
+    args = ["--data", folder, "--vae", "pixel:8", "--batch", 2, "--out", two]
+    code, text = torchrun(f"encode.SHARD = {SHARD}", *args)
+    assert code == 0 and "10 of 11 images are encoded already, 1 are not" in text, text
+    assert files(two) == files(out)
+
+
+def test_a_folder_that_moved_is_found_where_it_is_now(made, tmp_path):
+    folder, out, encoded = made
+    folder.rename(tmp_path / "moved")
+    again(tmp_path / "moved", out)
+    assert encoded == [] and read_sealed(out / "plan.json")["data"] == str(tmp_path / "moved")
