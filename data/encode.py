@@ -6,7 +6,6 @@ python -m data.encode --out CACHE --verify       # every byte against its checks
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
