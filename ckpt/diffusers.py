@@ -164,7 +164,7 @@ def from_diffusers_config(
     if not isinstance(name, str) or name not in DEFAULTS:
         raise UserError(
             f"config _class_name is {brief(name)}: wanted one of {', '.join(DEFAULTS)}",
-            do="Name a U-Net's own folder.",
+            do="Name a U-Net's own folder, or move its file away from another's config.",
         )
     c = _completed(name, config)
     cross, down = name == CONDITION, c["down_block_types"]

@@ -139,6 +139,19 @@ def test_where_the_family_is_unknown_the_heads_are_asked_for(tmp_path):
     assert mark == meta["fingerprint"]
 
 
+def test_a_config_of_something_else_beside_it_is_not_passed_over(tmp_path):
+    file = tmp_path / "unet.safetensors"
+    save_file(foreign_state(randomize(UNet(SD))), file)
+    for other in ({"model_type": "clip"}, {"_class_name": "AutoencoderKL"}, []):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="config.json: .*move its file away from another's"):
+            load_unet(file, num_heads=SD.num_heads)
+    (tmp_path / "config.json").write_text(json.dumps(diffusers_config(replace(SD, num_heads=4))))
+    assert load_unet(file)[0].cfg.num_heads == 4  # what stands beside it is believed
+    with pytest.raises(UserError, match="got num_heads 2"):
+        load_unet(file, num_heads=2)
+
+
 def test_a_file_of_unet2dmodel_without_its_config_asks_for_it(tmp_path):
     net = randomize(UNet(TINY["adm"]))
     for tensors in (foreign_state(net), old_names(foreign_state(net))):
