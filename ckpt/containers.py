@@ -20,8 +20,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from harness.archives import check_members
 from harness.cli import UserError
 from harness.files import HEADER_LIMIT, TENSORS, Container, Entry, open_safetensors
+from harness.reading import open_file
 from harness.typed import Length, Open, Rule, read_json
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +53,7 @@ def open_weights(path: Path | str) -> Container:
         do = "It is a folder." if path.is_dir() else "Name a file that exists."
         raise UserError(f"no weight file at {path}", do=do)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(64)
     except OSError as error:
         what = f"cannot read {path}: {error.strerror or error}"
@@ -128,7 +130,14 @@ def open_pickle(path: Path, zipped: bool) -> Container:
 def unpickle(path: Path, zipped: bool) -> Any:
     """What torch.save was given."""
     if zipped:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            check_members(archive, file)
+            if any(member.compress_type for member in archive.infolist()):
+                raise UserError(
+                    f"{path} was zipped again: its members are compressed, and torch reads them "
+                    "only as it writes them, without",
+                    do="Unzip it, and zip it again without compression (zip -0 -r).",
+                )
             bad = archive.testzip()
         if bad:
             raise UserError(
@@ -137,7 +146,7 @@ def unpickle(path: Path, zipped: bool) -> Any:
     # By that name torch would try another reader.
     mapped = zipped and path.suffix != ".safetensors"
     # The warnings are about formats, for torch's developers.
-    with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+    with open_file(path) as file, warnings.catch_warnings(action="ignore"):
         source = path if mapped else file
         return torch.load(source, weights_only=True, map_location="cpu", mmap=mapped)
 

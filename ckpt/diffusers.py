@@ -1,8 +1,8 @@
 """Configs in other code bases' terms: diffusers' config.json, guided-diffusion's constructor.
 
-    diffusers_config(cfg)               -> what from_pretrained wants
-    from_diffusers_config(config)       -> UNetConfig; UserError names what we do not compute
-    UNetModel(…)                        guided-diffusion's constructor, its arguments in its order
+diffusers_config(cfg)               -> what from_pretrained wants
+from_diffusers_config(config)       -> UNetConfig; UserError names what we do not compute
+UNetModel(…)                        guided-diffusion's constructor, its arguments in its order
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ckpt.configs import check_known, config_from, differences
 from harness.cli import UserError, closest
+from harness.reading import read_file
 from model import UNet, UNetConfig, multiplier
 
 # What diffusers assumes where a config.json is silent (0.42.1). A key that is not here is not known
@@ -333,7 +334,7 @@ def config_beside(path: Path, known: dict[str, Any]) -> tuple[UNetConfig, dict[s
     """(the config of diffusers weights, what else is said), from the config.json beside them."""
     file = path.parent / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(read_file(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} has diffusers' names and needs diffusers' config.json beside it "

@@ -19,6 +19,7 @@ from ckpt.containers import INDEX, USUAL, WEIGHTS, read_index
 from ckpt.patience import GivenUp, watched
 from harness.cli import UserError
 from harness.files import listed
+from harness.reading import open_file
 
 SCHEDULER = "scheduler/scheduler_config.json"  # of a pipeline: see ckpt/meaning.py
 HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?")
@@ -231,7 +232,7 @@ def origin(path: Path) -> dict[str, str]:
     if "snapshots" not in parts or not parts[parts.index("snapshots") - 1].startswith("models--"):
         return {"source": str(path.absolute())}
     i = parts.index("snapshots")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     blob = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != digest:

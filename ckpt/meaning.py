@@ -23,6 +23,7 @@ from ckpt.layouts import parts, target_of
 from diffusion.schedules import TABLES, T, alphas_bar
 from harness.cli import UserError
 from harness.files import Container
+from harness.reading import read_file
 from objectives import make_objective
 
 # diffusers' and ModelSpec's words, and ours. "edm" is known by name only.
@@ -168,7 +169,7 @@ def scheduler_says(file: Path) -> tuple[dict[str, Any], list[str]]:
     """(what a scheduler's config of diffusers means, what else it says), with diffusers' defaults
     where it is silent."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(read_file(file))
         if not isinstance(config, dict):
             raise TypeError("no dictionary")
         return read_scheduler(config)

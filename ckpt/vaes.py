@@ -22,6 +22,7 @@ from ckpt.containers import ENDINGS
 from ckpt.layouts import modern_name, parts
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, listed
+from harness.reading import read_file
 
 # bfl: native, but the 1×1 convolutions are inside encoder and decoder (flux2's own file).
 LAYOUTS = ("native", "diffusers", "bfl")
@@ -228,7 +229,7 @@ def scaling_beside(path: Path) -> dict[str, Any]:
     """What diffusers would read from the config.json beside a file. Diffusers' defaults count only
     where it is an autoencoder's."""
     try:
-        config = json.loads((path.parent / "config.json").read_text())
+        config = json.loads(read_file(path.parent / "config.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(config, dict):

@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from harness.cli import UserError
+from harness.reading import check_kind, open_file
 
 # The only decoders that are let near a downloaded file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -76,7 +77,7 @@ def sniff(path: Path) -> str:
     """ "image" for a file that begins like one we read, a reason for one that we do not, "" for
     what is no image."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(16)
     except OSError as error:
         return error.strerror or "cannot be opened"
@@ -118,6 +119,8 @@ def opened(source: Path | bytes) -> Iterator[Image.Image]:
     set_up_pillow()
     try:
         file = source if isinstance(source, Path) else BytesIO(source)
+        if isinstance(source, Path):
+            check_kind(source, source.stat().st_mode)
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}×{image.height} is over {megapixels()}")

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.cli import UserError, closest
+from harness.reading import open_file
 
 TABLES = ("tags.jsonl", "metadata.jsonl", "metadata.csv")
 BLOCK = 2**17  # images
@@ -429,7 +430,8 @@ def csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without a byte-order mark."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_file(path) as file:
+            return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data.cache import LatentSource, encode_command, shard_path
 from harness.cli import UserError
+from harness.reading import open_file
 
 PIECE = 1 << 20  # bytes read at once
 QUIET = 5.0  # seconds that a run waits before it says for what
@@ -47,7 +48,7 @@ def is_whole(source: LatentSource, k: int) -> bool:
     record = source.manifest["shards"][k]
     head_bytes = record["bytes"] - record["images"] * source.views * source.size
     try:
-        with open(shard_path(source.root, k), "rb") as file:
+        with open_file(shard_path(source.root, k)) as file:
             head = hashlib.sha256(file.read(head_bytes))
             rest, length = hashlib.sha256(), head_bytes
             while piece := file.read(PIECE):

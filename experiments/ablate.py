@@ -42,9 +42,10 @@ from distillation.teacher import describe_teacher
 from eval_fid import distance, features_in
 from experiments import verdict
 from harness.cli import UserError, check_flags, cli, dashed, flag, idle_flags, read_flags, shown
-from harness.files import make_dir, write_text
+from harness.files import make_dir, strict_json, write_text
 from harness.ranks import Ranks, join_ranks
-from harness.run import checkpoints, versions
+from harness.run import checkpoints, complete_lines, read_line, versions
+from harness.typed import Count, Open, read_json
 from metrics.distances import frechet_from_features
 from metrics.features import cached_data
 from metrics.inception import load_inception
@@ -109,8 +110,9 @@ def arm_config(
 
 def rows_of(run: Path, event: str) -> list[dict[str, Any]]:
     """The lines of one kind in a run's log."""
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [row for row in rows if row["event"] == event]
+    path = run / "log.jsonl"
+    rows = [read_line(path, line) for line in complete_lines(path)]
+    return [row for row in rows if row.get("event") == event]
 
 
 def mean_lambdas(run: Path) -> tuple[float, ...]:
@@ -159,7 +161,7 @@ def card_of(
         "images_per_s": statistics.median(row["images_per_s"] for row in lines),
         **versions(),
     }
-    write_text(file, json.dumps(card, indent=1) + "\n")
+    write_text(file, strict_json(card, indent=1) + "\n")
     return card
 
 
@@ -173,11 +175,46 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     }
 
 
+@dataclass
+class HeldOut(Open):
+    """A line of the log with the loss on held-out images."""
+
+    images: Count
+    loss: float | None
+    loss_by_t: list[float | None]
+
+
+@dataclass
+class Kept(Open):
+    """What a run came to (card_of), as it is kept beside it."""
+
+    arm: Literal[tuple(ARMS)]
+    seed: int
+    fd: float | None
+    held_out: list[HeldOut]
+    train_images: list[Count]
+    blocks: dict[str, dict[str, list[float | None]]]
+    block_share: list[float | None]
+    alarms: Count
+    images_per_s: float
+
+
+@dataclass
+class Held(Open):
+    """What FD is held against (references), as it is kept."""
+
+    fingerprint: str
+    floor: float
+    floor_images: Count
+    teacher: float | None
+
+
 def read_kept(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What a file says, if it was made for the same question."""
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
+    advice = "Remove it: it is made anew from the runs."
+    found = read_json(file, Kept if file.name == "card.json" else Held, advice)
     return found if asked.items() <= found.items() else None
 
 
@@ -204,7 +241,7 @@ def references(
         "floor_images": n,
         "teacher": fd(cfg, own.teacher, ds, device) if says_latents else None,
     }
-    write_text(file, json.dumps(found, indent=1) + "\n")
+    write_text(file, strict_json(found, indent=1) + "\n")
     return found
 
 

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness.cli import UserError
-from harness.typed import check, parse_json
+from harness.reading import open_file
+from harness.typed import check, parse_json, unique
 
 META = "twinpath"
 # In the order of safetensors' own list.
@@ -160,6 +161,12 @@ def stream_tensors(
         offset = end
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
+    if len(head) > HEADER_LIMIT or len(header) > TENSORS:
+        raise UserError(
+            f"{path} would have {len(header):,} tensors and a header of {len(head):,} bytes",
+            wanted=f"at most {TENSORS:,} and {HEADER_LIMIT:,}",
+            do="Split it.",
+        )
     try:
         with atomic(path) as temporary:
             with open(temporary, "wb") as file:
@@ -275,11 +282,17 @@ def open_safetensors(path: Path) -> Container:
     mapped pages count as memory."""
     size = path.stat().st_size
     try:
+        with open_file(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(HEADER_LIMIT, size):
+                raise ValueError(f"a header of {length:,} bytes")
+            head = file.read(length)
+        # Counted first: a million tensors are minutes, and no network's.
+        if max(head.count(b'"data_offsets"'), head.count(b"{"), head.count(b"[") // 2) > TENSORS:
+            raise ValueError(f"a header of more than {TENSORS:,} tensors")
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        header = json.loads(head, object_pairs_hook=unique)
         header.pop("__metadata__", None)
         table = {}
         for name, entry in header.items():
@@ -327,7 +340,7 @@ class Digests(NamedTuple):
 
 def digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from harness.cli import UserError, flag
 from harness.files import naming, safe_name, strict_json, write_text
 from harness.ranks import Ranks, device_name
+from harness.reading import open_file
 from harness.typed import Count, Open, Range, read_json
 
 # Of the loss by time in the log.
@@ -340,7 +341,8 @@ def append(run: Path, row: dict[str, Any]) -> None:
 
 def complete_lines(path: Path) -> list[str]:
     """The lines of a log, without a last one that a kill cut short."""
-    return path.read_text().split("\n")[:-1]
+    with open_file(path) as file:
+        return file.read().decode().split("\n")[:-1]
 
 
 def read_line(path: Path, line: str) -> dict[str, Any]:

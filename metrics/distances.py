@@ -14,19 +14,19 @@ are refused.
 """
 
 import json
-import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harness.archives import read_npz
 from harness.cli import UserError
 from harness.files import atomic
+from harness.typed import Length, Open, Range, check, parse_json
 
 Features = Tensor | np.ndarray
 BLOCK = 1024  # rows of a distance or kernel matrix at a time
@@ -461,34 +461,16 @@ def save_statistics(path: Path, stats: Statistics, meta: dict[str, Any]) -> None
         np.savez(file, mu=stats.mean.numpy(), sigma=stats.sigma.numpy(), n=stats.n, meta=text)
 
 
-def read_npz(path: Path, wanted: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(names of all arrays, those that are wanted) of an npz. What cannot be read is a
-    UserError."""
-    try:
-        with open(path, "rb") as data:
-            file = np.load(data, allow_pickle=False)
-            if isinstance(file, np.lib.npyio.NpzFile):
-                check_members(file.zip, data)
-                present = [name for name in wanted if name in file.files]
-                return file.files, {name: file[name] for name in present}
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        # RuntimeError: of zips that are encrypted, or made in a way that zipfile does not know.
-        raise UserError(f"{path} cannot be read as npz ({error})", do="Make it anew.") from None
-    raise UserError(
-        f"{path} holds one array, as npy does; wanted an npz", do="Save it with numpy.savez."
-    )
+@dataclass
+class About(Open):
+    """What our npz says beside mu and sigma."""
 
-
-def check_members(file: zipfile.ZipFile, data: IO[bytes]) -> None:
-    """Raise BadZipFile where members are named otherwise in a zip's directory than in its body, or
-    hidden in the directory: no checksum covers that."""
-    for name in file.namelist():
-        file.open(name).close()
-    data.seek(-22, os.SEEK_END)
-    end = data.read(22)
-    count = int.from_bytes(end[10:12], "little")
-    if end.startswith(b"PK\5\6") and count != min(len(file.namelist()), 0xFFFF):
-        raise zipfile.BadZipFile(f"its directory is of {count} members, and names others")
+    features: dict[str, Any] = ()
+    size: Annotated[list[Annotated[int, Range(1, 10**6)]], Length(0, 2)] = ()
+    hash: str = ""
+    filter: str = ""
+    reference: str = ""
+    holdout: Annotated[float, Range(0, 1)] = 0.0
 
 
 def load_statistics(path: Path, d: int | None = None) -> tuple[Statistics, dict[str, Any]]:
@@ -501,16 +483,14 @@ def load_statistics(path: Path, d: int | None = None) -> tuple[Statistics, dict[
             "or arr_0 (images)",
             do="Give another npz.",
         )
-    try:
-        mu = torch.from_numpy(np.asarray(arrays["mu"], np.float64))
-        sigma = torch.from_numpy(np.asarray(arrays["sigma"], np.float64))
-        n = int(arrays.get("n", 0))
-        meta = json.loads(arrays["meta"].tobytes()) if "meta" in arrays else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as npz of mu and sigma, or of its n and meta ({error})",
-            do="Make it anew.",
-        ) from None
+    mu = torch.from_numpy(np.asarray(arrays["mu"], np.float64))
+    sigma = torch.from_numpy(np.asarray(arrays["sigma"], np.float64))
+    number = arrays.get("n", np.zeros((), np.int64))
+    if number.size != 1 or number.dtype.kind not in "iu" or not 0 <= int(number.item()) <= 10**12:
+        raise UserError(f"{path}: n is {number!r:.40}", wanted="one number", do="Make it anew.")
+    n = int(number.item())
+    meta = arrays["meta"].tobytes() if "meta" in arrays else b"{}"
+    meta = check(parse_json(meta, f"{path}: meta", nan=True), About, f"{path}: meta")
     check_moments(path, mu, sigma, d)
     samples = n or 2
     return Statistics(samples, mu, sigma * (samples - 1)), {"n": n, **meta}

@@ -33,10 +33,11 @@ from data.cache import is_cache, read_manifest
 from data.images import BadImage, read_size, to_float
 from data.sources import find_files, open_source
 from data.tags import TagTable, compile_tags, printable
+from harness.archives import read_npz
 from harness.cli import UserError
 from harness.files import fingerprint, make_dir, read_meta, write_tensors, write_text
 from harness.ranks import Ranks
-from metrics.distances import Statistics, finite, read_npz
+from metrics.distances import Statistics, finite
 from vae import LinearVAE, fit_pca, pca_samples
 
 CHUNK = 256  # images a file of features

@@ -42,7 +42,8 @@ from ckpt.hub import resolve
 from harness.cli import UserError, cli, flag, parse
 from harness.files import atomic, make_dir
 from harness.ranks import full_precision
-from metrics.torchscript import read_torchscript
+from harness.reading import read_file
+from metrics.torchscript import LIMIT, read_torchscript
 
 Preproc = Literal["torch", "clean", "tf"]
 SIDE = 299
@@ -334,7 +335,7 @@ def load_inception(
         fill_random(net, str(weights))
         return net.to(device)
     path = find_weights(weights)
-    data = path.read_bytes()
+    data = read_file(path, LIMIT)
     tensors = read_weights(path, data, net)
     for name, tensor in net.state_dict().items():
         if not counts(name):  # some files lack those; nothing else may be missing
