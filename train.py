@@ -46,7 +46,7 @@ from model import PRESETS, build
 from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
-from training.checkpoints import load_state, save
+from training.checkpoints import keep_batches, load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_table, is_finished
 from training.start import network_config, vae_name
@@ -413,8 +413,7 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
     where = report_nonfinite(tr.run, tr.ranks, tr.net, tr.loss, batches, tr.seen, tr.bad)
     tr.meter.drop_nonfinite()
     if tr.bad >= MAX_BAD:
-        path = tr.run / f"bad-batch-{tr.seen:012d}-rank{tr.ranks.rank}.pt"
-        torch.save(batches, path)
+        path = keep_batches(tr, batches)
         save(tr)
         raise UserError(
             f"{MAX_BAD} non-finite steps in a row, the last: {where}",

@@ -1,5 +1,6 @@
 """A run's checkpoints: writing one, and going on from one exactly where it was written."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ckpt import load_strict, load_unet, read_tensors, save_checkpoint
 from data.watch import wait
 from harness.cli import UserError
+from harness.files import atomic
 from harness.run import checkpoints, versions
 from training.trainer import Trainer
 
@@ -93,6 +95,16 @@ def save(tr: Trainer) -> None:
             keep_every=tr.cfg.keep_every,
         )
     tr.ranks.barrier()
+
+
+def keep_batches(tr: Trainer, batches: list[dict[str, Tensor]]) -> Path:
+    """Write this rank's batches of a step that was not finite, to be looked at with torch.load."""
+    path = tr.run / f"bad-batch-{tr.seen:012d}-rank{tr.ranks.rank}.pt"
+    data = io.BytesIO()  # of a full disk torch.save says nothing that a user can read
+    torch.save(batches, data)
+    with atomic(path) as temporary:
+        temporary.write_bytes(data.getbuffer())
+    return path
 
 
 def load_state(tr: Trainer) -> None:
