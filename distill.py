@@ -32,9 +32,10 @@ from torch import Tensor
 
 import train
 from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
+from ckpt.meaning import same_table
 from data.dataset import classes_of, latents_of
 from data.sources import embedded_tags
-from diffusion.schedules import TABLES, norm
+from diffusion.schedules import norm, shorter
 from diffusion.solvers import time_grid
 from distillation.assessor import (
     Assessor,
@@ -51,6 +52,7 @@ from distillation.pretrain import Pretrain, pretrain
 from distillation.tally import Tally
 from distillation.teacher import (
     Teacher,
+    TeacherFlags,
     describe_teacher,
     like_the_teacher,
     open_teacher,
@@ -66,8 +68,10 @@ from distillation.timesteps import TimestepSampler, bins_of, make_sampler
 from harness.cli import UserError, check_flags, cli, closest, dashed, flag, flag_like, parse, shown
 from harness.ranks import Ranks, autocast, join_ranks
 from harness.run import TIME_BINS, checkpoints
+from harness.seeds import torch_seed
 from model import PRESETS, UNet, UNetConfig
 from objectives import Loss, Net, Objective, make_objective
+from training.start import take_weights
 from vae import AnyVAE, vae_from_meta
 
 __all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
@@ -82,7 +86,7 @@ DRAWN = ("--mode flow", "--adaptive-t")
 
 
 @dataclass(frozen=True)
-class Config(train.Run, train.Optim, train.Data):
+class Config(TeacherFlags, train.Run, train.Optim, train.Data):
     """The flags of this script: train.py's of data, optimiser and run, with other defaults; a
     teacher, a student, and what the one learns from the other."""
 
@@ -107,14 +111,6 @@ class Config(train.Run, train.Optim, train.Data):
     weight_decay: float = flag_like(train.Optim, "weight_decay", 1e-3)
     name: str = flag_like(train.Run, "name", "", "default <data>-distill-<objective>-<arm>")
 
-    teacher: str = flag(
-        "", "a run, a file, a diffusers folder, hf:org/name[/file]", head="the teacher"
-    )
-    teacher_objective: Literal["", "eps", "v", "x0", "fm"] = flag("", "of a file that does not say")
-    teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
-        "", "of a file that does not say"
-    )
-    context: str = flag("", "text embeddings, for a teacher that takes text (teacher.py)")
     vae: str = flag("", "none = the teacher's")
 
     model: str = flag("", "none = the teacher's architecture; else a preset", head="the student")
@@ -125,6 +121,7 @@ class Config(train.Run, train.Optim, train.Data):
     table: Literal["", "linear", "cosine", "scaled_linear", "gvp"] = flag_like(
         train.Config, "table", ""
     )
+    betas: str = flag_like(train.Config, "betas", "")
     zero_snr: bool = flag_like(train.Config, "zero_snr", False)
     density: Literal["", "uniform", "logit_normal", "gaussian", "mode", "lognormal"] = flag(
         "", "of training times; uniform, as the source's", of=("--mode flow", "not --adaptive-t")
@@ -244,7 +241,7 @@ def resolve(cfg: Config) -> Config:
     """Fill in what follows from the teacher, and refuse what cannot run, before anything is read or
     written."""
     check_flags(cfg)
-    unet, teacher, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
+    unet, teacher, meta = describe_teacher(cfg.teacher, **cfg.says)
     cfg = like_the_teacher(cfg, meta)
     check_student(cfg, unet)
     check_blocks(cfg, tap_channels(unet))
@@ -334,10 +331,10 @@ def on_its_path(cfg: Config, teacher: Objective) -> Config:
     """A student of v is on the teacher's own schedule."""
     if cfg.objective != "v" or not teacher.table:
         return cfg
-    if cfg.table not in ("", teacher.table):
+    if cfg.table and not same_table(cfg.table, teacher.table):
         raise UserError(
-            f"--table {cfg.table}, but the teacher's schedule is {teacher.table}, and the "
-            "student's v is on it",
+            f"--table {shorter(cfg.table)}, but the teacher's schedule is "
+            f"{shorter(teacher.table)}, and the student's v is on it",
             do="Leave it out.",
         )
     if cfg.zero_snr and not teacher.zero_snr:
@@ -346,8 +343,7 @@ def on_its_path(cfg: Config, teacher: Objective) -> Config:
             "v is on it",
             do="Leave it out.",
         )
-    zero_snr = teacher.zero_snr and teacher.table in TABLES
-    return replace(cfg, table=teacher.table, zero_snr=zero_snr)
+    return replace(cfg, table=teacher.table, zero_snr=teacher.zero_snr)
 
 
 def check_halving(cfg: Config, teacher: Objective) -> None:
@@ -363,7 +359,7 @@ def check_halving(cfg: Config, teacher: Objective) -> None:
     if cfg.objective != wanted:
         raise UserError(
             f"--objective {cfg.objective}: a progressive student stays on its teacher's path, "
-            f"{teacher.table or 'the linear one'}",
+            f"{shorter(teacher.table) or 'the linear one'}",
             do=f"Use --objective {wanted}.",
         )
 
@@ -620,28 +616,22 @@ def column(v: Tensor) -> Tensor:
 def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     """Teacher, data, student and assessor. Everything that can be wrong is found before the first
     byte is written."""
-    teacher = open_teacher(
-        cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, ranks.device
-    )
+    teacher = open_teacher(cfg.teacher, cfg.context, ranks.device, **cfg.says)
     ds = cfg.open_data()
     classes, labels = classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     if ranks.rank == 0:
         print(ds.report, flush=True)
-    if len(classes) != teacher.net.cfg.num_classes:
-        raise UserError(
-            f"--classes has {len(classes)}, but the teacher knows {teacher.net.cfg.num_classes}",
-            do="Leave it out, if the teacher's file names them.",
-        )
+    teacher.check_classes(classes)
     vae = teacher_vae(cfg, teacher.meta, ds).to(ranks.device)
     teacher.check_latents(vae, cfg.resolution)
     unet = student_like(teacher, cfg)
     assessor = open_assessor(cfg, teacher)
     sampler = open_sampler(cfg, assessor, ranks) if cfg.adaptive_t else None
     weights = weights_of(cfg, teacher).to(ranks.device)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(torch_seed(cfg.seed))
     net = UNet(unet)
     begun = checkpoints(Path(cfg.out) / cfg.name)
-    start = None if begun else begin(cfg, teacher, net, vae)
+    start = None if begun else begin(cfg, teacher, net, vae, classes, ranks.rank)
     init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None}
     init |= contents_of(cfg, teacher.fingerprint, teacher.texts)
 
@@ -748,7 +738,9 @@ def add_caption(net: UNet, teacher: Teacher) -> None:
     net.register_forward_pre_hook(first, with_kwargs=True)
 
 
-def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
+def begin(
+    cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE, classes: list[str], rank: int
+) -> str | None:
     """Give a new student its first weights; returns where they came from."""
     if cfg.init == "scratch":
         return None
@@ -771,7 +763,9 @@ def begin(cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE) -> str | None:
             f"{cfg.resolution}",
             do="Start from a network of its size.",
         )
-    load_strict(net, other.state_dict(), f"--init {cfg.init}")
+    line = take_weights(net, other, meta, classes, f"--init {cfg.init}")
+    if line and rank == 0:
+        print(line, flush=True)
     return cfg.init
 
 
@@ -825,7 +819,7 @@ def phases(cfg: Config) -> list[Config]:
         if chain:  # its teacher is the last student, and it starts as that
             teacher = str(Path(cfg.out) / chain[-1].name)
             phase = replace(
-                phase, teacher=teacher, init="", model="", teacher_objective="", teacher_table=""
+                phase, init="", model="", **asdict(TeacherFlags(teacher, context=cfg.context))
             )
         chain.append(phase)
         steps //= 2

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from diffusion.coupling import add_noise, ot_permutation
 from diffusion.schedules import (
-    T, TABLES, norm, sample_t, shift_time, stratify, table_row, table_time, time_quantile,
+    T, alphas_bar, has_rows, norm, sample_t, shift_time, stratify, table_row, table_time,
+    time_quantile,
 )
 from diffusion.variance import variational_bound
 from diffusion.weights import loss_weight, x0_share
@@ -40,7 +41,7 @@ __all__ = ["Loss", "Net", "Objective", "PRESETS", "loss_weight", "make_objective
 # net(x (B, C, H, W), t (B,) in [0, 1000], **cond) -> (B, C, H, W)
 Net = Callable[..., Tensor]
 Target = Literal["u", "eps", "v", "x0"]  # u: the velocity along the objective's own path
-Table = Literal["linear", "cosine", "scaled_linear", "gvp"]  # VP, diffusion/schedules.py
+Table = Literal["linear", "cosine", "scaled_linear", "gvp"]  # VP, those that have a name
 Density = Literal["uniform", "logit_normal", "gaussian", "mode", "lognormal"]
 LossType = Literal["mse", "l1", "huber"]
 Weight = Literal["uniform", "min_snr", "soft_min_snr", "debiased", "cosmap"]
@@ -61,7 +62,7 @@ class Objective:
 
     name: str
     target: Target
-    table: Literal["", Table] = ""  # "" = the linear path
+    table: str = ""  # "" = the linear path; else VP, diffusion/schedules.py
     # Of t (linear path, aligned) or of k / 1000 (VP); None = the density's own loc and scale.
     density: Density = "uniform"
     t_loc: float | None = None
@@ -91,7 +92,7 @@ class Objective:
     def t_max(self) -> float:
         """Where sampling starts: the last row's t on a VP table (0.9937 for Ho's), else 1; eps,
         which says nothing of x0 there, stops short of it."""
-        if self.table in TABLES:
+        if has_rows(self.table):
             return float(table_time(self.table, torch.tensor(T - 1), self.zero_snr))
         return 1 - EDGE if self.target == "eps" else 1.0
 
@@ -101,7 +102,7 @@ class Objective:
         of eps at 0."""
         if self.target != "x0":
             return 0.0
-        if self.table in TABLES:
+        if has_rows(self.table):
             return float(table_time(self.table, torch.tensor(0), self.zero_snr))
         return EDGE
 
@@ -114,7 +115,7 @@ class Objective:
         t = shift_time(time_quantile(q, self.density, self.t_loc, self.t_scale), self.shift)
         if self.aligned:
             t = t * self.t_max
-        elif self.table in TABLES:
+        elif has_rows(self.table):
             t = table_time(self.table, (t * T).floor(), self.zero_snr)
         elif self.table:
             t = table_time(self.table, t * T)
@@ -261,6 +262,9 @@ def problems(o: Objective) -> Iterator[str]:
         value, choices = getattr(o, field.name), get_args(field.type)
         if get_origin(field.type) is Literal and value not in choices:
             yield f"{field.name} {value!r} is not one of {', '.join(map(repr, choices))}."
+    if has_rows(o.table):
+        # Raises what a table cannot be.
+        alphas_bar(o.table, o.zero_snr)
     scale = 1 if o.t_scale is None else o.t_scale
     if o.density == "mode" and not -1 <= scale <= 2 / (math.pi - 2):
         yield f"t_scale {scale:g} of density mode: wanted -1 to 1.75, where it is invertible."
@@ -271,20 +275,20 @@ def problems(o: Objective) -> Iterator[str]:
     for name in {"uniform": ("t_loc", "t_scale"), "mode": ("t_loc",)}.get(o.density, ()):
         if getattr(o, name) is not None:
             yield f"{name} changes nothing here: density {o.density} has none."
-    if o.zero_snr and o.table not in TABLES:
+    if o.zero_snr and not has_rows(o.table):
         where = o.table or "the linear path"
         yield f"zero_snr changes the last row of a table; {where} ends in pure noise as it is."
-    if o.zero_snr and o.target == "eps":
+    if o.target == "eps" and o.t_max > 1 - 1e-5:
         yield (
-            "zero_snr with target eps: the last row holds nothing but eps, so predicting it says "
-            "nothing of x0.  Use v or x0."
+            "zero_snr with target eps (or betas as large): the last row holds nothing but eps, so "
+            "predicting it says nothing of x0.  Use v or x0."
         )
-    if o.target == "u" and o.table in TABLES:
+    if o.target == "u" and has_rows(o.table):
         yield (
             f"target u with table {o.table}: a table's rows are not spaced in any unit of time, so "
             "it has no velocity of its own.  Use target v (the velocity per angle), or table gvp."
         )
-    if o.learn_sigma and (o.table not in TABLES or o.aligned):
+    if o.learn_sigma and (not has_rows(o.table) or o.aligned):
         yield (
             "learn_sigma learns the variance of steps between a table's rows: it needs a table "
             "(linear, cosine, scaled_linear), not aligned."

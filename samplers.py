@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
-from ckpt.meaning import with_table
+from ckpt.meaning import objective_from, said_table
 from data.images import EXTENSIONS, read_mask, read_picture
 from data.tags import find_class
 from diffusion.coupling import enlarged
@@ -48,7 +48,7 @@ from harness.cli import (
 from harness.files import safe_name
 from harness.pictures import check_set, grid_of, progress, save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
-from objectives import Net, Objective, make_objective
+from objectives import Net, Objective
 from vae import AnyVAE, choose
 
 # The last three are rows of a network's own table.
@@ -290,8 +290,10 @@ class Sampling:
         head="what files of other programs cannot say; a file that says it must agree",
     )
     table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
-        "", "noise schedule of eps, v, x0"
+        "", "noise schedule of eps, v, x0; LDM's yaml calls scaled_linear linear"
     )
+    betas: str = flag("", "… or START,END,SCHEDULE: any betas, as 0.0015,0.0195,scaled_linear")
+    zero_snr: bool = flag(False, "the schedule ends in pure noise (zero terminal SNR)")
     vae: str = flag(
         "",
         "autoencoder: pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE; "
@@ -389,17 +391,12 @@ def describe(
 
 def objective_of(cfg: Sampling, meta: dict[str, Any], what: str) -> Objective:
     """What a network was trained to output."""
-    known = meta.get("objective")
-    if not known:
+    if not meta.get("objective"):
         raise UserError(
             f"{what} does not say what its network was trained to output",
             do="Add --objective fm, eps, v or x0 (guided-diffusion: eps).",
         )
-    if isinstance(known, dict) and not cfg.table:
-        return Objective(**known)
-    if known == "fm" and not cfg.table:
-        return make_objective("fm")
-    return Objective(**with_table(meta, cfg.table, what))
+    return objective_from(meta, what, said_table(cfg.table, cfg.betas), cfg.zero_snr)
 
 
 def vae_of(

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 import data.dataset as data
-from ckpt import fingerprint, load_like, load_strict
+from ckpt import fingerprint, load_like
+from ckpt.meaning import said_table
 from data.dataset import Dataset, Stream, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
@@ -40,6 +41,7 @@ from harness.ranks import Ranks, autocast, check_batch, join_ranks
 from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_disk, check_mirrors
 from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
 from harness.run import print_unfinished, report_nonfinite, run_name
+from harness.seeds import step_seed, torch_seed
 from kernels import dispatch
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, build
@@ -49,7 +51,7 @@ from objectives import make_objective
 from training.checkpoints import keep_batches, load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_table, is_finished
-from training.start import network_config, vae_name
+from training.start import network_config, take_weights, vae_name
 from training.trainer import Trainer
 from vae import AnyVAE, save_vae, vae_from_meta
 
@@ -95,6 +97,7 @@ class Task:
     objective: Literal[*OBJECTIVES] = flag("fm", "what is learnt; cfm = from small to large")
     target: Literal["", Target] = flag("", "what the network says, if not the objective's own")
     table: Literal["", Table] = flag("", "noise schedule of ddpm, v, x0; gvp also of fm")
+    betas: str = flag("", "… or START,END,SCHEDULE: any betas, as 0.0015,0.0195,scaled_linear")
     zero_snr: bool = flag(False, "v, x0: the table's last row becomes pure noise")
     density: Literal["", Density] = flag("", "of training times")
     t_loc: float | None = flag(
@@ -172,7 +175,8 @@ def settle(cfg: Any, *words: str) -> Any:
     check_mirrors(cfg.log)
     # im/ and im are one.
     place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data
-    return replace(cfg, data=place, name=run_name(cfg.name, place, *words))
+    name, table = run_name(cfg.name, place, *words), said_table(cfg.table, cfg.betas)
+    return replace(cfg, data=place, name=name, table=table, betas="")
 
 
 def check_objective(cfg: Config) -> None:
@@ -297,7 +301,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
     unet = network_config(cfg.model, vae, objective, cfg.resolution, len(classes))
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(torch_seed(cfg.seed))
     net = build(unet)
     init = {"path": None, "fingerprint": None}
     if start:
@@ -305,7 +309,9 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
             check_aligned(objective, meta, start)
         if cfg.stage == "stage2" and ranks.rank == 0:
             print_unfinished(start, meta)
-        load_strict(net, other.state_dict(), f"--init {start}")
+        line = take_weights(net, other, meta, classes, f"--init {start}")
+        if line and ranks.rank == 0:
+            print(line, flush=True)
         init = {"path": start, "fingerprint": fingerprint(net.state_dict())}
     return assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init)
 
@@ -375,7 +381,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
             tr.model.require_backward_grad_sync = i == cfg.accum - 1
         if getattr(tr.net.cfg, "dropout", 0):
             # Masks too are a function of position.
-            torch.manual_seed(cfg.seed * 1_000_003 + int(batch["position"][0]))
+            torch.manual_seed(step_seed(cfg.seed, int(batch["position"][0])))
         loss = tr.loss(tr.model, batch)
         (loss.loss / cfg.accum).backward()
         tr.meter.add(loss.t, loss.per_sample)

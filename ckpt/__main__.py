@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ckpt.convert import convert, inspect, verify
+from ckpt.meaning import said_table
 from harness.cli import UserError, cli, closest, flag, parse
 
 
@@ -31,8 +32,10 @@ class Options:
         "", "what it was trained to output; convert writes it", head="inspect and convert"
     )
     table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
-        "", "noise schedule of eps, v, x0; LDM calls scaled_linear linear"
+        "", "noise schedule of eps, v, x0; LDM's yaml calls scaled_linear linear"
     )
+    betas: str = flag("", "… or START,END,SCHEDULE: any betas, as 0.0015,0.0195,scaled_linear")
+    zero_snr: bool = flag(False, "the schedule ends in pure noise (zero terminal SNR)")
 
 
 COMMANDS = {"inspect": ("FILE",), "convert": ("SRC", "DST"), "verify": ("A", "B")}
@@ -77,8 +80,11 @@ def check_command(words: list[str], options: Options) -> tuple[str, list[str]]:
         raise UserError(
             f"--layout and --dtype are convert's, not {command}'s", do="Leave them out."
         )
-    if command == "verify" and (options.objective or options.table):
-        raise UserError("verify takes no --objective and --table", do="Leave them out.")
+    meaning = (options.objective, options.table, options.betas, options.zero_snr)
+    if command == "verify" and any(meaning):
+        raise UserError(
+            "verify takes no --objective, --table, --betas and --zero-snr", do="Leave them out."
+        )
     return command, names
 
 
@@ -86,7 +92,9 @@ def main() -> None:
     words, flags = positional(sys.argv[1:])
     options, dry_run = parse(Options, __doc__.replace("\n\n", "\n", 1), flags)
     command, names = check_command(words, options)
-    known = {k: v for k, v in asdict(options).items() if v and k not in ("layout", "dtype")}
+    table = {"table": said_table(options.table, options.betas)}
+    apart = ("layout", "dtype", "betas")
+    known = {k: v for k, v in {**asdict(options), **table}.items() if v and k not in apart}
     if dry_run:
         print(json.dumps({"command": command, "names": names, **asdict(options)}, indent=1))
     elif command == "inspect":

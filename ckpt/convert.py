@@ -20,8 +20,9 @@ from ckpt.layouts import (
     MARKERS, family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention,
     target_of, to_foreign,
 )
-from ckpt.meaning import UNKNOWN, with_table
+from ckpt.meaning import UNKNOWN, add_schedule, shown_betas
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
+from diffusion.schedules import shorter
 from harness.cli import UserError
 from harness.files import (
     Container, fingerprint, fsync, make_dir, raw_bytes, stream_tensors, text_meta, write_text,
@@ -39,6 +40,7 @@ def convert(
     *,
     ema: bool | None = None,
     table: str = "",
+    zero_snr: bool = False,
     **known: Any,
 ) -> str:
     """Write a U-Net in another layout and read it back; returns the fingerprint.
@@ -46,7 +48,8 @@ def convert(
     "native": one file as LDM and guided-diffusion name things. "diffusers": one file if dst ends in
     .safetensors, else a folder for from_pretrained. The dtype stays unless asked. One tensor is in
     memory at a time. Nothing is overwritten, and dst appears only once it is proven to hold the
-    source's weights, bit for bit. With table, the noise schedule, the objective is written in full.
+    source's weights, bit for bit. With table, the noise schedule, the objective is written in full;
+    what is known of it, and by which words of the source, is kept.
     """
     dst, source = Path(dst), open_unet(src, ema=ema, **known)
     cfg, weights, meta = source.cfg, source.weights, dict(source.meta)
@@ -58,9 +61,7 @@ def convert(
     foreign_shapes(cfg, layout)  # refuses what the layout cannot say
     folder = layout == "diffusers" and dst.suffix != ".safetensors"
     check_target(dst, weights.path, folder)
-    if table:
-        meta["objective"] = with_table(meta, table, str(src))
-    meta.pop("said", None)
+    add_schedule(meta, table, zero_snr, str(src))
     digest = check_weights(source, weights)
     if dtype:
         weights = rounded(weights, dtype)
@@ -125,9 +126,8 @@ def write_layout(
 
 def markers(meta: dict[str, Any]) -> list[str]:
     """The empty tensors by which other programs see what a file's objective is."""
-    objective = meta.get("objective")
-    whole = objective if isinstance(objective, dict) else meta.get("schedule", {})
-    signs = {"v_pred": target_of(meta) == "v", "ztsnr": whole.get("zero_snr", False)}
+    zero_snr = noise_of(meta).get("zero_snr", False)
+    signs = {"v_pred": target_of(meta) == "v", "ztsnr": zero_snr}
     return [name for name in MARKERS if signs[name]]
 
 
@@ -158,7 +158,7 @@ def parameters(box: Container) -> int:
 # ---- inspect ------------------------------------------------------------------------------------
 
 
-def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
+def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any) -> list[str]:
     """What a file is, line by line, and what would have to be added to sample from it."""
     known = {k: v for k, v in known.items() if v is not None}
     source, unsaid = open_guessing(find_checkpoint(path), **known)
@@ -170,13 +170,10 @@ def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
             "damaged",
             do="Copy it again, or use an older one.",
         )
-    if table:
-        meta["objective"] = with_table(meta, table, path)
-    objective = meta.get("objective")
-    if isinstance(objective, dict):
-        shown = ("name", "target", "table", "zero_snr")
-        words = [f"{k}={v}" for k, v in objective.items() if k in shown and v]
-        objective = " ".join(words)
+    add_schedule(meta, table, zero_snr, path)
+    objective, said = shown_objective(meta), meta.get("said", [])
+    if isinstance(meta.get("objective"), dict) and not said:
+        said = ["objective and noise schedule by its own metadata"]
     unprobed = parameters(box) > PROBE_LIMIT and "probe" not in meta
     images = meta.get("images")
     dtypes = [dtype_name(entry.dtype) for entry in box.table.values()]
@@ -190,7 +187,8 @@ def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
         "parameters": f"{parameters(box):,} in {len(box)} tensors",
         "dtype": ", ".join(f"{name} × {dtypes.count(name)}" for name in sorted(set(dtypes))),
         "objective": objective or "not said",
-        "it says": "; ".join(meta.get("said", [])),
+        "betas": shown_betas(noise_of(meta).get("table") or ""),
+        "it says": "; ".join(map(str, said)),
         "probe": "none: above 1e9 parameters" if unprobed else "",
         "ema": meta.get("ema"),
         "images": f"{images:,}" if images else "",
@@ -200,6 +198,22 @@ def inspect(path: str, *, table: str = "", **known: Any) -> list[str]:
         "missing": missing or "nothing, samplers.py can draw from it",
     }
     return [f"{key:<12} {value}" for key, value in lines.items() if value]
+
+
+def noise_of(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What metadata says of the noise schedule: its table, its zero terminal SNR."""
+    objective = meta.get("objective")
+    return objective if isinstance(objective, dict) else meta.get("schedule", {})
+
+
+def shown_objective(meta: Mapping[str, Any]) -> str | None:
+    """The objective in a line, or in a word, if that is all that is known."""
+    objective = meta.get("objective")
+    if not isinstance(objective, dict):
+        return objective
+    shown = ("name", "target", "table", "zero_snr")
+    words = {key: value for key, value in objective.items() if key in shown and value}
+    return " ".join(f"{key}={shorter(str(value))}" for key, value in words.items())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """What a file of another program says of its objective and noise schedule, and where it says so.
 
     said = meaning_of(box)     # Meaning("v", "scaled_linear", True, where={…})
+    o = objective_from(meta, path, "linear")   # by metadata and, where that is silent, the user
 
 Read are: the empty tensors v_pred and ztsnr (NoobAI and its kin); the header's
 modelspec.prediction_type and predict_key, and kohya's ss_v_parameterization and
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 
 from ckpt.layouts import parts, target_of
-from diffusion.schedules import TABLES, T, alphas_bar
-from harness.cli import UserError
+from diffusion.schedules import (
+    SCHEDULES, TABLES, T, alphas_bar, betas_of, has_rows, shorter, table_from,
+)
+from harness.cli import UserError, dashed
 from harness.files import Container
 from harness.reading import read_file
-from objectives import make_objective
+from objectives import Objective, make_objective
 
 # diffusers' and ModelSpec's words, and ours. "edm" is known by name only.
 TARGETS = {
@@ -43,9 +46,9 @@ SILENT = {
 }
 NEEDS_TABLE = (
     "Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 model, "
-    "linear for the others; Stable Diffusion: scaled_linear)."
+    "linear for the others; Stable Diffusion: scaled_linear), or --betas START,END,SCHEDULE."
 )
-UNKNOWN = "a noise schedule of its own"  # a table that this code has not
+UNKNOWN = "a noise schedule of its own"  # one that this code cannot draw
 CONFIG = "scheduler_config.json"
 
 
@@ -65,14 +68,15 @@ class Meaning:
             if value is None:
                 continue
             own = getattr(self, key)
-            if own is not None and own != value:
+            same = same_table(own, value) if key == "table" and own else own == value
+            if own is not None and not same:
                 others = ", ".join(self.where[key])
                 raise UserError(
                     f"{what} contradicts itself: its {NAMES[key]} is {shown(own)} by {others}, and "
                     f"{shown(value)} by {place}",
                     do="Find out which is right, and have it saved again without the other.",
                 )
-            setattr(self, key, value)
+            setattr(self, key, value if own is None else own)
             self.where.setdefault(key, []).append(place)
 
     def __bool__(self) -> bool:
@@ -83,7 +87,9 @@ NAMES = {"target": "objective", "table": "noise schedule", "zero_snr": "zero ter
 
 
 def shown(value: Any) -> str:
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return shorter(str(value))
 
 
 def meaning_of(box: Container) -> Meaning:
@@ -119,9 +125,11 @@ def tensors_say(box: Container) -> list[tuple[str, dict[str, Any]]]:
         found.append(("its buffer edm_mean", {"target": "edm"}))
     for name in ("alphas_cumprod", "betas"):
         if name in names and math.prod(box.shape(names[name])) == T:
-            values = box[names[name]].double().flatten()
-            bars = values if name == "alphas_cumprod" else (1 - values).cumprod(0)
-            table, zero_snr = table_of(bars)
+            values = box[names[name]].flatten()
+            bars = values.double()
+            if name == "betas":
+                bars = (1 - bars).cumprod(0)
+            table, zero_snr = table_of(bars, coarse=values.dtype.itemsize < 4)
             found.append((f"its buffer {name}", {"table": table, "zero_snr": zero_snr}))
     return found
 
@@ -140,16 +148,57 @@ def header_says(meta: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def table_of(bars: Tensor) -> tuple[str, bool | None]:
-    """(table, zero terminal SNR) of the products of alphas of 1000 steps, from a file of whatever
-    precision."""
+def table_of(bars: Tensor, coarse: bool = False) -> tuple[str, bool | None]:
+    """(table, zero terminal SNR) of the products of alphas of 1000 steps: a known table, else a
+    formula's, else these betas themselves. coarse: the file has them in 16 bits, which cannot
+    become betas."""
     for table in TABLES:
         for zero_snr in (False, True):
-            wanted = alphas_bar(table, zero_snr)
-            # fp16 rounds by 5e-4. The tables' logarithms differ by far more, but in the last rows.
-            if torch.allclose(bars, wanted, rtol=4e-3, atol=2e-5):
+            if alike(bars, alphas_bar(table, zero_snr), coarse):
                 return table, zero_snr
-    return UNKNOWN, None
+    betas = 1 - bars / torch.cat([bars.new_ones(1), bars[:-1]])
+    text = ",".join(map(repr, betas.tolist()))
+    zero_snr = bool(bars[-1] <= 0)
+    if coarse or not draws(text, zero_snr):
+        return UNKNOWN, None
+    for kind in SCHEDULES:
+        first, last = float(betas[0]), float(betas[-1])
+        if kind == "sigmoid":
+            # The ends are those of a sigmoid from -6 to 6.
+            short = (last - first) * (1 / math.tanh(3) - 1) / 2
+            first, last = first - short, last + short
+        for digits in (4, 6):
+            table = f"{first:.{digits}g},{last:.{digits}g},{kind}"
+            if draws(table) and alike(bars, alphas_bar(table)):
+                return table_from(table), False
+    return text, zero_snr
+
+
+def draws(table: str, zero_snr: bool = False) -> bool:
+    """Is it a table that can be drawn?"""
+    try:
+        return bool(len(alphas_bar(table, zero_snr)))
+    except ValueError:
+        return False
+
+
+def alike(bars: Tensor, wanted: Tensor, coarse: bool = False) -> bool:
+    """The same products of alphas, up to a file's precision."""
+    if coarse:
+        # fp16 rounds by 5e-4. The tables' logarithms differ by far more, but in the last rows.
+        return torch.allclose(bars, wanted, rtol=4e-3, atol=2e-5)
+    # 0.2% of sigma; fp32 rounds the first by 0.15%. Pure noise is written as some tiny number.
+    pure = wanted < 1e-7
+    odds = bars.clamp(1e-9, 1 - 1e-9).logit() - wanted.clamp(1e-9, 1 - 1e-9).logit()
+    return bool((odds.abs() < 4e-3)[~pure].all() and (bars[pure].abs() < 1e-6).all())
+
+
+def same_table(own: str, other: str) -> bool:
+    """Are two tables one, up to a file's precision?"""
+    if own == other or not (has_rows(own) and has_rows(other)) or UNKNOWN in (own, other):
+        return own == other
+    zero_snr = not (draws(own) and draws(other))
+    return alike(alphas_bar(own, zero_snr), alphas_bar(other, zero_snr))
 
 
 # ---- beside it ----------------------------------------------------------------------------------
@@ -198,39 +247,33 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     steps = config.get("num_train_timesteps", T)
     if steps != T:
         notes.append(f"{brief(steps)} steps")
-    table = UNKNOWN
-    if steps == T:
-        table = table_of((1 - betas_of(config, SILENT.get(name, BETAS))).cumprod(0))[0]
     zero_snr = config.get("rescale_betas_zero_snr", False)
     if type(zero_snr) is not bool:
         raise ValueError(f"rescale_betas_zero_snr is {brief(zero_snr)}")
+    table = UNKNOWN
+    if steps == T:
+        table, pure = table_in(config, SILENT.get(name, BETAS))
+        zero_snr = zero_snr or pure
     return {"target": target, "table": table, "zero_snr": zero_snr}, notes
 
 
-def betas_of(config: Mapping[str, Any], silent: tuple[float, float, str]) -> Tensor:
-    """The betas of a scheduler's config, (1000,) float64."""
+def table_in(config: Mapping[str, Any], silent: tuple[float, float, str]) -> tuple[str, bool]:
+    """(table, do its own betas end in pure noise) of a scheduler's config. ValueError: no table."""
     trained = config.get("trained_betas")
     if trained is not None:
         betas = torch.tensor(trained, dtype=torch.float64)
-        if betas.shape != (T,) or not ((betas >= 0) & (betas <= 1)).all():
+        if betas.shape != (T,) or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError(f"trained_betas are not {T} numbers from 0 to 1")
-        return betas
+        table, zero_snr = table_of((1 - betas).cumprod(0))
+        return table, bool(zero_snr)
     keys = ("beta_start", "beta_end", "beta_schedule")
     low, high, kind = (config.get(key, value) for key, value in zip(keys, silent))
     numbers = all(type(v) in (int, float) and 0 < v < 1 for v in (low, high))
     if not numbers:
         raise ValueError(f"betas are from {brief(low)} to {brief(high)}")
-    if kind == "linear":
-        return torch.linspace(low, high, T, dtype=torch.float64)
-    if kind == "scaled_linear":
-        return torch.linspace(low**0.5, high**0.5, T, dtype=torch.float64) ** 2
-    if kind == "squaredcos_cap_v2":
-        bars = alphas_bar("cosine")
-        return 1 - bars / torch.cat([torch.ones(1, dtype=torch.float64), bars[:-1]])
-    if kind == "sigmoid":
-        steps = torch.linspace(-6, 6, T, dtype=torch.float64)
-        return torch.sigmoid(steps) * (high - low) + low
-    raise ValueError(f"beta_schedule is {brief(kind)}")
+    if kind not in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
+        raise ValueError(f"beta_schedule is {brief(kind)}")
+    return table_from(f"{float(low)!r},{float(high)!r},{kind}"), False
 
 
 # ---- as metadata --------------------------------------------------------------------------------
@@ -251,53 +294,18 @@ def record(box: Container, wanted: str | None) -> dict[str, Any]:
         )
     target = said.target or wanted
     meta: dict[str, Any] = {"objective": target}
-    if said:
-        meta["said"] = [*lines(said), *said.notes]
+    told = [*lines(said), *said.notes]
+    if wanted and said.target is None:
+        told.append(f"objective {wanted} by --objective")
+    if told:
+        meta["said"] = told
     schedule = {"table": said.table, "zero_snr": said.zero_snr}
     schedule = {key: value for key, value in schedule.items() if value is not None}
-    if target in ("eps", "v", "x0") and said.table in TABLES:
+    if target in ("eps", "v", "x0") and said.table not in (None, UNKNOWN):
         meta["objective"] = whole(target, said.table, bool(said.zero_snr), str(box.path))
     elif target != "fm" and (schedule or target not in (None, "eps", "v", "x0")):
         meta["schedule"] = schedule
     return meta
-
-
-def with_table(meta: Mapping[str, Any], table: str, what: str) -> dict[str, Any]:
-    """The objective in full, where a file or the user says only eps, v or x0. table: the user's,
-    "" where the file's is to be taken."""
-    target, objective = target_of(meta), meta.get("objective")
-    schedule = meta.get("schedule", {})
-    noise = f"--table {table} is a noise schedule of eps, v and x0"
-    if target is None:
-        raise UserError(f"{noise}; {what} does not say its objective", do="Add --objective.")
-    if target == "fm":
-        raise UserError(f"{noise}; {what} is fm, which has none", do="Leave --table out.")
-    if target not in ("eps", "v", "x0"):
-        raise UserError(
-            f"{what} says its objective is {target}",
-            wanted="eps, v, x0 or fm",
-            do="Sample it with the code that it was made for.",
-        )
-    if isinstance(objective, dict):
-        if table and objective.get("table") != table:
-            own = objective.get("table")
-            raise UserError(f"{what} says its table is {own!r}, got {table!r}", do="Leave it out.")
-        return objective
-    own = schedule.get("table")
-    if own == UNKNOWN:
-        raise UserError(
-            f"{what} says it has {UNKNOWN}",
-            wanted=f"one of {', '.join(TABLES)}",
-            do="Sample it with the code that it was made for.",
-        )
-    if table and own and own != table:
-        raise UserError(f"{what} says its table is {own!r}, got {table!r}", do="Leave it out.")
-    if not table and not own:
-        raise UserError(
-            f"{what} was trained to output {target}, and {target} needs its noise schedule",
-            do=NEEDS_TABLE,
-        )
-    return whole(target, table or own, bool(schedule.get("zero_snr")), what)
 
 
 def lines(said: Meaning) -> list[str]:
@@ -305,6 +313,128 @@ def lines(said: Meaning) -> list[str]:
         f"{NAMES[key]} {shown(getattr(said, key))} by {', '.join(places)}"
         for key, places in said.where.items()
     ]
+
+
+def shown_betas(table: str) -> str:
+    """From where to where a table's betas rise, and how."""
+    if not has_rows(table) or table == UNKNOWN:
+        return ""
+    betas, words = betas_of(table), TABLES.get(table) or table.split(",")
+    kind = words[2] if len(words) == 3 else f"all {T} given"
+    return f"{float(betas[0]):.6g} to {float(betas[-1]):.6g}, {kind}"
+
+
+# ---- with what the user says --------------------------------------------------------------------
+
+
+def said_table(table: str, betas: str, name: str = "betas") -> str:
+    """The table that --table and --betas (or flags of another name) say, "" if neither does.
+
+    betas: START,END,SCHEDULE, 1000 numbers, or a scheduler's config of diffusers.
+    """
+    if not betas:
+        return table
+    flag = dashed(name)
+    if betas.endswith(".json"):
+        found = scheduler_says(Path(betas))[0].get("table", UNKNOWN)
+        if found == UNKNOWN:
+            raise UserError(
+                f"{flag} {betas} has no noise schedule of {T} steps", do="Name another file."
+            )
+    else:
+        try:
+            found = table_from(betas)
+        except ValueError as error:
+            do = f"Write, for example, {flag} 0.0015,0.0195,scaled_linear."
+            raise UserError(f"{flag}: {error}", do=do) from None
+    if table and not same_table(table, found):
+        other = dashed(name.replace("betas", "table"))
+        raise UserError(
+            f"{flag} {shorter(found)} is not {other} {shorter(table)}", do="Give one of them."
+        )
+    return found
+
+
+def with_table(
+    meta: Mapping[str, Any], table: str, what: str, zero_snr: bool = False
+) -> dict[str, Any]:
+    """The objective in full, where a file or the user says only eps, v or x0. table, zero_snr: the
+    user's, "" and False where the file's are to be taken; they may not contradict it."""
+    target, objective = target_of(meta), meta.get("objective")
+    schedule = meta.get("schedule", {})
+    word = f"--table {shorter(table)}" if table or not zero_snr else "--zero-snr"
+    noise = f"{word} is a noise schedule of eps, v and x0"
+    if target is None:
+        raise UserError(f"{noise}; {what} does not say its objective", do="Add --objective.")
+    if target == "fm":
+        do = f"Leave {word.split()[0]} out."
+        raise UserError(f"{noise}; {what} is fm, which has none", do=do)
+    if target not in ("eps", "v", "x0"):
+        raise not_drawn(target, what)
+    if isinstance(objective, dict):
+        schedule = {"table": objective.get("table"), "zero_snr": bool(objective.get("zero_snr"))}
+    own, pure = schedule.get("table"), schedule.get("zero_snr")
+    if own == UNKNOWN:
+        raise UserError(
+            f"{what} says it has {UNKNOWN}",
+            wanted=f"{T} steps of known betas",
+            do="Sample it with the code that it was made for.",
+        )
+    if table and own and not same_table(own, table):
+        raise UserError(
+            f"{what} says its table is {shorter(own)!r}, got {shorter(table)!r}", do="Leave it out."
+        )
+    if zero_snr and pure is False:
+        raise UserError(
+            f"{what} says that its noise schedule does not end in pure noise, got --zero-snr",
+            do="Leave it out.",
+        )
+    if isinstance(objective, dict):
+        return objective
+    if not table and not own:
+        raise UserError(
+            f"{what} was trained to output {target}, and {target} needs its noise schedule",
+            do=NEEDS_TABLE,
+        )
+    return whole(target, own or table, zero_snr or bool(pure), what)
+
+
+def not_drawn(target: str, what: str) -> UserError:
+    """The error for an objective that is known by name only, such as edm (Playground v2.5)."""
+    return UserError(
+        f"{what} says its objective is {target}, which this code cannot draw",
+        wanted="eps, v, x0 or fm",
+        do="Sample it with the code that it was made for.",
+    )
+
+
+def objective_from(
+    meta: Mapping[str, Any], what: str, table: str = "", zero_snr: bool = False
+) -> Objective:
+    """What a network was trained to output, by its file and, where that is silent, the user."""
+    objective = meta.get("objective")
+    if not table and not zero_snr:
+        if isinstance(objective, dict):
+            return Objective(**objective)
+        if target_of(meta) == "fm":
+            return make_objective("fm")
+    return Objective(**with_table(meta, table, what, zero_snr))
+
+
+def add_schedule(meta: dict[str, Any], table: str, zero_snr: bool, what: str) -> None:
+    """Put into metadata what the user says of a noise schedule, which may not contradict it."""
+    told = [f"noise schedule {shorter(table)} by --table or --betas"] if table else []
+    told += ["zero terminal SNR on by --zero-snr"] if zero_snr else []
+    if not told:
+        return
+    schedule = meta.get("schedule", {})
+    if table or isinstance(meta.get("objective"), dict) or schedule.get("table"):
+        meta["objective"] = with_table(meta, table, what, zero_snr)
+    else:
+        # Any table will do to see whether this target may end in pure noise.
+        with_table(meta, "cosine", what, zero_snr)
+        meta["schedule"] = {**schedule, "zero_snr": True}
+    meta["said"] = [*meta.get("said", []), *told]
 
 
 def whole(target: str, table: str, zero_snr: bool, what: str) -> dict[str, Any]:

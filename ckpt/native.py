@@ -43,7 +43,8 @@ from objectives import Objective
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 PROBE_LIMIT = 1e9  # parameters: above, one more pass over the weights would be felt
-TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0")  # an objective that is one word
+# An objective that is one word; edm is known by name only.
+TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0", "edm")
 
 
 @dataclass

@@ -10,8 +10,12 @@ a² + s² = 1. So a schedule is a map from the number a network is fed, k in [0,
 
     linear, cosine, scaled_linear   tables of 1000 rows, made continuous between them by
                                     interpolating log(s/a)
+    0.0015,0.0195,scaled_linear     a table of any betas: the first, the last, how they rise …
+    0.0001,0.00012,…                … or all 1000 themselves
     gvp                             a = cos(pi k / 2000), s = sin(pi k / 2000): the cosine path,
                                     continuous from data to noise
+
+A table is a string, so that flags, metadata and caches hold it as it is.
 """
 
 import math
@@ -21,7 +25,17 @@ import torch
 from torch import Tensor
 
 T = 1000  # rows of a VP table, and the scale of the time a network is fed
-TABLES = ("linear", "cosine", "scaled_linear")
+# The tables that have a name: the first beta, the last, how they rise.
+TABLES = {
+    "linear": (1e-4, 0.02, "linear"),
+    "cosine": (0.0, 0.0, "cosine"),
+    "scaled_linear": (0.00085, 0.012, "scaled_linear"),
+}
+# How betas may rise, and what else that is called.
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+ALIASES = {"sqrt": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+BETAS = "START,END,SCHEDULE with 0 < START, END < 1 and SCHEDULE one of linear, scaled_linear (LDM "
+BETAS += 'calls it "linear"), cosine (whatever START and END) and sigmoid; or 1000 numbers'
 # (loc, scale) of each density, if nobody says.
 DENSITIES = {
     "uniform": (0.0, 1.0),
@@ -35,28 +49,92 @@ DENSITIES = {
 # ---- schedules ----------------------------------------------------------------------------------
 
 
-@lru_cache
-def alphas_bar(table: str, zero_snr: bool = False) -> Tensor:
-    """a² of the VP tables, (1000,) in float64: linear (Ho et al. 2020), cosine (Nichol & Dhariwal
-    2021), scaled_linear (Rombach et al. 2022). fp32 cumulative products are off by 1e-6.
+def has_rows(table: str) -> bool:
+    """Is it a VP table of 1000 rows? "", the linear path, and gvp are none."""
+    return table not in ("", "gvp")
 
-    zero_snr moves and scales a so that the last row is pure noise and the first stays (Lin et al.
-    2024, alg. 1).
+
+def table_from(betas: str) -> str:
+    """The table of START,END,SCHEDULE or of 1000 numbers, in one spelling: its name, if it has one.
+    ValueError says what cannot be."""
+    words = [word.strip() for word in betas.split(",")]
+    if len(words) == 3:
+        kind = ALIASES.get(words[2], words[2])
+        start, end, kind = (*numbers_in(words[:2], betas), kind)
+        known = {form: name for name, form in TABLES.items()}
+        table = "cosine" if kind == "cosine" else f"{start!r},{end!r},{kind}"
+        table = known.get((start, end, kind), table)
+    elif len(words) == T:
+        table = ",".join(map(repr, numbers_in(words, betas)))
+    else:
+        raise ValueError(f"betas {shorter(betas)!r}: wanted {BETAS}.")
+    alphas_bar(table, zero_snr=True)  # refuses what cannot be
+    return table
+
+
+def numbers_in(words: list[str], betas: str) -> list[float]:
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"betas {shorter(betas)!r}: wanted {BETAS}.") from None
+
+
+def betas_of(table: str) -> Tensor:
+    """The betas of a VP table, (1000,) float64: linear (Ho et al. 2020), cosine (Nichol & Dhariwal
+    2021), scaled_linear (Rombach et al. 2022), or what the string says; as diffusers computes them.
     """
-    if table == "linear":
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    elif table == "scaled_linear":
-        betas = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
-    elif table == "cosine":
+    words = table.split(",")
+    if table not in TABLES and len(words) not in (3, T):
+        raise ValueError(
+            f"table {shorter(table)!r} is not one of {', '.join(TABLES)}, and no betas."
+        )
+    if len(words) == T:
+        betas = torch.tensor(numbers_in(words, table), dtype=torch.float64)
+        # The last may be 1: nothing is left of the image there.
+        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+            raise ValueError(f"betas {shorter(table)!r}: wanted 1000 numbers above 0 and below 1.")
+        return betas
+    if table in TABLES:
+        start, end, kind = TABLES[table]
+    else:
+        start, end, kind = (*numbers_in(words[:2], table), words[2])
+    if kind == "cosine":
         i = torch.arange(T + 1, dtype=torch.float64) / T
         ab = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - ab[1:] / ab[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"table {table!r} is not one of {', '.join(TABLES)}.")
-    ab = (1 - betas).cumprod(0)
-    if zero_snr:
+        return (1 - ab[1:] / ab[:-1]).clamp(max=0.999)
+    if kind not in SCHEDULES or not (0 < start < 1 and 0 < end < 1):
+        raise ValueError(f"betas {table!r}: wanted {BETAS}.")
+    if kind == "linear":
+        return torch.linspace(start, end, T, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(math.sqrt(start), math.sqrt(end), T, dtype=torch.float64) ** 2
+    rise = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+    return rise * (end - start) + start
+
+
+def shorter(table: str) -> str:
+    """A table or betas for a message: 1000 numbers are not listed."""
+    words = table.split(",")
+    if len(words) == T:
+        return f"{T} betas from {words[0]} to {words[-1]}"
+    return table if len(table) < 80 else f"{table[:80]}…"
+
+
+@lru_cache
+def alphas_bar(table: str, zero_snr: bool = False) -> Tensor:
+    """a² of the VP tables, (1000,) in float64. fp32 cumulative products are off by 1e-6.
+
+    zero_snr moves and scales a so that the last row is pure noise and the first stays (Lin et al.
+    2024, alg. 1). ValueError: a table that cannot be.
+    """
+    ab = (1 - betas_of(table)).cumprod(0)
+    if not (ab[0] < 1 and ab[-2] > 1e-200 and (ab.diff() < 0).all()):
+        raise ValueError(f"table {shorter(table)}: its betas leave nothing of the image, or all.")
+    if zero_snr and ab[-1] > 0:
         a = ab.sqrt()
         ab = ((a - a[-1]) * (a[0] / (a[0] - a[-1]))).square()
+    if not zero_snr and ab[-1] == 0:
+        raise ValueError(f"table {shorter(table)} ends in pure noise: it needs zero_snr.")
     return ab
 
 

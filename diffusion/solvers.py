@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from diffusion.schedules import TABLES, T, shift_time, table_row, table_time
+from diffusion.schedules import T, has_rows, shift_time, table_row, table_time
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al. 2022, table 1
 
@@ -45,7 +45,7 @@ def time_grid(
     if steps < 1:
         raise ValueError(f"steps is {steps}: wanted at least 1.")
     if kind in ("trailing", "leading", "linspace"):
-        if table not in TABLES or shift != 1.0:
+        if not has_rows(table) or shift != 1.0:
             raise ValueError(
                 f"grid {kind!r} is made of rows of a VP table, unshifted: got table {table!r}, "
                 f"shift {shift:g}."
@@ -66,7 +66,7 @@ def time_grid(
 def sigmas(steps: int, kind: str, t_start: float, table: str, zero_snr: bool) -> Tensor:
     """The falling sigmas of a karras or logsnr grid, (steps,) float64."""
     low = SIGMA_MIN / (1 + SIGMA_MIN)
-    if table in TABLES:
+    if has_rows(table):
         low = float(table_time(table, torch.tensor(0), zero_snr))
     low = low / (1 - low)
     high = SIGMA_MAX if t_start == 1 else min(t_start / (1 - t_start), SIGMA_MAX)

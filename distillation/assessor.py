@@ -27,6 +27,7 @@ from ckpt import fingerprint, load_strict, read_tensors
 from distillation.teacher import Teacher, tap_channels
 from harness.cli import UserError
 from harness.files import write_tensors
+from harness.seeds import torch_seed
 from harness.typed import Hash, Open, Range, check
 from objectives import Objective
 
@@ -379,7 +380,7 @@ class Assessor(nn.Module):
 def fresh_assessor(cfg: AssessorConfig, seed: int) -> Assessor:
     """Untrained; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(torch_seed(seed))
         return Assessor(cfg)
 
 

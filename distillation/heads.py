@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.ranks import Ranks
+from harness.seeds import torch_seed
 
 
 class LocalHeads:
@@ -22,7 +23,7 @@ class LocalHeads:
         weight_decay: float,
     ):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(torch_seed(seed))
             convolutions = {name: nn.Conv2d(C, out, 1) for name, C in channels.items()}
         self.ranks = ranks
         self.net = nn.ModuleDict(convolutions).to(ranks.device)

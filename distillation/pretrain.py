@@ -32,6 +32,7 @@ from distillation.assessor import (
 )
 from distillation.teacher import (
     Teacher,
+    TeacherFlags,
     describe_teacher,
     like_the_teacher,
     open_teacher,
@@ -43,6 +44,7 @@ from harness.cli import UserError, check_flags, flag
 from harness.files import make_dir, write_text
 from harness.ranks import autocast, pick_device
 from harness.run import versions
+from harness.seeds import torch_seed
 from vae import AnyVAE
 
 # Of the terms of Companion.losses.
@@ -56,23 +58,19 @@ WEIGHTS = {
 }
 CHUNK = 64  # images that the teacher is shown at once
 RELIABLE = 0.15  # accuracy from which a bin has a say in distill.py --adaptive-t, by default
-OBJECTIVES = Literal["", "eps", "v", "x0", "fm"]
-TABLES = Literal["", "linear", "cosine", "scaled_linear"]
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(TeacherFlags):
     """The flags of pretrain-assessor."""
 
-    teacher: str = flag("", "a run, a file, a diffusers folder, hf:org/name[/file]")
-    out: str = flag("assessor.safetensors", "the assessor; what was measured goes beside it, .json")
+    out: str = flag(
+        "assessor.safetensors", "what was measured goes beside it, .json", head="the assessor"
+    )
     data: str = flag("", '"" = what the teacher was trained on')
     resolution: int = flag(0, "0 = the teacher's", low=0, high=8192)
     vae: str = flag("", "of a teacher whose file does not say")
     classes: tuple[str, ...] = flag((), "the teacher's")
-    teacher_objective: OBJECTIVES = flag("", "of a file that does not say")
-    teacher_table: TABLES = flag("", "of a file that does not say")
-    context: str = flag("", "text embeddings, for a teacher that takes text")
     bins: int = flag(100, "of the timestep", low=2, high=T)
     patterns: int = flag(10, "a bin", low=1, high=1000)
     dim: int = flag(128, "of the companions' vectors", low=4, high=4096)
@@ -103,7 +101,7 @@ class Pretrain:
     batch: int = flag(256, "of it", low=1, high=1e6)
     # 1e-3 leaves z's heads, whose inputs are unit vectors, flat.
     lr: float = flag(5e-3, "at the start, falling to 0 as a cosine")
-    seed: int = flag(0, "of weights, order, noise")
+    seed: int = flag(0, "of weights, order, noise", low=0, high=2**63 - 1)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the teacher")
     device: str = flag("auto", "auto | cpu | cuda")
 
@@ -114,7 +112,9 @@ def pretrain(cfg: Pretrain) -> None:
     cfg = resolve(cfg)
     out = Path(cfg.out)
     if out.exists():
-        if read_tensors(out)[1].get("pretraining") == json.loads(json.dumps(asdict(cfg))):
+        # Flags that an older version had not are at their defaults.
+        made = {**asdict(Pretrain()), **read_tensors(out)[1].get("pretraining", {})}
+        if json.dumps(made, sort_keys=True) == json.dumps(asdict(cfg), sort_keys=True):
             print(f"finished: {out} was made by this command.")
             return
         raise UserError(
@@ -135,13 +135,13 @@ def pretrain(cfg: Pretrain) -> None:
         )
     print(ds.report, flush=True)
     make_dir(out.parent)
-    teacher = open_teacher(
-        cfg.teacher, cfg.teacher_objective, cfg.teacher_table, cfg.context, device
-    )
+    teacher = open_teacher(cfg.teacher, cfg.context, device, **cfg.says)
     vae = teacher_vae(cfg, teacher.meta, ds).to(device)
     teacher.check_latents(vae, cfg.resolution)
 
-    rows = torch.randint(T, (cfg.samples,), generator=torch.Generator().manual_seed(cfg.seed))
+    rows = torch.randint(
+        T, (cfg.samples,), generator=torch.Generator().manual_seed(torch_seed(cfg.seed))
+    )
     held_rows = torch.arange(cfg.profile_samples) * T // cfg.profile_samples
     seen = features(teacher, vae, ds, rows, cfg, device)
     held = features(teacher, vae, ds.heldout, held_rows, cfg, device)
@@ -157,7 +157,7 @@ def pretrain(cfg: Pretrain) -> None:
 
 def resolve(cfg: Pretrain) -> Pretrain:
     """Fill in what follows from the teacher, and refuse what cannot run."""
-    _, _, meta = describe_teacher(cfg.teacher, cfg.teacher_objective, cfg.teacher_table)
+    _, _, meta = describe_teacher(cfg.teacher, **cfg.says)
     cfg = like_the_teacher(cfg, meta)
     check_flags(cfg)
     if cfg.profile_samples < cfg.bins:
@@ -207,7 +207,9 @@ def features(
     # The rows whose times the teacher is given.
     given = rows
     if cfg.shuffle_time:
-        given = rows[torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))]
+        given = rows[
+            torch.randperm(n, generator=torch.Generator().manual_seed(torch_seed(cfg.seed)))
+        ]
     for batch in tqdm(batches, total=len(groups), desc="features", disable=None, leave=False):
         at = batch["position"]
         text = teacher.text(cfg.seed, at, len(at))
@@ -243,14 +245,14 @@ def fit(
 
     Blocks learn alone: the sum only weighs them.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(torch_seed(seed))
     for name, companion in net.blocks.items():
         companion.mean.copy_(features[name].mean(0))
         companion.std.copy_(features[name].std(0, correction=0).clamp(min=1e-4))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     history: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):  # dropout
-        torch.manual_seed(seed)
+        torch.manual_seed(torch_seed(seed))
         bar = tqdm(range(steps), desc="assessor", disable=None, leave=False)
         for step in bar:
             for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ FILE: safetensors with "context" (n, tokens, dim), the encoder's output for n ca
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from ckpt.containers import open_weights
 from ckpt.hub import data_from_file
 from ckpt.layouts import target_of
 from ckpt import find_checkpoint, load_unet, open_unet
-from ckpt.meaning import with_table
-from data.dataset import Dataset, rng, vae_for
-from diffusion.schedules import TABLES, T, norm, table_time
-from harness.cli import UserError
+from ckpt.meaning import objective_from, said_table, same_table
+from data.dataset import Dataset, first_of, rng, vae_for
+from data.tags import one_form
+from diffusion.schedules import T, has_rows, norm, shorter, table_time
+from harness.cli import UserError, flag
 from model import UNet, UNetConfig
-from objectives import Net, Objective, make_objective
+from objectives import Net, Objective
 from vae import AnyVAE
 
 # v* divides by the signal's share a of the mix; where that is smaller, by this.
@@ -109,7 +110,7 @@ class Teacher:
     def limits(self) -> tuple[float, float]:
         """The smallest and the largest t of its schedule, as fp32 has them."""
         o = self.objective
-        if o.table not in TABLES:
+        if not has_rows(o.table):
             return o.t_min, o.t_max
         low, high = table_time(o.table, torch.tensor([0, T - 1]), o.zero_snr).float().tolist()
         return low, high
@@ -129,7 +130,7 @@ class Teacher:
         Without a table a row stands for the middle of its thousandth.
         """
         o = self.objective
-        if o.table in TABLES:
+        if has_rows(o.table):
             return table_time(o.table, rows, o.zero_snr).float()
         if o.table:
             return table_time(o.table, rows + 0.5).float()
@@ -151,6 +152,21 @@ class Teacher:
                 f"--resolution {resolution} gives {side}×{side} latents, which the teacher cannot "
                 f"divide by {factor}",
                 do=f"Use a multiple of {vae.factor * factor}.",
+            )
+
+    def check_classes(self, classes: list[str]) -> None:
+        """Its labels are the student's: as many, and where its file names them, in their order."""
+        count, names = self.net.cfg.num_classes, self.meta.get("classes", classes)
+        if len(classes) != count:
+            raise UserError(
+                f"--classes has {len(classes)}, but the teacher knows {count}",
+                do="Leave it out, if the teacher's file names them.",
+            )
+        if [one_form(name) for name in classes] != [one_form(str(name)) for name in names]:
+            raise UserError(
+                f"--classes are {first_of(classes, 20)}, but the teacher's are "
+                f"{first_of([str(name) for name in names], 20)}",
+                do="Leave it out, or give them in the teacher's order.",
             )
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor, source: str = "data") -> Tensor:
@@ -193,8 +209,31 @@ class Teacher:
 # ---- what a teacher's file says, and what it does not --------------------------------------------
 
 
+@dataclass(frozen=True)
+class TeacherFlags:
+    """Which network is the teacher, and what its file does not say."""
+
+    teacher: str = flag(
+        "", "a run, a file, a diffusers folder, hf:org/name[/file]", head="the teacher"
+    )
+    teacher_objective: Literal["", "eps", "v", "x0", "fm"] = flag("", "of a file that does not say")
+    teacher_table: Literal["", "linear", "cosine", "scaled_linear"] = flag(
+        "", "of a file that does not say; LDM's yaml calls scaled_linear linear"
+    )
+    teacher_betas: str = flag("", "… or START,END,SCHEDULE: any betas")
+    teacher_zero_snr: bool = flag(False, "of a file that does not say: its schedule ends in noise")
+    context: str = flag("", "text embeddings, for a teacher that takes text (teacher.py)")
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """What the flags say of the teacher, as arguments of open_teacher()."""
+        table = said_table(self.teacher_table, self.teacher_betas, "teacher_betas")
+        words = {"objective": self.teacher_objective, "zero_snr": self.teacher_zero_snr}
+        return {**words, "table": table}
+
+
 def describe_teacher(
-    name: str, objective: str = "", table: str = ""
+    name: str, objective: str = "", table: str = "", zero_snr: bool = False
 ) -> tuple[UNetConfig, Objective, dict[str, Any]]:
     """A teacher's config, objective and metadata, without reading its weights."""
     if not name:
@@ -219,22 +258,25 @@ def describe_teacher(
             wanted="as many, or twice (a learned variance)",
             do="Choose another.",
         )
-    return cfg, teacher_objective(meta, name, objective, table), meta
+    return cfg, teacher_objective(meta, name, objective, table, zero_snr), meta
 
 
 def teacher_objective(
-    meta: dict[str, Any], path: str, objective: str = "", table: str = ""
+    meta: dict[str, Any], path: str, objective: str = "", table: str = "", zero_snr: bool = False
 ) -> Objective:
     """What a file's network says and on which schedule: from the file, or from the flags where the
     file is silent."""
     if isinstance(meta.get("objective"), dict):
         own = Objective(**meta["objective"])
         target = "fm" if own.target == "u" else own.target
-        if objective not in ("", target) or table not in ("", own.table):
+        other = table and not same_table(own.table, table)
+        if objective not in ("", target) or other or (zero_snr and not own.zero_snr):
+            pure = "with zero SNR" if own.zero_snr else "without zero SNR"
             raise UserError(
                 f"--teacher-objective {objective or 'not given'}, "
-                f"--teacher-table {table or 'not given'}, but {path} says it is "
-                f"{own.target} on {own.table or 'the linear path'}",
+                f"--teacher-table {shorter(table) or 'not given'}, --teacher-zero-snr "
+                f"{'on' if zero_snr else 'not given'}, but {path} says it is {own.target} on "
+                f"{shorter(own.table) or 'the linear path'} {pure}",
                 do="Leave them out.",
             )
         return own
@@ -246,14 +288,14 @@ def teacher_objective(
         )
     if objective not in ("", target):
         raise UserError(f"--teacher-objective {objective}, but {path} says {target}", do=LEAVE_IT)
-    if target == "fm":
-        return make_objective("fm")
-    if not table and "schedule" not in meta:
+    silent = not table and "table" not in meta.get("schedule", {})
+    if silent and target in ("eps", "v", "x0"):
         raise UserError(
             f"{path} was trained to output {target}, and that needs its noise schedule",
-            do="Add --teacher-table linear, cosine or scaled_linear (Stable Diffusion).",
+            do="Add --teacher-table linear, cosine or scaled_linear (Stable Diffusion), or "
+            "--teacher-betas START,END,SCHEDULE.",
         )
-    return Objective(**with_table({**meta, "objective": target}, table, path))
+    return objective_from({**meta, "objective": target}, path, table, zero_snr)
 
 
 def like_the_teacher(cfg: Any, meta: dict[str, Any]) -> Any:
@@ -308,14 +350,10 @@ def stage_like(cfg: Any, trained: dict[str, Any]) -> Any:
 
 
 def open_teacher(
-    name: str,
-    objective: str = "",
-    table: str = "",
-    context: str = "",
-    device: torch.device = torch.device("cpu"),
+    name: str, context: str = "", device: torch.device = torch.device("cpu"), **says: Any
 ) -> Teacher:
-    """A frozen teacher on a device."""
-    cfg, described, _ = describe_teacher(name, objective, table)
+    """A frozen teacher on a device. says: as TeacherFlags.says."""
+    cfg, described, _ = describe_teacher(name, **says)
     path = find_checkpoint(name)
     net, meta = load_unet(path, dtype=torch.float32)
     texts = {k: v.to(device) for k, v in read_texts(cfg, context).items()}

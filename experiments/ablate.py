@@ -312,7 +312,7 @@ def check_distance(cfg: Config, shared: dict[str, Any]) -> None:
     if cfg.fd_images == 1:
         raise UserError("--fd-images 1", wanted="0, or 2 and more", do="Try --fd-images 1000.")
     both = distill.Config(**shared)
-    unet, _, _ = describe_teacher(both.teacher, both.teacher_objective, both.teacher_table)
+    unet, _, _ = describe_teacher(both.teacher, **both.says)
     if unet.context_dim:
         raise UserError(
             "FD is of samples, and a network that is told what to draw by text cannot be sampled "

@@ -43,6 +43,7 @@ from harness.cli import UserError, cli, flag, parse
 from harness.files import atomic, make_dir
 from harness.ranks import full_precision
 from harness.reading import read_file
+from harness.seeds import torch_seed
 from metrics.torchscript import LIMIT, read_torchscript
 
 Preproc = Literal["torch", "clean", "tf"]
@@ -420,7 +421,7 @@ def fill_random(net: FIDInception, spec: str) -> None:
             wanted="a file, or random:SEED with a number of at most 19 digits",
             do="Give one of them.",
         )
-    g = torch.Generator().manual_seed(int(seed))
+    g = torch.Generator().manual_seed(torch_seed(int(seed)))
     with torch.no_grad():
         for unit in net.modules():
             if isinstance(unit, Unit):

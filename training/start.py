@@ -1,12 +1,19 @@
-"""What a run starts from: what is there of it, the network that fits its latents, and whether
-weights fit its flags."""
+"""What a run starts from: what is there of it, the network that fits its latents, whether weights
+fit its flags, and which row of a class embedding is whose."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.nn as nn
+
+from ckpt import load_strict
 from ckpt.hub import ask
+from ckpt.meaning import same_table
 from data.cache import is_cache
+from data.dataset import first_of
+from data.tags import one_form
+from diffusion.schedules import shorter
 from harness.cli import UserError
 from harness.ranks import Ranks
 from harness.run import FINAL, begun_with, check_config, images_seen, print_end
@@ -74,8 +81,9 @@ def check_table(cfg: Any) -> None:
     linear = cfg.objective in ("fm", "cfm") and cfg.target in ("", "u")
     if not linear or cfg.table in ("", "gvp"):
         return
+    table = shorter(cfg.table)
     raise UserError(
-        f"--table {cfg.table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
+        f"--table {table} is a noise schedule of ddpm, v and x0; {cfg.objective} has none",
         do="Leave it out, or choose --table gvp." if cfg.objective == "fm" else "Leave it out.",
     )
 
@@ -112,9 +120,73 @@ def check_aligned(objective: Objective, meta: dict[str, Any], name: str) -> None
         known = {**meta.get("schedule", {}), **known}
     flags = {key: getattr(objective, key) for key in ("target", "table", "zero_snr")}
     own = {key: known.get(key, value) for key, value in flags.items()}
+    if same_table(own["table"], objective.table):
+        own["table"] = objective.table
     if own != flags:
+        for words in (own, flags):
+            words["table"] = shorter(words["table"])
         raise UserError(
             f"--aligned reads the network as it was trained, and {name} has {own}; the flags say "
             f"{flags}",
             do="Give the flags that it was trained with.",
         )
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+ROWS = "label_emb.weight"  # one a class; no class has none, and adds nothing
+SHOWN = 20  # classes of a line
+
+
+def take_weights(
+    net: nn.Module, other: nn.Module, meta: dict[str, Any], classes: list[str], what: str
+) -> str:
+    """Load another network's weights, each class's row of the embedding by the class's name.
+
+    meta: of the other's file, which names its classes. A class that it has not keeps the row of
+    the network as it was begun. Returns a line that says which were taken, new, dropped; "" if
+    neither knows classes.
+    """
+    weights, own = other.state_dict(), net.state_dict().get(ROWS)
+    theirs = weights.pop(ROWS, None)
+    if own is None and theirs is None:
+        load_strict(net, weights, what)
+        return ""
+    names = names_of(meta, 0 if theirs is None else len(theirs), classes, what)
+    place = {one_form(name): row for row, name in enumerate(names)}
+    taken = [name for name in classes if one_form(name) in place]
+    new = [name for name in classes if one_form(name) not in place]
+    kept = {one_form(name) for name in taken}
+    dropped = [name for name in names if one_form(name) not in kept]
+    if own is not None:
+        weights[ROWS] = own.clone()
+        for row, name in enumerate(classes):
+            if name in taken:
+                weights[ROWS][row] = theirs[place[one_form(name)]]
+    load_strict(net, weights, what)
+    words = {"taken": taken, "new": new, "dropped": dropped}
+    told = [f"{word} {first_of(found, SHOWN) or 'none'}" for word, found in words.items()]
+    unnamed = "" if "classes" in meta or theirs is None else " (by number: it names none)"
+    return f"classes of {what}{unnamed}: {'; '.join(told)}"
+
+
+def names_of(meta: dict[str, Any], rows: int, classes: list[str], what: str) -> list[str]:
+    """The names of a file's classes, one a row of its embedding. Where it names none, they are
+    the run's own, in their order, if there are as many."""
+    names = meta.get("classes", [])
+    if rows and not names:
+        if len(classes) not in (0, rows):
+            raise UserError(
+                f"{what} has {rows} classes without names, and --classes has {len(classes)}",
+                do=f"Give {rows} --classes in its order, or start from a file that names its "
+                "classes.",
+            )
+        return classes or [f"number {row}" for row in range(rows)]
+    texts = [one_form(name) for name in names if isinstance(name, str)]
+    if len(texts) != rows or len(names) != rows or len(set(texts)) != rows:
+        raise UserError(
+            f"{what} has {rows} rows for classes and names {len(names)}, of which "
+            f"{len(set(texts))} are names of their own",
+            do="Restore the file, or start from another.",
+        )
+    return names

@@ -11,19 +11,30 @@ from safetensors.torch import save_file
 
 import samplers
 from checkpoints import TINY, heads, ldm
-from ckpt import convert, load_unet
+from ckpt import convert, open_unet
 from ckpt.convert import inspect
-from ckpt.meaning import with_table
+from ckpt.__main__ import main
+from ckpt.meaning import BETAS, SILENT, said_table, table_in, with_table
 from conftest import randomize
-from diffusion.schedules import alphas_bar
+from diffusion.schedules import alphas_bar, betas_of
+from distillation.teacher import teacher_objective
 from harness.cli import UserError
 from model import UNet
 from objectives import Objective
 from training.start import check_aligned
 
-SDXL, SD = replace(TINY["sdxl"], num_heads=1), TINY["sd15"]
+SDXL = replace(TINY["sdxl"], num_heads=1)
+SMALL = replace(
+    SDXL, channel_mult=(1,), num_res_blocks=1, attention=(1,), middle_attention=1, vector_dim=0
+)
+HEADS = {"num_head_channels": 16}
 EMPTY = torch.zeros(0)
 BARS = alphas_bar("scaled_linear").float()
+LONG = "0.0015,0.0195,scaled_linear"  # LDM's betas of its first models
+# Betas of no formula, as trained_betas may be, in float64 and in a file's fp32.
+OWN = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).sqrt() * 0.05
+OWN = (OWN + 1e-3 * torch.arange(1000).sin().abs()).tolist()
+PURE = [*OWN[:-1], 1.0]
 V, ZERO = {"v_pred": EMPTY}, {"ztsnr": EMPTY}
 
 
@@ -35,13 +46,17 @@ def file_of(path, beside=None, header=None, prefix="model.diffusion_model.", cfg
     return path
 
 
+def describe_teacher_of(path):
+    return teacher_objective(meta_of(path), str(path), table="scaled_linear")
+
+
 def scheduler(folder, **config):
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
 
 
 def meta_of(path, **known):
-    return load_unet(path, **heads(SDXL), **known)[1]
+    return open_unet(path, **{**HEADS, **known}).meta
 
 
 def said(path, table="", **known):
@@ -132,17 +147,20 @@ def test_the_scheduler_of_a_pipeline_says_it(tmp_path, config, wanted, where):
 def test_betas_are_those_of_diffusers(tmp_path):
     """Each schedule's words mean the table that diffusers computes from them."""
     diffusers = pytest.importorskip("diffusers", reason="pip install -r requirements-dev.txt")
-    from ckpt.meaning import BETAS, SILENT, betas_of
-
     for kind in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
         peer = diffusers.DDPMScheduler(beta_schedule=kind, beta_start=0.001, beta_end=0.015)
-        torch.testing.assert_close(
-            betas_of(peer.config, BETAS).float(), peer.betas, rtol=1e-4, atol=1e-6
-        )
+        own = betas_of(table_in(peer.config, BETAS)[0])
+        torch.testing.assert_close(own.float(), peer.betas, rtol=1e-4, atol=1e-6)
     for name in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", *SILENT):
         peer = getattr(diffusers, name)()
-        own = betas_of({}, SILENT.get(name, BETAS)).float()
+        own = betas_of(table_in({}, SILENT.get(name, BETAS))[0]).float()
         torch.testing.assert_close(own, peer.betas, rtol=1e-4, atol=1e-7)
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler"):
+        for pure in (False, True):
+            betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+            peer = getattr(diffusers, name)(**betas, rescale_betas_zero_snr=pure)
+            own = alphas_bar(LONG, pure)[:-1].float()
+            torch.testing.assert_close(own, peer.alphas_cumprod[:-1], rtol=2e-4, atol=2e-7)
 
 
 @pytest.mark.parametrize(
@@ -171,23 +189,180 @@ def test_contradictions_and_nonsense_are_refused(tmp_path, beside, header, confi
 
 
 @pytest.mark.parametrize(
-    "beside, config",
+    "beside, header, config",
     [
-        ({}, {**SD_BETAS, "beta_start": 0.0015, "beta_end": 0.0195}),
-        ({}, {"num_train_timesteps": 500}),
-        ({"alphas_cumprod": BARS.flip(0)}, {"_class_name": "EDMEulerScheduler"}),
-        ({"edm_mean": torch.zeros(1, 4, 1, 1)}, None),
+        ({}, {}, {"num_train_timesteps": 500}),
+        ({"alphas_cumprod": BARS.flip(0)}, SPEC, None),
+        ({"alphas_cumprod": (BARS * 0.9).half()}, SPEC, None),
+        ({"betas": torch.full((1000,), 0.9)}, SPEC, None),
+        ({"alphas_cumprod": BARS.flip(0)}, {}, {"_class_name": "EDMEulerScheduler"}),
+        ({"edm_mean": torch.zeros(1, 4, 1, 1)}, {}, None),
     ],
 )
-def test_what_this_code_cannot_draw_is_shown_and_not_drawn(tmp_path, beside, config):
-    """No table that is another's is used in its place, whatever the flags say."""
-    path = file_of(tmp_path / "f.safetensors", beside)
+def test_what_this_code_cannot_draw_is_shown_and_not_drawn(tmp_path, beside, header, config):
+    """No table that is another's is used in its place, whatever the flags say; and converting it
+    keeps what it says."""
+    path = file_of(tmp_path / "f.safetensors", beside, header or None, cfg=SMALL)
     if config:
         scheduler(tmp_path, **config)
-    assert "no flag gives it" in "\n".join(inspect(str(path), **heads(SDXL)))
-    for table in ("", "linear", "scaled_linear"):
+    assert "no flag gives it" in "\n".join(inspect(str(path), **HEADS))
+    out = tmp_path / "out/f.safetensors"
+    convert(path, out, "native", **HEADS)
+    assert "no flag gives it" in "\n".join(inspect(str(out), **HEADS))
+    for file in (path, out):
+        for table in ("", "linear", "scaled_linear", LONG):
+            with pytest.raises(UserError, match="the code that it was made for"):
+                said(file, table)
         with pytest.raises(UserError, match="the code that it was made for"):
-            said(path, table)
+            describe_teacher_of(file)
+
+
+def bars_of(betas):
+    return (1 - torch.as_tensor(betas).double()).cumprod(0)
+
+
+def long_betas(kind):
+    """0.0015 … 0.0195 by a formula, float64."""
+    if kind == "linear":
+        return torch.linspace(0.0015, 0.0195, 1000, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    rise = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid()
+    return 0.0015 + rise * (0.0195 - 0.0015)
+
+
+def long_config(kind):
+    return {"beta_schedule": kind, "beta_start": 0.0015, "beta_end": 0.0195}
+
+
+OF_THEIR_OWN = [
+    *((({}, long_config(kind)), long_betas(kind), kind) for kind in
+      ("linear", "scaled_linear", "sigmoid")),
+    *((({"betas": long_betas(kind).float()}, None), long_betas(kind), kind) for kind in
+      ("linear", "scaled_linear", "sigmoid")),
+    (({"alphas_cumprod": bars_of(long_betas("linear")).float()}, None), long_betas("linear"),
+     "linear"),
+    (({}, {"trained_betas": long_betas("scaled_linear").tolist()}), long_betas("scaled_linear"),
+     "scaled_linear"),
+    (({}, {"trained_betas": OWN}), torch.tensor(OWN), "all 1000 given"),
+    (({"betas": torch.tensor(OWN)}, {"trained_betas": OWN}), torch.tensor(OWN), "all 1000 given"),
+    (({"alphas_cumprod": bars_of(OWN).float()}, None), torch.tensor(OWN), "all 1000 given"),
+    (({}, {"trained_betas": PURE}), torch.tensor(PURE), "all 1000 given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("places, betas, kind", OF_THEIR_OWN)
+def test_betas_of_a_files_own_are_read_shown_kept_and_drawn(tmp_path, places, betas, kind):
+    """Whatever the betas are, the network is drawn with them, and with no others."""
+    beside, config = places
+    path = file_of(tmp_path / "f.safetensors", beside, SPEC, cfg=SMALL)
+    if config:
+        scheduler(tmp_path, prediction_type="v_prediction", **config)
+    out = tmp_path / "out/f.safetensors"
+    convert(path, out, "diffusers", **HEADS)
+    pure = float(betas[-1]) == 1
+    place = "scheduler_config.json" if config and not beside else "its buffer"
+    for file in (path, out):
+        target, table, zero_snr = said(file)
+        o = Objective(**with_table(meta_of(file), "", "f"))
+        assert (target, zero_snr) == ("v", pure) and o.table == table
+        got, wanted = alphas_bar(table, zero_snr), bars_of(betas)
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=0)
+        torch.testing.assert_close(1 - got, 1 - wanted, rtol=2e-3, atol=0)
+        shown = "\n".join(inspect(str(file), **HEADS))
+        assert kind in shown and place in shown and ("zero_snr=True" in shown) == pure
+        assert len(shown) < 4000
+        with pytest.raises(UserError, match="says its table is"):
+            said(file, "scaled_linear")
+        if len(table) < 80:
+            assert table == f"0.0015,0.0195,{kind}" == said(file, said_table("", table))[1]
+
+
+@pytest.mark.parametrize(
+    "table, betas, wanted",
+    [
+        ("", "", ""),
+        ("cosine", "", "cosine"),
+        ("", "1e-4, 0.02 ,linear", "linear"),
+        ("linear", "0.0001,0.02,linear", "linear"),
+        ("", "0.00085,0.012,sqrt", "scaled_linear"),
+        ("", "0.1,0.2,squaredcos_cap_v2", "cosine"),
+        ("", "0.0015,0.0195,scaled_linear", LONG),
+        ("linear", "0.0015,0.0195,linear", UserError("0.0195,linear is not --table linear")),
+        ("", "0.0015,0.0195", UserError("wanted START,END,SCHEDULE")),
+        ("", "0.0015,0.0195,sqrt_linear", UserError("wanted START,END,SCHEDULE")),
+        ("", "0.0195,1,linear", UserError("0 < START, END < 1")),
+        ("", "nan,0.1,linear", UserError("0 < START, END < 1")),
+        ("", "0.5,0.9,linear", UserError("leave nothing of the image")),
+        ("", "none.json", UserError("is no scheduler's config")),
+    ],
+)  # fmt: skip
+def test_betas_are_said_in_one_spelling(table, betas, wanted):
+    if isinstance(wanted, str):
+        assert said_table(table, betas) == wanted
+        return
+    with pytest.raises(UserError, match=str(wanted).strip(". ")):
+        said_table(table, betas)
+
+
+def test_betas_may_be_taken_from_a_schedulers_config(tmp_path):
+    scheduler(tmp_path, trained_betas=OWN)
+    table = said_table("", str(tmp_path / "scheduler/scheduler_config.json"))
+    assert betas_of(table).tolist() == pytest.approx(OWN, rel=1e-12)
+    assert said_table("", table) == table
+
+
+def test_zero_snr_can_be_said_where_a_file_is_silent(tmp_path, user):
+    silent = file_of(tmp_path / "f.safetensors", V, cfg=SMALL)
+    for table, zero_snr in (("scaled_linear", True), (LONG, True), ("linear", False)):
+        o = Objective(**with_table(meta_of(silent), table, "f", zero_snr))
+        assert (o.target, o.table, o.zero_snr) == ("v", table, zero_snr)
+    # Said alone, it is kept for whoever knows the schedule.
+    more = ("--num-head-channels", 16)
+    out = tmp_path / "out.safetensors"
+    code, *_ = user(main, "convert", silent, out, "--layout", "native", "--zero-snr", *more)
+    assert code == 0 and said(out, "linear") == ("v", "linear", True)
+    with safe_open(out, "pt") as file:
+        assert "ztsnr" in file.keys()
+    code, shown, _ = user(main, "inspect", out, *more)
+    assert "zero terminal SNR on by --zero-snr" in shown and "by its marker v_pred" in shown
+    full = tmp_path / "full.safetensors"
+    betas = ("--betas", LONG, "--zero-snr")
+    assert user(main, "convert", silent, full, "--layout", "native", *betas, *more)[0] == 0
+    assert said(full) == ("v", LONG, True)
+    code, shown, _ = user(main, "inspect", full, *betas, *more)
+    assert code == 0 and "0.0015 to 0.0195, scaled_linear" in shown and "zero_snr=True" in shown
+
+
+@pytest.mark.parametrize(
+    "beside, config, words, message",
+    [
+        (LDM, None, ["--zero-snr"], "does not end in pure noise, got --zero-snr"),
+        ({}, {"prediction_type": "sample"}, ["--zero-snr"], "does not end in pure noise"),
+        ({}, {}, ["--betas", LONG], "its table is 'linear', got '0.0015,0.0195,scaled_linear'"),
+        ({}, None, ["--objective", "eps", "--zero-snr"], "zero_snr with target eps"),
+        ({}, None, ["--objective", "fm", "--zero-snr"], "is fm, which has none"),
+        ({}, None, ["--zero-snr"], "does not say its objective"),
+        ({}, None, ["--objective", "v", "--betas", "1,2,3"], "wanted START,END,SCHEDULE"),
+        ({}, None, ["--table", "linear", "--betas", LONG], "is not --table linear"),
+    ],
+)
+def test_flags_that_contradict_a_file_are_refused(tmp_path, user, beside, config, words, message):
+    path = file_of(tmp_path / "f.safetensors", {**beside, **(V if beside else {})}, cfg=SMALL)
+    if config is not None:
+        scheduler(tmp_path, **config)
+    code, _, errors = user(main, "inspect", path, "--num-head-channels", 16, *words)
+    assert code == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_the_timestep_spacing_is_shown_and_kept(tmp_path):
+    scheduler(tmp_path, timestep_spacing="trailing", **SD_BETAS)
+    path = file_of(tmp_path / "f.safetensors", cfg=SMALL)
+    convert(path, tmp_path / "out.safetensors", "native", **HEADS)
+    for file in (path, tmp_path / "out.safetensors"):
+        assert "timestep spacing trailing (scheduler_config.json)" in "\n".join(
+            inspect(str(file), **HEADS)
+        )
 
 
 def test_converting_keeps_what_a_file_says(tmp_path):

@@ -1,5 +1,6 @@
 """A teacher under its own schedule, and its captions."""
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from distilling import EPS, stub
 from diffusion.schedules import alphas_bar, norm, table_time
 from distill import v_target
 from distillation import teacher as teachers
-from distillation.teacher import Teacher, tap_channels, taps
+from distillation.teacher import Teacher, TeacherFlags, tap_channels, taps
 from harness.cli import UserError
 from model import PRESETS, UNet
 from objectives import make_objective
@@ -95,6 +96,82 @@ def test_noise_as_the_source_shows_the_network_unit_noise_at_every_t():
     x = teacher.noised(torch.ones_like(eps), eps, t, "noise")
     assert torch.allclose(x / norm(t).view(-1, 1, 1, 1), eps, atol=1e-6)
     assert torch.equal(stub(lambda: None, make_objective("fm")).noised(eps, eps, t, "noise"), eps)
+
+
+LONG = "0.0015,0.0195,scaled_linear"
+WHOLE = asdict(make_objective("v", table=LONG, zero_snr=True))
+
+
+@pytest.mark.parametrize(
+    "meta, flags, wanted",
+    [
+        ({"objective": "v"}, dict(teacher_betas="0.0015,0.0195,sqrt"), ("v", LONG, False)),
+        (
+            {"objective": "v", "schedule": {"zero_snr": True}},
+            dict(teacher_table="linear"),
+            ("v", "linear", True),
+        ),
+        (
+            {"objective": "v"},
+            dict(teacher_table="scaled_linear", teacher_zero_snr=True),
+            ("v", "scaled_linear", True),
+        ),
+        (
+            {"objective": None},
+            dict(teacher_objective="x0", teacher_betas=LONG, teacher_zero_snr=True),
+            ("x0", LONG, True),
+        ),
+        ({"objective": WHOLE}, dict(teacher_betas=LONG, teacher_zero_snr=True), ("v", LONG, True)),
+        ({"objective": WHOLE}, dict(teacher_betas="0.0015,0.02,sqrt"), "Leave them out"),
+        (
+            {"objective": {**WHOLE, "zero_snr": False}},
+            dict(teacher_zero_snr=True),
+            "without zero SNR.  Leave them out",
+        ),
+        (
+            {"objective": "v", "schedule": {"zero_snr": False}},
+            dict(teacher_table="linear", teacher_zero_snr=True),
+            "does not end in pure noise",
+        ),
+        ({"objective": "eps"}, dict(teacher_table="linear", teacher_zero_snr=True), "target eps"),
+        ({"objective": "v"}, dict(teacher_zero_snr=True), "--teacher-betas START,END,SCHEDULE"),
+        ({"objective": "fm"}, dict(teacher_zero_snr=True), "is fm, which has none"),
+        (
+            {"objective": "v"},
+            dict(teacher_table="linear", teacher_betas=LONG),
+            "is not --teacher-table linear",
+        ),
+        ({"objective": "edm", "schedule": {}}, {}, "edm, which this code cannot draw"),
+    ],
+)
+def test_any_schedule_of_a_teacher_can_be_said_where_its_file_is_silent(meta, flags, wanted):
+    flags = TeacherFlags("f", **flags)
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=wanted):
+            teachers.teacher_objective(meta, "f", **flags.says)
+        return
+    o = teachers.teacher_objective(meta, "f", **flags.says)
+    assert (o.target, o.table, o.zero_snr) == wanted
+
+
+@pytest.mark.parametrize(
+    "classes, names, message",
+    [
+        (["a", "b"], ["a", "b"], ""),
+        (["a", "b"], None, ""),
+        (["b", "a"], ["a", "b"], "--classes are b, a, but the teacher's are a, b"),
+        (["a"], ["a", "b"], "--classes has 1, but the teacher knows 2"),
+    ],
+)
+def test_a_students_classes_are_its_teachers_in_their_order(classes, names, message):
+    meta = {} if names is None else {"classes": names}
+    net = SimpleNamespace(cfg=SimpleNamespace(num_classes=2))
+    teacher = Teacher(net, make_objective("fm"), meta, Path("f"), {})
+    if not message:
+        teacher.check_classes(classes)
+        return
+    with pytest.raises(UserError, match=message):
+        teacher.check_classes(classes)
 
 
 def test_a_network_of_another_kind_is_no_teacher(monkeypatch):

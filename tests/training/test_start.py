@@ -1,0 +1,145 @@
+"""What a run starts from: rows of a class embedding go by the names of the classes."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file
+
+import train
+from ckpt import load_unet, save_unet
+from ckpt.convert import inspect
+from harness.cli import UserError
+from model import PRESETS, UNet
+from objectives import make_objective
+from test_train import ALONE, FAST, go
+from train import Config, resolve
+from training.start import ROWS, take_weights
+from vae import pixel
+
+NANO = replace(PRESETS["nano"], in_channels=3, out_channels=3)
+
+
+def network(classes, seed):
+    return randomize(UNet(replace(NANO, num_classes=classes)), seed).eval()
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, taken, new, dropped",
+    [
+        (["a", "b", "c"], ["a", "b", "c"], "a, b, c", "none", "none"),
+        (["a", "b", "c"], ["c", "a", "b"], "c, a, b", "none", "none"),
+        (["a", "b", "c"], ["d", "b"], "b", "d", "a, c"),
+        (["a"], ["b", "a", "c"], "a", "b, c", "none"),
+        (["é"], ["e\N{COMBINING ACUTE ACCENT}"], "e\N{COMBINING ACUTE ACCENT}", "none", "none"),
+        ([], ["a", "b"], "none", "a, b", "none"),
+        (["a", "b"], [], "none", "none", "a, b"),
+        (["a"], ["b"], "none", "b", "a"),
+    ],
+)
+def test_each_class_takes_its_own_row_by_name(theirs, ours, taken, new, dropped):
+    other, net = network(len(theirs), 0), network(len(ours), 1)
+    begun = net.state_dict().get(ROWS, torch.zeros(0)).clone()
+    meta = {"classes": theirs} if theirs else {}
+    line = take_weights(net, other, meta, ours, "--init f")
+    assert line == f"classes of --init f: taken {taken}; new {new}; dropped {dropped}"
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(1, 3, 32, 32, generator=g), torch.full((1,), 500.0)
+    assert torch.equal(net(x, t), other(x, t))
+    before = {"é": 0} if theirs == ["é"] else {name: i for i, name in enumerate(theirs)}
+    for row, name in enumerate(ours):
+        at = 0 if before.keys() == {"é"} else before.get(name)
+        if at is None:
+            assert torch.equal(net.state_dict()[ROWS][row], begun[row])
+            continue
+        assert torch.equal(net.state_dict()[ROWS][row], other.state_dict()[ROWS][at])
+        one, two = torch.tensor([row]), torch.tensor([at])
+        assert torch.equal(net(x, t, y=one), other(x, t, y=two))
+
+
+@pytest.mark.parametrize(
+    "rows, meta, ours, message",
+    [
+        (3, {}, ["a", "b"], "has 3 classes without names, and --classes has 2.  Give 3 --classes"),
+        (3, {"classes": ["a", "b"]}, ["a"], "has 3 rows for classes and names 2"),
+        (2, {"classes": ["a", "a"]}, ["a"], "of which 1 are names of their own"),
+        (2, {"classes": ["a", 7]}, ["a"], "of which 1 are names of their own"),
+        (0, {"classes": ["a"]}, ["a"], "has 0 rows for classes and names 1"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(rows, meta, ours, message):
+    with pytest.raises(UserError, match=message):
+        take_weights(network(len(ours), 1), network(rows, 0), meta, ours, "--init f")
+
+
+def test_a_file_without_names_goes_by_number_where_the_counts_agree():
+    other, net = network(2, 0), network(2, 1)
+    line = take_weights(net, other, {}, ["a", "b"], "f")
+    assert line == "classes of f (by number: it names none): taken a, b; new none; dropped none"
+    assert torch.equal(net.state_dict()[ROWS], other.state_dict()[ROWS])
+    line = take_weights(network(0, 1), other, {}, [], "f")
+    assert line.endswith("taken none; new none; dropped number 0, number 1")
+    assert take_weights(network(0, 1), network(0, 0), {}, [], "f") == ""
+
+
+def test_training_begins_with_the_rows_of_the_names(tmp_path, capsys):
+    path = tmp_path / "init.safetensors"
+    names = ["smile", "glasses", "double bun"]
+    first = pixel(1)
+    meta = {"objective": "fm", "classes": names, "vae": first.meta()}
+    other = network(3, 0)
+    save_unet(path, other, meta)
+    cfg = Config(
+        **{**FAST, "out": str(tmp_path / "runs"), "vae": "pixel", "init": str(path),
+           "classes": ("glasses", "bow", "smile")}
+    )  # fmt: skip
+    tr = train.setup(resolve(cfg), ALONE)
+    assert "taken glasses, smile; new bow; dropped double bun" in capsys.readouterr().out
+    got, had = tr.net.state_dict()[ROWS], other.state_dict()[ROWS]
+    assert torch.equal(got[0], had[1]) and torch.equal(got[2], had[0])
+    assert tr.classes == ["glasses", "bow", "smile"]
+
+
+# ---- a noise schedule of the user's ------------------------------------------------------------
+
+
+def test_training_with_betas_is_recorded_and_resumes_exactly(tmp_path, user):
+    """Also from a command that spells them in another way."""
+    how = dict(objective="v", zero_snr=True, images=24, save_every=16)
+    run = go(tmp_path, **how, betas="0.0015,0.0195,scaled_linear")
+    last = run / "ckpt/000000000024"
+    once = load_file(last / "state.safetensors") | load_file(last / "model.safetensors")
+    meta = load_unet(run)[1]
+    # Killed after 16 images.
+    shutil.rmtree(last)
+    (run / "samples/final.png").unlink()
+    assert go(tmp_path, **how, betas="1.5e-3, 0.0195, sqrt") == run
+    twice = load_file(last / "state.safetensors") | load_file(last / "model.safetensors")
+    assert once.keys() == twice.keys() and all(torch.equal(once[k], twice[k]) for k in once)
+    wanted = make_objective("v", table="0.0015,0.0195,scaled_linear", zero_snr=True)
+    assert meta["objective"]["table"] == wanted.table and meta["objective"]["zero_snr"]
+    assert meta["config"]["table"] == wanted.table
+    shown = "\n".join(inspect(str(run)))
+    assert "betas        0.0015 to 0.0195, scaled_linear" in shown
+    assert "objective and noise schedule by its own metadata" in shown
+    with pytest.raises(UserError, match="table"):
+        go(tmp_path, **how, betas="0.0015,0.0196,scaled_linear")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(betas="0.0015,0.0195,linear"), "--table 0.0015,0.0195,linear is a noise schedule of"),
+        (dict(objective="ddpm", betas="0.5,0.9,linear"), "--betas: table 0.5,0.9,linear: its"),
+        (dict(objective="ddpm", betas="0.02"), "--betas: betas '0.02': wanted START,END,SCHEDULE"),
+        (dict(objective="v", betas="0.001,0.02,linear", table="cosine"), "is not --table cosine"),
+        (dict(objective="ddpm", betas="0.001,0.1,linear", zero_snr=True), "with target eps"),
+        (dict(objective="ddpm", betas="0.01,0.1,linear"), "or betas as large"),
+    ],
+)  # fmt: skip
+def test_betas_that_cannot_be_trained_are_refused(fields, message):
+    with pytest.raises(UserError) as error:
+        resolve(Config(**{**FAST, **fields}))
+    assert message in str(error.value)
