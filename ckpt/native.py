@@ -304,6 +304,9 @@ def describe(meta: dict[str, Any]) -> Any:
     cfg = config_from(NETWORKS[name][1], values)
     if isinstance(meta.get("objective"), dict):
         Objective(**meta["objective"])
+    config = meta.get("config", {})
+    if config.get("mode") == "progressive" and "end_steps" not in config:
+        raise ValueError("its config is of mode progressive, and has no end_steps")
     classes = getattr(cfg, "num_classes", 0)
     if "classes" in meta and len(meta["classes"]) != classes:
         raise ValueError(f"it names {len(meta['classes'])} classes, and its network has {classes}")

@@ -341,7 +341,7 @@ def stage_like(cfg: Any, trained: dict[str, Any]) -> Any:
     with; {} = of other data, where they say nothing."""
     stage = trained.get("stage", "standard")
     if not cfg.stage and stage != "standard":
-        cfg = replace(cfg, exclude_tags=cfg.exclude_tags or tuple(trained["exclude_tags"]))
+        cfg = replace(cfg, exclude_tags=cfg.exclude_tags or tuple(trained.get("exclude_tags", ())))
     holdout = trained.get("holdout", 0.02) if cfg.holdout is None else cfg.holdout
     return replace(cfg, stage=cfg.stage or stage, holdout=holdout)
 

@@ -30,6 +30,7 @@ from harness import record
 from harness.cli import UserError, cli, flag, flag_like, parse
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import read_config
+from harness.typed import Open, check
 from metrics.cards import table
 from metrics.features import Images, Stored, extract, open_images, split_spec
 from metrics.inception import cache_folder
@@ -82,6 +83,16 @@ class References:
         return ranks.broadcast(lambda: measure(fake, ref, held, self.name, pairs=pairs))
 
 
+@dataclass
+class Compared(Open):
+    """What the config of a run has to say, to be compared here (see also harness.run.Recorded)."""
+
+    data: str
+    stage: Literal["standard", "fine", "stage2"]
+    resolution: int
+    holdout: float
+
+
 def excluded(configs: list[dict[str, Any]], data: str) -> list[str]:
     """The tags that make the subset: any run's, else those the embedded data leaves out."""
     given = next((c["exclude_tags"] for c in configs if c.get("exclude_tags")), None)
@@ -100,6 +111,8 @@ def read_configs(runs: tuple[str, ...]) -> tuple[str, list[dict[str, Any]]]:
     if not runs:
         raise UserError("--runs", wanted="folders of runs, a,b,c", do="Give at least one.")
     configs = [read_config(Path(run)) for run in runs]
+    for run, config in zip(runs, configs):
+        check(config, Compared, Path(run) / "config.json")
     specs = {split_spec(default_ref(config, run))[0] for config, run in zip(configs, runs)}
     views = {(config["resolution"], config["holdout"]) for config in configs}
     if len(specs) > 1 or len(views) > 1:

@@ -474,7 +474,7 @@ def test_compare_reads_its_words(cache, command):
     for name, more in (("a", ""), ("b", "--pairs 11")):
         line = f"--fake {y} --ref {x} --features pca {more} --out {name}.json"
         assert command(line)[0] == 0
-    assert "not a metric card" in command("compare k.json a.json")[2][-1]
+    assert "k.json: metrics is missing" in command("compare k.json a.json")[2][-1]
     for words in ("a.json b.json --allow", "--allow pairs a.json", "a.json b.json --deny x"):
         code, _, err = command(f"compare {words}")
         assert code == 2 and "Write python eval_fid.py compare" in err[-1], words

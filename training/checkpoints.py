@@ -2,9 +2,9 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,32 @@ from data.watch import wait
 from harness.cli import UserError
 from harness.files import atomic
 from harness.run import checkpoints, versions
+from harness.typed import Count, Open, check
 from training.trainer import Trainer
+
+
+@dataclass
+class State(Open):
+    """The counters of a run, in the metadata of its state."""
+
+    kind: Literal["training state"]
+    images: Count
+    skipped: Count
+    data_hash: str
+    parts: Count | None = None
+
+
+@dataclass
+class Init(Open):
+    path: str | None
+    fingerprint: str | None
+
+
+@dataclass
+class Begun(Open):
+    """What the metadata of a run's network says of its beginning."""
+
+    init: Init
 
 
 def load_weights(
@@ -50,7 +75,12 @@ def load_optimizer(
     """The inverse of optimizer_state()."""
     params = dict(net.named_parameters())
     for key, value in state.items():
-        entry, name = key.split("/", 1)
+        entry, _, name = key.partition("/")
+        if name not in params:
+            raise UserError(
+                f"the state of the optimizer holds {key!r:.60}, which is none of the network's",
+                do="Use an older checkpoint, or start again with --init.",
+            )
         p = params[name]
         if value.shape == p.shape:
             # In the parameter's own order in memory (channels_last, for one): fused steps walk it.
@@ -113,14 +143,28 @@ def load_state(tr: Trainer) -> None:
     Every rank reads for itself.
     """
     folder = checkpoints(tr.run)[-1]
-    state, meta = read_tensors(folder / "state.safetensors")
+    state, meta = read_state(folder)
     check_state(tr, meta)
-    tr.init = load_weights(folder, tr.net, tr.ema.weights)["init"]
+    network = load_weights(folder, tr.net, tr.ema.weights)
+    tr.init = check(network, Begun, folder / "model.safetensors")["init"]
     tr.seen, tr.skipped = meta["images"], meta["skipped"]
     tr.meter.load_state(state.pop("meter"))
     own = [key for key in state if key.startswith("own/")]
     tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
     load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, counters) of a checkpoint, beside its weights."""
+    path = folder / "state.safetensors"
+    state, meta = read_tensors(path)
+    check(meta, State, path)
+    if meta["images"] != int(folder.name):
+        raise UserError(
+            f"{path} is of {meta['images']:,} images, and its folder of {int(folder.name):,}",
+            do="Restore the folder as it was written.",
+        )
+    return state, meta
 
 
 def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
