@@ -193,10 +193,14 @@ class Case(NamedTuple):
 
 
 def target_file(place: Path, r: random.Random) -> Path:
-    """The file itself, or one of a folder's."""
+    """The file itself, or one of a folder's: any ending alike, then any file of that ending."""
     if not place.is_dir():
         return place
-    return r.choice(sorted(path for path in place.rglob("*") if path.is_file()))
+    paths = sorted(path for path in place.rglob("*") if path.is_file())
+    if r.random() < 0.9:
+        paths = [path for path in paths if path.stat().st_size]
+    ending = r.choice(sorted({path.suffix for path in paths}))
+    return r.choice([path for path in paths if path.suffix == ending])
 
 
 def exchange(path: Path, r: random.Random) -> str:
@@ -244,7 +248,9 @@ def variable_case(r: random.Random) -> Case:
     return Case("environment", words, f"{variables}", variables, False)
 
 
-KINDS = [*READERS, "flags", "flags", "flags", "flags", "environment"]
+# Those of which more is believed come more often.
+KINDS = [*READERS, *["flags"] * 4, "environment", "latents", "latents", "runs/half"]
+KINDS += ["card.json", "card.json", "assessor.safetensors", "ours.safetensors", "features"]
 
 
 def make_case(only: str, number: int, r: random.Random) -> Case:
@@ -425,7 +431,7 @@ def lost(command: list[str], before: dict[str, Any], after: dict[str, Any], code
     """Files that are gone or have changed, and that the command was not told to write."""
     own = written_to(command)
     if code == 0 and command[:1] == ["train.py"]:
-        own |= {"runs/half/log.jsonl", "runs/half/samples"}
+        own |= {f"runs/half/{name}" for name in ("log.jsonl", "samples", "config.json")}
     if command[:1] == ["data.encode"]:
         own |= {"latents"}
     changed = [name for name, value in before.items() if after.get(name) != value]

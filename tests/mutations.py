@@ -65,29 +65,23 @@ def damaged(data: bytes, r: random.Random) -> tuple[bytes, str]:
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (object or list, key or index) of a JSON value."""
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    elif isinstance(value, list):
-        pairs = list(enumerate(value))
-    else:
+def containers(value: Any) -> list[Any]:
+    """Every object and list of a JSON value that is not empty."""
+    if not isinstance(value, dict | list) or not value:
         return []
-    found = []
-    for key, part in pairs:
-        found.append((value, key))
-        found += places(part)
-    return found
+    parts = value.values() if isinstance(value, dict) else value
+    return [value, *(each for part in parts for each in containers(part))]
 
 
 def edited(value: Any, r: random.Random) -> tuple[Any, str]:
     """A JSON value with one part that is another, gone, or more."""
     value = json.loads(json.dumps(value))
-    found = places(value)
+    found = containers(value)
     if not found or r.random() < 0.03:
         other = r.choice(ODD)
         return other, f"all of it {str(other)[:40]!r}"
-    parent, key = r.choice(found)
+    parent = r.choice(found)
+    key = r.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
     way = r.choice(["other", "other", "other", "gone", "more", "nested"])
     if way == "gone":
         del parent[key]
@@ -117,21 +111,32 @@ def json_text(value: Any, r: random.Random) -> tuple[str, str]:
     return text, how
 
 
+def checksum(value: dict[str, Any]) -> str:
+    """What data.cache.sealed() puts into a JSON object."""
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def seal(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file with a checksum of its own."""
+    sealed = {**value, "sha256": checksum(value)}
+    replaced(path, (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode())
+
+
 def edit_json(path: Path, r: random.Random) -> str:
     """A JSON file with another value in it, under a checksum that fits, if it had one."""
     value = json.loads(path.read_bytes())
-    sealed = isinstance(value, dict) and "sha256" in value and path.name.endswith("t.json")
-    if not sealed and path.name != "plan.json":
+    if not isinstance(value, dict) or value.get("sha256") != checksum(value):
         text, how = json_text(value, r)
         replaced(path, text.encode("utf-8", "surrogatepass"))
         return how
     value.pop("sha256", None)
     value, how = edited(value, r)
     if isinstance(value, dict):
-        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-        value["sha256"] = digest
-    replaced(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-    return f"{how}, sealed again"
+        seal(path, value)
+        return f"{how}, sealed again"
+    replaced(path, json.dumps(value).encode())
+    return how
 
 
 def edit_lines(path: Path, r: random.Random) -> str:
@@ -158,18 +163,31 @@ def edit_text(path: Path, r: random.Random) -> str:
 # ---- safetensors, npz and pickles ---------------------------------------------------------------
 
 
-def edit_header(path: Path, r: random.Random) -> str:
-    """A safetensors file whose header or metadata is another, under a checksum that fits."""
+def opened(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and its tensors' bytes."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header, tensors = json.loads(data[8 : 8 + size]), data[8 + size :]
-    notes = header.get("__metadata__", {})
-    if "twinpath" in notes and r.random() < 0.7:
-        value, how = edited(json.loads(notes["twinpath"]), r)
-        notes["twinpath"] = json.dumps(value)
-        notes["twinpath_sha256"] = hashlib.sha256(notes["twinpath"].encode()).hexdigest()
-        text = json.dumps(header)
-    elif r.random() < 0.05:
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def with_notes(header: dict[str, Any], notes: Any, tensors: bytes = b"") -> bytes:
+    """A safetensors file of ours with other metadata, under a checksum that fits."""
+    text = json.dumps(notes)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    meta = {**header["__metadata__"], "twinpath": text, "twinpath_sha256": digest}
+    head = json.dumps({**header, "__metadata__": meta}).encode()
+    return struct.pack("<Q", len(head)) + head + tensors
+
+
+def edit_header(path: Path, r: random.Random) -> str:
+    """A safetensors file whose header or metadata is another, under a checksum that fits."""
+    header, tensors = opened(path)
+    notes = header.get("__metadata__", {}).get("twinpath")
+    if notes and r.random() < 0.7:
+        value, how = edited(json.loads(notes), r)
+        replaced(path, with_notes(header, value, tensors))
+        return f"metadata: {how}"
+    if r.random() < 0.05:
         how = "100,000 tensors of no bytes"
         entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         text = json.dumps({f"t{i}": entry for i in range(100_000)})
@@ -350,11 +368,38 @@ def harm(path: Path, r: random.Random) -> str:
 
 
 def forge(path: Path, r: random.Random) -> str:
-    """What a file says changed, as somebody would who writes such files."""
+    """What a file says changed, as somebody would who writes such files: mostly under checksums
+    that fit."""
     edits = EDITS.get(path.suffix)
     if not edits or not path.stat().st_size or zipless(path):
         return harm(path, r)
-    return r.choice(edits)(path, r)
+    how = r.choice(edits)(path, r)
+    if r.random() < 0.8:
+        sign_again(path)
+    return how
+
+
+def sign_again(path: Path) -> None:
+    """What the files beside a forged one say of it, made to fit."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest, digests = path.with_name("manifest.json"), path.with_name("digests.safetensors")
+    if path == manifest:
+        value = json.loads(path.read_bytes())
+        plan = value.get("plan") if isinstance(value, dict) else None
+        if isinstance(plan, dict):
+            seal(path.with_name("plan.json"), plan)
+    elif manifest.is_file():
+        value = json.loads(manifest.read_bytes())
+        if path.name == "plan.json":
+            seal(manifest, {**value, "plan": json.loads(path.read_bytes())})
+        elif path.stem in value:
+            seal(manifest, {**value, path.stem: digest})
+    if digests.is_file() and path != digests:
+        header, _ = opened(digests)
+        notes = json.loads(header["__metadata__"]["twinpath"])
+        if path.name in notes["files"]:
+            notes["files"][path.name] = digest
+            replaced(digests, with_notes(header, notes))
 
 
 def zipless(path: Path) -> bool:
