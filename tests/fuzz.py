@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the networks are tiny
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -181,6 +181,10 @@ WORDS = [
     "{}", "%s", "pca:x", "toyfaces:0", "toyfaces:x", "toyfaces:1e30", "robohash:99999999",
     "pixel:0", "pixel:x", "hf:", "hf:x", "hf:x/y@z", "random:x", "sdxl:nowhere", "2" * 19,
 ]  # fmt: skip
+NUMBERS = [
+    "0", "-1", "1", "2", "3", "1e30", "-1e30", "1e12", "1000000007", "9" * 19, "1e400", "1e-400",
+    "nan", "inf", "-inf", "²", "0.5", "-0.5", "1e-30", "1,2", "1,nan", "65537", "7,",
+]  # fmt: skip
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TWINPATH_CACHE", "FID_INCEPTION", "HF_HOME")
 
 
@@ -230,9 +234,16 @@ def flag_case(r: random.Random) -> Case:
     line = r.choice(list(FLAGS))
     words = line.split()
     names = [dashed(field.name) for field in fields(FLAGS[line])]
+    numeric = [
+        dashed(name)
+        for name, kind in get_type_hints(FLAGS[line]).items()
+        if "int" in str(kind) or "float" in str(kind)
+    ]
     for _ in range(r.choice([1, 1, 1, 2, 3])):
-        name, value = r.choice([r.choice(names), r.choice(names), "--x"]), r.choice(WORDS)
-        way = r.choice(["flag", "flag", "flag", "flag", "joined", "alone", "word"])
+        name, value = r.choice([*names, "--x"]), r.choice(WORDS)
+        if numeric and r.random() < 0.5:
+            name, value = r.choice(numeric), r.choice(NUMBERS)
+        way = r.choice(["flag", "flag", "flag", "flag", "flag", "joined", "alone", "word"])
         added = {"flag": [name, value], "joined": [f"{name}={value}"], "alone": [name]}
         words += added.get(way, [value])
     return Case("flags", words, "flags", {}, False)
