@@ -398,10 +398,10 @@ def batches(
     error = None
     try:
         for batch in iterator:
-            look(stream.ds.source)
             if isinstance(batch, UserError):
                 error = batch
                 break
+            look(stream.ds.source)
             yield batch
     finally:
         if workers:
