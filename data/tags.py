@@ -431,7 +431,7 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without a byte-order mark."""
     try:
         with open_file(path) as file:
-            return file.read().decode("utf-8-sig")
+            return io.TextIOWrapper(file, "utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})",

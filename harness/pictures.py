@@ -110,7 +110,7 @@ def check_set(folder: Path, endings: tuple[str, ...], grid: bool) -> None:
 def drawn_before(folder: Path) -> list[Path]:
     """The pictures in a folder that are still as save_all() wrote them, there and nowhere else."""
     found = []
-    for path in folder.glob("*.png"):
+    for path in filter(Path.is_file, folder.glob("*.png")):
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 seal = image.info.get(SEAL)

@@ -307,6 +307,6 @@ def test_a_wrong_value_anywhere_is_refused_in_one_line_or_changes_nothing(kind, 
         meant = likely and any(key in kind.free for key in place)
         if not (same or meant):
             accepted.append((place, new))
-    assert tried >= 40 and accepted == []
+    assert tried >= 30 and accepted == []
     file.write(valid)
     assert file.read() == result
