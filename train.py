@@ -295,7 +295,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
-    kept = run / "vae.safetensors"
+    # What was kept counts from the first checkpoint on, which says whether it is the run's own.
+    kept = run / "vae.safetensors" if checkpoints(run) else None
     name = vae_name(cfg, run)
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)

@@ -584,6 +584,7 @@ def save_vae(path: Path, vae: AnyVAE, layout: str = "native", weights: bool = Tr
     LinearVAE is its own note."""
     if isinstance(vae, LinearVAE):
         meta = {"kind": "vae", "name": vae.name, "factor": vae.factor}
+        meta["fingerprint"] = vae.fingerprint
         write_tensors(path, dict(vae.state_dict()), meta)
     elif not weights:
         write_tensors(path, {}, {"kind": "vae", **vae.meta()})
@@ -696,17 +697,20 @@ def open_vae(box: Container, given: dict[str, str]) -> AnyVAE:
     if recorded and (given.get("family", recorded) != recorded or linear and given):
         got = " ".join(given.values())
         raise UserError(f"{box.path} says it is {recorded}, got {got}", do="Leave it out.")
-    if linear:
-        return LinearVAE(*linear_parts(meta, box.path, box))
     if "source" in meta:  # a note
         check_note(meta, box.path)
         return vae_from_meta({**meta, **given})
-    if META in box.meta:
+    if META in box.meta and not linear:
         check(meta, VaeMeta, box.path)
-    latents = given.get("latents") or meta.get("latents")
-    own = meta.get("normalisation", {}) if META in box.meta else None
-    vae = build_vae(box, recorded or given.get("family"), latents, own)
-    if meta.get("fingerprint", vae.source["fingerprint"]) != vae.source["fingerprint"]:
+    if linear:
+        vae = LinearVAE(*linear_parts(meta, box.path, box))
+        digest = vae.fingerprint
+    else:
+        latents = given.get("latents") or meta.get("latents")
+        own = meta.get("normalisation", {}) if META in box.meta else None
+        vae = build_vae(box, recorded or given.get("family"), latents, own)
+        digest = vae.source["fingerprint"]
+    if meta.get("fingerprint", digest) != digest:
         raise UserError(
             f"{box.path}: the weights do not match their own fingerprint; the file was altered or "
             "damaged",

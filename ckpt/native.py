@@ -1,7 +1,8 @@
 """Checkpoints of our own: written whole, read back, and checked by fingerprint and probe.
 
 A run keeps its checkpoints in runs/<name>/ckpt/<images seen, 12 digits>/: model.safetensors, the
-weights being trained; ema-0.050.safetensors, one per EMA width; state.safetensors, for resuming.
+weights being trained; ema-0.050.safetensors, one per EMA width; state.safetensors, for resuming;
+digests.safetensors, the sha256 of each of them and the step they are of, by which they are checked.
 Weight files are safetensors under the network's own names, with all else (config, objective,
 autoencoder, fingerprint …) as JSON under the metadata key "twinpath":
 
@@ -14,7 +15,6 @@ autoencoder, fingerprint …) as JSON under the metadata key "twinpath":
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,9 +34,11 @@ from ckpt.hub import hub_spelling, origin, resolve
 from ckpt.layouts import LAYOUTS, MARKERS, native_view, target_of
 from ckpt.notes import check_note
 from harness.cli import UserError
-from harness.files import META, Container, fingerprint, fsync, listed, read_meta, write_tensors
+from harness.files import META, Container, check_place, fingerprint, fsync, listed, read_digests
+from harness.files import read_meta, remove, write_digests, write_tensors
 from harness.run import Recorded, checkpoints, sweep
 from harness.typed import AnyFloat, Count, Hash, Length, Open, Range, check
+from harness.whole import LISTED, check_file
 from kernels.dispatch import reference
 from model import NETWORKS, build, network_name
 from objectives import Objective
@@ -180,8 +182,10 @@ def save_checkpoint(
     for width, weights in emas.items():
         path = temporary / f"ema-{width}.safetensors"
         save_unet(path, unet, {**meta, "ema": float(width)}, weights)
-    state_meta = {**state_meta, "kind": "training state", "images": images}
+    state_meta = {**state_meta, "kind": "training state", "images": images, LISTED: True}
     write_tensors(temporary / "state.safetensors", state, state_meta)
+    written = [path.name for path in temporary.iterdir()]
+    write_digests(temporary, written, run=meta.get("run"), images=images)
     os.replace(temporary, final)
     fsync(final.parent)
     milestones = firsts(checkpoints(run), keep_every)
@@ -189,8 +193,8 @@ def save_checkpoint(
         if old in milestones:
             continue
         trash = old.with_name(old.name + ".old")
-        os.replace(old, trash)  # a kill in rmtree leaves no numbered half
-        shutil.rmtree(trash)
+        os.replace(old, trash)  # a kill while it is removed leaves no numbered half
+        remove(trash)
     return final
 
 
@@ -209,7 +213,10 @@ def firsts(found: list[Path], every: int) -> list[Path]:
 
 def find_checkpoint(path: Path | str) -> Path:
     """A weight file from what a user names: a file, a name on the Hub, a run's folder (newest;
-    first EMA), one of its checkpoints, or a folder as diffusers writes it."""
+    first EMA), one of its checkpoints, or a folder as diffusers writes it.
+
+    If a list lies beside it, it has to be the file that the list names.
+    """
     name = str(path)
     path = resolve(path) if name.startswith("hf:") else Path(path)
     if path.is_file():
@@ -219,16 +226,20 @@ def find_checkpoint(path: Path | str) -> Path:
             raise UserError(
                 f"{path} is one of {int(one[2])} shards", do=f"Name their index: {index}"
             )
-        return path
+        return check_file(path)
     if not path.is_dir():
         do = "Name a file or a folder that exists."
         if on_hub := hub_spelling(name):
             do = f"Name a file or a folder that exists, or on the Hub {on_hub}."
         raise UserError(f"no checkpoint at {name}", do=do)
     folder = (checkpoints(path) or [path])[-1]
-    emas, plain = sorted(folder.glob("ema-*.safetensors")), weights_in(folder)
+    check_place(folder, "a folder")
+    # What the list names and is gone must not be passed over for the next one.
+    names = read_digests(folder).files or [file.name for file in folder.iterdir()]
+    emas = sorted(folder / name for name in names if re.fullmatch(r"ema-.*\.safetensors", name))
+    plain = weights_in(folder)
     if emas or plain:
-        return emas[0] if emas else plain
+        return check_file(emas[0] if emas else plain)
     found = [p for p in [*folder.glob("*"), *folder.glob("unet/*")] if p.suffix in WEIGHTS]
     names = listed(sorted(str(p.relative_to(path)) for p in found), 8)
     raise UserError(
@@ -243,6 +254,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     files are named as what they are."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}", do="Name a file that exists.")
+    check_file(Path(path))
     box = open_weights(path)
     if "pickle" in box.kind:
         raise UserError(

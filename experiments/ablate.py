@@ -44,7 +44,8 @@ from experiments import verdict
 from harness.cli import UserError, check_flags, cli, dashed, flag, idle_flags, read_flags, shown
 from harness.files import make_dir, strict_json, write_text
 from harness.ranks import Ranks, join_ranks
-from harness.run import checkpoints, complete_lines, read_line, versions
+from harness.rows import read_log
+from harness.run import checkpoints, versions
 from harness.typed import Count, Open, read_json
 from metrics.distances import frechet_from_features
 from metrics.features import cached_data
@@ -111,8 +112,14 @@ def arm_config(
 def rows_of(run: Path, event: str) -> list[dict[str, Any]]:
     """The lines of one kind in a run's log."""
     path = run / "log.jsonl"
-    rows = [read_line(path, line) for line in complete_lines(path)]
-    return [row for row in rows if row.get("event") == event]
+    rows, damaged = read_log(path)
+    if damaged:  # what is averaged over a run needs all of it
+        raise UserError(
+            f"{path} has {len(damaged)} lines that are no entries of a log, the first "
+            f"{damaged[0][:60]!r}",
+            do="Restore it, or remove the run's folder: it is then trained again.",
+        )
+    return [row for _, row in rows if row.get("event") == event]
 
 
 def mean_lambdas(run: Path) -> tuple[float, ...]:

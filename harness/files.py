@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,34 @@ def make_dir(path: Path) -> None:
     except OSError as error:
         what = f"cannot write to {path}: {error.strerror or error}"
         raise UserError(what, do="Give a writable folder.") from None
+
+
+def what_is(path: Path) -> str:
+    """What stands at a path: "a file" or "a folder", also by a link; "nothing"; or what else."""
+    if path.is_dir():
+        return "a folder"
+    if path.is_file():
+        return "a file"
+    if path.is_symlink():
+        return "a link to nothing"
+    return "neither a file nor a folder" if path.exists() else "nothing"
+
+
+def check_place(path: Path, wanted: str) -> None:
+    """Refuse what stands where we write "a file" or "a folder", and is not one: it is a user's, so
+    it is neither removed nor written through."""
+    there = what_is(path)
+    if there not in ("nothing", wanted):
+        raise UserError(f"{path} is {there}, wanted {wanted}", do="Move it away.")
+
+
+def remove(path: Path) -> None:
+    """Remove what stands under one of our own temporary names, whatever it is. Of a link only the
+    link: where it leads is not ours."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -27,7 +27,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 
 from harness.cli import UserError, cli, closest, flag, parse
 from harness.files import atomic, make_dir
-from harness.run import complete_lines, read_line
+from harness.rows import is_number, read_log
 
 # Values whose largest is so many times the smallest are drawn on a log axis.
 WIDE = 3.0
@@ -64,12 +64,6 @@ class Run(NamedTuple):
         return points[:, 0], points[:, 1]
 
 
-def is_number(value: Any) -> bool:
-    """A number that can be drawn: NaN, infinity and integers beyond floats fail the comparison."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < 1e300
-
-
 # ---- reading ------------------------------------------------------------------------------------
 
 
@@ -92,20 +86,16 @@ def find_log(name: str) -> Path:
     return path / "log.jsonl"
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without a last line that is still being written."""
-    try:
-        rows = [read_line(path, line) for line in complete_lines(path)]
-    except (UnicodeDecodeError, RecursionError):
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; lines that are none are counted."""
+    rows, damaged = read_log(path)
+    if not rows and damaged:
         advice = "Give a run's folder, or its log.jsonl."
-        raise UserError(
-            f"{path} is not a log", wanted="one JSON object a line", do=advice
-        ) from None
-    for row in rows:
-        if not is_number(row["images"]):
-            what = f'{path} has a line whose "images" is not a number: {json.dumps(row)[:60]!r}'
-            raise UserError(what, do="Mend or move it.")
-    return rows
+        raise UserError(f"{path} is not a log", wanted="one JSON object a line", do=advice)
+    if damaged:
+        words = f"{len(damaged)} lines of {path} are no entries of a log"
+        print(f"warning: {words}; the others are drawn.", file=sys.stderr)
+    return [row for _, row in rows]
 
 
 def read_runs(names: list[str]) -> list[Run]:
@@ -122,7 +112,8 @@ def read_runs(names: list[str]) -> list[Run]:
         colors = colormaps["turbo"](np.linspace(0, 1, len(logs)))
     short = [name.replace("$", r"\$") for name in short]  # no mathematics
     return [
-        Run(name, log.parent, read_log(log), color) for name, log, color in zip(short, logs, colors)
+        Run(name, log.parent, read_rows(log), color)
+        for name, log, color in zip(short, logs, colors)
     ]
 
 

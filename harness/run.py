@@ -4,6 +4,7 @@ log.jsonl is the source; tensorboard and wandb are views of it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -28,15 +29,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.cli import UserError, flag
-from harness.files import naming, safe_name, strict_json, write_text
+from harness.files import atomic, check_place, naming, open_safetensors, read_meta, remove
+from harness.files import safe_name, strict_json, write_text
 from harness.ranks import Ranks, device_name
-from harness.reading import open_file
-from harness.typed import Count, Open, Range, read_json
+from harness.rows import read_log, set_aside
+from harness.typed import Count, Open, Range, check, read_json
 
 # Of the loss by time in the log.
 TIME_BINS = 10
 # In a run's folder: the pictures that it ends with.
 FINAL = "samples/final.png"
+# Names that a kill may leave behind.
+HALF_FOLDER = re.compile(r"\d{12}\.(tmp|old)")
+HALF_FILE = re.compile(r"\..+\.\d+\.tmp")
+# What flock says on file systems that have none: NFS without a lock daemon, FUSE.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -101,13 +108,24 @@ def read_config(run: Path) -> dict[str, Any]:
     return read_json(run / "config.json", Recorded, advice)
 
 
+def recorded_config(checkpoint: Path) -> dict[str, Any]:
+    """The config that a checkpoint was written under, by its own metadata."""
+    path = checkpoint / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing", do="Restore it, or use another checkpoint.")
+    return check(read_meta(open_safetensors(path)).get("config", {}), Recorded, path)
+
+
 def begun_with(run: Path, flag: str, default: Any) -> Any:
     """A flag's value in a run that has begun; default: before there was such a flag. Else None."""
+    if found := checkpoints(run):
+        return recorded_config(found[-1]).get(flag, default)
     return read_config(run).get(flag, default) if (run / "config.json").exists() else None
 
 
 def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> None:
     """An existing run continues only under the config it was made with, but for `free` fields."""
+    check_places(run)
     if not (run / "config.json").exists():
         if checkpoints(run):
             raise UserError(
@@ -119,10 +137,14 @@ def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> No
         raise UserError(
             f"{run} exists and --no-resume was given", do="Start the new run under another --name."
         )
-    free = free | may_move(cfg, run)
+    check_same(cfg, read_config(run), run, free | {"name"})
+
+
+def check_same(cfg: Any, old: dict[str, Any], run: Path, free: set[str]) -> None:
+    """Refuse a config that differs from the `old` one of a run in more than `free` fields."""
     # A flag that is younger than the run had its default.
     defaults = json.loads(json.dumps(asdict(type(cfg)())))
-    old, new = {**defaults, **read_config(run)}, json.loads(json.dumps(asdict(cfg)))
+    old, new = {**defaults, **old}, json.loads(json.dumps(asdict(cfg)))
     differs = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -136,11 +158,12 @@ def check_config(cfg: Any, run: Path, free: set[str], resume: bool = True) -> No
         )
 
 
-def may_move(cfg: Any, run: Path) -> set[str]:
-    """Fields that say where something lies which is known by its content: the run, and a folder of
-    data, whose hash the checkpoint to go on from has (training.checkpoints.check_state)."""
-    goes_on = checkpoints(run) and images_seen(run) < cfg.images
-    return {"name", "data"} if goes_on and Path(cfg.data).exists() else {"name"}
+def check_places(run: Path) -> None:
+    """Refuse a run's folder in which something else stands where a run writes."""
+    for folder in (run, run / "ckpt", run / "samples", *checkpoints(run)):
+        check_place(folder, "a folder")
+    for name in ("config.json", "log.jsonl", "vae.safetensors", ".lock", "wandb-id"):
+        check_place(run / name, "a file")
 
 
 def lock(run: Path) -> IO[str]:
@@ -148,11 +171,18 @@ def lock(run: Path) -> IO[str]:
     it ends."""
     handle = open(run / ".lock", "a")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"another process is writing to {run}", do="Wait for it, or give this one its own name."
-        ) from None
+        with naming(run / ".lock"):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"another process is writing to {run}",
+                do="Wait for it, or give this one its own name.",
+            ) from None
+        if error.errno not in NO_LOCKS:
+            raise
+        what = f"{run} is on a file system without locks ({error.strerror})"
+        print(f"warning: {what}: see that no other process writes there.", file=sys.stderr)
     sweep(run)
     return handle
 
@@ -193,19 +223,17 @@ def check_disk(run: Path, net: torch.nn.Module, cfg: Any) -> None:
 
 
 def leftovers(run: Path) -> list[Path]:
-    """What a kill in mid-save left in a run: only names that ckpt.save_checkpoint uses before and
-    after."""
-    names = (run / "ckpt").glob("*")
-    return [path for path in names if re.fullmatch(r"\d{12}\.(tmp|old)", path.name)]
+    """What a kill in mid-write left in a run: only names that ckpt.save_checkpoint uses before and
+    after, and those of harness.files.temporary_name()."""
+    folders = [path for path in (run / "ckpt").glob("*") if HALF_FOLDER.fullmatch(path.name)]
+    hidden = [*run.glob(".*.tmp"), *(run / "samples").glob(".*.tmp")]
+    return folders + [path for path in hidden if HALF_FILE.fullmatch(path.name)]
 
 
 def sweep(run: Path) -> None:
     """Remove what a kill left behind; only for who holds the run's lock."""
     for path in leftovers(run):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def size_of(folder: Path) -> int:
@@ -339,21 +367,6 @@ def append(run: Path, row: dict[str, Any]) -> None:
         file.write(strict_json(row) + "\n")
 
 
-def complete_lines(path: Path) -> list[str]:
-    """The lines of a log, without a last one that a kill cut short."""
-    with open_file(path) as file:
-        return file.read().decode().split("\n")[:-1]
-
-
-def read_line(path: Path, line: str) -> dict[str, Any]:
-    try:
-        return {"images": 0, **json.loads(line)}
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{path} has a line that is not a log entry: {line[:60]!r}", do="Mend or move it."
-        ) from None
-
-
 class Log:
     """log.jsonl, and tensorboard or wandb if asked for. Rank 0 writes; every rank calls."""
 
@@ -366,10 +379,13 @@ class Log:
             return
         path = run / "log.jsonl"
         if path.exists():
+            rows, damaged = read_log(path)
+            if damaged:
+                set_aside(path, damaged)
             # Lines past the checkpoint describe steps that are about to be repeated, exactly.
-            lines = complete_lines(path)
-            kept = [line + "\n" for line in lines if read_line(path, line)["images"] <= seen]
-            write_text(path, "".join(kept))
+            kept = [line + b"\n" for line, row in rows if row["images"] <= seen]
+            with atomic(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
         device = device_name(ranks.device)
         row = {"command": " ".join(sys.argv), "event": "start", "images": seen, "device": device}
         # With the versions, what it takes to repeat the run.

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from ckpt import load_strict, load_unet, read_tensors, save_checkpoint
 from data.watch import wait
 from harness.cli import UserError
-from harness.files import atomic
-from harness.run import checkpoints, versions
+from harness.files import atomic, listed, read_digests
+from harness.run import check_same, checkpoints, recorded_config, versions
 from harness.typed import Count, Open, check
+from harness.whole import check_checkpoint
 from training.trainer import Trainer
+
+# Flags that say where something lies whose contents are compared (check_state, training.start).
+PLACES = {"name", "data", "init", "vae"}
+# Of an autoencoder's metadata: where it lies, and what it is called.
+WHERE = {"source", "sha256", "name", "commit"}
 
 
 @dataclass
@@ -147,10 +153,13 @@ def load_state(tr: Trainer) -> None:
     check_state(tr, meta)
     network = load_weights(folder, tr.net, tr.ema.weights)
     tr.init = check(network, Begun, folder / "model.safetensors")["init"]
+    check_vae(tr, network.get("vae", {}))
     tr.seen, tr.skipped = meta["images"], meta["skipped"]
     tr.meter.load_state(state.pop("meter"))
     own = [key for key in state if key.startswith("own/")]
     tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
+    if not read_digests(folder).files:
+        check_moments(tr.net, state, folder)
     load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
 
 
@@ -165,6 +174,40 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             do="Restore the folder as it was written.",
         )
     return state, meta
+
+
+def check_resume(cfg: Any, run: Path, free: set[str]) -> None:
+    """Before anything is written: a run's newest checkpoint, if it has one, has to be as it was
+    written, and of this config up to `free` fields."""
+    if found := checkpoints(run):
+        check_checkpoint(found[-1])
+        check_same(cfg, recorded_config(found[-1]), found[-1], free | PLACES)
+
+
+def check_vae(tr: Trainer, before: dict[str, Any]) -> None:
+    """Refuse another autoencoder than that of the checkpoint, whose metadata is `before`."""
+    now = tr.vae.meta()
+    differs = [key for key in now.keys() & before.keys() if now[key] != before[key]]
+    if set(differs) <= WHERE:
+        return
+    raise UserError(
+        f"{tr.run / 'vae.safetensors'} is not the autoencoder that {tr.run} was trained with",
+        do="Put it back, or remove it: it is then made as at first, and compared.",
+    )
+
+
+def check_moments(net: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a state that is not of all of a network's parameters. Where there is a list of digests
+    this is known already."""
+    own, found = dict(net.named_parameters()).keys(), {key.partition("/")[2] for key in state}
+    if found in (set(), own):  # none: no step was taken
+        return
+    raise UserError(
+        f"{folder / 'state.safetensors'} is not the state of this network's optimizer: "
+        f"{len(own - found)} of {len(own)} parameters are missing, {len(found - own)} are others: "
+        f"{listed(sorted(own ^ found))}",
+        do="Use an undamaged copy, or an older checkpoint.",
+    )
 
 
 def check_state(tr: Trainer, meta: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 fit its flags, and which row of a class embedding is whose."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 
-from ckpt import load_strict
+from ckpt import fingerprint, load_like, load_strict, load_unet, open_unet
 from ckpt.hub import ask
 from ckpt.meaning import same_table
 from data.cache import is_cache
@@ -16,9 +18,11 @@ from data.tags import one_form
 from diffusion.schedules import shorter
 from harness.cli import UserError
 from harness.ranks import Ranks
-from harness.run import FINAL, begun_with, check_config, images_seen, print_end
+from harness.run import FINAL, begun_with, check_config, checkpoints, images_seen, print_end
+from harness.run import read_config
 from model import PRESETS
 from objectives import Objective
+from training.checkpoints import check_resume
 from vae import AnyVAE, choose, read_name
 
 
@@ -28,25 +32,58 @@ def vae_name(cfg: Any, run: Path) -> str:
     Every rank calls: what is named here may then be fetched, also where a file names it.
     """
     ask(read_name(cfg.vae, None, None)[0])
-    kept = (run / "vae.safetensors").exists()
+    kept = (run / "vae.safetensors").exists() and checkpoints(run)
     return "" if kept and cfg.vae == begun_with(run, "vae", "pca") else cfg.vae
 
 
 def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
     """Check an existing run against the flags; say so if there is nothing left to do."""
     run = Path(cfg.out) / cfg.name
-    kept = run / "vae.safetensors"
-    name = vae_name(cfg, run)
-    if name not in ("", "pca") and kept.exists():
-        # The file may have moved: its contents are compared, not its name.
-        choose(name, kept=kept)
-        free = free | {"vae"}
+    free = free | moved(cfg, run)
     check_config(cfg, run, free, cfg.resume)
     if not (run / FINAL).exists() or images_seen(run) < cfg.images:
+        ranks.broadcast(partial(check_resume, cfg, run, free))
         return False
     if ranks.rank == 0:
         print_end(run, cfg.images)
     return True
+
+
+def moved(cfg: Any, run: Path) -> set[str]:
+    """Flags that name another place than a run was begun with, where the same lies: the contents
+    are compared."""
+    found, kept = set(), run / "vae.safetensors"
+    name = vae_name(cfg, run)
+    if name not in ("", "pca") and kept.exists():
+        choose(name, kept=kept)
+        found.add("vae")
+    if not checkpoints(run) or not (run / "config.json").exists():
+        return found
+    config = read_config(run)
+    if cfg.data != config.get("data") and Path(cfg.data).exists() and same_data(cfg, run):
+        found.add("data")
+    if cfg.init not in ("", "scratch", config.get("init")) and same_init(cfg, run):
+        found.add("init")
+    return found
+
+
+def same_data(cfg: Any, run: Path) -> bool:
+    """Is --data what the checkpoint was trained on? If the run goes on, it is compared when it is
+    resumed, and not opened twice."""
+    if images_seen(run) < cfg.images:
+        return True
+    saved = open_unet(checkpoints(run)[-1] / "model.safetensors").meta
+    return cfg.open_data().source.hash == saved["data_hash"]
+
+
+def same_init(cfg: Any, run: Path) -> bool:
+    """Does --init hold the weights that the run began with?"""
+    saved = open_unet(checkpoints(run)[-1] / "model.safetensors").meta["init"]
+    if cfg.model in PRESETS:
+        net, _ = load_like(cfg.init, PRESETS[cfg.model], cfg.model)
+    else:
+        net, _ = load_unet(cfg.init, dtype=torch.float32)
+    return fingerprint(net.state_dict()) == saved["fingerprint"]
 
 
 def network_config(

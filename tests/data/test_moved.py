@@ -1,6 +1,7 @@
 """A run is known by its content: its images, its cache and its folder may lie elsewhere when it
 goes on."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -91,3 +92,55 @@ def test_other_images_under_any_path_are_refused_and_the_right_ones_still_go_on(
     assert goes_on_to(weights, tmp_path / "run", go_on(tmp_path / "images", "run"))
     code, _, errors = go_on(tmp_path / "others", "run")  # finished: no data is read any more
     assert code == 2 and "was made with another config: data" in errors[-1]
+
+
+def test_a_finished_run_may_be_opened_from_where_its_images_and_its_init_lie_now(user, tmp_path):
+    """Also where its last pictures are missing, which it then draws again."""
+    images = fill(tmp_path / "images")
+    begin(user, tmp_path, images)
+    init = tmp_path / "init.safetensors"
+    shutil.copy(tmp_path / "run/ckpt/000000000008/model.safetensors", init)
+
+    def go_on(init, data, *more):
+        words = ["--model", "nano", "--resolution", 32, "--batch", 4, "--images", 8, "--holdout", 0]
+        words += ["--eval-every", 0, "--preview-every", 0, "--out", tmp_path, "--name", "second"]
+        return user(train.main, *words, "--init", init, "--data", data, *more)
+
+    code, _, errors = go_on(init, images)
+    assert code == 0, errors
+    final = tmp_path / "second/samples/final.png"
+    moved = Path(shutil.copytree(images, tmp_path / "there"))
+    other = tmp_path / "moved.safetensors"
+    shutil.move(init, other)
+    for pictures in (True, False):
+        if not pictures:
+            final.unlink()
+        code, out, errors = go_on(other, moved)
+        assert code == 0 and "finished" in out and final.exists(), errors
+    config = json.loads((tmp_path / "second/config.json").read_text())
+    assert (config["init"], config["data"]) == (str(other), str(moved))
+    code, _, errors = go_on(tmp_path / "run/ckpt/000000000008/ema-0.050.safetensors", moved)
+    assert code == 2 and "was made with another config: init" in errors[-1]
+    code, _, errors = go_on(other, fill(tmp_path / "others", first=100))
+    assert code == 2 and "was made with another config: data" in errors[-1]
+    code, _, errors = go_on(other, moved, "--seed", 1)
+    assert code == 2 and "was made with another config: seed" in errors[-1]
+
+
+def test_a_run_whose_init_moved_goes_on(user, tmp_path):
+    images = fill(tmp_path / "images")
+    begin(user, tmp_path, images)
+    words = ["--model", "nano", "--resolution", 32, "--batch", 4, "--images", 16, "--holdout", 0]
+    words += ["--save-every", 8, "--eval-every", 0, "--preview-every", 0, "--out", tmp_path]
+    init = tmp_path / "init.safetensors"
+    shutil.copy(tmp_path / "run/ckpt/000000000008/model.safetensors", init)
+
+    def go_on(init):
+        return user(train.main, *words, "--data", images, "--name", "second", "--init", init)
+
+    assert go_on(init)[0] == 0
+    weights = end(tmp_path / "second")
+    shutil.rmtree(tmp_path / "second/ckpt/000000000016")
+    (tmp_path / "second/samples/final.png").unlink()
+    init.rename(tmp_path / "moved.safetensors")
+    assert goes_on_to(weights, tmp_path / "second", go_on(tmp_path / "moved.safetensors"))

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from harness.cli import UserError, flag
+from harness.files import remove
 from harness.ranks import Ranks
 from harness import run as run_module
 from harness.run import (
@@ -22,9 +24,11 @@ from harness.run import (
     check_config,
     check_disk,
     check_mirrors,
+    check_places,
     checkpoints,
     find_fine,
     images_seen,
+    leftovers,
     lock,
     open_mirror,
     read_config,
@@ -64,11 +68,44 @@ def test_a_log_forgets_what_came_after_the_checkpoint_and_what_a_kill_cut_short(
     assert {"command", "device", "ranks", "config", "commit", "dirty", "versions"} <= start.keys()
 
 
-def test_a_line_that_is_no_entry_is_not_thrown_away(tmp_path):
-    (tmp_path / "log.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match="has a line that is not a log entry: 'mine'"):
-        Log(tmp_path, (), ALONE, 0, FACTS)
-    assert (tmp_path / "log.jsonl").read_text() == "mine\n"
+GOOD = [b'{"event": "start", "images": 0}', b'{"event": "train", "images": 8, "loss": 1.0}']
+# name: (a log, how many lines of it are no entries)
+LOGS = {
+    "a word": (b"\n".join([GOOD[0], b"mine", GOOD[1], b""]), 1),
+    "binary": (b"\n".join([GOOD[0], bytes(range(128, 256)), GOOD[1], b""]), 1),
+    "nested": (b"\n".join([GOOD[0], b"[" * 100_000, b'{"a":' * 100_000, GOOD[1], b""]), 2),
+    "half zeros": (b"\n".join([*GOOD, b"\0" * 4096]), 1),
+    "zeros in a line": (b"\n".join([*GOOD, b'{"event": "tr\0\0\0\0']), 1),
+    "lists and texts": (b"\n".join([b"[1]", GOOD[0], b'"x"', b"null", GOOD[1], b""]), 3),
+    "no number of images": (
+        b"\n".join([*GOOD, b'{"images": "8"}', b'{"images": NaN}', b'{"images": true}', b""]),
+        3,
+    ),
+    "cut short by a kill": (b"\n".join([*GOOD, b'{"event": "tr']), 0),
+    "without its last newline": (b"\n".join(GOOD), 0),
+    "empty lines": (b"\n\n".join([*GOOD, b""]), 0),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_of_a_damaged_log_the_entries_stay_and_the_rest_is_set_aside(tmp_path, capsys, name):
+    text, damaged = LOGS[name]
+    path, aside = tmp_path / "log.jsonl", tmp_path / "log.damaged"
+    path.write_bytes(text)
+    for _ in range(2):
+        Log(tmp_path, (), ALONE, 8, FACTS)
+    lines = path.read_bytes().splitlines()
+    assert lines[:2] == GOOD and [json.loads(line)["event"] for line in lines[2:]] == ["start"] * 2
+    said = capsys.readouterr().err
+    if not damaged:
+        assert said == "" and not aside.exists()
+        return
+    assert said.startswith(f"warning: {damaged} lines of {path}") and said.count("\n") == 1
+    kept = aside.read_bytes().splitlines()
+    assert len(kept) == damaged and all(line in text for line in kept)
+    path.write_bytes(path.read_bytes() + b"more\n")
+    Log(tmp_path, (), ALONE, 8, FACTS)
+    assert aside.read_bytes().splitlines() == [*kept, b"more"]  # nothing is lost
 
 
 def test_only_the_first_rank_writes(tmp_path):
@@ -108,6 +145,95 @@ def test_a_folder_has_one_writer(tmp_path):
         lock(tmp_path)
     held.close()
     lock(tmp_path)
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
+    tmp_path, monkeypatch, capsys, code
+):
+    def none(handle, how):
+        raise OSError(getattr(errno, code), "No locks available")
+
+    monkeypatch.setattr(run_module.fcntl, "flock", none)
+    (tmp_path / "ckpt/000000000008.tmp").mkdir(parents=True)
+    lock(tmp_path).close()
+    said = capsys.readouterr().err
+    assert "is on a file system without locks (No locks available)" in said
+    assert said.startswith("warning: ") and said.count("\n") == 1
+    assert not leftovers(tmp_path)
+
+
+def test_another_error_of_a_lock_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def broken(handle, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(run_module.fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        lock(tmp_path)
+    assert error.value.filename == str(tmp_path / ".lock")
+
+
+def a_file(path):
+    path.write_text("mine")
+
+
+def a_folder(path):
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+def a_link(path):
+    """To a user's folder."""
+    a_folder(path.parent / "elsewhere")
+    path.symlink_to(path.parent / "elsewhere")
+
+
+def a_link_to_nothing(path):
+    path.symlink_to("nowhere")
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+KINDS = (a_file, a_folder, a_link, a_link_to_nothing, a_pipe)
+# place: which of them may stand there
+FOLDERS = dict.fromkeys(("", "ckpt", "samples", "ckpt/000000000008"), (a_folder, a_link))
+FILES = dict.fromkeys(("config.json", "log.jsonl", "vae.safetensors", ".lock"), (a_file,))
+OURS = ("ckpt/000000000008.tmp", "ckpt/000000000008.old", ".log.jsonl.17.tmp", "samples/.x.9.tmp")
+THEIRS = ("ckpt/latest", "ckpt/8.tmp", ".mine.tmp", "notes.tmp", "ckpt/000000000008.tmp2")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_what_stands_in_a_place_of_a_run_is_used_swept_or_refused_by_one_rule(tmp_path, kind):
+    """A place takes a file or a folder, or a link to one; under a temporary name of ours anything
+    goes, and of a link only the link; anything else stays as it is."""
+    for place, fit in {**FOLDERS, **FILES}.items():
+        run = tmp_path / "places" / (place.replace("/", "-") or "run")
+        (run / place).parent.mkdir(parents=True)
+        kind(run / place)
+        if kind in fit:
+            check_places(run)
+            continue
+        with pytest.raises(UserError, match=f"^{run / place} is .*, wanted .*Move it away"):
+            check_places(run)
+        assert os.path.lexists(run / place)
+    for name in (*OURS, *THEIRS):
+        run = tmp_path / "sweeps" / name.replace("/", "-")
+        (run / name).parent.mkdir(parents=True)
+        kind(run / name)
+        lock(run).close()
+        assert os.path.lexists(run / name) == (name in THEIRS), name
+        if kind is a_link:
+            assert (run / name).with_name("elsewhere").joinpath("mine").read_text() == "mine"
+
+
+def test_an_old_checkpoint_that_is_a_link_is_removed_as_a_link(tmp_path):
+    a_folder(tmp_path / "disk2")
+    (tmp_path / "link").symlink_to(tmp_path / "disk2")
+    remove(tmp_path / "link")
+    remove(tmp_path / "link")  # gone already
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "disk2/mine").exists()
 
 
 def test_the_fine_run_is_the_one_with_these_tags(tmp_path):
