@@ -22,9 +22,8 @@ from harness.cli import UserError, cli, closest, flag, parse
 class Options:
     layout: Literal["", "native", "diffusers"] = flag("", head="convert")
     dtype: Literal["", "fp32", "fp16", "bf16"] = flag("")
-    ema: bool = flag(
-        False, "of a Stable Diffusion file: its EMA instead of its raw weights", head="all"
-    )
+    ema: bool = flag(False, "where a file holds both: the EMA, not the raw weights", head="all")
+    part: str = flag("", "of a file with several networks: what stands before its names")
     num_heads: int = flag(0, "where the file cannot say: attention heads …")
     num_head_channels: int = flag(0, "… or channels a head,")
     attention_order: Literal["", "legacy", "new"] = flag("", "… and for ADM how qkv rows are")

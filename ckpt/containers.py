@@ -7,11 +7,12 @@ A pickle is opened by torch's weights_only reader, which builds tensors and plai
 runs nothing.
 """
 
+import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from harness.archives import check_members
 from harness.cli import UserError
-from harness.files import HEADER_LIMIT, TENSORS, Container, Entry, open_safetensors
+from harness.files import HEADER_LIMIT, TENSORS, Container, Entry, listed, open_safetensors
 from harness.reading import open_file
 from harness.typed import Length, Open, Rule, read_json
 
@@ -30,7 +31,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 # diffusers puts a variant before .json.
 INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json$")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-EMA = re.compile(r"(?i)(^|[_.-])ema([_.-]|\d|$)")  # state_dict_ema, ema_0.9999
+DEPTH = 16  # dictionaries and lists in one another; tensors below are not looked for
+VALUES = 10_000_000  # in all of them: a small file may repeat one without end
 ENDINGS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
     ".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json",
@@ -38,7 +40,7 @@ ENDINGS = (
 # Where a folder or a repository keeps a U-Net, most specific first.
 USUAL = [
     f"{folder}{stem}{end}"
-    for folder in ("", "unet/")
+    for folder in ("", "unet/", "unet_ema/")
     for stem in ("diffusion_pytorch_model", "model")
     for end in ENDINGS
 ]
@@ -120,11 +122,9 @@ def open_pickle(path: Path, zipped: bool) -> Container:
             f"bytes: {type(error).__name__}: {text})",
             do="Copy it again.",
         ) from None
-    raw, emas, left_out = state_dicts(loaded, path)
     kind = "torch zip pickle" if zipped else "torch legacy pickle"
-    averages = {name: entries(weights, path) for name, weights in emas.items()}
     # Its plain values are never metadata: nothing protects them, and any script may use any name.
-    return Container(path, kind, entries(raw, path), {}, averages, left_out)
+    return Container(path, kind, entries(loaded, path), {})
 
 
 def unpickle(path: Path, zipped: bool) -> Any:
@@ -151,82 +151,69 @@ def unpickle(path: Path, zipped: bool) -> Any:
         return torch.load(source, weights_only=True, map_location="cpu", mmap=mapped)
 
 
-def entries(weights: Mapping[Any, Any], path: Path) -> dict[str, Entry]:
-    """The tensors of one mapping in memory, each a plain one under a name."""
-    table = {}
-    for name, v in weights.items():
-        if not isinstance(v, Tensor):
-            continue
-        if not isinstance(name, str):
-            raise UserError(
-                f"{path}: a tensor has the key {name!r}, wanted a name",
-                do="Save only the network's state dict.",
-            )
-        if v.layout != torch.strided or v.is_quantized or v.is_meta or v.is_nested:
-            raise UserError(
-                f"{path}: {name} is not a plain dense tensor ({v.layout})",
-                do="Save it dequantised and dense.",
-            )
-        table[name] = Entry(v.dtype, tuple(v.shape), partial(copy, v))
-    return table
-
-
-def copy(tensor: Tensor) -> Tensor:
-    """A tensor in memory of its own."""
-    return tensor.detach().contiguous().clone().resolve_neg()
-
-
-def state_dicts(loaded: Any, path: Path) -> tuple[Mapping, dict[str, Mapping], dict[str, int]]:
-    """(weights, {name: EMA}, {name: other tensors}) in what a training script saved. What is not
-    taken is counted.
-
-    Every mapping with a tensor in it may be the weights: the whole, or one of its values. Two of
-    them are an error.
-    """
-    top = loaded if isinstance(loaded, Mapping) else {}
-    found = {k: v for k, v in [("the top", top), *top.items()] if holds_tensors(v)}
-    emas = {k: v for k, v in found.items() if EMA.search(str(k))}
-    raw = {k: v for k, v in found.items() if k not in emas}
-    if len(raw) > 1:  # counters and states of generators are no weights
-        raw = {k: v for k, v in raw.items() if holds_weights(v)} or raw
-    if len(raw) > 1 or not (raw or emas):
-        names = ", ".join(map(str, list(raw or top)[:5])) or "none"
+def entries(loaded: Any, path: Path) -> dict[str, Entry]:
+    """The tensors of all dictionaries and lists, each under the keys that lead to it:
+    "state_dict/model.out.2.bias". The slash tells a dictionary from a module."""
+    table: dict[str, Entry] = {}
+    for keys, tensor in named_tensors(loaded, path):
+        name = "/".join(keys)
+        if name in table or len(table) == TENSORS:
+            what = f"two tensors under {name!r}" if name in table else f"over {TENSORS:,} tensors"
+            raise UserError(f"{path} holds {what}", do="Save only the network's state dict.")
+        table[name] = Entry(tensor.dtype, tuple(tensor.shape), partial(copy, tensor, name, path))
+    if not table:
+        top = loaded if isinstance(loaded, Mapping) else {}
+        names = listed(top, 5) or "none"
         raise UserError(
             f"{path} is a Python pickle without a single set of weights (it holds {names})",
             do="Save the one you want alone.",
         )
-    taken = [id(v) for v in [*raw.values(), *emas.values()]]
-    left_out = {}
-    for key, value in top.items():
-        others = [value]
-        if id(value) in taken:
-            others = [v for v in value.values() if not isinstance(v, Tensor)]
-        elif isinstance(value, Tensor) and id(top) in taken:
-            others = []
-        if n := tensors_in(others):
-            left_out[str(key)] = n
-    return next(iter(raw.values()), {}), {str(k): v for k, v in emas.items()}, left_out
+    return table
 
 
-def holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
-
-
-def holds_weights(value: Mapping) -> bool:
-    tensors = [v for v in value.values() if isinstance(v, Tensor)]
-    return any(v.is_floating_point() and v.ndim for v in tensors)
-
-
-def tensors_in(value: Any) -> int:
-    """How many tensors hang below a value. Containers may be very deep, or hold themselves."""
-    seen, stack, n = set(), [value], 0
+def named_tensors(loaded: Any, path: Path) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor and the keys that lead to it, in the order of the file. Containers may be very
+    deep, or hold themselves."""
+    seen, stack = 0, [((), loaded)]
     while stack:
-        value = stack.pop()
-        n += isinstance(value, Tensor)
-        if isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
-            seen.add(id(value))
-            stack += value.values() if isinstance(value, Mapping) else value
-    return n
+        keys, value = stack.pop()
+        if isinstance(value, Tensor):
+            yield keys or ("tensor",), value
+            continue
+        if len(keys) == DEPTH or not isinstance(value, (Mapping, list, tuple)):
+            continue
+        seen += len(value)
+        if seen > VALUES:
+            raise UserError(
+                f"{path} holds more than {VALUES:,} values",
+                do="Save only the network's state dict.",
+            )
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        below = [((*keys, str(key)), v) for key, v in items if holds_more(v)]
+        stack += reversed(below)
+
+
+def holds_more(value: Any) -> bool:
+    return isinstance(value, (Tensor, Mapping, list, tuple))
+
+
+def copy(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """A tensor in memory of its own. One that is not plain may lie beside the weights."""
+    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    if not plain or tensor.is_meta or tensor.is_nested:
+        raise UserError(
+            f"{path}: {name} is not a plain dense tensor ({tensor.layout})",
+            do="Save it dequantised and dense.",
+        )
+    return tensor.detach().contiguous().clone().resolve_neg()
+
+
+def unboxed(box: Container) -> Container:
+    """The same file without the dictionaries that all its tensors are in."""
+    first = next(iter(box), "")
+    shared = os.path.commonprefix(list(box))
+    boxes = len(shared[: shared.rfind("/") + 1]) if first else 0
+    return box.over({name[boxes:]: entry for name, entry in box.table.items()})
 
 
 # ---- shards -------------------------------------------------------------------------------------

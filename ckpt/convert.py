@@ -15,7 +15,7 @@ from torch import Tensor
 from ckpt.configs import differences, written
 from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
-from ckpt.foreign import Unsaid, open_guessing, open_unet
+from ckpt.foreign import Unsaid, has_part, open_guessing, open_unet
 from ckpt.layouts import (
     MARKERS, family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention,
     target_of, to_foreign,
@@ -161,7 +161,7 @@ def parameters(box: Container) -> int:
 def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any) -> list[str]:
     """What a file is, line by line, and what would have to be added to sample from it."""
     known = {k: v for k, v in known.items() if v is not None}
-    source, unsaid = open_guessing(find_checkpoint(path), **known)
+    source, unsaid = open_guessing(find_checkpoint(path, known.get("ema")), **known)
     cfg, box, meta = source.cfg, source.weights, source.meta
     digest = fingerprint(box)
     if meta.get("fingerprint", digest) != digest:
@@ -180,6 +180,7 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
     missing = "; ".join(what_is_missing(source, unsaid, objective))
     lines = {
         "file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})",
+        "network": source.taken,
         "layout": source.layout,
         "family": family(cfg) if isinstance(cfg, UNetConfig) else network_name(cfg),
         "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()),
@@ -241,6 +242,11 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
         missing.append("code for what it says: no flag gives it")
     elif objective in ("eps", "v", "x0") and not table:
         missing.append("noise schedule (--table)")
+    more, whole = cfg.in_channels - getattr(cfg, "out_channels", cfg.in_channels), meta["objective"]
+    enlarges = isinstance(whole, dict) and whole.get("coupling") == "lowres"
+    if more > 0 and not enlarges:
+        what = {1: ": depth", 4: ": another image", 5: ": inpainting's mask and image"}
+        missing.append(f"code for its {more} further input channels{what.get(more, '')}")
     if "vae" not in meta and (cfg.in_channels != 3 or meta.get("latent")):
         missing.append("autoencoder (--vae)")
     if getattr(cfg, "context_dim", 0):
@@ -272,10 +278,17 @@ def shown_config(cfg: Any, unsaid: set[str]) -> str:
 def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
     """Two networks to compare. What one file cannot say is taken from the other, whichever comes
     first."""
-    files, found, errors = [find_checkpoint(a), find_checkpoint(b)], [], []
-    for file in files:
+    known, part = dict(known), known.get("part")
+    known.pop("part", None)
+    files = [find_checkpoint(name, known.get("ema")) for name in (a, b)]
+    # Both files, or one of them, may hold several networks.
+    parts = [part if part and has_part(file, part) else None for file in files]
+    if part and parts == [None, None]:
+        parts[0] = part  # its error says what there is
+    found, errors = [], []
+    for file, part in zip(files, parts):
         try:
-            found.append(open_unet(file, **known))
+            found.append(open_unet(file, part=part, **known))
         except UserError as error:
             found.append(None)
             errors.append(error)
@@ -286,7 +299,10 @@ def open_both(a: str, b: str, known: dict[str, Any]) -> list[Source]:
             raise errors[0]
         other = next(source for source in found if source)
         heads = heads_of(other)
-        found = [src or open_unet(file, **{**heads, **known}) for file, src in zip(files, found)]
+        found = [
+            src or open_unet(file, part=part, **{**heads, **known})
+            for file, src, part in zip(files, found, parts)
+        ]
     return found
 
 

@@ -53,6 +53,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ASIDE = (
     "sample_size", "upcast_attention", "num_train_timesteps", "addition_embed_type_num_heads",
 )  # fmt: skip
+# EMAModel.save_pretrained writes its counters into the network's config.
+AVERAGING = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power", "collected_params",
+)  # fmt: skip
 CONDITION = "UNet2DConditionModel"
 # Details in which ADM and its kin are one, and Ho et al. 2020 (google/ddpm-*) another.
 LIKE_ADM = dict(norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1)
@@ -213,7 +218,8 @@ def from_diffusers_config(
 
 def _completed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its class's defaults; every key is known and of the type it is used as."""
-    own = {k: v for k, v in config.items() if not k.startswith("_") and k not in ASIDE}
+    ignored = (*ASIDE, *AVERAGING)
+    own = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
     c = DEFAULTS[name] | own
     unknown = sorted(c.keys() - DEFAULTS[name].keys())
     if unknown:
@@ -353,6 +359,15 @@ def config_beside(path: Path, known: dict[str, Any]) -> tuple[UNetConfig, dict[s
         raise UserError(what, do="Restore it.") from None
     check_known(cfg, known, str(file))
     return cfg, aside
+
+
+def is_average(path: Path) -> bool:
+    """Does the config.json beside weights say that diffusers' EMAModel saved them?"""
+    try:
+        config = json.loads(read_file(path.parent / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and {"decay", "optimization_step"} <= config.keys()
 
 
 def check_config_beside(cfg: UNetConfig, path: Path, layout: str) -> None:

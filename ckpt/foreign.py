@@ -4,9 +4,9 @@
     source = open_unet(path)                            # names and shapes; no tensor is read yet
     net, meta = load_like(path, PRESETS["tiny"])        # what the file cannot say, the preset says
 
-Foreign files load completely or not at all: guided-diffusion's .pt; Stable Diffusion's single files
-(ema=True takes their model_ema. part); diffusers files and folders; each bare or under wrapper
-prefixes, as safetensors, shards or pickles.
+Foreign networks load completely or not at all: guided-diffusion's, Stable Diffusion's, diffusers';
+bare or under any prefix (ckpt/parts.py), as safetensors, shards or pickles. Of raw weights and EMA
+the raw ones are taken, unless ema=True; of several, the one under part=.
 """
 
 from dataclasses import fields
@@ -18,11 +18,12 @@ import torch.nn as nn
 
 from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
-from ckpt.diffusers import config_beside
+from ckpt.diffusers import config_beside, is_average
 from ckpt.hub import origin
-from ckpt.layouts import detect, family, modern, native_names, native_view, parts, strip_prefix
+from ckpt.layouts import detect, family, modern, native_names, native_view
 from ckpt.meaning import record
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
+from ckpt.parts import Part, beside, buffers, choose, lies_in, unets
 from ckpt.vaes import vae_file
 from harness.cli import UserError, closest
 from harness.files import Container, check_fits, is_ours, listed, load_strict
@@ -55,9 +56,9 @@ def load_unet(
 
     Every tensor must be there, fit, and match the file's own fingerprint and probe, if it has them.
     known: what a foreign file cannot say (num_heads | num_head_channels, attention_order,
-    objective); what it can say must agree.
+    objective; part: which of several networks); what it can say must agree.
     """
-    box = open_weights(find_checkpoint(path))
+    box = open_weights(find_checkpoint(path, ema))
     known = {k: v for k, v in known.items() if v is not None}
     if is_ours(box):
         source = open_own(box, ema, known)
@@ -73,7 +74,7 @@ def load_unet(
 
 def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Source:
     """Any network's file under the network's own names, without reading a tensor yet."""
-    box = open_weights(find_checkpoint(path))
+    box = open_weights(find_checkpoint(path, ema))
     known = {k: v for k, v in known.items() if v is not None}
     if not is_ours(box):
         return open_foreign(box, ema, known)
@@ -85,19 +86,13 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
 def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     """A file of another program."""
     path, known = box.path, dict(known)
-    said = record(box, known.pop("objective", None))
-    box, is_ema, left_out = choose_ema(box, ema)
-    groups = parts(box)
-    if groups.get("other"):
-        raise UserError(
-            f"{path}: {len(groups['other'])} of {len(box)} tensors belong to nothing known: "
-            f"{listed(groups['other'])}",
-            do="Wanted a U-Net, bare or beside its EMA, autoencoder and text encoders.",
-        )
-    part = "ema" if ema and not is_ema else "unet"
-    if part not in groups:
-        raise without(part, groups, box)
-    inner = box.over({name: box.table[full] for full, name in groups[part].items()})
+    found = unets(box)
+    if is_average(path):
+        found = [p._replace(ema=True) for p in found]
+    one = choose(found, "U-Net", box, ema, known.pop("part", ""))
+    around = {name: box.table[full] for name, full in buffers(box, one.prefix).items()}
+    said = record(box.over(around), known.pop("objective", None))
+    inner = box.over({name: box.table[full] for full, name in one.names.items()})
     layout = detect(inner)
     if layout is None:
         raise UserError(
@@ -108,50 +103,28 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
     cfg, aside = described(inner, layout, known)
     meta = {"layout": layout, "family": family(cfg), **said, **origin(path)}
     meta |= aside
-    meta["ema"] = "the file's" if ema or is_ema else None
-    if "vae" in groups or vae_file(path.absolute().parent.parent / "vae").is_file():
+    meta["ema"] = "the file's" if one.ema else None
+    left_out = beside(box, one, found)
+    if "vae" in left_out or vae_file(path.absolute().parent.parent / "vae").is_file():
         meta["latent"] = True  # an autoencoder lies beside: its images are no pixels
-    left_out = {k: len(v) for k, v in groups.items() if k != part} | left_out
-    return Source(cfg, native_view(inner, cfg, layout), meta, layout, left_out)
+    view = native_view(inner, cfg, layout)
+    return Source(cfg, view, meta, layout, left_out, taken(one, found))
 
 
-def choose_ema(box: Container, ema: bool | None) -> tuple[Container, bool, dict[str, int]]:
-    """(the weights asked for, are they an EMA, {what else the file holds: tensors}).
-
-    A pickle keeps its EMA under a name of its own; another file is an EMA by its prefix.
-    """
-    left_out = dict(box.left_out)
-    if box.emas and (ema or not len(box)):
-        if len(box.emas) > 1:
-            raise UserError(
-                f"{box.path} holds several EMAs: {listed(box.emas)}",
-                do="Save the one you want alone.",
-            )
-        if len(box):
-            left_out["raw"] = len(box)
-        box, is_ema = box.over(next(iter(box.emas.values()))), True
-    else:
-        left_out |= {name: len(table) for name, table in box.emas.items()}
-        is_ema = False
-    is_ema = is_ema or "ema." in strip_prefix(box)[0]
-    if is_ema and ema is False:
-        raise UserError(
-            f"{box.path} holds an EMA ({listed(box)}), wanted the raw weights",
-            do="Name the file of the raw weights.",
-        )
-    return box, is_ema, left_out
+def taken(one: Part, found: list[Part]) -> str:
+    """Which network of a file this is, and which could be asked for in its place; "" for a bare
+    one alone."""
+    if len(found) == 1 and not one.prefix:
+        return ""
+    others = listed([p.place() for p in found if p.ema and p is not one], 8)
+    words = f"{one.place()}, {'an EMA' if one.ema else 'raw weights'}"
+    return words + (f" (--ema takes {others})" if others and not one.ema else "")
 
 
-def without(part: str, groups: dict[str, dict[str, str]], box: Container) -> UserError:
-    """The error for a file that has no such part."""
-    found = listed(f"{len(v)} {k} tensors" for k, v in groups.items()) or "nothing"
-    do = "Name a U-Net's file."
-    if "unet" in groups:
-        do = "Take the raw weights: leave ema out."
-    elif "ema" in groups:
-        do = "Ask for its EMA."
-    wanted = "EMA of a U-Net" if part == "ema" else "U-Net"
-    return UserError(f"{box.path} holds no {wanted}, but {found} ({listed(box)})", do=do)
+def has_part(path: Path, part: str) -> bool:
+    """Does a file hold a network under this prefix?"""
+    box = open_weights(path)
+    return not is_ours(box) and any(lies_in(p.prefix, part) for p in unets(box))
 
 
 def described(

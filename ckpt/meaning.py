@@ -5,8 +5,9 @@
 
 Read are: the empty tensors v_pred and ztsnr (NoobAI and its kin); the header's
 modelspec.prediction_type and predict_key, and kohya's ss_v_parameterization and
-ss_zero_terminal_snr; the buffers betas and alphas_cumprod of LDM; edm_mean (Playground: EDM); and
-the scheduler_config.json of diffusers. A file that contradicts itself is refused.
+ss_zero_terminal_snr; the buffers betas and alphas_cumprod of LDM; edm_mean and edm_vpred
+(Playground, CosXL: EDM); and the scheduler_config.json of diffusers. A file that contradicts itself
+is refused.
 """
 
 import json
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt.layouts import parts, target_of
+from ckpt.layouts import target_of
+from ckpt.parts import buffers
 from diffusion.schedules import (
     SCHEDULES, TABLES, T, alphas_bar, betas_of, has_rows, shorter, table_from,
 )
@@ -95,7 +97,11 @@ def shown(value: Any) -> str:
 def meaning_of(box: Container) -> Meaning:
     """All that a file, its header and the scheduler of its pipeline say."""
     said, what = Meaning(), str(box.path)
-    for place, words in (*tensors_say(box), *header_says(box.meta)):
+    places = [*tensors_say(box), *header_says(box.meta)]
+    for place, words in places:
+        # CosXL: v, but over EDM's range of noise. Who writes that says v beside it.
+        if "edm_vpred.sigma_max" in box and words.get("target") == "v":
+            words = words | {"target": "edm"}
         said.add(place, what, **words)
     if file := scheduler_beside(box.path):
         words, notes = scheduler_says(file)
@@ -115,14 +121,15 @@ def meaning_of(box: Container) -> Meaning:
 
 def tensors_say(box: Container) -> list[tuple[str, dict[str, Any]]]:
     """Marker tensors, and the buffers of LDM's schedule."""
-    names = {name: full for full, name in parts(box).get("schedule", {}).items()}
+    names = buffers(box, "")
     found: list[tuple[str, dict[str, Any]]] = []
     if "v_pred" in names:
         found.append(("its marker v_pred", {"target": "v"}))
     if "ztsnr" in names:
         found.append(("its marker ztsnr", {"zero_snr": True}))
-    if "edm_mean" in names:
-        found.append(("its buffer edm_mean", {"target": "edm"}))
+    for name in ("edm_mean", "edm_vpred.sigma_max"):
+        if name in names:
+            found.append((f"its buffer {name}", {"target": "edm"}))
     for name in ("alphas_cumprod", "betas"):
         if name in names and math.prod(box.shape(names[name])) == T:
             values = box[names[name]].flatten()

@@ -103,6 +103,7 @@ class Source(NamedTuple):
     meta: dict[str, Any]
     layout: str  # of the file
     left_out: dict[str, int]  # what else the file holds: {"vae": 248 tensors, …}
+    taken: str = ""  # where in the file it stands, and what could be taken in its place
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -211,9 +212,10 @@ def firsts(found: list[Path], every: int) -> list[Path]:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def find_checkpoint(path: Path | str) -> Path:
+def find_checkpoint(path: Path | str, ema: bool | None = None) -> Path:
     """A weight file from what a user names: a file, a name on the Hub, a run's folder (newest;
-    first EMA), one of its checkpoints, or a folder as diffusers writes it.
+    first EMA), one of its checkpoints, or a folder as diffusers writes it (raw weights, if it has
+    them and ema is not True).
 
     If a list lies beside it, it has to be the file that the list names.
     """
@@ -233,6 +235,8 @@ def find_checkpoint(path: Path | str) -> Path:
             do = f"Name a file or a folder that exists, or on the Hub {on_hub}."
         raise UserError(f"no checkpoint at {name}", do=do)
     folder = (checkpoints(path) or [path])[-1]
+    if ema and (average := weights_in(folder / "unet_ema")):
+        return average
     check_place(folder, "a folder")
     # What the list names and is gone must not be passed over for the next one.
     names = read_digests(folder).files or [file.name for file in folder.iterdir()]
@@ -273,6 +277,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
     """A file of ours. `ema` and `known` (heads, objective …) have to agree with what it says."""
     path, meta = box.path, read_meta(box)
+    if part := known.get("part"):
+        raise UserError(f"{path} holds one network, got --part {part}", do="Leave it out.")
     if "unet" not in meta:
         raise UserError(
             f"{path} holds no U-Net (its kind: {meta.get('kind', 'another')})",

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ckpt.containers import ENDINGS
-from ckpt.layouts import modern_name, parts
+from ckpt.layouts import modern_name
+from ckpt.parts import autoencoders, buffers, choose
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, listed
 from harness.reading import read_file
@@ -122,23 +123,12 @@ def diffusers_name(name: str, last: int) -> str:
 
 
 def vae_part(box: Container) -> tuple[Container, str]:
-    """(the autoencoder in a file, without prefixes; its layout). Everything beside it must be
-    something known."""
-    groups = parts(box)
-    other = groups.get("other", {})
-    inner = groups.get("vae")
-    if inner is None:  # a bare one
-        inner, other = other, {}
+    """(the autoencoder in a file, without prefixes; its layout)."""
+    names = choose(autoencoders(box), "autoencoder", box).names
     # LDM saved its training loss with it.
-    inner = {full: name for full, name in inner.items() if not name.startswith("loss.")}
-    if other:
-        raise UserError(
-            f"{box.path}: {len(other)} of {len(box)} tensors belong to nothing known: "
-            f"{listed(other)}",
-            do="Save the autoencoder alone.",
-        )
+    inner = {full: name for full, name in names.items() if not name.startswith("loss.")}
     table = {modern_name(name): box.table[full] for full, name in inner.items()}
-    if "encoder.conv_in.weight" not in table or len(table) < len(inner):
+    if len(table) < len(inner):
         raise UserError(
             f"{box.path} holds no autoencoder of a known kind, but {len(box)} tensors: "
             f"{listed(box)}",
@@ -246,17 +236,17 @@ def scaling_beside(path: Path) -> dict[str, Any]:
 
 def scaling_inside(box: Container) -> dict[str, Any]:
     """What buffers in a file say: LDM's scale_factor; edm_mean and edm_std."""
-    buffers = {name: full for full, name in parts(box).get("schedule", {}).items()}
+    known = buffers(box, choose(autoencoders(box), "autoencoder", box).prefix)
 
     def values(key: str) -> tuple[float, ...]:
-        return tuple(box[buffers[key]].float().flatten()[:4096].tolist())
+        return tuple(box[known[key]].float().flatten()[:4096].tolist())
 
     said: dict[str, Any] = {}
-    if "edm_mean" in buffers or "edm_std" in buffers:
+    if "edm_mean" in known or "edm_std" in known:
         keys = {"means": "edm_mean", "stds": "edm_std"}
-        said = {key: values(name) for key, name in keys.items() if name in buffers}
+        said = {key: values(name) for key, name in keys.items() if name in known}
         said |= {"scale": EDM_SCALE, "shift": 0.0}
-    elif "scale_factor" in buffers:
+    elif "scale_factor" in known:
         scale = values("scale_factor")
         said = {"scale": scale[0] if len(scale) == 1 else scale}
     return said

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ckpt.containers import open_weights
+from ckpt.containers import open_weights, unboxed
 from ckpt.hub import data_from_file
 from ckpt.layouts import target_of
 from ckpt import find_checkpoint, load_unet, open_unet
@@ -384,7 +384,7 @@ def read_texts(cfg: UNetConfig, file: str) -> dict[str, Tensor]:
             do=f"Add --context FILE: safetensors with {form}, the text encoder's output for n "
             "captions.",
         )
-    box = open_weights(file)
+    box = unboxed(open_weights(file))
     shapes = {name: box.shape(name) for name in box}
     fits = shapes.keys() == wanted.keys() and all(
         (len(shapes[name]), shapes[name][-1]) == shape for name, shape in wanted.items()

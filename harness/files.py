@@ -270,18 +270,8 @@ class Container(Mapping[str, Tensor]):
     """Named tensors on disk. A mapping that reads on access and knows dtypes and shapes without
     reading."""
 
-    def __init__(
-        self,
-        path: Path,
-        kind: str,
-        table: Mapping[str, Entry],
-        meta: Mapping[str, Any],
-        emas: Mapping[str, Mapping[str, Entry]] = {},
-        left_out: Mapping[str, int] = {},
-    ):
+    def __init__(self, path: Path, kind: str, table: Mapping[str, Entry], meta: Mapping[str, Any]):
         self.path, self.kind, self.table, self.meta = path, kind, dict(table), dict(meta)
-        # Of a pickle: EMAs under their own names; tensors not taken.
-        self.emas, self.left_out = dict(emas), dict(left_out)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[name].read()
@@ -303,7 +293,7 @@ class Container(Mapping[str, Tensor]):
 
     def over(self, table: Mapping[str, Entry]) -> "Container":
         """The same file seen through another table: other names, other shapes, fewer tensors."""
-        return Container(self.path, self.kind, table, self.meta, self.emas, self.left_out)
+        return Container(self.path, self.kind, table, self.meta)
 
 
 def open_safetensors(path: Path) -> Container:

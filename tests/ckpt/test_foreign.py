@@ -142,7 +142,7 @@ def test_raw_weights_and_emas_of_foreign_pickles_are_not_mixed_up(tmp_path):
         )
         with pytest.raises(UserError, match="holds an EMA .*, wanted the raw weights"):
             load_unet(path, ema=False, **told)
-    torch.save({"net": raw, "ema_1": ema, "ema_2": ema}, path)
+    torch.save({"net": raw, "ema_1": ema, "ema_2": raw}, path)
     with pytest.raises(UserError, match="holds several EMAs: ema_1, ema_2"):
         load_unet(path, ema=True, **told)
 
@@ -251,9 +251,7 @@ def test_a_folder_names_what_it_has_and_a_shard_its_index(tmp_path):
             "a flat convolution",
             r"of another shape: input_blocks.3.0.skip_connection.weight \(64, 32\)",
         ),
-        ("a part nobody knows", "1 of [0-9]+ tensors belong to nothing known: lora.down"),
-        ("a wrong prefix", "belong to nothing known: foo.input_blocks"),
-        ("a prefix in the middle", "x.safetensors: cannot tell the architecture: no tensor"),
+        ("a prefix in the middle", "x.safetensors holds no U-Net, but .* input_blocks tensors"),
         ("an EMA with a hole", "1 missing: out.2.bias"),
         ("mixed dtypes", "float16"),
     ],
@@ -282,10 +280,6 @@ def test_a_foreign_file_loads_completely_or_not_at_all(how, message, tmp_path):
         tensors["model.diffusion_model.input_blocks.0.0.extra"] = torch.ones(1)
     elif how == "another shape":
         tensors[key] = torch.ones(64, 64, 1, 1)
-    elif how == "a part nobody knows":
-        tensors["lora.down"] = torch.ones(1)
-    elif how == "a wrong prefix":
-        tensors = {f"foo.{k}": v for k, v in ldm(net).items()}
     elif how == "a prefix in the middle":
         tensors = {
             k.replace("input_blocks.", "input_blocks.module."): v for k, v in ldm(net).items()
