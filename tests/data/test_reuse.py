@@ -227,3 +227,13 @@ def test_a_folder_that_moved_is_found_where_it_is_now(made, tmp_path):
     folder.rename(tmp_path / "moved")
     again(tmp_path / "moved", out)
     assert encoded == [] and read_sealed(out / "plan.json")["data"] == str(tmp_path / "moved")
+
+
+def test_what_kills_left_half_written_is_swept_when_a_cache_is_gone_on_with(made):
+    folder, out, encoded = made
+    before = files(out)
+    for name in (".shard-00001.safetensors.12.tmp", ".manifest.json.77.tmp"):
+        (out / name).write_text("half")
+    again(folder, out)
+    hidden = {path.name for path in out.iterdir() if path.name.startswith(".")}
+    assert hidden == {".lock", ".source.safetensors"} and files(out) == before

@@ -132,6 +132,21 @@ def test_features_that_are_damaged_between_their_making_and_their_use_are_refuse
         stored.rows()
 
 
+def test_what_a_kill_left_half_written_is_swept_and_nothing_else(tmp_path, capsys):
+    stored, paths = whole(tmp_path, capsys)
+    folder = tmp_path / "c"
+    names = [f".{paths[0].name}.12.tmp", ".what.json.77.tmp", ".mine.tmp", "notes.12.tmp"]
+    for name in names:
+        (folder / name).write_text("half")
+    stored()
+    assert all((folder / name).exists() for name in names)  # perhaps it is being written
+    for name in names:
+        os.utime(folder / name, (1, 1))
+    _, said = stored()
+    assert [(folder / name).exists() for name in names] == [False, False, True, True]
+    assert said == ""
+
+
 def test_what_is_noted_beside_features_is_kept_with_them(tmp_path):
     def stored(note):
         n = CHUNK + 1
