@@ -24,6 +24,7 @@ from distillation.assessor import Assessor, AssessorConfig
 from harness import record
 from harness.cli import UserError, cli
 from harness.pictures import save_grid, save_npz
+from harness.rows import set_aside
 from harness.run import Log, append, lock
 from harness.ranks import Ranks
 from metrics import features
@@ -76,6 +77,7 @@ WRITERS = {
     "a result": lambda path: record.save(path, {"a": 1}),
     "a bad batch": lambda path: keep_batches(run_of(path), [{"a": torch.ones(9)}]),
     "a line of the log": lambda path: append(path.parent, {"a": 1}),
+    "what is no line of a log": lambda path: set_aside(path.with_name("log.jsonl"), [b"x"]),
     "a shard": lambda path: cache_py.save_shard(path.parent, {}, 0, LATENTS, torch.ones(3, 4)),
     "hashes of images": lambda path: reuse.write_contents(
         path.parent, SimpleNamespace(contents=["00" * 32])
@@ -90,6 +92,7 @@ NAMES = {
     "digests": "digests.safetensors",
     "a bad batch": "bad-batch-000000000080-rank0.pt",
     "a line of the log": "log.jsonl",
+    "what is no line of a log": "log.damaged",
     "a shard": "shard-00000.safetensors",
     "hashes of images": "contents.safetensors",
     "stamps": ".source.safetensors",
@@ -160,7 +163,8 @@ def test_every_writer_of_the_house_is_in_the_table():
         "harness/files.py": 2,  # write_text, stream_tensors
         "harness/pictures.py": 3,  # a picture, npz with its file
         "harness/plot.py": 1,
-        "harness/run.py": 2,  # lock, append
+        "harness/rows.py": 1,
+        "harness/run.py": 3,  # lock, append, the log that is taken up
         "experiments/verdict.py": 1,
         "metrics/distances.py": 2,  # npz with its file
         "metrics/inception.py": 1,  # what was fetched
