@@ -322,6 +322,8 @@ def describe(meta: dict[str, Any]) -> Any:
     cfg = config_from(NETWORKS[name][1], values)
     if isinstance(meta.get("objective"), dict):
         Objective(**meta["objective"])
+        if not Range(-1e9, 1e9).holds([*meta["objective"].values()]):
+            raise ValueError(f"its objective holds a number beyond 1e9: {meta['objective']!r:.200}")
     config = meta.get("config", {})
     if config.get("mode") == "progressive" and "end_steps" not in config:
         raise ValueError("its config is of mode progressive, and has no end_steps")
