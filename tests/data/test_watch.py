@@ -132,9 +132,15 @@ def test_an_assessor_is_not_saved_either(tmp_path, user):
     assert result[0] == 0, result
     flip(shard_path(cache, 4), -5)
     cfg = Pretrain(
-        str(tmp_path / "r"), str(tmp_path / "a.safetensors"), samples=8, profile_samples=8, steps=1,
-        bins=4, device="cpu", holdout=0.3,
-    )  # fmt: skip
+        teacher=str(tmp_path / "r"),
+        out=str(tmp_path / "a.safetensors"),
+        samples=8,
+        profile_samples=8,
+        steps=1,
+        bins=4,
+        device="cpu",
+        holdout=0.3,
+    )
     with pytest.raises(UserError, match="shard-00004.*is damaged, or of another cache"):
         pretrain(cfg)
     assert not (tmp_path / "a.safetensors").exists()
