@@ -83,6 +83,8 @@ FLOW = ("--mode flow",)
 BLOCKS = ("--mode flow", "--block-weight")
 ASSESSED = (*BLOCKS, "--assessor david | random | shuffled")
 DRAWN = ("--mode flow", "--adaptive-t")
+# The range of what a loss is weighed with.
+WEIGHT = {"low": 0, "high": 1e6}
 
 
 @dataclass(frozen=True)
@@ -177,25 +179,25 @@ class Config(TeacherFlags, train.Run, train.Optim, train.Data):
         "from pretrain-assessor",
         of=("--mode flow", "--assessor david | random | shuffled or --adaptive-t"),
     )
-    block_weight: float = flag(0.05, "of the blocks' losses; 0 = vanilla", low=0, high=1e6, of=FLOW)
-    kd_weight: float = flag(0.25, "of a block's KD", low=0, high=1e6, of=BLOCKS)
+    block_weight: float = flag(0.05, "of the blocks' losses; 0 = vanilla", **WEIGHT, of=FLOW)
+    kd_weight: float = flag(0.25, "of a block's KD", **WEIGHT, of=BLOCKS)
     local_heads: bool = flag(
         False, "also predict the target from each block, through a 1×1 convolution", of=BLOCKS
     )
     block_weights: tuple[float, ...] = flag(
         (),
         "w_b in the order of the blocks; none = the source's, 0.7 … 1.2 … 0.7",
-        low=0,
+        **WEIGHT,
         of=(*BLOCKS, "not --lambdas"),
     )
     lambdas: tuple[float, ...] = flag(
-        (), "λ_b in the order of the blocks; none = w_b", low=0, of="--assessor const"
+        (), "λ_b in the order of the blocks; none = w_b", **WEIGHT, of="--assessor const"
     )
     alpha: float = flag(0.5, "of e_t", low=-1e6, high=1e6, of=ASSESSED)
     beta: float = flag(0.25, "of e_p", low=-1e6, high=1e6, of=ASSESSED)
     delta: float = flag(0.25, "of 1 - coh", low=-1e6, high=1e6, of=ASSESSED)
-    lam_min: float = flag(0.5, "lower bound of λ", low=0, high=1e6, of=BLOCKS)
-    lam_max: float = flag(3.0, "upper bound of λ", low=0, high=1e6, of=BLOCKS)
+    lam_min: float = flag(0.5, "lower bound of λ", **WEIGHT, of=BLOCKS)
+    lam_max: float = flag(3.0, "upper bound of λ", **WEIGHT, of=BLOCKS)
     e_t: Literal["abs", "excess"] = flag(
         "abs", "excess = above the teacher's own, on the same batch", of=ASSESSED
     )
@@ -220,7 +222,7 @@ class Config(TeacherFlags, train.Run, train.Optim, train.Data):
     unreliable: Literal["neutral", "drop"] = flag(
         "neutral", "such bins: drawn as the others are on average, or never", of=DRAWN
     )
-    difficulty_gain: float = flag(1.0, "0 = every bin alike", low=0, high=1e6, of=DRAWN)
+    difficulty_gain: float = flag(1.0, "0 = every bin alike", **WEIGHT, of=DRAWN)
     importance: bool = flag(
         False, "weigh samples so that the choice of bins has no effect on the mean", of=DRAWN
     )

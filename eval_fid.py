@@ -34,6 +34,7 @@ from data.images import to_float
 from diffusion.sampling import NonFinite
 from harness.cli import UserError, check_flags, cli, dashed, flag, parse
 from harness.files import make_dir, write_text
+from harness.memory import check_drawing
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import versions
 from metrics.cards import Card, card_name, card_text, compare, show
@@ -102,10 +103,13 @@ class Config(Sampling):
         "… or images that are there: a folder, arr_0 in an npz, or mu and sigma in one",
         head="what is measured",
     )
-    n: int = flag(0, "images; default 10,000 of --ckpt, all of --fake", low=0)
+    n: int = flag(0, "images; default 10,000 of --ckpt, all of --fake", low=0, high=1e9)
     ref: str = flag("", "DATA[:tag expression], a folder, npz; default what --ckpt was trained on")
     holdout: float = flag(
-        -1.0, "share of --ref held out, for memorisation; -1 = as --ckpt was trained, else 0"
+        -1.0,
+        "share of --ref held out, for memorisation; -1 = as --ckpt was trained, else 0",
+        low=-1,
+        high=1,
     )
     features: Literal["inception", "pca"] = flag(
         "inception", "inception | pca: FD-pca, instant, needs no weights"
@@ -119,11 +123,15 @@ class Config(Sampling):
     preproc: Literal["torch", "clean", "tf"] = flag(
         "torch", "torch | clean | tf, as pytorch-fid | clean-fid | ADM", of="--features inception"
     )
-    pairs: int = flag(5_000, "images a side, at most, for KID, precision, memorisation", low=10)
+    pairs: int = flag(
+        5_000, "images a side, at most, for KID, precision, memorisation", low=10, high=1e6
+    )
     infinity: bool = flag(False, "also FID at infinitely many images, by a fit")
-    out: str = flag("", "the card, a JSON file; default cards/<what>.json", head="output")
-    save_stats: str = flag("", "also write the reference's mu and sigma: FILE.npz")
-    cache: str = flag("", "folder of features; default ~/.cache/twinpath")
+    out: str = flag(
+        "", "the card, a JSON file; default cards/<what>.json", writes="file", head="output"
+    )
+    save_stats: str = flag("", "also write the reference's mu and sigma: FILE.npz", writes=".npz")
+    cache: str = flag("", "folder of features; default ~/.cache/twinpath", writes="folder")
 
 
 # Flags of sampling that mean something without a checkpoint.
@@ -141,17 +149,16 @@ def check(cfg: Config) -> None:
     if cfg.fake and not cfg.ref:
         what = "--fake needs --ref: DATA[:tag expression], a folder, or an npz"
         raise UserError(what, do="Add --ref.")
-    if not 0 <= cfg.seed < 2**63 - max(cfg.n, DRAWN):
-        raise UserError(f"--seed {cfg.seed}", wanted="0 to 2^63 - 1 - n", do="Try --seed 0.")
     if cfg.n == 1:
         raise UserError(
             "--n 1: a distance between sets needs at least 2 images",
             do="Give more: it means something from 2,048 on.",
         )
-    if cfg.holdout != -1 and not 0 <= cfg.holdout < 1:
+    if -1 < cfg.holdout < 0:
         wanted = "0 to 1, or -1 for what the checkpoint was trained with"
         raise UserError(f"--holdout {cfg.holdout:g}", wanted=wanted, do="Try --holdout 0.02.")
-    check_outputs(cfg)
+    if cfg.save_stats and is_statistics(cfg.ref):
+        raise UserError(f"--save-stats: {cfg.ref} is moments already", do="Leave it out.")
     moments = bool(cfg.fake) and is_statistics(cfg.fake)
     if cfg.infinity and (moments or 0 < cfg.n < 20):
         got = "moments" if moments else str(cfg.n)
@@ -161,20 +168,6 @@ def check(cfg: Config) -> None:
         )
     if cfg.fake:
         check_idle(cfg, moments)
-
-
-def check_outputs(cfg: Config) -> None:
-    if cfg.out and Path(cfg.out).is_dir():
-        wanted = f"--out {cfg.out} is a folder; wanted a file, for the card"
-        raise UserError(wanted, do=f"Try --out {Path(cfg.out) / 'card.json'}.")
-    if not cfg.save_stats:
-        return
-    path = Path(cfg.save_stats)
-    if path.suffix != ".npz" or not path.absolute().parent.is_dir():
-        wanted = "FILE.npz in a folder that exists"
-        raise UserError(f"--save-stats {path}", wanted=wanted, do="Make the folder, or change it.")
-    if is_statistics(cfg.ref):
-        raise UserError(f"--save-stats: {cfg.ref} is moments already", do="Leave it out.")
 
 
 def check_idle(cfg: Config, moments: bool) -> None:
@@ -265,6 +258,7 @@ def sample_features(
 ) -> Stored:
     """Features of the images of seeds cfg.seed … + n - 1: all ranks, in chunks that a kill leaves
     on disk. Says first what it will cost."""
+    check_drawing(checkpoint.generator, cfg.batch, min(n, CHUNK))
     key = checkpoint.key(cfg.seed, extractor)
     folder, nfe = cache / key_of(key), {}
 
@@ -739,6 +733,7 @@ def evaluate(cfg: Config, ranks: Ranks) -> Card:
         )
     extractor = task.extractor
     if cfg.save_stats and ranks.rank == 0:
+        make_dir(Path(cfg.save_stats).parent)
         save_statistics(Path(cfg.save_stats), ref.total, {"features": extractor.id, **about})
     how = {"pairs": cfg.pairs, "infinity": cfg.infinity}
     metrics = ranks.broadcast(lambda: measure(fake, ref, held, name_of(extractor), **how))

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import hashlib
 import inspect
 import json
-import math
 import re
 import sys
 import time
@@ -38,14 +37,22 @@ from data.tags import find_class
 from diffusion.coupling import enlarged
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
-    DETERMINISTIC, METHODS, NonFinite, Predict, Sample, check_finite, draw, generators, invert,
-    sample, slerp,
+    DETERMINISTIC,
+    METHODS,
+    NonFinite,
+    Predict,
+    Sample,
+    check_finite,
+    draw,
+    generators,
+    invert,
+    sample,
+    slerp,
 )
 from diffusion.solvers import norm64, time_grid
-from harness.cli import (
-    UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown,
-)
+from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown
 from harness.files import safe_name
+from harness.memory import check_drawing
 from harness.pictures import check_set, grid_of, progress, save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective
@@ -161,9 +168,7 @@ class Generator:
         else:
             x = self.objective.source(low, noise)
         cond = self.cond(labels, low)
-        s = sample(
-            self.predict, x, seeds=seeds, t_start=start, cond=cond, callback=callback, **how
-        )
+        s = sample(self.predict, x, seeds=seeds, t_start=start, cond=cond, callback=callback, **how)
         return self.drawn(s, before, seeds)
 
     def images_on(
@@ -224,11 +229,12 @@ class Sampling:
         help="a U-Net's file, a run's folder (newest, first EMA), a diffusers folder, "
         "hf:org/name[/file]"
     )
-    seed: int = flag(0, "image i has seed + i, whatever the batch", low=0)
+    # All seeds of a command fit 63 bits, for there are at most 10^9 of them.
+    seed: int = flag(0, "image i has seed + i, whatever the batch", low=0, high=2**63 - 10**9)
     labels: tuple[str, ...] = flag(
         (), "class names or numbers, cycled over the images; none = unconditional"
     )
-    batch: int = flag(64, "images at a time", low=1)
+    batch: int = flag(64, "images at a time", low=1, high=1e6)
     device: str = flag("auto", "auto | cpu | cuda | cuda:1")
     dtype: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the network; states and times stay fp32"
@@ -239,13 +245,18 @@ class Sampling:
         None,
         "25 of heun if neither is given; a progressive student brings both",
         low=1,
+        high=1e6,
         of="not --method dopri5",
     )
     grid: Literal[GRIDS] = flag(
         "", "times; the last three: rows of a VP table", of="not --method dopri5"
     )
     shift: float | None = flag(
-        None, "of the time grid; > 1 = more steps near the noise", above=0, of="not --method dopri5"
+        None,
+        "of the time grid; > 1 = more steps near the noise",
+        above=0,
+        high=1e3,
+        of="not --method dopri5",
     )
     eta: float | None = flag(
         None,
@@ -257,10 +268,18 @@ class Sampling:
     variance: Literal["", "small", "large", "learned"] = flag(
         "", "of ddpm's steps; small if not given", of=takers("variance")
     )
-    rtol: float | None = flag(None, "dopri5: relative error, 0.001", above=0, of=takers("rtol"))
-    atol: float | None = flag(None, "dopri5: absolute error, 0.0001", above=0, of=takers("atol"))
+    rtol: float | None = flag(
+        None, "dopri5: relative error, 0.001", above=0, high=1, of=takers("rtol")
+    )
+    atol: float | None = flag(
+        None, "dopri5: absolute error, 0.0001", above=0, high=1, of=takers("atol")
+    )
     max_nfe: int | None = flag(
-        None, "dopri5: calls before it gives up with a warning, 1000", low=8, of=takers("max_nfe")
+        None,
+        "dopri5: calls before it gives up with a warning, 1000",
+        low=8,
+        high=1e9,
+        of=takers("max_nfe"),
     )
     whole_batch: bool = flag(
         False,
@@ -271,11 +290,13 @@ class Sampling:
     cfg: float = flag(
         1.0,
         "null + cfg * (conditional - null); 1 = off, 0 = unconditional",
+        low=-1e3,
+        high=1e3,
         off=1.0,
         head="guidance",
     )
     cfg_interval: tuple[float, ...] = flag(
-        (), "LO,HI: only while LO < sigma <= HI, sigma = t / (1 - t)", of="--cfg"
+        (), "LO,HI: only while LO < sigma <= HI, sigma = t / (1 - t)", low=0, high=1e9, of="--cfg"
     )
     cfg_rescale: float = flag(
         0.0, "draw the standard deviation back to the conditional one's", low=0, high=1, of="--cfg"
@@ -299,19 +320,17 @@ class Sampling:
         "autoencoder: pixel | pixel:N | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE; "
         "3 channels are pixels",
     )
-    resolution: int = flag(0, "pixels; default as trained")
-    num_heads: int = flag(0, "attention heads …")
-    num_head_channels: int = flag(0, "… or channels a head")
+    resolution: int = flag(0, "pixels; default as trained", low=0, high=8192)
+    num_heads: int = flag(0, "attention heads …", low=0, high=1e4)
+    num_head_channels: int = flag(0, "… or channels a head", low=0, high=1e4)
     attention_order: Literal["", "legacy", "new"] = flag("", "of the qkv rows")
 
 
 def check(cfg: Sampling) -> None:
     """What can be said of the flags alone."""
     check_flags(cfg)
-    if not math.isfinite(cfg.cfg):
-        raise UserError(f"--cfg {cfg.cfg}", wanted="a number", do="Try --cfg 2.")
     interval = cfg.cfg_interval
-    if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
         raise UserError(
             f"--cfg-interval {shown(interval)}",
             wanted="LO,HI with 0 <= LO < HI",
@@ -612,7 +631,7 @@ def edit(
 
 @dataclass(frozen=True)
 class Config(Sampling):
-    n: int = flag(16, "images", low=1, head="what to draw")
+    n: int = flag(16, "images", low=1, high=1e9, head="what to draw")
     init: tuple[str, ...] = flag((), "images to start from, cycled; a cfm network enlarges them")
     strength: float | None = flag(
         None,
@@ -636,16 +655,16 @@ class Config(Sampling):
         "n images between the two of --init: their noise by inversion, along a great circle",
         of="--init",
     )
-    out: str = flag("", "folder; default samples/<run>-<settings>", head="output")
-    npz: str = flag("", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator")
+    out: str = flag("", "folder; default samples/<run>-<settings>", writes="folder", head="output")
+    npz: str = flag(
+        "", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator", writes="file"
+    )
     grid_image: bool = flag(True, "OUT-grid.png, beside the folder: all images")
 
 
 def check_command(cfg: Config) -> None:
     """What can be said of the flags alone."""
     check(cfg)
-    if cfg.seed >= 2**63 - cfg.n:
-        raise UserError(f"--seed {cfg.seed}", wanted="0 to 2^63 - 1 - n", do="Try --seed 0.")
     if cfg.interpolate and len(cfg.init) != 2:
         raise UserError(
             f"--init {shown(cfg.init)}",
@@ -657,12 +676,6 @@ def check_command(cfg: Config) -> None:
             f"--labels {shown(cfg.labels)}",
             wanted="one for all images of --interpolate",
             do="Name one class.",
-        )
-    if cfg.npz and not Path(cfg.npz).absolute().parent.is_dir():
-        raise UserError(
-            f"--npz {cfg.npz}",
-            wanted="a file in a folder that exists",
-            do="Make the folder, or name another.",
         )
     method = cfg.method or "heun"
     if (cfg.invert or cfg.interpolate) and (method not in DETERMINISTIC or cfg.eta):
@@ -818,6 +831,7 @@ def main() -> None:
         print(json.dumps(resolved, indent=1))
         return
     gen = open_generator(cfg, device)
+    check_drawing(gen, cfg.batch, cfg.n)
     labels = pick_labels(cfg.labels, gen.classes, cfg.n)
     init = read_init(cfg, gen)
     how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)

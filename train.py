@@ -38,7 +38,7 @@ from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
-from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_disk, check_mirrors
+from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_mirrors
 from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
 from harness.run import print_unfinished, report_nonfinite, run_name
 from harness.seeds import step_seed, torch_seed
@@ -50,7 +50,7 @@ from objectives import Density, Loss, LossType, Objective, Table, Target, Upsamp
 from objectives import make_objective
 from training.checkpoints import keep_batches, load_state, save
 from training.previews import draw_samples, ema_net, held_out_loss, preview
-from training.start import check_aligned, check_enlarging, check_table, is_finished
+from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
 from training.start import network_config, take_weights, vae_name
 from training.trainer import Trainer
 from vae import AnyVAE, save_vae, vae_from_meta
@@ -81,7 +81,7 @@ class Optim:
     warmup: float = flag(0.05, "share of --images in which --lr rises", low=0, high=1)
     weight_decay: float = flag(0.01, "of AdamW, times --lr", low=0, high=1e3)
     clip: float = flag(1.0, "greatest norm of a gradient; 0 = off", low=0, high=1e9)
-    ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths, shares of the run; none = off")
+    ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths; none = off", low=0.01, high=0.25)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
     compile: bool = flag(False, "the network, with torch.compile")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
@@ -335,7 +335,7 @@ def assemble(
     not the trainer itself: in a cycle it would hold on to the folder's lock.
     """
     run, held = Path(cfg.out) / cfg.name, None
-    check_disk(run, net, cfg)
+    check_room(run, net, vae, cfg, ranks)
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)

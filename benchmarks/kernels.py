@@ -93,7 +93,9 @@ class Config:
     parts: tuple[str, ...] = flag(
         ("groupnorm", "attention", "optimizer", "step"), "what to measure"
     )
-    out: str = flag("", "JSON file to write; default benchmarks/results/kernels-<device>.json")
+    out: str = flag(
+        "", "JSON file to write; default benchmarks/results/kernels-<device>.json", writes=".json"
+    )
 
 
 # ---- rows ----------------------------------------------------------------------------------------

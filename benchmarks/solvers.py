@@ -54,10 +54,12 @@ TOLERANCES = (3e-2, 1e-2, 1e-3, 1e-4)  # of dopri5: rtol, and a tenth of it as a
 @dataclass(frozen=True)
 class Config:
     ckpt: str = flag("runs/toyfaces-fm-standard", "a run of train.py")
-    n: int = flag(256, "samples for FD-pca")
-    exact: int = flag(64, "of them compared with the 1,000-step solution")
-    reference: int = flag(4_096, "training images for FD-pca")
-    batch: int = flag(128, "images at a time; whole_batch's step is one for as many")
+    n: int = flag(256, "samples for FD-pca", low=2, high=1e6)
+    exact: int = flag(64, "of them compared with the 1,000-step solution", low=1, high=1e6)
+    reference: int = flag(4_096, "training images for FD-pca", low=2, high=1e6)
+    batch: int = flag(
+        128, "images at a time; whole_batch's step is one for as many", low=1, high=1e6
+    )
 
 
 class Bench:

@@ -11,7 +11,12 @@ A name may be a file, a run's folder, a diffusers folder, or hf:org/name[/file][
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # also where the file itself is run
+    sys.path[0] = str(Path(__file__).parent.parent)
+    import harness.interrupt  # noqa: F401
 
 from ckpt.convert import convert, inspect, verify
 from ckpt.meaning import said_table
@@ -24,8 +29,8 @@ class Options:
     dtype: Literal["", "fp32", "fp16", "bf16"] = flag("")
     ema: bool = flag(False, "where a file holds both: the EMA, not the raw weights", head="all")
     part: str = flag("", "of a file with several networks: what stands before its names")
-    num_heads: int = flag(0, "where the file cannot say: attention heads …")
-    num_head_channels: int = flag(0, "… or channels a head,")
+    num_heads: int = flag(0, "where the file cannot say: attention heads …", low=0, high=1e4)
+    num_head_channels: int = flag(0, "… or channels a head,", low=0, high=1e4)
     attention_order: Literal["", "legacy", "new"] = flag("", "… and for ADM how qkv rows are")
     objective: Literal["", "fm", "eps", "v", "x0"] = flag(
         "", "what it was trained to output; convert writes it", head="inspect and convert"

@@ -5,9 +5,13 @@ that is encoded once is made by python -m data.encode.
 """
 
 import sys
+import warnings
 
 if sys.argv[0] == "-m":
     import harness.interrupt  # noqa: F401  before torch is imported
+
+    # Of python -m data.toyfaces, which is no command, and says so.
+    warnings.filterwarnings("ignore", "'data", RuntimeWarning, "runpy")
 
 from data.dataset import Dataset, Stream, batches, classes_of, open_dataset, rng
 

@@ -34,6 +34,7 @@ from data.tags import compile_tags, match_tags, printable
 from data.watch import look, start
 from diffusion.coupling import upsampled
 from harness.cli import UserError, flag
+from harness.memory import check_memory
 from vae import AnyVAE, choose, fit_pca, pca_samples, pixel, psnr
 
 STAGES = ("standard", "fine", "stage2")
@@ -116,7 +117,10 @@ def fit_vae(ds: Dataset) -> AnyVAE:
     """pca, fitted to a data set."""
     resolution = ds.source.resolution
     pixel(8).latent_shape(resolution)  # of the same factor: refused before any image is read
-    images = to_float(ds.images(range(min(len(ds), pca_samples(resolution)))))
+    count = min(len(ds), pca_samples(resolution))
+    # The images, and their patches in double precision.
+    check_memory(f"--vae pca at --resolution {resolution}", 12 * count * 3 * resolution**2)
+    images = to_float(ds.images(range(count)))
     vae = fit_pca(images)
     quality = psnr(vae.decode(vae.encode(images[:256])), images[:256])
     print(f"vae pca: fitted on {len(images):,} images, PSNR {quality:.2f} dB", flush=True)

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":  # also where the file itself is run
+    sys.path[0] = str(Path(__file__).parent.parent)
+    import harness.interrupt  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,6 +52,7 @@ from data.sources import Source, open_source
 from data.stamps import take_stamps, write_stamps
 from harness.cli import UserError, cli, flag, parse
 from harness.files import digest, make_dir, read_meta, write_tensors, write_text
+from harness.memory import check_batch_memory
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import lock
 from vae import AnyVAE, choose, fit_pca, load_vae, pca_samples, pixel, save_vae, vae_from_meta
@@ -58,17 +63,17 @@ AHEAD = 4  # batches being decoded while one is encoded
 
 @dataclass(frozen=True)
 class Encode:
-    out: str = flag(help="folder of the cache")
+    out: str = flag(help="folder of the cache", writes="folder")
     data: str = flag(
         "toyfaces",
         "toyfaces[:count] | robohash[:count] | DIR | FILE.parquet | hf:org/name, with tags",
     )
     vae: str = flag("pca", "as for train.py; with --verify, where its file lies now")
-    resolution: int = flag(64, "pixels; the centre of each image")
+    resolution: int = flag(64, "pixels; the centre of each image", low=1, high=8192)
     flip: bool = flag(False, "also the mirrored images, for train.py --flip")
     dtype: Literal["fp16", "bf16"] = flag("fp16", "fp16 | bf16: of the latents on disk")
     # Part of the plan, as sums of another size round differently.
-    batch: int = flag(16, "images at a time; part of the plan", low=1)
+    batch: int = flag(16, "images at a time; part of the plan", low=1, high=1e6)
     device: str = flag("auto", "auto | cpu | cuda")
     verify: bool = flag(False, "only check the cache at --out")
 
@@ -83,9 +88,11 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     """Agree on the autoencoder and the plan, write this rank's shards, then what is about all."""
     out = Path(cfg.out)
     vae = choose(cfg.vae, fit=lambda: pixel(8))  # pca has the same factor and is not fitted yet
-    vae.latent_shape(cfg.resolution)  # before anything is read
+    shape = vae.latent_shape(cfg.resolution)  # before anything is read
     stamps = take_stamps(cfg.data) if ranks.rank == 0 else None
     source = open_source(cfg.data, cfg.resolution)
+    batch = min(cfg.batch, len(source.names))
+    check_batch_memory("--batch", batch, cfg.resolution, shape, ranks.device)
     old = ranks.broadcast(lambda: begun(out, held))
     threads = set_threads(old, out, ranks)
     if cfg.vae in ("", "pca"):

@@ -19,16 +19,20 @@ https://www.peppercarrot.com/extras/html/2016_cat-generator/), the backgrounds b
 
 import hashlib
 import importlib.metadata
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # also where the file itself is run
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import numpy as np
 from PIL import Image
 
-from harness.cli import UserError
+from harness.cli import UserError, cli
 
 COUNT = 4096  # pictures, unless the spec says robohash:N
 SIZES = (32, 512)  # pixels a side
@@ -247,3 +251,14 @@ def load_art(size: int) -> Art:
                 visible = image.crop(box)
                 parts[layer, k] = Part(box[:2], visible.convert("RGB"), visible.getchannel("A"))
     return Art(size, parts, [image.convert("RGB") for image in images["background"]])
+
+
+def main() -> None:
+    raise UserError(
+        "data/robohash.py has no command of its own",
+        do="Look at its pictures with: python -m data --data robohash:64 --out sheet.png",
+    )
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -36,9 +36,11 @@ from ckpt.patience import watched
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
 from data.tags import read_tags, tags_of
-from harness.cli import UserError
+from harness.cli import UserError, clipped
+from harness.memory import check_memory
 
 IN_MEMORY = 2_000_000_000  # bytes of decoded pixels kept; larger sets are decoded again when used
+MOST = 10_000_000  # pictures of the embedded data sets
 AT_A_TIME = 1024  # images that are handed to the threads; they accept any number, memory does not
 # Folders that systems, cameras and network drives make for themselves; what begins with a dot is
 # of that kind too.
@@ -560,15 +562,26 @@ def embedded_tags(data: str, stage: str) -> tuple[str, ...]:
     return () if stage == "standard" else excluded.get(data.partition(":")[0], ())
 
 
+def count_of(spec: str, usual: int) -> int:
+    """The pictures that toyfaces:N or robohash:N asks for."""
+    text = spec.partition(":")[2] or str(usual)
+    if len(text) > len(str(MOST)) or not 1 <= int(text) <= MOST:
+        raise UserError(
+            f"--data {clipped(spec)}", wanted=f"1 to {MOST:,} pictures", do="Ask for fewer."
+        )
+    return int(text)
+
+
 def open_toyfaces(spec: str, resolution: int) -> Source:
     """Draw the embedded faces: deterministic per index, so more of them contain the fewer."""
-    n = int(spec.partition(":")[2] or 4096)
-    if not n or not 32 <= resolution <= 256:
+    n = count_of(spec, 4096)
+    if not 32 <= resolution <= 256:
         raise UserError(
             f"{spec} at resolution {resolution}",
-            wanted="at least one face, 32 to 256 pixels",
+            wanted="32 to 256 pixels",
             do="Give another --data or --resolution.",
         )
+    check_memory(f"--data {spec} at --resolution {resolution}", n * 3 * resolution**2)
     faces = [toyfaces.sample_face(i) for i in range(n)]
     bar = tqdm(faces, desc="drawing toyfaces", unit="img", disable=None, leave=False)
     pixels = np.stack([np.asarray(toyfaces.draw(face, resolution)) for face in bar])
@@ -581,12 +594,12 @@ def open_toyfaces(spec: str, resolution: int) -> Source:
 def open_robohash(spec: str, resolution: int) -> Source:
     """Kittens from the robohash package, put together now or, if there are too many to keep, when
     used."""
-    n = int(spec.partition(":")[2] or robohash.COUNT)
+    n = count_of(spec, robohash.COUNT)
     low, high = robohash.SIZES
-    if not n or not low <= resolution <= high:
+    if not low <= resolution <= high:
         raise UserError(
             f"{spec} at resolution {resolution}",
-            wanted=f"at least one kitten, {low} to {high} pixels",
+            wanted=f"{low} to {high} pixels",
             do="Give another --data or --resolution.",
         )
     art = robohash.load_art(resolution)

@@ -16,10 +16,17 @@ where a colour is "#rrggbb" or a name that palette() knows.
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # also where the file itself is run
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from harness.cli import UserError, cli
 
 GRID = 64  # side of the design grid
 LINE = 1.5  # outline width in grid units; small models lose anything much thinner
@@ -425,3 +432,14 @@ def draw(face: Face, size: int = 64) -> Image.Image:
     shift = (chin + GRID * np.array([face.dx, face.dy])) * unit - chin @ turn
     paint(canvas, layers, palette(face), turn, shift)
     return canvas.reduce(SUPER).filter(ImageFilter.BoxBlur(SOFT))
+
+
+def main() -> None:
+    raise UserError(
+        "data/toyfaces.py has no command of its own",
+        do="Look at its pictures with: python -m data --data toyfaces:64 --out sheet.png",
+    )
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -42,6 +42,7 @@ from distillation.teacher import (
 from distillation.timesteps import bins_of
 from harness.cli import UserError, check_flags, flag
 from harness.files import make_dir, write_text
+from harness.memory import check_memory
 from harness.ranks import autocast, pick_device
 from harness.run import versions
 from harness.seeds import torch_seed
@@ -65,7 +66,10 @@ class Pretrain(TeacherFlags):
     """The flags of pretrain-assessor."""
 
     out: str = flag(
-        "assessor.safetensors", "what was measured goes beside it, .json", head="the assessor"
+        "assessor.safetensors",
+        "what was measured goes beside it, .json",
+        writes=".safetensors",
+        head="the assessor",
     )
     data: str = flag("", '"" = what the teacher was trained on')
     resolution: int = flag(0, "0 = the teacher's", low=0, high=8192)
@@ -74,7 +78,7 @@ class Pretrain(TeacherFlags):
     bins: int = flag(100, "of the timestep", low=2, high=T)
     patterns: int = flag(10, "a bin", low=1, high=1000)
     dim: int = flag(128, "of the companions' vectors", low=4, high=4096)
-    belly: float = flag(2.0, "their hidden width, times dim")
+    belly: float = flag(2.0, "their hidden width, times dim", low=0.25, high=64)
     head: Literal["linear", "mlp"] = flag("linear", "what reads bins and patterns out of vectors")
     pattern_target: Literal["nearest", "zero"] = flag(
         "nearest", "zero is the source's last version: a bin's pattern 0 for all"
@@ -100,7 +104,7 @@ class Pretrain(TeacherFlags):
     steps: int = flag(3_000, "of AdamW", low=1, high=1e9)
     batch: int = flag(256, "of it", low=1, high=1e6)
     # 1e-3 leaves z's heads, whose inputs are unit vectors, flat.
-    lr: float = flag(5e-3, "at the start, falling to 0 as a cosine")
+    lr: float = flag(5e-3, "at the start, falling to 0 as a cosine", low=0, high=1e3)
     seed: int = flag(0, "of weights, order, noise", low=0, high=2**63 - 1)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of the teacher")
     device: str = flag("auto", "auto | cpu | cuda")
@@ -138,6 +142,8 @@ def pretrain(cfg: Pretrain) -> None:
     teacher = open_teacher(cfg.teacher, cfg.context, device, **cfg.says)
     vae = teacher_vae(cfg, teacher.meta, ds).to(device)
     teacher.check_latents(vae, cfg.resolution)
+    shape = shape_of(cfg, teacher)
+    check_sizes(cfg, shape)
 
     rows = torch.randint(
         T, (cfg.samples,), generator=torch.Generator().manual_seed(torch_seed(cfg.seed))
@@ -146,7 +152,7 @@ def pretrain(cfg: Pretrain) -> None:
     seen = features(teacher, vae, ds, rows, cfg, device)
     held = features(teacher, vae, ds.heldout, held_rows, cfg, device)
     weights = block_weights(teacher.net.cfg)
-    net = fresh_assessor(shape_of(cfg, teacher), cfg.seed).to(device)
+    net = fresh_assessor(shape, cfg.seed).to(device)
     bins = bins_of(rows, cfg.bins).to(device)
     fit(net, on(device, seen), bins, weights, cfg.steps, cfg.batch, cfg.lr, cfg.seed)
     held_bins = bins_of(held_rows, cfg.bins).to(device)
@@ -166,10 +172,6 @@ def resolve(cfg: Pretrain) -> Pretrain:
             wanted=f"{cfg.bins} at least, one a bin",
             do="Raise it, or lower --bins.",
         )
-    if Path(cfg.out).suffix != ".safetensors":
-        raise UserError(
-            f"--out {cfg.out}", wanted="a name that ends in .safetensors", do="Add the ending."
-        )
     return replace(cfg, exclude_tags=cfg.exclude_tags or embedded_tags(cfg.data, cfg.stage))
 
 
@@ -184,6 +186,18 @@ def shape_of(cfg: Pretrain, teacher: Teacher) -> AssessorConfig:
         pattern_target=cfg.pattern_target,
         x_source=cfg.x_source,
     )
+
+
+def check_sizes(cfg: Pretrain, shape: AssessorConfig) -> None:
+    """Refuse features and an assessor that cannot be held."""
+    numbers = (cfg.samples + cfg.profile_samples) * sum(shape.blocks.values())
+    check_memory(f"--samples {cfg.samples} --profile-samples {cfg.profile_samples}", 4 * numbers)
+    # Of each pattern five vertices and a row of its head, with gradients and two moments, and its
+    # logits, with gradients.
+    patterns = len(shape.blocks) * cfg.bins * cfg.patterns
+    numbers = patterns * (4 * 6 * cfg.dim + 2 * cfg.batch)
+    sizes = {name: getattr(cfg, name) for name in ("bins", "patterns", "dim", "batch")}
+    check_memory(" ".join(f"--{name} {size}" for name, size in sizes.items()), 4 * numbers)
 
 
 def on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,8 +41,10 @@ from distillation.assessor import load_assessor
 from distillation.teacher import describe_teacher
 from eval_fid import distance, features_in
 from experiments import verdict
-from harness.cli import UserError, check_flags, cli, dashed, flag, idle_flags, read_flags, shown
+from harness.cli import UserError, check_flags, check_values, cli, dashed, flag
+from harness.cli import idle_flags, read_flags, shown
 from harness.files import make_dir, strict_json, write_text
+from harness.memory import check_memory
 from harness.ranks import Ranks, join_ranks
 from harness.rows import read_log
 from harness.run import checkpoints, versions
@@ -75,13 +77,13 @@ class Config:
         "A vanilla, B λ = w, C D's mean λ, D assessed, E untrained, S other blocks', "
         "F = D + --adaptive-t, G = A + --shift 3",
     )
-    seeds: tuple[int, ...] = flag((0, 1, 2), "each with every arm")
-    fd_images: int = flag(1_000, "generated for the Fréchet distance; 0 = none", low=0)
-    fd_steps: int = flag(10, "Heun steps of each", low=1)
+    seeds: tuple[int, ...] = flag((0, 1, 2), "each with every arm", low=0, high=2**63 - 1)
+    fd_images: int = flag(1_000, "generated for the Fréchet distance; 0 = none", low=0, high=1e7)
+    fd_steps: int = flag(10, "Heun steps of each", low=1, high=1e6)
     fd_features: Literal["latents", "inception"] = flag(
         "latents", "latents: the autoencoder's, at 4×4 | inception: FID itself, needs its weights"
     )
-    out: str = flag("runs/ablation", "where runs and report go")
+    out: str = flag("runs/ablation", "where runs and report go", writes="folder")
 
     def asked(self) -> dict[str, Any]:
         """What a distance depends on, beside the images."""
@@ -258,6 +260,7 @@ def references(
 def check(cfg: Config, shared: dict[str, Any]) -> dict[str, Any]:
     """Refuse what cannot be compared; returns what pretraining measured of the assessor."""
     check_flags(cfg)
+    check_values(distill.Config(**shared))
     check_arms(cfg, shared)
     check_distance(cfg, shared)
     assessor_file = shared.get("assessor_file", "")
@@ -319,13 +322,15 @@ def check_distance(cfg: Config, shared: dict[str, Any]) -> None:
     if cfg.fd_images == 1:
         raise UserError("--fd-images 1", wanted="0, or 2 and more", do="Try --fd-images 1000.")
     both = distill.Config(**shared)
-    unet, _, _ = describe_teacher(both.teacher, **both.says)
+    unet, _, meta = describe_teacher(both.teacher, **both.says)
     if unet.context_dim:
         raise UserError(
             "FD is of samples, and a network that is told what to draw by text cannot be sampled "
             "here yet",
             do="Add --fd-images 0: held-out losses only, no verdict.",
         )
+    R = both.resolution or meta.get("resolution", 0)
+    check_memory(f"--fd-images {cfg.fd_images} at --resolution {R}", cfg.fd_images * 3 * R**2)
     if cfg.fd_features == "inception":
         try:
             load_inception()

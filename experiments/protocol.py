@@ -43,7 +43,7 @@ OWN = {"standard": "all", "fine": "rest", "stage2": "excluded tags"}
 @dataclass(frozen=True)
 class Config:
     runs: tuple[str, ...] = flag((), "folders of runs of one data set, a,b,c")
-    n: int = flag(2_048, "samples of each", low=2)
+    n: int = flag(2_048, "samples of each", low=2, high=1e9)
     features: Literal["inception", "pca"] = flag_like(eval_fid.Config, "features", "inception")
     weights: str = flag_like(eval_fid.Config, "weights", "")
     preproc: Literal["torch", "clean", "tf"] = flag_like(eval_fid.Config, "preproc", "torch")

@@ -52,7 +52,7 @@ MOVES += [{name: shift} for name in ("dx", "dy") for shift in SHIFTS]
 
 @dataclass(frozen=True)
 class Config:
-    out: str = flag("runs/stages", "where its runs live")
+    out: str = flag("runs/stages", "where its runs live", writes="folder")
 
 
 # ---- reading faces ------------------------------------------------------------------------------

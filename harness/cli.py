@@ -9,7 +9,8 @@
 
     cfg, dry_run = parse(Config, __doc__)      # --lr 1e-4 --ema 0.05,0.1
 
-A flag is declared once: default, help, range, and with what other flags it has an effect.
+A flag is declared once: default, help, range, what it writes, and with what other flags it has an
+effect.
 """
 
 import dataclasses
@@ -18,12 +19,20 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
+
+
+# Numbers that a flag takes, at most: a command line has room for 10,000 and more.
+MOST = 1_000
+# Bytes of a file's name, at most; what is written beside it has names of its own.
+NAME_BYTES = 240
 
 
 class UserError(ValueError):
@@ -53,6 +62,7 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        check_words(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -70,6 +80,15 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
         sys.exit(crash)
 
 
+def check_words(words: Iterable[str]) -> None:
+    """Refuse bytes that are no text: they could be printed nowhere, and kept in no JSON."""
+    for word in words:
+        if "\0" in word or any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(
+                f"{ascii(clipped(word))}", wanted="UTF-8 text", do="Rename that file or folder."
+            )
+
+
 def is_for_user(error: Exception) -> bool:
     """Can the user mend it? Rooms that know nothing of UserError mark theirs with `for_user`."""
     return isinstance(error, (UserError, OSError, MemoryError)) or getattr(error, "for_user", False)
@@ -78,8 +97,10 @@ def is_for_user(error: Exception) -> bool:
 def explain(error: Exception) -> str:
     """The line that a user sees of an error (see is_for_user)."""
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}."
+        place = str(error.filename or "")
+        if len(place) > 300:
+            place = clipped(place)
+        return f"{place and place + ': '}{error.strerror or error}."
     return str(error) or "out of memory"
 
 
@@ -101,6 +122,7 @@ def flag(
     above: float | None = None,
     of: str | tuple[str, ...] = (),
     off: Any = None,
+    writes: str = "",
     head: str = "",
 ) -> Any:
     """A field of a Config. Without a default it is required.
@@ -110,11 +132,13 @@ def flag(
         "not --invert" (it is off), "--weight min_snr | soft_min_snr" (it has one of these values),
         "--this or --that" (one of these conditions holds).
     off: the one value that switches this flag off, instead of 0, false or empty.
+    writes: it names what is written: "folder", "file", or a file's ending, ".png".
     head: a heading before it in --help.
     """
     of = (of,) if isinstance(of, str) else of
     metadata = {"help": help, "low": low, "high": high, "above": above, "of": of, "off": off}
-    return dataclasses.field(default=default, metadata={**metadata, "head": head})
+    metadata |= {"writes": writes, "head": head}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_like(cls: type, name: str, default: Any, help: str | None = None) -> Any:
@@ -137,6 +161,11 @@ def dashed(name: str) -> str:
 def shown(value: Any) -> str:
     """A flag's value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def clipped(text: str) -> str:
+    """The beginning of what may be very long, for a message."""
+    return text if len(text) <= 80 else f"{text[:60]}…"
 
 
 def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tuple[Any, bool]:
@@ -212,7 +241,7 @@ def convert(key: str, text: str, kind: Any) -> Any:
         if text not in inner:
             choices = ", ".join(filter(None, inner))
             raise UserError(
-                f"--{key} {text!r} is not one of {choices}",
+                f"--{key} {clipped(text)!r} is not one of {choices}",
                 do=closest(text, inner) or f"Choose one of {choices}.",
             )
         return text
@@ -233,7 +262,7 @@ def convert(key: str, text: str, kind: Any) -> Any:
 
 def wrong_value(key: str, text: str, wanted: str) -> UserError:
     return UserError(
-        f"--{key} takes {wanted}, got {text!r}", do=f"Write --{key} VALUE; see --help."
+        f"--{key} takes {wanted}, got {clipped(text)!r}", do=f"Write --{key} VALUE; see --help."
     )
 
 
@@ -241,13 +270,23 @@ def wrong_value(key: str, text: str, wanted: str) -> UserError:
 
 
 def check_flags(cfg: Any) -> None:
-    """Refuse numbers out of range, and flags that would change nothing."""
-    for field in dataclasses.fields(cfg):
-        check_range(field, getattr(cfg, field.name))
+    """Refuse numbers out of range, places that cannot be written, and flags that would change
+    nothing."""
+    check_values(cfg)
     for name, condition in idle_flags(cfg).items():
         raise UserError(
             f"{dashed(name)} changes nothing here: it is of {condition}", do="Leave it out."
         )
+
+
+def check_values(cfg: Any) -> None:
+    """Of check_flags(), what can be said of each flag alone."""
+    for field in dataclasses.fields(cfg):
+        value, writes = getattr(cfg, field.name), field.metadata.get("writes")
+        check_range(field, value)
+        # An empty name is the one that a script makes up, where that is the default.
+        if writes and (value or field.default != ""):
+            check_place(dashed(field.name), value, writes)
 
 
 def idle_flags(cfg: Any) -> dict[str, str]:
@@ -264,11 +303,19 @@ def idle_flags(cfg: Any) -> dict[str, str]:
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
+    """Refuse a number, or one of a list, that is outside a flag's range."""
     low, high, above = (field.metadata.get(key) for key in ("low", "high", "above"))
     numbers = value if isinstance(value, tuple) else (value,)
     numbers = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
     if (low, high, above) == (None, None, None):
         return
+    if len(numbers) > MOST:
+        raise UserError(
+            dashed(field.name),
+            got=f"{len(numbers):,} numbers",
+            wanted=f"{MOST:,} at most",
+            do="Give fewer.",
+        )
     inside = all(
         (low is None or n >= low)  # NaN fails every comparison
         and (high is None or n <= high)
@@ -278,18 +325,59 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     )
     if not inside:
         wanted = range_text(low, high, above)
-        raise UserError(f"{dashed(field.name)} {shown(value)}", wanted=wanted, do="See --help.")
+        got = clipped(shown(value))
+        raise UserError(f"{dashed(field.name)} {got}", wanted=wanted, do="See --help.")
+
+
+def check_place(what: str, name: str, kind: str) -> None:
+    """Refuse, before hours of work, a name at which nothing can be written.
+
+    kind: "folder", which may be there or not; "file", in place of an old one; or its ending.
+    """
+    path = Path(name)
+    at = f"{what} {clipped(name)}" if name else f"{what} ''"
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
+        raise UserError(
+            at, wanted=f"names of {NAME_BYTES} bytes at most", do="Give it a shorter name."
+        )
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except OSError as error:
+        raise UserError(f"{at}: {error.strerror}", do="Choose another place.") from None
+    if kind == "folder":
+        if not name or mode and not stat.S_ISDIR(mode):
+            raise UserError(at, wanted="a folder", do="Name another place.")
+        return
+    if stat.S_ISDIR(mode) or name.endswith("/") or not path.name or path.name == "..":
+        example = path / f"NAME{kind if kind != 'file' else ''}"
+        raise UserError(f"{at} is a folder", wanted="a file", do=f"Try {what} {example}.")
+    if mode and not stat.S_ISREG(mode):
+        raise UserError(f"{at} is no regular file", do="Name a file, or a new one.")
+    if kind != "file" and path.suffix.lower() != kind:
+        example = path.with_name(path.name.rstrip(".")[:60] or "NAME").with_suffix(kind)
+        raise UserError(at, wanted=f"a file that ends in {kind}", do=f"Try {what} {example}.")
+    near = next(folder for folder in path.absolute().parents if folder.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        raise UserError(f"{at}: cannot write to {near}", do="Give a writable folder.")
 
 
 def range_text(low: float | None, high: float | None, above: float | None) -> str:
     """ "1 to 8", "at least 1", "more than 0", "more than 0, up to 1"."""
     if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
+        return f"{limit(low)} to {limit(high)}"
     if low is not None:
-        return f"at least {low:g}"
+        return f"at least {limit(low)}"
     if above is not None and high is not None:
-        return f"more than {above:g}, up to {high:g}"
-    return f"more than {above:g}" if above is not None else f"at most {high:g}"
+        return f"more than {limit(above)}, up to {limit(high)}"
+    return f"more than {limit(above)}" if above is not None else f"at most {limit(high)}"
+
+
+def limit(number: float) -> str:
+    """A number of a range as it is read: 0.001, 1000, 1,000,000."""
+    large = abs(number) >= 10_000 and number == int(number)
+    return f"{int(number):,}" if large else f"{number:g}"
 
 
 def holds(cfg: Any, condition: str) -> bool:

@@ -50,6 +50,7 @@ def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> Non
 
 def save_npz(images: Tensor, path: Path) -> None:
     """uint8 images (n, 3, H, W) as arr_0 (n, H, W, 3), atomically."""
+    make_dir(path.parent)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy())
 

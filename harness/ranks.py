@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.cli import UserError
+from harness.cli import UserError, clipped
 
 # How long a rank that is done waits for the others; torchrun ends it if one of them dies.
 PATIENCE = timedelta(days=30)
+# How long the first rank waits for the last one to come …
+MEETING = timedelta(minutes=10)
+# … and afterwards, if nobody says, for what the others have to say.
+USUAL = timedelta(minutes=30)
+# What a network computes on; torch knows more, such as meta, on which nothing has a value.
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+# What to do where the variables of torchrun make no sense.
+ALONE = "start with torchrun, or unset RANK and WORLD_SIZE"
 
 
 @dataclass
@@ -64,17 +73,57 @@ def join_ranks(device_name: str, backend: str = "", patience: timedelta | None =
 
     patience: how long a rank waits for another; None = torch's own, ten or thirty minutes.
     """
+    place = place_here()
     device = pick_device(device_name)
-    if "WORLD_SIZE" not in os.environ:
+    if place is None:
         return Ranks(0, 1, device)
+    rank, world = place
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    dist.init_process_group(backend, timeout=patience)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
+        store.set_timeout(patience or USUAL)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} of {world} met no others at {where}: {reason}",
+            do=f"Mend what is wrong there, {ALONE}.",
+        ) from None
+    return Ranks(rank, world, device)
+
+
+def place_here() -> tuple[int, int] | None:
+    """(rank, world) that the environment says, as torchrun sets it; None = one process alone."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    world = variable("WORLD_SIZE", 1, 1_000_000)
+    rank = variable("RANK", 0, world - 1)
+    variable("MASTER_PORT", 1, 65_535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("WORLD_SIZE is set and MASTER_ADDR is not", do=f"Set it, {ALONE}.")
+    return rank, world
+
+
+def variable(name: str, low: int, high: int) -> int:
+    """A number of the environment that torchrun sets."""
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(
+            f"some of torchrun's variables are set and {name} is not", do=f"Set it, {ALONE}."
+        )
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(
+            f"the environment's {name}={clipped(text)!r}",
+            wanted=f"{low} to {high}",
+            do=f"Mend it, {ALONE}.",
+        )
+    return int(text)
 
 
 def check_batch(batch: int, accum: int) -> None:
     """Refuse a batch that cannot be split over ranks and micro-batches; no rank is joined yet."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world = place_here() or (0, 1)
     unit = world * accum
     if batch % unit:
         raise UserError(
@@ -84,22 +133,27 @@ def check_batch(batch: int, accum: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto = this process's GPU if there is one, else the CPU; anything else as torch names it.
-    A GPU becomes the current one, for Triton launches there."""
+    """auto = this process's GPU if there is one, else the CPU; anything else as torch names it, if
+    it is here and can compute. A GPU becomes the current one, for Triton launches there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{variable('LOCAL_RANK', 0, 999_999)}"
+    elif name == "cuda":
+        name = "cuda:0"
+    what, do = f"--device {clipped(name)!r}", "Try --device cpu, or auto."
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or kind == "cpu" and number not in ("", "0"):
+        raise UserError(what, wanted=f"auto, {', '.join(DEVICES)}, or cuda:1", do=do)
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name!r} is not usable here: {reason}", do="Try --device cpu, or auto."
-        ) from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # What follows the first sentence is a list of all that torch knows.
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{what} is not usable here: {reason}", do=do) from None
     return device
 
 

@@ -52,7 +52,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Run:
     """Where a run lives, and what it writes how often. What is `every` counts images; 0 = never."""
 
-    out: str = flag("runs", "where runs live", head="the run")
+    out: str = flag("runs", "where runs live", writes="folder", head="the run")
     name: str = flag("", "default <data>-<objective>-<stage>")
     resume: bool = flag(True, "--no-resume = refuse to continue an existing run")
     log: tuple[str, ...] = flag((), "tensorboard,wandb beside log.jsonl")

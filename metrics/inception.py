@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+if __name__ == "__main__":  # also where the file itself is run
+    sys.path[0] = str(Path(__file__).parent.parent)
+    import harness.interrupt  # noqa: F401
 
 import numpy as np
 import torch

@@ -904,7 +904,7 @@ BAD = {
     ),
     "nan weights": (
         ["--block-weights", "1,1,nan,1,1"],
-        "--block-weights 1.0,1.0,nan,1.0,1.0: wanted at least 0",
+        "--block-weights 1.0,1.0,nan,1.0,1.0: wanted 0 to 1,000,000",
     ),
     "control": (
         ["--assessor", "david", "--assessor-file", "HOME/control.safetensors"],

@@ -17,9 +17,10 @@ from data.dataset import first_of
 from data.tags import one_form
 from diffusion.schedules import shorter
 from harness.cli import UserError
+from harness.memory import check_batch_memory
 from harness.ranks import Ranks
-from harness.run import FINAL, begun_with, check_config, checkpoints, images_seen, print_end
-from harness.run import read_config
+from harness.run import FINAL, begun_with, check_config, check_disk, checkpoints, images_seen
+from harness.run import print_end, read_config
 from model import PRESETS
 from objectives import Objective
 from training.checkpoints import check_resume
@@ -111,6 +112,14 @@ def network_config(
             do="Choose another, or --upsample psu.",
         )
     return cfg
+
+
+def check_room(run: Path, net: nn.Module, vae: AnyVAE, cfg: Any, ranks: Ranks) -> None:
+    """Refuse a run whose checkpoints the disk, or whose micro-batches the memory cannot hold."""
+    check_disk(run, net, cfg)
+    micro, width = cfg.batch // (ranks.world * cfg.accum), getattr(net.cfg, "model_channels", 0)
+    shape = vae.latent_shape(cfg.resolution)
+    check_batch_memory("a micro-batch of", micro, cfg.resolution, shape, ranks.device, width)
 
 
 def check_table(cfg: Any) -> None:

@@ -231,10 +231,10 @@ def test_of_a_damaged_log_the_entries_are_drawn_and_the_rest_is_counted(tmp_path
             ("good", "--out", "x.pdf"),
             "--out x.pdf: wanted a file that ends in .png.  Try --out x.png",
         ),
-        (("good", "--out", "folder.png"), "--out folder.png: wanted a file"),
+        (("good", "--out", "folder.png"), "--out folder.png is a folder: wanted a file"),
         (("good", "--ot", "x.png"), "Closest: out"),
         (("good", "--out", "x.png", "new"), "unexpected argument 'new'"),
-        (("good", "--out", "good/log.jsonl/x.png"), "cannot write to good/log.jsonl"),
+        (("good", "--out", "good/log.jsonl/x.png"), "--out good/log.jsonl/x.png: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line(words, what, tmp_path, user, monkeypatch):
