@@ -73,7 +73,7 @@ class Encode:
     flip: bool = flag(False, "also the mirrored images, for train.py --flip")
     dtype: Literal["fp16", "bf16"] = flag("fp16", "fp16 | bf16: of the latents on disk")
     # Part of the plan, as sums of another size round differently.
-    batch: int = flag(16, "images at a time; part of the plan", low=1, high=1e6)
+    batch: int = flag(16, "images at a time; part of the plan", low=1, high=65_536)
     device: str = flag("auto", "auto | cpu | cuda")
     verify: bool = flag(False, "only check the cache at --out")
 

@@ -242,7 +242,7 @@ def test_what_cannot_be_held_is_refused_before_it_is_made(
 
 def test_a_batch_of_an_encoding_is_at_most_its_source(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = "--data toyfaces:8 --batch 1000000 --vae pixel:8 --resolution 64".split()
+    words = "--data toyfaces:8 --batch 65536 --vae pixel:8 --resolution 64".split()
     # Pixels, and latents four times: 4 · (3 · 64² + 4 · 192 · 8²) bytes each.
     monkeypatch.setattr(memory, "capacity", lambda device: 8 * 245_760 // memory.FAR - 1)
     assert "--batch 8 at --resolution 64 needs" in refused(
