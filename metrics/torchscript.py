@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from typing import Any
 
@@ -51,7 +52,7 @@ def read_torchscript(data: bytes) -> dict[str, Tensor]:
         root = Reader(archive, pickled).load()
     except StopIteration:
         raise ValueError("it has no data.pkl") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error)) from None
     except (EOFError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None

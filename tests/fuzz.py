@@ -96,6 +96,7 @@ OF_FILE = f"eval_fid.py --ckpt {{}} {EVAL} {DRAW} --out out/card.json"
 BY_DISTILL = f"distill.py --teacher {{}} --name new {OUT} {DISTILL}"
 PRETRAINED = f"distill.py pretrain-assessor --teacher {{}} --out out/a.safetensors {PRETRAIN}"
 INIT = f"train.py --data toyfaces:24 --vae pixel:1 --init {{}} --name new {OUT} {TRAIN}"
+INIT += " --resolution 16"
 ABLATE = "experiments/ablate.py --teacher runs/done --assessor-file {} --arms D --seeds 0 --out out"
 ABLATE += f" --fd-images 0 {DISTILL}"
 CKPT = ("ckpt inspect {}", "ckpt verify {} {}", "ckpt convert {} out/x.safetensors --layout native")

