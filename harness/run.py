@@ -169,6 +169,7 @@ def check_places(run: Path) -> None:
 def lock(run: Path) -> IO[str]:
     """Hold a run's folder for this process, and sweep it; the kernel lets go when it ends, however
     it ends."""
+    check_place(run / ".lock", "a file")
     handle = open(run / ".lock", "a")
     try:
         with naming(run / ".lock"):

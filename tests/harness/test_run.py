@@ -147,6 +147,13 @@ def test_a_folder_has_one_writer(tmp_path):
     lock(tmp_path)
 
 
+def test_a_pipe_in_place_of_a_lock_is_refused_at_once(tmp_path):
+    """Opening it would wait for somebody who reads."""
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"\.lock is .*, wanted a file"):
+        lock(tmp_path)
+
+
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
 def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
     tmp_path, monkeypatch, capsys, code
