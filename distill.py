@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_unet, read_tensors
+from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, read_tensors
 from ckpt.meaning import same_table
 from data.dataset import classes_of, latents_of
 from data.sources import embedded_tags
@@ -71,6 +71,7 @@ from harness.run import TIME_BINS, checkpoints
 from harness.seeds import torch_seed
 from model import PRESETS, UNet, UNetConfig
 from objectives import Loss, Net, Objective, make_objective
+from training.checkpoints import beginning
 from training.start import take_weights
 from vae import AnyVAE, vae_from_meta
 
@@ -788,14 +789,14 @@ def contents_of(cfg: Config, teacher: str, texts: dict[str, Tensor]) -> dict[str
 def run(cfg: Config, ranks: Ranks) -> bool:
     """train.train of a distillation, begun, resumed or finished; True if it was asked to stop."""
     folder = Path(cfg.out) / cfg.name
-    if begun := checkpoints(folder):
-        check_contents(cfg, folder, begun[-1])
+    if checkpoints(folder):
+        check_contents(cfg, folder)
     return train.train(cfg, ranks, setup, FREE)
 
 
-def check_contents(cfg: Config, folder: Path, checkpoint: Path) -> None:
+def check_contents(cfg: Config, folder: Path) -> None:
     """Files may have moved since a run began, but not changed."""
-    before = open_unet(checkpoint / "model.safetensors").meta["init"]
+    before = beginning(folder)["init"]
     net, meta = load_unet(find_checkpoint(cfg.teacher))
     now = contents_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context))
     for what, contents in now.items():

@@ -1148,7 +1148,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, user, flags, message
         "CKPT": lambda p: checkpoint(p),
         "OTHER": lambda p: checkpoint(p, vae=other),
         "CLASSES": lambda p: checkpoint(p, classes=("a", "b", "x")),
-        "PIXELS": lambda p: checkpoint(p, cfg=PIXELS, vae=pixel()),
+        "PIXELS": lambda p: checkpoint(p, cfg=PIXELS, vae=pixel(), classes="abcde"),
         "PLAIN": lambda p: checkpoint(p, cfg=plain, classes=None),
         "INIT": lambda p: picture(p),
         "WIDE": lambda p: picture(p, size=(20, 16)),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ckpt import load_strict, load_unet, read_tensors, save_checkpoint
+from ckpt import load_strict, load_unet, open_unet, read_tensors, save_checkpoint
 from data.watch import wait
 from harness.cli import UserError
 from harness.files import atomic, listed, read_digests
@@ -46,6 +46,13 @@ class Begun(Open):
     """What the metadata of a run's network says of its beginning."""
 
     init: Init
+    data_hash: str | None = None
+
+
+def beginning(run: Path) -> dict[str, Any]:
+    """What the metadata of a run's newest network says of its beginning (Begun)."""
+    file = checkpoints(run)[-1] / "model.safetensors"
+    return check(open_unet(file).meta, Begun, file)
 
 
 def load_weights(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ckpt import fingerprint, load_like, load_strict, load_unet, open_unet
+from ckpt import fingerprint, load_like, load_strict, load_unet
 from ckpt.hub import ask
 from ckpt.meaning import same_table
 from data.cache import is_cache
@@ -23,7 +23,7 @@ from harness.run import FINAL, begun_with, check_config, check_disk, checkpoints
 from harness.run import print_end, read_config
 from model import PRESETS
 from objectives import Objective
-from training.checkpoints import check_resume
+from training.checkpoints import beginning, check_resume
 from vae import AnyVAE, choose, read_name
 
 
@@ -73,18 +73,16 @@ def same_data(cfg: Any, run: Path) -> bool:
     resumed, and not opened twice."""
     if images_seen(run) < cfg.images:
         return True
-    saved = open_unet(checkpoints(run)[-1] / "model.safetensors").meta
-    return cfg.open_data().source.hash == saved["data_hash"]
+    return cfg.open_data().source.hash == beginning(run).get("data_hash")
 
 
 def same_init(cfg: Any, run: Path) -> bool:
     """Does --init hold the weights that the run began with?"""
-    saved = open_unet(checkpoints(run)[-1] / "model.safetensors").meta["init"]
     if cfg.model in PRESETS:
         net, _ = load_like(cfg.init, PRESETS[cfg.model], cfg.model)
     else:
         net, _ = load_unet(cfg.init, dtype=torch.float32)
-    return fingerprint(net.state_dict()) == saved["fingerprint"]
+    return fingerprint(net.state_dict()) == beginning(run)["init"]["fingerprint"]
 
 
 def network_config(

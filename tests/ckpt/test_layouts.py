@@ -361,7 +361,7 @@ ODD = (
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl", "adm"])
 def test_a_config_with_anything_anywhere_in_it_is_read_or_refused_at_once(base):
-    start, config = time.monotonic(), diffusers_config(TINY[base])
+    start, config = time.process_time(), diffusers_config(TINY[base])
     for key in ("_class_name", *DEFAULTS[config["_class_name"]]):
         for value in ODD:
             try:
@@ -375,7 +375,7 @@ def test_a_config_with_anything_anywhere_in_it_is_read_or_refused_at_once(base):
         UserError, match="num_res_blocks is 1000000000: wanted a whole number from 1 to 64"
     ):
         from_diffusers_config({**config, "layers_per_block": 10**9})
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(

@@ -185,13 +185,13 @@ def test_tags_that_look_like_signs_are_tags_alone_or_quoted():
     ],
 )
 def test_deep_expressions_are_one_line_and_fifty_levels_are_read(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError) as error:
         holds(text)
     assert (
         "\n" not in str(error.value)
         and len(str(error.value)) < 400
-        and time.perf_counter() - start < 5
+        and time.process_time() - start < 5
     )
     assert "deep" in str(error.value) or "signs in a row" in str(error.value)
     for n in (1, 24, 25):

@@ -8,6 +8,7 @@ import torch
 from conftest import randomize
 from safetensors.torch import load_file
 
+import distill
 import train
 from ckpt import load_unet, save_unet
 from ckpt.convert import inspect
@@ -16,7 +17,7 @@ from model import PRESETS, UNet
 from objectives import make_objective
 from test_train import ALONE, FAST, go
 from train import Config, resolve
-from training.start import ROWS, take_weights
+from training.start import ROWS, same_init, take_weights
 from vae import pixel
 
 NANO = replace(PRESETS["nano"], in_channels=3, out_channels=3)
@@ -143,3 +144,25 @@ def test_betas_that_cannot_be_trained_are_refused(fields, message):
     with pytest.raises(UserError) as error:
         resolve(Config(**{**FAST, **fields}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "init, message",
+    [
+        (None, "init is missing"),
+        ({"path": None}, "init.fingerprint is missing"),
+        ("scratch", "init is 'scratch'"),
+    ],
+)
+def test_a_run_whose_network_does_not_say_what_it_began_with_is_one_line(tmp_path, init, message):
+    """For a student's teacher and for --init that moved: it says what they are compared with."""
+    file = tmp_path / "ckpt" / f"{8:012d}" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_unet(file, network(0, 0), {"init": init} if init else {})
+    for ask in (
+        lambda: distill.check_contents(distill.Config(), tmp_path),
+        lambda: same_init(Config(init="f"), tmp_path),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            ask()
+        assert str(file) in str(error.value)
