@@ -53,6 +53,7 @@ def user(monkeypatch, capsys):
     def run(main, *args):
         hub.ASKED.clear()  # it begins as a process does
         hub.ONLY_CACHED.clear()
+        capsys.readouterr()  # what the test itself made before
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
         code = 0
         try:

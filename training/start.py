@@ -78,11 +78,12 @@ def same_data(cfg: Any, run: Path) -> bool:
 
 def same_init(cfg: Any, run: Path) -> bool:
     """Does --init hold the weights that the run began with?"""
+    before = beginning(run)["init"]
     if cfg.model in PRESETS:
         net, _ = load_like(cfg.init, PRESETS[cfg.model], cfg.model)
     else:
         net, _ = load_unet(cfg.init, dtype=torch.float32)
-    return fingerprint(net.state_dict()) == beginning(run)["init"]["fingerprint"]
+    return fingerprint(net.state_dict()) == before["fingerprint"]
 
 
 def network_config(

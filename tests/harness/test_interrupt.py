@@ -42,18 +42,26 @@ def seconds(process: subprocess.Popen) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK
 
 
+def imports(process: subprocess.Popen) -> bool:
+    """Does it load packages? Python itself and its own modules take a time of their own, longer on
+    a busy machine, and until then Ctrl-C is Python's."""
+    return "site-packages" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU times from /proc")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_is_one_line_from_the_first_moments_on(command):
-    for moment in (0.15, 0.4, 0.9):
+    for moment in (0, 0.4, 0.9):
         process = start(command)
-        while process.poll() is None and seconds(process) < moment:
+        while process.poll() is None:
+            if imports(process) and seconds(process) >= moment:
+                break
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         if out and not err:
             # It was quicker than that: the help was printed.
-            assert process.returncode == 0 and moment > 0.15
+            assert process.returncode == 0 and moment
             continue
         assert (process.returncode, err) == (130, "interrupted\n"), (moment, err)
 
