@@ -28,6 +28,7 @@ from harness.cli import UserError
 from harness.files import read_meta, stream_tensors, text_meta
 from model import PRESETS, UNet, UNetConfig
 from objectives import make_objective
+from vae import pixel
 
 
 # The name ckpt.convert is the function.
@@ -397,7 +398,7 @@ def test_inspect_says_what_it_is_and_what_is_missing(tmp_path, user):
         net,
         {
             "objective": {"name": "fm", "target": "u", "table": ""},
-            "vae": {},
+            "vae": pixel().meta(),
             "images": 12345,
             "resolution": 16,
         },
