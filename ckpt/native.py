@@ -35,7 +35,7 @@ from ckpt.layouts import LAYOUTS, MARKERS, native_view, target_of
 from ckpt.notes import check_note
 from harness.cli import UserError
 from harness.files import META, Container, check_place, fingerprint, fsync, listed, read_digests
-from harness.files import read_meta, remove, write_digests, write_tensors
+from harness.files import read_meta, remove, temporary_name, write_digests, write_tensors
 from harness.run import Recorded, checkpoints, sweep
 from harness.typed import AnyFloat, Count, Hash, Length, Open, Range, check
 from harness.whole import LISTED, check_file
@@ -193,8 +193,8 @@ def save_checkpoint(
     for old in checkpoints(run)[:-keep]:
         if old in milestones:
             continue
-        trash = old.with_name(old.name + ".old")
-        os.replace(old, trash)  # a kill while it is removed leaves no numbered half
+        trash = temporary_name(old)  # a kill while it is removed leaves no numbered half
+        os.replace(old, trash)
         remove(trash)
     return final
 

@@ -2,7 +2,7 @@
 
     start(source)     # a thread begins to read all shards; data.dataset.batches() does this
     look(source)      # refuses the cache if something was found, without waiting
-    wait(source)      # the same of the whole cache: before weights are written that saw its latents
+    wait(source, ranks)   # the same of the whole cache: before weights are written that saw it
 
 Shards are as large as a disk, so opening a cache does not read them. A flipped bit, or a shard of
 another cache, still reaches no checkpoint. The processes of a machine share the work; each machine
@@ -15,14 +15,17 @@ import threading
 import time
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data.cache import LatentSource, encode_command, shard_path
 from harness.cli import UserError
+from harness.ranks import Ranks, variable
 from harness.reading import open_file
 
 PIECE = 1 << 20  # bytes read at once
 QUIET = 5.0  # seconds that a run waits before it says for what
+ONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class Watch(threading.Thread):
@@ -54,7 +57,7 @@ def is_whole(source: LatentSource, k: int) -> bool:
             while piece := file.read(PIECE):
                 rest.update(piece)
                 length += len(piece)
-    except OSError:  # gone, or on a part of the disk that cannot be read
+    except (OSError, UserError):  # gone, no file, or on a part of the disk that cannot be read
         return False
     found = (length, head.hexdigest(), rest.hexdigest())
     return found == (record["bytes"], record["head"], record["sha256"])
@@ -73,8 +76,10 @@ def share_of(shards: int) -> range:
     reads all."""
     if not dist.is_initialized():
         return range(shards)
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return range(int(os.environ.get("LOCAL_RANK", 0)) % world, shards, world)
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return range(shards)
+    world = variable("LOCAL_WORLD_SIZE", 1, 1_000_000)
+    return range(variable("LOCAL_RANK", 0, world - 1), shards, world)
 
 
 def look(source: Any) -> None:
@@ -90,21 +95,36 @@ def look(source: Any) -> None:
     )
 
 
-def wait(source: Any) -> None:
-    """Wait until all that start() began is checked, and raise what was found."""
+def wait(source: Any, ranks: Ranks = ONE) -> None:
+    """Wait until all that start() began is checked, on every rank, and raise what any rank found.
+
+    Ranks ask each other every few seconds: minutes of silence are taken for death.
+    """
     watch = getattr(source, "watch", None)
     if watch is None:  # no latent was read
         return
     begun = time.perf_counter()
     watch.join(QUIET)
-    if watch.is_alive():
-        print(
-            f"before weights are saved, the shards of {source.root} are compared with their "
-            f"checksums: {watch.done:,} of {len(watch.share):,} so far",
-            flush=True,
-        )
-        watch.join()
+    told = False
+    while any_of(ranks, watch.is_alive()):
+        if watch.is_alive() and not told:
+            told = True
+            print(
+                f"before weights are saved, the shards of {source.root} are compared with their "
+                f"checksums: {watch.done:,} of {len(watch.share):,} so far",
+                flush=True,
+            )
+        watch.join(QUIET)
+    if told:
         print(f"compared, after {time.perf_counter() - begun:.0f} s", flush=True)
+    damaged = any_of(ranks, watch.damaged is not None)
     look(source)
+    if damaged:
+        raise UserError(f"another rank found damage in {source.root}", do="See what it says.")
     if watch.done < len(watch.share):  # the thread has printed why
         raise RuntimeError(f"the check of {source.root} ended early")
+
+
+def any_of(ranks: Ranks, here: bool) -> bool:
+    """Is it so on any rank? Every rank asks."""
+    return bool(ranks.all_reduce(torch.tensor(int(here), device=ranks.device)))

@@ -40,7 +40,7 @@ TIME_BINS = 10
 # In a run's folder: the pictures that it ends with.
 FINAL = "samples/final.png"
 # Names that a kill may leave behind.
-HALF_FOLDER = re.compile(r"\d{12}\.(tmp|old)")
+HALF_FOLDER = re.compile(r"\d{12}\.tmp")
 HALF_FILE = re.compile(r"\..+\.\d+\.tmp")
 # What flock says on file systems that have none: NFS without a lock daemon, FUSE.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -192,11 +192,13 @@ def check_disk(run: Path, net: torch.nn.Module, cfg: Any) -> None:
     """Refuse a run whose checkpoints cannot fit: those that it keeps, and one more while it is
     written.
 
-    Weights and EMAs are 4 bytes a parameter, AdamW's state 8. cfg: keep, keep_every, images, ema.
+    Weights and EMAs are 4 bytes a parameter, AdamW's state 8. cfg: keep, keep_every, save_every,
+    images, ema.
     """
     params = sum(p.numel() for p in net.parameters())
     each = params * 4 * (1 + len(cfg.ema) + 2)
-    milestones = cfg.images // cfg.keep_every if cfg.keep_every else 0
+    # Between two that are saved, however many multiples of keep_every lie there, none is kept.
+    milestones = cfg.images // max(cfg.keep_every, cfg.save_every) if cfg.keep_every else 0
     there = len(checkpoints(run))
     # An old one goes when a new one is whole, so there is always one to come.
     count = max(cfg.keep + milestones + 1 - there, 1)
@@ -227,7 +229,7 @@ def leftovers(run: Path) -> list[Path]:
     """What a kill in mid-write left in a run: only names that ckpt.save_checkpoint uses before and
     after, and those of harness.files.temporary_name()."""
     folders = [path for path in (run / "ckpt").glob("*") if HALF_FOLDER.fullmatch(path.name)]
-    hidden = [*run.glob(".*.tmp"), *(run / "samples").glob(".*.tmp")]
+    hidden = [path for at in (run, run / "ckpt", run / "samples") for path in at.glob(".*.tmp")]
     return folders + [path for path in hidden if HALF_FILE.fullmatch(path.name)]
 
 

@@ -105,7 +105,7 @@ def load_optimizer(
 
 def save(tr: Trainer) -> None:
     """Write a checkpoint. Rank 0 writes; every rank calls."""
-    wait(tr.ds.source)  # each rank its share, before the sum that all of them have to reach
+    wait(tr.ds.source, tr.ranks)  # each rank its share
     more = {"meter": tr.meter.state()}
     more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
     if tr.ranks.rank == 0:

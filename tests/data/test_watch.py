@@ -1,5 +1,6 @@
 """A latent cache is checked while training reads it: no damaged latent reaches a saved weight."""
 
+import os
 import pickle
 import random
 import re
@@ -111,10 +112,11 @@ def test_a_damaged_shard_ends_a_run_before_it_saves_and_is_mended_alone(
 
 def test_weights_wait_for_a_check_that_is_slow(tmp_path, user, monkeypatch):
     cache = made(tmp_path)
-    gate, join = threading.Event(), watch.Watch.join
+    gate, join, asked = threading.Event(), watch.Watch.join, []
 
     def joined(self, timeout=None):
-        if timeout is None:  # the run waits in earnest
+        asked.append(timeout)
+        if len(asked) > 2:  # the run waits in earnest
             gate.set()
         join(self, timeout)
 
@@ -124,6 +126,53 @@ def test_weights_wait_for_a_check_that_is_slow(tmp_path, user, monkeypatch):
     code, out, errors = user(train.main, *words(cache, tmp_path, "--name", "r"))
     assert code == 2 and "shard-00001" in errors[-1] and not checkpoints(tmp_path / "r")
     assert "are compared with their checksums: 0 of 5 so far" in out and "\ncompared, after" in out
+
+
+class Others:
+    """Another rank, which answers one question after another: is it still busy, did it find
+    damage?"""
+
+    def __init__(self, answers):
+        self.device, self.answers = torch.device("cpu"), list(answers)
+
+    def all_reduce(self, x):
+        return x + self.answers.pop(0)
+
+
+def test_ranks_wait_for_each_other_and_all_of_them_stop(tmp_path):
+    """None is left alone in a sum, in which it would end in an error of its own."""
+    source = open_cache(str(made(tmp_path)), 32)
+    watch.start(source)
+    others = Others([1, 1, 0, 0])
+    watch.wait(source, others)
+    assert not others.answers
+    with pytest.raises(UserError, match=r"^another rank found damage in .*/c\."):
+        watch.wait(source, Others([0, 1]))
+    others = Others([0, 0])
+    source.watch.damaged = 3
+    with pytest.raises(UserError, match="shard-00003.*is damaged, or of another cache"):
+        watch.wait(source, others)
+    assert not others.answers  # they were told
+
+
+@pytest.mark.parametrize("name, value", [("LOCAL_WORLD_SIZE", "0"), ("LOCAL_RANK", "two")])
+def test_shares_of_a_machine_make_sense(monkeypatch, name, value):
+    monkeypatch.setattr(watch.dist, "is_initialized", lambda: True)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert watch.share_of(5) == range(5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert list(watch.share_of(5)) == [1, 3]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"the environment's {name}='{value}'"):
+        watch.share_of(5)
+
+
+def test_a_shard_that_became_a_pipe_is_damage(tmp_path):
+    source = open_cache(str(made(tmp_path)), 32)
+    shard_path(source.root, 1).unlink()
+    os.mkfifo(shard_path(source.root, 1))
+    assert watch.is_whole(source, 0) and not watch.is_whole(source, 1)
 
 
 def test_an_assessor_is_not_saved_either(tmp_path, user):

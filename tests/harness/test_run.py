@@ -207,8 +207,19 @@ KINDS = (a_file, a_folder, a_link, a_link_to_nothing, a_pipe)
 # place: which of them may stand there
 FOLDERS = dict.fromkeys(("", "ckpt", "samples", "ckpt/000000000008"), (a_folder, a_link))
 FILES = dict.fromkeys(("config.json", "log.jsonl", "vae.safetensors", ".lock"), (a_file,))
-OURS = ("ckpt/000000000008.tmp", "ckpt/000000000008.old", ".log.jsonl.17.tmp", "samples/.x.9.tmp")
-THEIRS = ("ckpt/latest", "ckpt/8.tmp", ".mine.tmp", "notes.tmp", "ckpt/000000000008.tmp2")
+OURS = (
+    *("ckpt/000000000008.tmp", "ckpt/.000000000008.17.tmp", ".log.jsonl.17.tmp"),
+    "samples/.x.9.tmp",
+)
+# A checkpoint that its user moved out of the way is called .old, too.
+THEIRS = (
+    "ckpt/latest",
+    "ckpt/000000000008.old",
+    "ckpt/8.tmp",
+    ".mine.tmp",
+    "notes.tmp",
+    "ckpt/000000000008.tmp2",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -308,7 +319,8 @@ def disk(monkeypatch, free: int) -> None:
 
 
 def flags(**more):
-    return SimpleNamespace(**{"keep": 3, "keep_every": 0, "images": 100, "ema": (0.05,), **more})
+    usual = {"keep": 3, "keep_every": 0, "save_every": 5, "images": 100, "ema": (0.05,)}
+    return SimpleNamespace(**{**usual, **more})
 
 
 def test_a_new_run_that_cannot_fit_is_told_what_would(tmp_path, monkeypatch):
@@ -327,6 +339,8 @@ def test_a_new_run_that_cannot_fit_is_told_what_would(tmp_path, monkeypatch):
     disk(monkeypatch, 9 * 10**6)
     with pytest.raises(UserError, match="or leave --keep-every out"):
         check_disk(tmp_path / "r", net, flags(keep=1, keep_every=10))
+    # No more are kept than are saved: none of them is a milestone of this one's own.
+    check_disk(tmp_path / "r", net, flags(keep=1, keep_every=1, save_every=101))
 
 
 def test_a_run_that_has_begun_is_told_only_what_it_can_still_change(tmp_path, monkeypatch):
