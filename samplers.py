@@ -415,7 +415,7 @@ def objective_of(cfg: Sampling, meta: dict[str, Any], what: str) -> Objective:
             f"{what} does not say what its network was trained to output",
             do="Add --objective fm, eps, v or x0 (guided-diffusion: eps).",
         )
-    return objective_from(meta, what, said_table(cfg.table, cfg.betas), cfg.zero_snr)
+    return objective_from(meta, what, said_table(cfg.table, cfg.betas, cfg.zero_snr), cfg.zero_snr)
 
 
 def vae_of(

@@ -175,7 +175,7 @@ def settle(cfg: Any, *words: str) -> Any:
     check_mirrors(cfg.log)
     # im/ and im are one.
     place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data
-    name, table = run_name(cfg.name, place, *words), said_table(cfg.table, cfg.betas)
+    name, table = run_name(cfg.name, place, *words), said_table(cfg.table, cfg.betas, cfg.zero_snr)
     return replace(cfg, data=place, name=name, table=table, betas="")
 
 

@@ -10,7 +10,7 @@ A name may be a file, a run's folder, a diffusers folder, or hf:org/name[/file][
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # also where the file itself is run
 
 from ckpt.convert import convert, inspect, verify
 from ckpt.meaning import said_table
-from harness.cli import UserError, cli, closest, flag, parse
+from harness.cli import UserError, cli, closest, dashed, flag, parse
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Options:
 
 
 COMMANDS = {"inspect": ("FILE",), "convert": ("SRC", "DST"), "verify": ("A", "B")}
-SWITCHES = ("--ema", "--no-ema", "--help", "-h", "--dry-run")
+BOOLEAN = [f.name for f in fields(Options) if f.type is bool]
+SWITCHES = {"--help", "-h", "--dry-run"} | {dashed(name) for name in BOOLEAN}
+SWITCHES |= {dashed(f"no_{name}") for name in BOOLEAN}
 
 
 def positional(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -96,7 +98,7 @@ def main() -> None:
     words, flags = positional(sys.argv[1:])
     options, dry_run = parse(Options, __doc__.replace("\n\n", "\n", 1), flags)
     command, names = check_command(words, options)
-    table = {"table": said_table(options.table, options.betas)}
+    table = {"table": said_table(options.table, options.betas, options.zero_snr)}
     apart = ("layout", "dtype", "betas")
     known = {k: v for k, v in {**asdict(options), **table}.items() if v and k not in apart}
     if dry_run:

@@ -205,6 +205,11 @@ def copy(tensor: Tensor, name: str, path: Path) -> Tensor:
             f"{path}: {name} is not a plain dense tensor ({tensor.layout})",
             do="Save it dequantised and dense.",
         )
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise UserError(
+            f"{path}: {name} repeats few numbers as a tensor of {tuple(tensor.shape)}",
+            do="Save it after .contiguous().",
+        )
     return tensor.detach().contiguous().clone().resolve_neg()
 
 

@@ -20,10 +20,10 @@ from ckpt.layouts import (
     MARKERS, family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention,
     target_of, to_foreign,
 )
-from ckpt.meaning import UNKNOWN, add_schedule, shown_betas
+from ckpt.meaning import ANOTHER, UNKNOWN, add_schedule, shown_betas
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
 from diffusion.schedules import shorter
-from harness.cli import UserError
+from harness.cli import UserError, printable
 from harness.files import (
     Container, fingerprint, fsync, make_dir, raw_bytes, stream_tensors, text_meta, write_text,
 )
@@ -198,7 +198,7 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
         "fingerprint": digest,
         "missing": missing or "nothing, samplers.py can draw from it",
     }
-    return [f"{key:<12} {value}" for key, value in lines.items() if value]
+    return [f"{key:<12} {printable(str(value))}" for key, value in lines.items() if value]
 
 
 def noise_of(meta: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -238,7 +238,7 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
         if "table" not in meta.get("schedule", {}):
             missing.append("noise schedule (--table) of eps, v or x0")
     table = meta.get("schedule", {}).get("table")
-    if objective == "edm" or table == UNKNOWN:
+    if objective in ("edm", ANOTHER) or table == UNKNOWN:
         missing.append("code for what it says: no flag gives it")
     elif objective in ("eps", "v", "x0") and not table:
         missing.append("noise schedule (--table)")

@@ -39,18 +39,28 @@ TARGETS = {
 # Betas of diffusers' schedulers where a config is silent: start, end, schedule.
 BETAS = (0.0001, 0.02, "linear")
 LIKE_SD = (0.00085, 0.012, "scaled_linear")
-SILENT = {
+LIKE_K = (0.00085, 0.012, "linear")
+# Another scheduler has other noise (a consistency model's, unCLIP's): there silence says nothing.
+PLAIN = (
+    "DDPM DDPMParallel DDIM DDIMParallel DDIMInverse PNDM DEISMultistep UniPCMultistep SASolver "
+    "DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep EulerDiscrete "
+    "EulerAncestralDiscrete LMSDiscrete RePaint"
+)
+SILENT = {f"{name}Scheduler": BETAS for name in PLAIN.split()} | {
     "LCMScheduler": LIKE_SD,
     "TCDScheduler": LIKE_SD,
-    "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
-    "KDPM2DiscreteScheduler": (0.00085, 0.012, "linear"),
-    "KDPM2AncestralDiscreteScheduler": (0.00085, 0.012, "linear"),
+    "HeunDiscreteScheduler": LIKE_K,
+    "KDPM2DiscreteScheduler": LIKE_K,
+    "KDPM2AncestralDiscreteScheduler": LIKE_K,
+    "DPMSolverSDEScheduler": LIKE_K,
 }
+SPOKEN = ("beta_start", "beta_end", "beta_schedule")
 NEEDS_TABLE = (
     "Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 model, "
     "linear for the others; Stable Diffusion: scaled_linear), or --betas START,END,SCHEDULE."
 )
 UNKNOWN = "a noise schedule of its own"  # one that this code cannot draw
+ANOTHER = "another"  # an objective that this code does not know by name
 CONFIG = "scheduler_config.json"
 
 
@@ -131,7 +141,10 @@ def tensors_say(box: Container) -> list[tuple[str, dict[str, Any]]]:
         if name in names:
             found.append((f"its buffer {name}", {"target": "edm"}))
     for name in ("alphas_cumprod", "betas"):
-        if name in names and math.prod(box.shape(names[name])) == T:
+        steps = math.prod(box.shape(names[name])) if name in names else 0
+        if steps > 1 and steps != T:
+            found.append((f"its buffer {name} of {steps} steps", {"table": UNKNOWN}))
+        elif steps == T:
             values = box[names[name]].flatten()
             bars = values.double()
             if name == "betas":
@@ -146,8 +159,10 @@ def header_says(meta: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         word = str(meta.get(key, "")).strip().lower()
-        if word:
-            found.append((key, {"target": TARGETS.get(word, word[:40])}))
+        if word in TARGETS:
+            found.append((key, {"target": TARGETS[word]}))
+        elif word:
+            found.append((f"{key} {ascii(word[:40])}", {"target": ANOTHER}))
     flags = {"ss_v_parameterization": ("target", "v"), "ss_zero_terminal_snr": ("zero_snr", True)}
     for key, (name, value) in flags.items():
         if str(meta.get(key, "")).lower() == "true":
@@ -187,6 +202,11 @@ def draws(table: str, zero_snr: bool = False) -> bool:
         return bool(len(alphas_bar(table, zero_snr)))
     except ValueError:
         return False
+
+
+def is_table(text: str) -> bool:
+    """May metadata of ours name this as the noise schedule of a file?"""
+    return text == UNKNOWN or draws(text) or draws(text, True)
 
 
 def alike(bars: Tensor, wanted: Tensor, coarse: bool = False) -> bool:
@@ -245,6 +265,10 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         return {"target": "fm"}, notes
     if name.startswith("EDM"):
         return {"target": "edm"}, notes
+    if is_strange(name, config):
+        word = config.get("prediction_type")
+        target = TARGETS.get(word) if isinstance(word, str) else None
+        return {"target": target, "table": UNKNOWN}, [*notes, f"scheduler {ascii(name[:40])}"]
     word = config.get("prediction_type", "epsilon")
     target = TARGETS.get(word) if isinstance(word, str) else None
     if target is None:
@@ -264,6 +288,14 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     return {"target": target, "table": table, "zero_snr": zero_snr}, notes
 
 
+def is_strange(name: str, config: Mapping[str, Any]) -> bool:
+    """Does a scheduler's config leave its noise to a class that is not known here, or change it
+    after the betas (CogVideoX)?"""
+    silent = any(config.get(key) is None for key in SPOKEN) and not config.get("trained_betas")
+    shifted = config.get("snr_shift_scale") not in (None, 1)
+    return shifted or silent and name not in SILENT
+
+
 def table_in(config: Mapping[str, Any], silent: tuple[float, float, str]) -> tuple[str, bool]:
     """(table, do its own betas end in pure noise) of a scheduler's config. ValueError: no table."""
     trained = config.get("trained_betas")
@@ -273,8 +305,7 @@ def table_in(config: Mapping[str, Any], silent: tuple[float, float, str]) -> tup
             raise ValueError(f"trained_betas are not {T} numbers from 0 to 1")
         table, zero_snr = table_of((1 - betas).cumprod(0))
         return table, bool(zero_snr)
-    keys = ("beta_start", "beta_end", "beta_schedule")
-    low, high, kind = (config.get(key, value) for key, value in zip(keys, silent))
+    low, high, kind = (config.get(key, value) for key, value in zip(SPOKEN, silent))
     numbers = all(type(v) in (int, float) and 0 < v < 1 for v in (low, high))
     if not numbers:
         raise ValueError(f"betas are from {brief(low)} to {brief(high)}")
@@ -334,19 +365,26 @@ def shown_betas(table: str) -> str:
 # ---- with what the user says --------------------------------------------------------------------
 
 
-def said_table(table: str, betas: str, name: str = "betas") -> str:
+def said_table(table: str, betas: str, zero_snr: bool = False, name: str = "betas") -> str:
     """The table that --table and --betas (or flags of another name) say, "" if neither does.
 
-    betas: START,END,SCHEDULE, 1000 numbers, or a scheduler's config of diffusers.
+    betas: START,END,SCHEDULE, 1000 numbers, or a scheduler's config of diffusers, which may end in
+    pure noise only if --zero-snr says it too.
     """
     if not betas:
         return table
     flag = dashed(name)
     if betas.endswith(".json"):
-        found = scheduler_says(Path(betas))[0].get("table", UNKNOWN)
+        words = scheduler_says(Path(betas))[0]
+        found = words.get("table", UNKNOWN)
         if found == UNKNOWN:
             raise UserError(
                 f"{flag} {betas} has no noise schedule of {T} steps", do="Name another file."
+            )
+        if words["zero_snr"] and not zero_snr:
+            raise UserError(
+                f"{flag} {betas} says that its noise schedule ends in pure noise",
+                do=f"Add {dashed(name.replace('betas', 'zero_snr'))}.",
             )
     else:
         try:
@@ -407,7 +445,8 @@ def with_table(
 
 
 def not_drawn(target: str, what: str) -> UserError:
-    """The error for an objective that is known by name only, such as edm (Playground v2.5)."""
+    """The error for an objective that is known by name only, such as edm (Playground v2.5), or not
+    even that."""
     return UserError(
         f"{what} says its objective is {target}, which this code cannot draw",
         wanted="eps, v, x0 or fm",

@@ -32,12 +32,13 @@ from ckpt.containers import WEIGHTS, open_weights, weights_in
 from ckpt.diffusers import check_config_beside
 from ckpt.hub import hub_spelling, origin, resolve
 from ckpt.layouts import LAYOUTS, MARKERS, native_view, target_of
+from ckpt.meaning import ANOTHER, is_table
 from ckpt.notes import check_note
 from harness.cli import UserError
 from harness.files import META, Container, check_place, fingerprint, fsync, listed, read_digests
 from harness.files import read_meta, remove, temporary_name, write_digests, write_tensors
 from harness.run import Recorded, checkpoints, sweep
-from harness.typed import AnyFloat, Count, Hash, Length, Open, Range, check
+from harness.typed import AnyFloat, Count, Hash, Length, Open, Range, Rule, check
 from harness.whole import LISTED, check_file
 from kernels.dispatch import reference
 from model import NETWORKS, build, network_name
@@ -45,8 +46,8 @@ from objectives import Objective
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 PROBE_LIMIT = 1e9  # parameters: above, one more pass over the weights would be felt
-# An objective that is one word; edm is known by name only.
-TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0", "edm")
+# An objective that is one word; edm is known by name only, and another not even that.
+TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0", "edm", ANOTHER)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Init(Open):
 class Schedule(Open):
     """A noise schedule, as far as another program's file told it."""
 
-    table: str | None = None
+    table: Annotated[str, Rule(is_table, "a noise schedule")] | None = None
     zero_snr: bool = False
 
 

@@ -227,9 +227,9 @@ class TeacherFlags:
     @property
     def says(self) -> dict[str, Any]:
         """What the flags say of the teacher, as arguments of open_teacher()."""
-        table = said_table(self.teacher_table, self.teacher_betas, "teacher_betas")
-        words = {"objective": self.teacher_objective, "zero_snr": self.teacher_zero_snr}
-        return {**words, "table": table}
+        pure = self.teacher_zero_snr
+        table = said_table(self.teacher_table, self.teacher_betas, pure, "teacher_betas")
+        return {"objective": self.teacher_objective, "table": table, "zero_snr": pure}
 
 
 def describe_teacher(

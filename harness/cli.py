@@ -71,7 +71,7 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
         if is_for_user(error):
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" [rank {rank}]"
-            message = " ".join(explain(error).split("\n"))
+            message = printable(" ".join(explain(error).split("\n")))
             print(f"error{where}: {message}", file=sys.stderr, flush=True)
             sys.exit(getattr(error, "exit_code", 2))
         if crash == 1:  # as Python itself does it
@@ -161,6 +161,11 @@ def dashed(name: str) -> str:
 def shown(value: Any) -> str:
     """A flag's value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def printable(text: str) -> str:
+    """A text with a stranger's words in it, as one that no terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clipped(text: str) -> str:

@@ -21,6 +21,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import lru_cache
@@ -134,8 +135,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON in which every name stands once."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = Counter(name for name, _ in pairs)  # one pass: a stranger's object may be large
+        twice = next(name for name, times in seen.items() if times > 1)
         raise ValueError(f"{brief(twice)} stands twice in an object")
     return value
 

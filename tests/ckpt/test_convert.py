@@ -615,6 +615,8 @@ def test_names_after_two_dashes_may_begin_with_one(tmp_path, user, monkeypatch):
         (["convert", "a", "b"], "needs --layout"),
         (["verify", "a", "b", "--dtype", "fp16"], "are convert's, not verify's"),
         (["inspect", "none"], "no checkpoint at none"),
+        (["inspect", "--zero-snr", "none"], "no checkpoint at none"),
+        (["inspect", "--no-ema", "--no-zero-snr", "none"], "no checkpoint at none"),
         (["convert", "a", "b", "--layout", "diffuser"], "Closest: diffusers"),
         (["inspect", "x", "--num-head", "4"], "Closest: --num-heads|num-heads"),
     ],

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import ADM, SD, TINY, convert_net, heads, inputs, ldm, same, single_file
 from ckpt import convert, find_checkpoint, fingerprint, load_like, load_unet, save_unet
+from ckpt.containers import open_weights
 from ckpt.convert import inspect
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import config_of
@@ -158,6 +159,15 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, tmp_path)
     )
     with pytest.raises(UserError, match="1 weights are not floating-point numbers: out.2.bias"):
         convert(tmp_path / "x.pt", tmp_path / "y.safetensors", "native", **heads(ADM))
+
+
+def test_a_small_file_of_large_tensors_is_refused_before_memory_is_taken(tmp_path):
+    """One number, read as a weight of 10^18: a pickle may say so of its strides."""
+    state = dict(UNet(ADM).state_dict())
+    state["out.2.bias"] = torch.zeros(1).expand(10**18)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="out.2.bias repeats few numbers"):
+        open_weights(tmp_path / "x.pt")["out.2.bias"]
 
 
 BASE = diffusers_config(ADM)

@@ -325,6 +325,8 @@ def test_a_network_that_broke_in_training_still_loads(value, tmp_path):
         {"ema": [1]},
         {"resolution": "x"},
         {"classes": 3},
+        {"objective": "v", "schedule": {"table": "foo,bar"}},
+        {"objective": "v", "schedule": {"table": "0.1,2,linear"}},
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """JSON is checked before it is believed: types, ranges, names, and that it is JSON at all."""
 
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,15 @@ def test_what_is_not_strictly_json_is_damaged(text, message, tmp_path):
     with pytest.raises(UserError, match="x is damaged: it is not JSON") as caught:
         parse_json(text, "x")
     assert message in str(caught.value)
+
+
+def test_a_large_object_with_a_name_twice_is_refused_at_once():
+    """A stranger's header may have a hundred thousand names."""
+    text = "{" + "".join(f'"{i}": 0, ' for i in range(20_000)) + '"19999": 1}'
+    start = time.process_time()
+    with pytest.raises(UserError, match="'19999' stands twice"):
+        parse_json(text, "x")
+    assert time.process_time() - start < 2
 
 
 def test_metadata_may_hold_nan_and_nothing_else_beyond_json():
