@@ -215,7 +215,7 @@ def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
     for i in range(8):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
     script = f"""if True:
-        import sys
+        import time
         import data.sources as sources
         from harness.cli import cli
         from data.dataset import Stream, batches, open_dataset
@@ -223,26 +223,26 @@ def test_worker_processes_never_keep_a_script_from_ending(tmp_path, ending):
         ds = open_dataset({str(tmp_path)!r}, resolution=16, holdout=0)
         loader = batches(Stream(ds, None, (2, 4, 4), 0), iter([list(range(8))] * 99), workers=2)
         next(loader)
+        print(time.time())
         if {ending!r} == "error":
             open({str(tmp_path / "3.png")!r}, "w").close()
             cli(lambda: list(loader))
         print("left")
     """
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if ending == "error":
         assert done.returncode == 2 and done.stderr.startswith("error: 3.png"), done.stderr
-        assert time.monotonic() - start < 15
     else:
-        assert done.stdout == "left\n"
-        assert time.monotonic() - start < 20
+        assert done.stdout.endswith("\nleft\n")
+    # Without the imports, which take long on a busy machine.
+    assert time.time() - float(done.stdout.split()[0]) < 15
 
 
 def test_the_first_images_on_a_sheet(folder, tmp_path, user):
