@@ -32,8 +32,9 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 # Files that take long, the longest first. Begun first, they leave no process idle at the end.
 SLOW = (
-    "test_resume.py", "test_forks.py", "test_aot.py", "test_cache.py", "test_encode.py",
-    "test_inception.py", "test_interrupt.py", "test_attention.py", "test_groupnorm.py",
+    "test_resume.py", "test_forks.py", "test_aot.py", "test_samplers.py", "test_cache.py",
+    "test_convert.py", "test_encode.py", "test_kills.py", "test_inception.py", "test_interrupt.py",
+    "test_attention.py", "test_groupnorm.py",
 )  # fmt: skip
 
 
