@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import DTYPES, tl, triton, use_triton
+from kernels.dispatch import DTYPES, cdiv, tl, triton, use_triton
 
 BLOCK = 256  # elements that share one absmax
 SMALLEST = 4096  # tensors of fewer elements, and vectors (norms, biases), keep fp32 moments
@@ -593,7 +593,7 @@ class AdamW8bit(torch.optim.Optimizer):
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
             aligned = all(a % 16 == 0 for a in addresses)
             rows.append((job.p.numel(), first, i, int(aligned), *addresses))
-            first += triton.cdiv(job.p.numel(), ROWS * BLOCK)
+            first += cdiv(job.p.numel(), ROWS * BLOCK)
         starts = tuple(row[1] for row in rows) + (first,)
         table = self._cached(("table", kind), rows, lambda: rows, torch.int64, device)
         owner = self._cached(("owner", kind), starts, lambda: owners(starts), torch.int32, device)

@@ -10,8 +10,10 @@ queries, one program per head that reads everything once. No atomics: bitwise de
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import tl, triton, use_triton
+from kernels import dispatch
+from kernels.dispatch import cdiv, power_of_2, tl, triton, use_triton
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)  # others run on torch's SDPA
@@ -262,8 +264,7 @@ def strides(*tensors: Tensor) -> list[int]:
     return [s for t in tensors for s in t.stride()[:3]]
 
 
-@torch.library.custom_op("twinpath::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, lse): o (B, heads, N, D), lse (B, heads, N) fp32 in base 2."""
     q, k, v = rows(q), rows(k), rows(v)
     B, heads, N, D = q.shape
@@ -274,18 +275,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
         return o, lse
     BN, BM, warps, stages = config("forward", D, q.dtype)
     sizes = (*strides(q, k, v, o), heads, N, M, scale * LOG2E, D, BN, BM)
-    grid = (triton.cdiv(N, BN), B * heads)
+    grid = (cdiv(N, BN), B * heads)
     forward_kernel[grid](q, k, v, o, lse, *sizes, num_warps=warps, num_stages=stages)
     return o, lse
 
 
-@_forward.register_fake
-def _(q, k, v, scale):
+def forward_fake(q, k, v, scale):
     return like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("twinpath::attention_backward", mutates_args=())
-def _backward(
+def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
@@ -305,7 +304,7 @@ def launch_small(q, k, v, o, do, lse, dq, dk, dv, scale: float) -> None:
     """Fill dq, dk and dv with one program per head."""
     B, heads, N, D = q.shape
     BN, BM, warps, stages = config("small", D, q.dtype)
-    BN = min(BN, max(16, triton.next_power_of_2(N)))
+    BN = min(BN, max(16, power_of_2(N)))
     sizes = (heads, N, k.shape[2], scale, scale * LOG2E, D, BN, BM)
     backward_small_kernel[B * heads,](
         q, k, v, o, do, lse, dq, dk, dv, *strides(q, k, v, do, o, dk), *sizes,
@@ -318,40 +317,55 @@ def launch_blocks(q, k, v, o, do, lse, dq, dk, dv, scale: float) -> None:
     B, heads, N, D = q.shape
     M = k.shape[2]
     delta = torch.empty_like(lse)  # (B, heads, N)
-    grid = (triton.cdiv(N, DELTA_ROWS), B * heads)
+    grid = (cdiv(N, DELTA_ROWS), B * heads)
     delta_kernel[grid](o, do, delta, *strides(o, do), heads, N, D, DELTA_ROWS, num_warps=4)
     sizes = (heads, N, M, scale, scale * LOG2E, D)
     BN, BM, warps, stages = config("backward_kv", D, q.dtype)
-    backward_kv_kernel[triton.cdiv(M, BM), B * heads](
+    backward_kv_kernel[cdiv(M, BM), B * heads](
         q, k, v, do, lse, delta, dk, dv, *strides(q, k, v, do, dk), *sizes, BN, BM,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BN, BM, warps, stages = config("backward_q", D, q.dtype)
-    backward_q_kernel[triton.cdiv(N, BN), B * heads](
+    backward_q_kernel[cdiv(N, BN), B * heads](
         q, k, v, do, lse, delta, dq, *strides(q, k, v, do, dq), *sizes, BN, BM,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-@_backward.register_fake
-def _(do, q, k, v, o, lse, scale):
+def backward_fake(do, q, k, v, o, lse, scale):
     return like(q), like(k), like(v)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.set_materialize_grads(False)  # else zeros for lse: a launch
-    ctx.scale = inputs[3]
+FORWARD = dispatch.op(
+    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    forward,
+    forward_fake,
+)
+BACKWARD = dispatch.op(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    backward,
+    backward_fake,
+)
 
 
-def _gradients(ctx, do, _):
-    if do is None:
-        return (None,) * 4
-    q, k, v, o, lse = ctx.saved_tensors
-    return *_backward(do, q, k, v, o, lse, ctx.scale), None
+class Attention(torch.autograd.Function):
+    """The two ops as one differentiable function, once."""
 
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        o, lse = FORWARD(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return o
 
-_forward.register_autograd(_gradients, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        if do is None:
+            return (None,) * 4
+        return *BACKWARD(do, *ctx.saved_tensors, ctx.scale), None
 
 
 # ---- dispatch ------------------------------------------------------------------------------------
@@ -370,10 +384,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
         raise ValueError(f"q, k, v are {dtypes}: wanted one dtype, floating point.")
+    if dispatch.forward_mode():
+        return attention_ref(q, k, v, scale)
     slower = "fp32 has no tensor cores here" if q.dtype == torch.float32 else ""
     if use_triton("attention", q, k, v, unsupported=unsupported(q, k), slower=slower):
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return _forward(q, k, v, scale)[0]
+        return Attention.apply(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 

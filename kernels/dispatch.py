@@ -6,12 +6,13 @@ What was chosen is printed once per op.
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -66,6 +67,15 @@ def reference() -> Iterator[None]:
         inside_reference = before
 
 
+def forward_mode() -> bool:
+    """Are tangents carried along (torch.func.jvp, forward_ad.dual_level)?
+
+    The kernels have none, nor have torch's own group_norm in channels_last and SDPA: the formulas
+    that each file begins with are taken then.
+    """
+    return forward_ad._current_level >= 0
+
+
 def use_triton(op: str, *tensors: Tensor, unsupported: str = "", slower: str = "") -> bool:
     """Does this call run its Triton kernels?
 
@@ -111,6 +121,32 @@ def obstacle(mode: str, tensors: tuple[Tensor, ...]) -> str:
     if interpreted and mode == "auto":
         return "it would be interpreted"
     return ""
+
+
+library = torch.library.Library("twinpath", "FRAGMENT")
+
+
+def op(schema: str, function: Callable, fake: Callable) -> Callable:
+    """torch.ops.twinpath.NAME of `schema`, for torch.compile a black box that `fake` describes.
+
+    It has no gradient: an autograd.Function calls it. (torch.library.custom_op does the same and
+    more, at three times the host time a call.)
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"twinpath::{name}", fake, lib=library)
+    return getattr(torch.ops.twinpath, name).default
+
+
+def cdiv(n: int, size: int) -> int:
+    """Pieces of `size` that cover n. (Triton's own function of this name takes microseconds.)"""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest one that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -15,8 +15,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import tl, triton, use_triton
+from kernels import dispatch
+from kernels.dispatch import cdiv, power_of_2, tl, triton, use_triton
 
 
 def group_norm_silu_ref(
@@ -97,7 +99,8 @@ def moments_kernel(
     inside = c < C
     column = x + b * sb + (c if NHWC else c.to(tl.int64) * sc)
     first = tl.load(column + (k * CHUNK).to(tl.int64) * sp, mask=inside, other=0).to(tl.float32)
-    s1, s2 = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+    # one sum a lane in the loop, one over lanes after it
+    s1, s2 = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
     for r in range(0, CHUNK, ROWS):
         p = k * CHUNK + r + tl.arange(0, ROWS)
         mask = (p < HW)[:, None] & inside[None, :]
@@ -105,8 +108,9 @@ def moments_kernel(
         v = tl.load(at, mask=mask, other=0).to(tl.float32)
         # shifted by the first row: squares stay small under a large mean
         d = tl.where(mask, v - first[None, :], 0.0)
-        s1 += tl.sum(d, 0)
-        s2 += tl.sum(d * d, 0)
+        s1 += d
+        s2 += d * d
+    s1, s2 = tl.sum(s1, 0), tl.sum(s2, 0)
     n = tl.minimum(CHUNK, HW - k * CHUNK).to(tl.float32)
     at = (b * K + k) * C + c
     tl.store(mean + at, first + s1 / n, mask=inside)
@@ -181,9 +185,8 @@ def sums_kernel(
     ac = tl.load(a + b * C + c, mask=inside, other=0)[None, :]
     dc = tl.load(d + b * C + c, mask=inside, other=0)[None, :]
     mc = tl.load(group_mean + b * G + c // CG, mask=inside, other=0)[None, :]
-    rc = tl.load(group_rstd + b * G + c // CG, mask=inside, other=0)[None, :]
     column = b * sb + (c if NHWC else c.to(tl.int64) * sc)
-    P, Q = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+    P, Q = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
     for r in range(0, CHUNK, ROWS):
         p = k * CHUNK + r + tl.arange(0, ROWS)
         mask = (p < HW)[:, None] & inside[None, :]
@@ -192,10 +195,12 @@ def sums_kernel(
         dz = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
         if SILU:
             dz = through_silu(dz, ac * v + dc)
-        P += tl.sum(tl.where(mask, dz, 0.0), 0)
-        Q += tl.sum(tl.where(mask, dz * v * rc, 0.0), 0)
-    tl.store(ps + (b * K + k) * C + c, P, mask=inside)
-    tl.store(qs + (b * K + k) * C + c, Q, mask=inside)
+        dz = tl.where(mask, dz, 0.0)
+        P += dz
+        Q += dz * v
+    rc = tl.load(group_rstd + b * G + c // CG, mask=inside, other=0)
+    tl.store(ps + (b * K + k) * C + c, tl.sum(P, 0), mask=inside)
+    tl.store(qs + (b * K + k) * C + c, tl.sum(Q, 0) * rc, mask=inside)
 
 
 @triton.jit
@@ -308,10 +313,39 @@ def small_backward_kernel(
     tl.store(Q + b * C + c, qs, mask=inside)
 
 
+@triton.jit
+def finish_kernel(
+    P, Q, weight, bias, scale, dw, db, dscale, dshift,
+    B, C, ss,
+    FILM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dw, db (C,) and with FiLM dscale, dshift (B, C) of COLS channels; all samples pass by."""
+    c, r = tl.program_id(0) * COLS + tl.arange(0, COLS), tl.arange(0, ROWS)
+    inside = c < C
+    w = tl.load(weight + c, mask=inside, other=0).to(tl.float32)[None, :]
+    o = tl.load(bias + c, mask=inside, other=0).to(tl.float32)[None, :]
+    sum_w, sum_b = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, B, ROWS):
+        b = (start + r).to(tl.int64)
+        mask = (b < B)[:, None] & inside[None, :]
+        at = b[:, None] * C + c[None, :]
+        p, q = tl.load(P + at, mask=mask, other=0), tl.load(Q + at, mask=mask, other=0)
+        if FILM:
+            s = tl.load(scale + b[:, None] * ss + c[None, :], mask=mask, other=0).to(tl.float32)
+            tl.store(dscale + at, (w * q + o * p).to(dscale.dtype.element_ty), mask=mask)
+            tl.store(dshift + at, p.to(dshift.dtype.element_ty), mask=mask)
+            p, q = (1.0 + s) * p, (1.0 + s) * q
+        sum_w += q
+        sum_b += p
+    tl.store(dw + c, tl.sum(sum_w, 0).to(dw.dtype.element_ty), mask=inside)
+    tl.store(db + c, tl.sum(sum_b, 0).to(db.dtype.element_ty), mask=inside)
+
+
 # ---- the op --------------------------------------------------------------------------------------
 
 # One configuration so far; chosen by ahead-of-time compilation, not on a GPU.
 CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4
+FINISH_ROWS, FINISH_COLS = 16, 64
 SMALL = 4096  # elements of a padded (sample, group) tile up to which one program does it whole
 
 
@@ -344,11 +378,10 @@ def geometry(x: Tensor, nhwc: bool) -> tuple[int, ...]:
 
 
 def is_small(HW: int, CG: int) -> bool:
-    return triton.next_power_of_2(HW) * triton.next_power_of_2(CG) <= SMALL
+    return power_of_2(HW) * power_of_2(CG) <= SMALL
 
 
-@torch.library.custom_op("twinpath::group_norm_silu", mutates_args=())
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -365,12 +398,11 @@ def _forward(
     x, nhwc = dense(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     B, HW, C, sb, sp, sc = geometry(x, nhwc)
-    K, CG = triton.cdiv(HW, CHUNK), C // groups
-    HWP, CGP = triton.next_power_of_2(HW), triton.next_power_of_2(CG)
+    K, CG = cdiv(HW, CHUNK), C // groups
+    HWP, CGP = power_of_2(HW), power_of_2(CG)
     film = scale is not None
     scale, shift = (rows(scale), rows(shift)) if film else (weight, bias)  # not read without FiLM
-    new = partial(torch.empty, dtype=torch.float32, device=x.device)
-    out = (torch.empty_like(x), new(B, C), new(B, C), new(B, groups), new(B, groups))
+    out = new_outputs(x, groups)
     y, a, d, mean, rstd = out
     affine_of = (weight, bias, scale, shift)
     rows_of = (scale.stride(0), shift.stride(0))
@@ -382,8 +414,8 @@ def _forward(
             CG, film, silu, HWP, CGP, num_warps=WARPS,
         )  # fmt: skip
         return out
-    slabs = triton.cdiv(C, COLS)
-    means, m2 = new(B, K, C), new(B, K, C)
+    slabs = cdiv(C, COLS)
+    means, m2 = a.new_empty(B, K, C), a.new_empty(B, K, C)
     moments_kernel[slabs * K * B,](
         x, means, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS
     )
@@ -391,43 +423,78 @@ def _forward(
         means, m2, *affine_of, a, d, mean, rstd, HW, C, groups, K, eps, *rows_of,
         film, CHUNK, CG, CGP, num_warps=1,
     )  # fmt: skip
-    apply_kernel[slabs * triton.cdiv(HW, ROWS) * B,](
+    apply_kernel[slabs * cdiv(HW, ROWS) * B,](
         x, a, d, mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS, num_warps=WARPS
     )
     return out
 
 
-@_forward.register_fake
-def _(x, weight, bias, scale, shift, groups, silu, eps):
+def new_outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised (y, a, d, mean, rstd) of dense x."""
     B, C = x.shape[:2]
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
-    return torch.empty_like(dense(x)[0]), new(B, C), new(B, C), new(B, groups), new(B, groups)
+    return torch.empty_like(x), new(B, C), new(B, C), new(B, groups), new(B, groups)
 
 
-@torch.library.custom_op("twinpath::group_norm_silu_backward", mutates_args=())
-def _backward(
-    dy: Tensor, x: Tensor, a: Tensor, d: Tensor, mean: Tensor, rstd: Tensor, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, P, Q): dx like x; P = Σ dz and Q = Σ dz x̂ per (sample, channel), (B, C) fp32."""
+def forward_fake(x, weight, bias, scale, shift, groups, silu, eps):
+    return new_outputs(dense(x)[0], groups)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    a: Tensor,
+    d: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dscale, dshift), each in the dtype of its input; dx in x's layout.
+
+    Without FiLM the last two are empty.
+    """
     x, nhwc = dense(x)
     dy, _ = dense(dy, nhwc)  # an expanded gradient has stride 0: never trust strides
+    out = backward_fake(dy, x, weight, bias, scale, a, d, mean, rstd, silu)
+    if not x.numel():
+        return tuple(t.zero_() for t in out)
+    P, Q = torch.empty_like(a), torch.empty_like(a)
+    launch_backward(dy, x, a, d, mean, rstd, out[0], P, Q, nhwc, silu)
+    film = scale is not None
+    weight, bias = weight.contiguous(), bias.contiguous()
+    scale = rows(scale) if film else weight  # not read without FiLM
+    B, C = a.shape
+    finish_kernel[cdiv(C, FINISH_COLS),](
+        P, Q, weight, bias, scale, *out[1:], B, C, scale.stride(0),
+        film, FINISH_ROWS, FINISH_COLS, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def backward_fake(dy, x, weight, bias, scale, a, d, mean, rstd, silu):
+    film = a.new_empty(0) if scale is None else torch.empty_like(a, dtype=scale.dtype)
+    dw, db = torch.empty_like(weight), torch.empty_like(bias)
+    return torch.empty_like(dense(x)[0]), dw, db, film, torch.empty_like(film)
+
+
+def launch_backward(dy, x, a, d, mean, rstd, dx, P, Q, nhwc: bool, silu: bool) -> None:
+    """Fill dx like x, and P = Σ dz and Q = Σ dz x̂ per (sample, channel), (B, C) fp32."""
     B, HW, C, sb, sp, sc = geometry(x, nhwc)
     G = mean.shape[1]
-    K, CG = triton.cdiv(HW, CHUNK), C // G
-    HWP, CGP = triton.next_power_of_2(HW), triton.next_power_of_2(CG)
-    new = partial(torch.empty, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x)
-    P, Q = new(B, C), new(B, C)
-    if not x.numel():
-        return dx, P.zero_(), Q.zero_()
+    K, CG = cdiv(HW, CHUNK), C // G
     if is_small(HW, CG):
+        HWP, CGP = power_of_2(HW), power_of_2(CG)
         small_backward_kernel[B, G](
             x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc,
             CG, silu, HWP, CGP, num_warps=WARPS,
         )  # fmt: skip
-        return dx, P, Q
-    slabs = triton.cdiv(C, COLS)
-    ps, qs, c0, c1 = new(B, K, C), new(B, K, C), new(B, G), new(B, G)
+        return
+    slabs, CGP = cdiv(C, COLS), power_of_2(CG)
+    ps, qs = a.new_empty(B, K, C), a.new_empty(B, K, C)
+    c0, c1 = torch.empty_like(mean), torch.empty_like(mean)
     sums_kernel[slabs * K * B,](
         x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc,
         CG, nhwc, silu, CHUNK, ROWS, COLS, num_warps=WARPS,
@@ -435,42 +502,47 @@ def _backward(
     backward_coefficients_kernel[B, G](
         ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1
     )  # fmt: skip
-    dx_kernel[slabs * triton.cdiv(HW, ROWS) * B,](
+    dx_kernel[slabs * cdiv(HW, ROWS) * B,](
         x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc,
         CG, nhwc, silu, ROWS, COLS, num_warps=WARPS,
     )  # fmt: skip
-    return dx, P, Q
 
 
-@_backward.register_fake
-def _(dy, x, a, d, mean, rstd, silu):
-    return torch.empty_like(dense(x)[0]), torch.empty_like(a), torch.empty_like(a)
+FORWARD = dispatch.op(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
+    "int groups, bool silu, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward,
+    forward_fake,
+)
+BACKWARD = dispatch.op(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, "
+    "Tensor a, Tensor d, Tensor mean, Tensor rstd, bool silu) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward,
+    backward_fake,
+)
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias, scale, shift, groups, silu, eps = inputs
-    ctx.save_for_backward(x, weight, bias, scale, *output[1:])
-    ctx.set_materialize_grads(False)  # else zeros for a, d, mean, rstd: four launches
-    ctx.silu = silu
-    ctx.shift_dtype = shift.dtype if shift is not None else None
+class GroupNormSilu(torch.autograd.Function):
+    """The two ops as one differentiable function, once."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, groups, silu, eps):
+        y, *kept = FORWARD(x, weight, bias, scale, shift, groups, silu, eps)
+        ctx.save_for_backward(x, weight, bias, scale, *kept)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return y
 
-def _gradients(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 8
-    x, weight, bias, scale, a, d, mean, rstd = ctx.saved_tensors
-    dx, P, Q = _backward(dy, x, a, d, mean, rstd, ctx.silu)
-    if scale is None:
-        dw, db, dscale, dshift = Q.sum(0), P.sum(0), None, None
-    else:
-        s = 1 + scale.float()
-        dw, db = (s * Q).sum(0), (s * P).sum(0)
-        dscale = (weight.float() * Q + bias.float() * P).to(scale.dtype)
-        dshift = P.to(ctx.shift_dtype)
-    return dx, dw.to(weight.dtype), db.to(bias.dtype), dscale, dshift, None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 8
+        dx, dw, db, *film = BACKWARD(dy, *ctx.saved_tensors, ctx.silu)
+        if ctx.saved_tensors[3] is None:
+            film = (None, None)
+        return dx, dw, db, *film, None, None, None
 
 
 # ---- dispatch ------------------------------------------------------------------------------------
@@ -494,14 +566,32 @@ def group_norm_silu(
     """
     check(x, weight, bias, groups, scale, shift)
     film = () if scale is None else (scale, shift)
-    if use_triton("group_norm_silu", x, weight, bias, *film):
-        return _forward(x, weight, bias, scale, shift, groups, silu, eps)[0]
     wide = torch.promote_types(x.dtype, torch.float32)
+    if dispatch.forward_mode():
+        tensors = [t.to(wide) for t in (x, weight, bias)]
+        film = [t.to(wide) for t in film]
+        return group_norm_silu_ref(*tensors, groups, *film, silu=silu, eps=eps).to(x.dtype)
+    if use_triton("group_norm_silu", x, weight, bias, *film):
+        return GroupNormSilu.apply(x, weight, bias, scale, shift, groups, silu, eps)
     # not F.group_norm, which refuses a group of one value
-    n = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    n = torch.group_norm(near_zero(x.to(wide), groups), groups, weight.to(wide), bias.to(wide), eps)
     if scale is not None:
         n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
     return (F.silu(n) if silu else n).to(x.dtype)
+
+
+def near_zero(x: Tensor, groups: int) -> Tensor:
+    """x less the first value of each (sample, group), where torch needs that: on CPUs in NHWC.
+
+    There torch sums x² and x, and loses all digits that the mean has in common with x. What is
+    subtracted changes neither the result nor, as a constant, its gradient.
+    """
+    in_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.device.type != "cpu" or not in_nhwc:
+        return x
+    size = x.shape[1] // groups
+    first = x.detach()[:, ::size, :1, :1].repeat_interleave(size, 1)
+    return x - first
 
 
 def check(

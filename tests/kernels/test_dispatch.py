@@ -5,6 +5,7 @@ First of all: does Triton's interpreter compute what a GPU does (interpreter.py 
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import randomize
@@ -156,3 +157,52 @@ def test_backward_makes_no_zeros_for_outputs_that_nobody_used():
         torch.autograd.grad(o, q, torch.ones_like(o))
     assert [name for name in called if "backward" in name]
     assert not [name for name in called if "zeros" in name]
+
+
+# ---- derivatives of other kinds ------------------------------------------------------------------
+
+
+def slope(f, x, v, h=1e-3):
+    """The directional derivative of f at x by central differences."""
+    return (f(x + h * v) - f(x - h * v)) / (2 * h)
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize(
+    "form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_tangents_go_through_the_network_on_either_path(monkeypatch, path, form):
+    """Forward-mode AD, where the kernels have no rule: never a silent zero."""
+    net = randomize(UNet(PRESETS["nano"])).to(memory_format=form).requires_grad_(False)
+    x = torch.randn(2, 32, 4, 4).contiguous(memory_format=form)
+    v, t = torch.randn_like(x), torch.tensor([3.0, 700.0])
+    monkeypatch.setenv("KERNELS", "torch")
+    exact = slope(lambda x: net.double()(x, t), x.double(), v.double())
+    net.float()
+    monkeypatch.setenv("KERNELS", path)
+    _, tangent = torch.func.jvp(lambda x: net(x, t), (x,), (v,))
+    assert (tangent - exact).norm() < 1e-3 * exact.norm()
+    with forward_ad.dual_level():
+        y = net(forward_ad.make_dual(x, v), t)
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, tangent)
+
+
+def calls() -> list:
+    """Each op as a function of its first tensor alone."""
+    ones = torch.ones(32)
+    return [
+        pytest.param(lambda x: group_norm_silu(x, ones, ones, 8), (1, 32, 2, 2), id="groupnorm"),
+        pytest.param(lambda q: attention(q, q, q), (1, 1, 4, 32), id="attention"),
+    ]
+
+
+@pytest.mark.parametrize("call, shape", calls())
+def test_what_the_kernels_cannot_differentiate_is_an_error(call, shape):
+    x = torch.randn(shape, requires_grad=True)
+    (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.vjp(call, x.detach())
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.vmap(call)(x.detach()[None])
