@@ -49,6 +49,7 @@ from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
 from training.checkpoints import keep_batches, load_state, save
+from training.optimizer import make_optimizer
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
 from training.start import network_config, take_weights, vae_name
@@ -346,10 +347,8 @@ def assemble(
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    adamw = AdamW8bit if cfg.optim == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
-    optimizer = adamw(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    parts = (cfg, ranks, run, ds, vae, objective, net, model, optimizer, EMA(net, cfg.ema))
-    tr = Trainer(*parts, classes, labels, init, held)
+    parts = (cfg, ranks, run, ds, vae, objective, net, model)
+    tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     if checkpoints(run):
         load_state(tr)

@@ -9,21 +9,20 @@ The update uses the fresh fp32 m and v; only what is kept is rounded. A positive
 a surviving m over a vanished v would be divided by eps alone.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.codec8bit import BLOCK, codec, dequantize, quantize
 from kernels.dispatch import DTYPES, cdiv, tl, triton, use_triton
 
-BLOCK = 256  # elements that share one absmax
 SMALLEST = 4096  # tensors of fewer elements, and vectors (norms, biases), keep fp32 moments
-TINY = 1e-36  # a block below this is zero next to any eps; 1 / absmax must not overflow
+PLAIN = (Tensor, torch.nn.Parameter)  # no DTensor: asking costs host time
 # Elements that a CPU takes at a time, in memory order: some ten temporaries that stay in its cache.
 CHUNK = 2**17
 
@@ -47,84 +46,6 @@ def adamw_ref(
     v = betas[1] * v + (1 - betas[1]) * g * g
     update = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
     return (1 - lr * weight_decay) * p - lr * update, m, v
-
-
-# ---- the 8-bit format ----------------------------------------------------------------------------
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """(256,) fp32 levels, rising: 0, 1 and evenly spaced ones in each decade 10^-6 … 1.
-
-    A decade has twice as many as the one below it.
-    """
-    levels = [0.0, 1.0]
-    for i in range(7):
-        intervals = 2**i if signed else 2 ** (i + 1)
-        edges = torch.linspace(0.1, 1, intervals + 1, device="cpu")  # the same on any device
-        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        levels += middles
-        if signed:
-            levels += [-x for x in middles]
-    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
-
-
-def boundaries(levels: Tensor) -> Tensor:
-    """(256,) fp32 bounds: x lies nearest to level i iff bound[i-1] < x <= bound[i].
-
-    Ties go to the lower level; the last bound is inf.
-    """
-    exact = (levels[:-1].double() + levels[1:].double()) / 2
-    bound = exact.float()
-    lower = bound.nextafter(torch.full_like(bound, -torch.inf))
-    bound = torch.where(bound.double() > exact, lower, bound)  # rounded down
-    return F.pad(bound, (0, 1), value=torch.inf)
-
-
-def buckets(bound: Tensor) -> Tensor:
-    """(65536,) uint8: the lowest code among the floats that share their upper 16 bits.
-
-    No such bucket holds two bounds, so one comparison more gives the code: two lookups where a
-    search takes eight.
-    """
-    upper = torch.arange(2**16, dtype=torch.int32, device=bound.device) << 16
-    lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32).nan_to_num()
-    return torch.bucketize(lowest, bound[:255]).to(torch.uint8)
-
-
-@lru_cache
-def codec(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(4, 256) fp32: levels of m, bounds of m, levels of v, bounds of v;
-    and (2, 65536) uint8: buckets of m, of v."""
-    m, v = dynamic_map(True), dynamic_map(False)
-    m_bound, v_bound = boundaries(m), boundaries(v)
-    table = torch.stack([buckets(m_bound), buckets(v_bound)])
-    return torch.stack([m, m_bound, v, v_bound]).to(device), table.to(device)
-
-
-def blocks(x: Tensor) -> Tensor:
-    """x (n,) as (ceil(n / 256), 256), zeros at the end."""
-    return F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
-
-
-def quantize(x: Tensor, second: bool) -> tuple[Tensor, Tensor]:
-    """codes (n,) uint8 and absmax (ceil(n / 256),) of x (n,) fp32.
-
-    second: x is v (unsigned, its code never 0 where x > 0), else it is m.
-    """
-    levels, table = codec(x.device)
-    rows = blocks(x)
-    absmax = (rows if second else rows.abs()).amax(1)
-    inverse = torch.where(absmax > TINY, 1 / absmax.clamp(min=TINY), 0)
-    scaled = (rows * inverse[:, None]).view(-1)[: len(x)]
-    low = table[int(second)].index_select(0, scaled.view(torch.int32) >> 16 & 0xFFFF)
-    low += scaled > levels[1 + 2 * second].index_select(0, low.int())
-    return torch.maximum(low, x > 0) if second else low, absmax
-
-
-def dequantize(codes: Tensor, absmax: Tensor, second: bool) -> Tensor:
-    """(n,) fp32 of codes (n,) uint8 and absmax (ceil(n / 256),)."""
-    levels = codec(codes.device)[0][2 * second].index_select(0, codes.int())
-    return (blocks(levels) * absmax[:, None]).view(-1)[: len(codes)]
 
 
 # ---- the torch path ------------------------------------------------------------------------------
@@ -260,7 +181,7 @@ ROWS, WARPS = 8, 8  # one configuration so far; chosen by ahead-of-time compilat
 
 def quantized(p: Tensor) -> bool:
     """Does p (any shape) keep 8-bit moments? Others keep fp32."""
-    return p.numel() >= SMALLEST and p.ndim >= 2
+    return share(p) >= SMALLEST and p.ndim >= 2
 
 
 def order(p: Tensor) -> list[int]:
@@ -284,7 +205,9 @@ def flat(t: Tensor) -> Tensor:
 
 def local(t: Tensor) -> Tensor:
     """This rank's shard of a DTensor (FSDP2), any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    if type(t) in PLAIN or not hasattr(t, "to_local"):
+        return t
+    return t.to_local()
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -293,49 +216,97 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or all(n == 1 or x == y for n, x, y in strides)
 
 
+def share(p: Tensor) -> int:
+    """The elements for which a rank keeps moments: all of p, or as many as its largest shard."""
+    if not hasattr(p, "to_local"):
+        return p.numel()
+    shape = list(p.shape)
+    for placement, ranks in zip(p.placements, p.device_mesh.shape):
+        if placement.is_shard():
+            shape[placement.dim] = -(-shape[placement.dim] // ranks)
+    return math.prod(shape)
+
+
+def distributed(x: Tensor, p: Tensor) -> Tensor:
+    """x (k,) of this rank as its piece of a DTensor (ranks · k,), if p is one.
+
+    Every rank's piece has one size. torch.distributed.checkpoint then saves each of them, where it
+    would take plain tensors for copies of each other.
+    """
+    if not hasattr(p, "to_local"):
+        return x
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [Shard(0) if place.is_shard() else place for place in p.placements]
+    return DTensor.from_local(x, p.device_mesh, placements, run_check=False)
+
+
+def memory_order(p: Tensor) -> list[int]:
+    """order() of all of p, also where its shard has a dimension of one row."""
+    return order(torch.empty_strided(p.shape, p.stride(), device="meta"))
+
+
+def kept(p: Tensor) -> dict[str, tuple[int, torch.dtype]]:
+    """Elements on each rank, and dtype, of p's moments and of their absmax."""
+    n = share(p)
+    if not quantized(p):
+        return {"m": (n, torch.float32), "v": (n, torch.float32)}
+    maxima = (cdiv(n, BLOCK), torch.float32)
+    codes = (n, torch.uint8)
+    return {"m": codes, "v": codes, "m_absmax": maxima, "v_absmax": maxima}
+
+
 def new_state(p: Tensor) -> dict[str, Tensor]:
     """The state of p before its first step.
 
     Moments lie in p's memory order, (n,), and `order` names it.
     """
-    n = p.numel()
-    dtype = torch.uint8 if quantized(p) else torch.float32
     state = {
         "step": torch.zeros((), device=p.device),
-        "m": torch.zeros(n, device=p.device, dtype=dtype),
-        "v": torch.zeros(n, device=p.device, dtype=dtype),
-        "order": torch.tensor(order(p), dtype=torch.uint8, device="cpu"),
+        "order": torch.tensor(memory_order(p), dtype=torch.uint8, device="cpu"),
     }
-    if quantized(p):
-        for name in ("m_absmax", "v_absmax"):
-            state[name] = torch.zeros(-(-n // BLOCK), device=p.device)
+    for name, (n, dtype) in kept(p).items():
+        state[name] = distributed(torch.zeros(n, dtype=dtype, device=p.device), p)
     return state
 
 
 def check_state(state: dict[str, Tensor], p: Tensor) -> None:
-    """Refuse loaded state that was written for another shape, dtype or memory order than p's."""
-
-    def form(t):
-        return None if t is None else (tuple(t.shape), t.dtype)
-
+    """Refuse state that was made for another shape, dtype, device or memory order than p's."""
+    shape = tuple(p.shape)
     if "exp_avg" in state:
         raise ValueError(
             "optimizer state is torch.optim.AdamW's (exp_avg …): wanted AdamW8bit's.  "
             "The two do not continue each other."
         )
-    shape = tuple(p.shape)
-    for name, wanted in new_state(p.detach().to("meta")).items():
-        got = form(state.get(name))
-        if got != form(wanted):
+    wanted = {name: ((n,), dtype, p.device) for name, (n, dtype) in kept(p).items()}
+    wanted["step"] = ((), torch.float32, p.device)
+    dims = memory_order(p)
+    wanted["order"] = ((len(dims),), torch.uint8, torch.device("cpu"))
+    for name, form in wanted.items():
+        got = None
+        if name in state:
+            x = local(state[name])
+            got = (tuple(x.shape), x.dtype, x.device)
+        if got != form:
             raise ValueError(
-                f"optimizer state {name!r} of a parameter {shape} is {got}: wanted {form(wanted)}."
+                f"optimizer state {name!r} of a parameter {shape} is {got}: wanted {form}."
             )
-    if state["order"].tolist() != order(p):
+    if state["order"].tolist() != dims:
         raise ValueError(
             f"optimizer state is in memory order {state['order'].tolist()}: "
-            f"wanted {order(p)}, that of its parameter {shape}.  "
+            f"wanted {dims}, that of its parameter {shape}.  "
             "Put the model into the memory format it was trained in."
         )
+
+
+def own_part(state: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """The tensors of a state that belong to this rank's shard p: views, without the padding."""
+    n = p.numel()
+    part = {}
+    for name in ("m", "v", "m_absmax", "v_absmax"):
+        if name in state:
+            part[name] = local(state[name])[: cdiv(n, BLOCK) if "absmax" in name else n]
+    return part
 
 
 def check_ema(e: Tensor, p: Tensor) -> None:
@@ -350,13 +321,23 @@ def check_ema(e: Tensor, p: Tensor) -> None:
 
 
 class Job(NamedTuple):
-    """A parameter that has a gradient, and what its step needs."""
+    """A parameter that has a gradient, and what its step needs. p and state are this rank's."""
 
+    whole: Tensor
     p: Tensor
-    g: Tensor  # in p's layout
     state: dict[str, Tensor]
-    group: dict[str, Any]
+    group: int
     emas: list[Tensor]
+
+
+class Plan(NamedTuple):
+    """What a step does to which memory; the next step repeats it if nothing has moved."""
+
+    signature: list
+    jobs: list[Job]
+    idle: list[tuple[Tensor, list[Tensor]]]  # parameters without a gradient, and their EMAs
+    steps: Tensor | None  # (jobs,) as each state counts them
+    launches: dict[tuple, tuple]  # by kind: the kernel's tables
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -392,11 +373,11 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._checked, self._cache = {}, {}
+        self._plan, self._cache = Plan([], [], [], None, {}), {}
 
-    def _params(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """(parameter, its group), in order."""
-        return [(p, group) for group in self.param_groups for p in group["params"]]
+    def _params(self) -> list[tuple[Tensor, int]]:
+        """(parameter, number of its group), in order."""
+        return [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Exactly what state_dict() gave: the base class would cast codes to p's dtype."""
@@ -432,7 +413,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        jobs, idle = self._jobs(ema)
+        plan, grads = self._planned(ema)
+        jobs, idle = plan.jobs, plan.idle
         if not jobs and not idle:
             return loss
         if clip is not None and not clip > 0:
@@ -443,14 +425,51 @@ class AdamW8bit(torch.optim.Optimizer):
                     "clip with sharded parameters and no norm: "
                     "wanted norm, since a rank sees only its shards' gradients."
                 )
-        control = self._control(jobs, idle, clip, norm, ema)
+        control = self._control(plan, grads, clip, norm, ema)
         for p, emas in idle:  # no gradient: only the averages move
             for e, w in zip(emas, control[2:]):
                 e.copy_(torch.where(control[1] != 0, e + (p.float() - e) * w, e))
         if jobs:
-            torch._foreach_add_([job.state["step"] for job in jobs], control[1])
-            self._run(jobs, self._scalars(jobs), control)
+            plan.steps.add_(control[1])
+            self._run(plan, grads, self._scalars(plan), control)
         return loss
+
+    def _planned(self, ema: Sequence[tuple[Sequence[Tensor], float]]) -> tuple[Plan, list[Tensor]]:
+        """The last step's plan, or a new one if any tensor has moved since; and each job's gradient
+        in its parameter's layout."""
+        if self._plan.signature and self._signature(ema) == self._plan.signature:
+            return self._plan, [local(job.whole.grad) for job in self._plan.jobs]
+        jobs, idle = self._jobs(ema)
+        theirs = [local(job.whole.grad) for job in jobs]
+        grads = [in_layout(g, job.p) for g, job in zip(theirs, jobs)]
+        copied = any(g is not given for g, given in zip(grads, theirs))
+        # a copy is made anew each time, and lies elsewhere
+        steps = self._stacked_steps(jobs)
+        self._plan = Plan([] if copied else self._signature(ema), jobs, idle, steps, {})
+        return self._plan, grads
+
+    def _stacked_steps(self, jobs: list[Job]) -> Tensor | None:
+        """All step counts as one tensor (jobs,), of which each state's is a view from here on."""
+        if not jobs:
+            return None
+        steps = torch.stack([self.state[job.whole]["step"] for job in jobs])
+        for i, job in enumerate(jobs):
+            self.state[job.whole]["step"] = steps[i]
+        return steps
+
+    def _signature(self, ema: Sequence[tuple[Sequence[Tensor], float]]) -> list:
+        """Where everything lies. Gradients are not held on to, only their addresses."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        given = [p.grad for p in params]
+        grads = [g for g in given if g is not None]
+        entries = [state for state in self.state.values() if state]
+        found = [len(group["params"]) for group in self.param_groups]
+        found += [g is None for g in given] + [g.dtype for g in grads]
+        laid_out = [local(t) for t in params + grads]
+        found += [t.stride() for t in laid_out]
+        kept = [local(state[name]) for name in ("m", "step") for state in entries]
+        averages = [local(t) for tensors, _ in ema for t in tensors]
+        return found + [t.data_ptr() for t in laid_out + kept + averages]
 
     def _jobs(self, ema: Sequence[tuple[Sequence[Tensor], float]]) -> tuple[list[Job], list[tuple]]:
         """Parameters with gradients, and (parameter, EMAs) of those without."""
@@ -467,9 +486,8 @@ class AdamW8bit(torch.optim.Optimizer):
             emas = [local(tensors[i]) for tensors, _ in ema]
             for e in emas:
                 check_ema(e, p)
-            if whole.grad is not None and p.numel():
-                g = self._gradient(p, local(whole.grad))
-                jobs.append(Job(p, g, self._state(whole, p), group, emas))
+            if whole.grad is not None:
+                jobs.append(Job(whole, p, self._state(whole, p), group, emas))
             elif emas:
                 idle.append((p, emas))
         devices = sorted({str(job.p.device) for job in jobs})
@@ -479,26 +497,14 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         return jobs, idle
 
-    def _gradient(self, p: Tensor, grad: Tensor) -> Tensor:
-        """grad in p's layout."""
-        if grad.is_sparse or p.dtype not in DTYPES or grad.dtype not in DTYPES:
-            raise ValueError(
-                f"a parameter is {p.dtype}, its gradient {grad.dtype}, {grad.layout}: "
-                "wanted dense fp32, fp16 or bf16."
-            )
-        if same_layout(grad, p):
-            return grad
-        return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
-
     def _state(self, whole: Tensor, p: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter, whose shard here is p: new, or checked once it was loaded."""
+        """What a parameter, whose shard here is p, has of its state here: new, or checked."""
+        order(p)  # it has to fill its memory
         state = self.state[whole]
         if not state:
-            state.update(new_state(p))
-        elif whole not in self._checked or self._checked[whole] is not state.get("m"):
-            check_state(state, p)
-        self._checked[whole] = state["m"]
-        return state
+            state.update(new_state(whole))
+        check_state(state, whole)
+        return own_part(state, p)
 
     def _cached(
         self,
@@ -508,104 +514,127 @@ class AdamW8bit(torch.optim.Optimizer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        """values() on the device, uploaded only when `key` changed.
-
-        One asynchronous copy from pinned memory, which is kept: a captured graph reads it again.
-        """
+        """values() on the device, uploaded only when `key` changed."""
         if name not in self._cache or self._cache[name][0] != key:
-            host = torch.as_tensor(values(), dtype=dtype, device="cpu")
-            host = host.pin_memory() if device.type == "cuda" else host
-            self._cache[name] = key, host, host.to(device, non_blocking=True)
+            self._cache[name] = key, *upload(values(), dtype, device)
         return self._cache[name][2]
 
     def _control(
-        self, jobs: list[Job], idle: list, clip: float | None, norm: Tensor | None, ema: Sequence
+        self,
+        plan: Plan,
+        grads: list[Tensor],
+        clip: float | None,
+        norm: Tensor | None,
+        ema: Sequence,
     ) -> Tensor:
         """(2 + E,) fp32: clip factor, 1 if the step happens else 0, weight of the new parameter
         in each EMA."""
-        device = (jobs[0].p if jobs else idle[0][0]).device
+        device = (plan.jobs[0].p if plan.jobs else plan.idle[0][0]).device
         fixed = (1.0, 1.0, *(1 - beta for _, beta in ema))
         control = self._cached("control", fixed, lambda: fixed, torch.float32, device)
         if clip is None and norm is None:
             return control
         if norm is None:
             norms = [control[0]]
-            if jobs:
-                norms = torch._foreach_norm([job.g for job in jobs], 2, dtype=torch.float32)
+            if grads:
+                norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
             norm = torch.linalg.vector_norm(torch.stack(norms))
         norm = torch.as_tensor(norm, dtype=torch.float32, device=device)
         factor = control[0] if clip is None else (clip / (norm + 1e-6)).clamp(max=1)
         return torch.cat([torch.stack([factor, norm.isfinite().float()]), control[2:]])
 
-    def _scalars(self, jobs: list[Job]) -> Tensor:
+    def _scalars(self, plan: Plan) -> Tensor:
         """(jobs, 8) fp32: 1 - lr·wd, lr / (1 - β1^t), (1 - β2^t)^-½, eps, β1, 1 - β1, β2, 1 - β2.
 
         fp64 inside, on the device.
         """
-        device = jobs[0].p.device
-        groups = [job.group for job in jobs]
-        key = tuple(
-            (
-                0.0 if isinstance(group["lr"], Tensor) else group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-            )
-            for group in groups
-        )
+        device = plan.steps.device
+        rates = [group["lr"] for group in self.param_groups]
+        fixed = [0.0 if isinstance(rate, Tensor) else rate for rate in rates]
+        key = [
+            (rate, *group["betas"], group["eps"], group["weight_decay"])
+            for rate, group in zip(fixed, self.param_groups)
+        ]
         hyper = self._cached("hyper", key, lambda: key, torch.float64, device)
-        lr, b1, b2, eps, wd = hyper.unbind(1)
-        if any(isinstance(group["lr"], Tensor) for group in groups):
-            rates = {
-                id(group): torch.as_tensor(group["lr"], dtype=torch.float64, device=device)
-                for group in self.param_groups
-            }
-            lr = torch.stack([rates[id(group)] for group in groups])
-        t = torch.stack([job.state["step"] for job in jobs]).double()
+        if fixed != rates:
+            lr = [torch.as_tensor(rate, dtype=torch.float64, device=device) for rate in rates]
+            hyper = torch.cat([torch.stack(lr)[:, None], hyper[:, 1:]], 1)
+        groups = [job.group for job in plan.jobs]
+        which = self._cached("groups", groups, lambda: groups, torch.int64, device)
+        lr, b1, b2, eps, wd = hyper.index_select(0, which).unbind(1)
+        t = plan.steps.double()
         rate, rsqrt = lr / (1 - b1**t), (1 - b2**t).rsqrt()
         return torch.stack([1 - lr * wd, rate, rsqrt, eps, b1, 1 - b1, b2, 1 - b2], 1).float()
 
-    def _run(self, jobs: list[Job], scalars: Tensor, control: Tensor) -> None:
-        """Sort the jobs into launches by dtypes and state, or take them one by one in torch."""
-        if use_triton("adamw8bit", jobs[0].p, jobs[0].g):
-            launches = defaultdict(list)
-            for i, job in enumerate(jobs):
-                launches["m_absmax" in job.state, job.p.dtype, job.g.dtype].append((i, job))
-            for kind, members in launches.items():
-                self._launch(kind, members, scalars, control)
+    def _run(self, plan: Plan, grads: list[Tensor], scalars: Tensor, control: Tensor) -> None:
+        """One launch for all jobs of a kind, or in torch one job after the other."""
+        jobs = plan.jobs
+        if use_triton("adamw8bit", jobs[0].p, grads[0]):
+            if not plan.launches:
+                plan.launches.update(tables(jobs, grads))
+            for (quant, P, G), (programs, emas, table, owner) in plan.launches.items():
+                update_kernel[programs,](
+                    table[1], owner[1], scalars, control, *codec(scalars.device),
+                    P, G, quant, emas, ROWS, BLOCK, num_warps=WARPS,
+                )  # fmt: skip
             return
         factors = control.tolist()
         if not factors[1]:
             return
-        for job, row in zip(jobs, scalars.tolist()):
-            for part in pieces(job):
+        for job, g, row in zip(jobs, grads, scalars.tolist()):
+            for part in pieces(job, g):
                 update_torch(*part, row, factors)
 
-    def _launch(
-        self, kind: tuple, members: list[tuple[int, Job]], scalars: Tensor, control: Tensor
-    ) -> None:
-        """One launch for all jobs of a kind (8-bit?, dtypes of p and g), each with its row of
-        scalars."""
-        rows, first, device = [], 0, scalars.device
-        for i, job in members:
+
+def in_layout(g: Tensor, p: Tensor) -> Tensor:
+    """A gradient in p's layout: itself or a copy."""
+    if g.is_sparse or p.dtype not in DTYPES or g.dtype not in DTYPES:
+        raise ValueError(
+            f"a parameter is {p.dtype}, its gradient {g.dtype}, {g.layout}: "
+            "wanted dense fp32, fp16 or bf16."
+        )
+    if same_layout(g, p):
+        return g
+    return torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """values on the CPU and on the device.
+
+    One asynchronous copy from pinned memory; who keeps both may let a captured graph copy again.
+    """
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host, host.to(device, non_blocking=True)
+
+
+def tables(jobs: list[Job], grads: list[Tensor]) -> dict[tuple, tuple]:
+    """By kind (8-bit?, dtypes of p and of g): programs, EMAs, and the kernel's table and owner."""
+    members = defaultdict(list)
+    for i, (job, g) in enumerate(zip(jobs, grads)):
+        if job.p.numel():
+            kind = "m_absmax" in job.state, triton_dtype(job.p.dtype), triton_dtype(g.dtype)
+            members[kind].append((i, job, g))
+    made = {}
+    for kind, rows in members.items():
+        lines, first = [], 0
+        for i, job, g in rows:
             state = [job.state.get(name) for name in ("m", "v", "m_absmax", "v_absmax")]
-            tensors = [job.p, job.g, *state, *job.emas]
+            tensors = [job.p, g, *state, *job.emas]
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
             aligned = all(a % 16 == 0 for a in addresses)
-            rows.append((job.p.numel(), first, i, int(aligned), *addresses))
+            lines.append((job.p.numel(), first, i, int(aligned), *addresses))
             first += cdiv(job.p.numel(), ROWS * BLOCK)
-        starts = tuple(row[1] for row in rows) + (first,)
-        table = self._cached(("table", kind), rows, lambda: rows, torch.int64, device)
-        owner = self._cached(("owner", kind), starts, lambda: owners(starts), torch.int32, device)
-        quant, P, G = kind[0], triton_dtype(kind[1]), triton_dtype(kind[2])
-        E = len(members[0][1].emas)
-        update_kernel[first,](
-            table, owner, scalars, control, *codec(device), P, G, quant, E, ROWS, BLOCK,
-            num_warps=WARPS,
-        )  # fmt: skip
+        starts = [line[1] for line in lines] + [first]
+        device = rows[0][1].p.device
+        table = upload(lines, torch.int64, device)
+        owner = upload(owners(starts), torch.int32, device)
+        made[kind] = first, len(rows[0][1].emas), table, owner
+    return made
 
 
-def owners(starts: tuple[int, ...]) -> Tensor:
+def owners(starts: list[int]) -> Tensor:
     """Which tensor each program works on."""
     return torch.repeat_interleave(torch.tensor(starts, device="cpu").diff())
 
@@ -614,83 +643,19 @@ def triton_dtype(dtype: torch.dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def pieces(job: Job) -> Iterator:
+def pieces(job: Job, g: Tensor) -> Iterator:
     """p, g, m, v, m_absmax, v_absmax and EMAs of a job, as (n,) in memory order.
 
     On a CPU cut to CHUNK elements at a time.
     """
     state = job.state
+    if not job.p.numel():
+        return
     size = CHUNK if job.p.device.type == "cpu" else job.p.numel()
-    tensors = [flat(job.p), flat(job.g), state["m"], state["v"], *map(flat, job.emas)]
+    tensors = [flat(job.p), flat(g), state["m"], state["v"], *map(flat, job.emas)]
     maxima = repeat((None, None))
     if "m_absmax" in state:
         rows = -(-size // BLOCK)
         maxima = zip(state["m_absmax"].split(rows), state["v_absmax"].split(rows))
     for (p, g, m, v, *emas), absmax in zip(zip(*(t.split(size) for t in tensors)), maxima):
         yield p, g, m, v, *absmax, emas
-
-
-# ---- bitsandbytes --------------------------------------------------------------------------------
-
-
-def moments(state: dict[str, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
-    """m and v of p as fp32 in p's shape and strides, from its entry in AdamW8bit.state."""
-
-    def moment(name):
-        x = state[name].clone()
-        if f"{name}_absmax" in state:
-            x = dequantize(x, state[f"{name}_absmax"], name == "v")
-        return x.as_strided(p.shape, p.stride())
-
-    return moment("m"), moment("v")
-
-
-def to_bitsandbytes(state: dict[str, Tensor], p: Tensor) -> dict[str, Any]:
-    """p's entry in AdamW8bit.state as bitsandbytes' AdamW8bit keeps it.
-
-    Codes in p's shape, blocks in contiguous order. The codes are the same if p is contiguous; else
-    they are rounded again, with other neighbours.
-    """
-    entry: dict[str, Any] = {"step": int(state["step"])}
-    for i, (k, x) in enumerate(zip(("m", "v"), moments(state, p)), 1):
-        if f"{k}_absmax" not in state:
-            entry[f"state{i}"] = x.contiguous()
-            continue
-        codes, absmax = state[k], state[f"{k}_absmax"]
-        if not p.is_contiguous():
-            codes, absmax = quantize(x.contiguous().view(-1), k == "v")
-        entry[f"state{i}"] = codes.clone().view(p.shape)
-        entry[f"absmax{i}"] = absmax.clone()
-        entry[f"qmap{i}"] = dynamic_map(k == "m").to(p.device)
-    return entry
-
-
-def from_bitsandbytes(entry: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """The reverse: an entry for AdamW8bit.state[p].
-
-    Maps, blocks and dtypes other than ours are converted.
-    """
-    # recent bitsandbytes wraps its quantised tensors
-    entry = {**entry, **entry.get("__bnb_optimizer_quant_state__", {})}
-    state = new_state(p)
-    state["step"].fill_(float(entry["step"]))
-    for i, k in enumerate(("m", "v"), 1):
-        x = entry[f"state{i}"].to(p.device).contiguous()
-        if x.shape != p.shape:
-            raise ValueError(
-                f"state{i} of a parameter {tuple(p.shape)} is {tuple(x.shape)}: "
-                "wanted the parameter's shape."
-            )
-        if x.dtype == torch.uint8:
-            levels, absmax = entry[f"qmap{i}"].to(p.device), entry[f"absmax{i}"].to(p.device)
-            our_map = torch.equal(levels, dynamic_map(k == "m").to(p.device))
-            if quantized(p) and p.is_contiguous() and our_map:
-                state[k], state[f"{k}_absmax"] = x.view(-1).clone(), absmax.clone()
-                continue
-            values = blocks(levels.index_select(0, x.view(-1).int())) * absmax[:, None]
-            x = values.view(-1)[: p.numel()].view(p.shape)
-        # into p's memory order
-        state[k] = flat(torch.empty_like(p, dtype=torch.float32).copy_(x))
-        if quantized(p):
-            state[k], state[f"{k}_absmax"] = quantize(state[k], k == "v")
-    return state

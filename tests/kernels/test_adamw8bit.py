@@ -20,18 +20,9 @@ from kernel_cases import GPU
 import triton.language as tl
 
 import kernels.adamw8bit as kernel
-from kernels.adamw8bit import (
-    AdamW8bit,
-    adamw_ref,
-    boundaries,
-    dequantize,
-    dynamic_map,
-    from_bitsandbytes,
-    moments,
-    new_state,
-    quantize,
-    to_bitsandbytes,
-)
+from kernels.adamw8bit import AdamW8bit, adamw_ref, new_state
+from kernels.bitsandbytes import from_bitsandbytes, moments, to_bitsandbytes
+from kernels.codec8bit import boundaries, dequantize, dynamic_map, quantize
 
 ROOT = Path(__file__).parents[2]
 # 8-bit: the first five
@@ -107,7 +98,8 @@ def all_equal(a, b):
 def all_alike(a, b):
     """Bitwise in the interpreter.
 
-    On a GPU products and sums fuse: a code may be its neighbour and a weight a little off.
+    On a GPU products and sums fuse: of a thousand codes one may be its neighbour, and what follows
+    from it may be a little off. All else agrees to a few units of the last place.
     """
     return all_equal(a, b) if not GPU else len(a) == len(b) and all(map(alike, a, b))
 
@@ -116,7 +108,8 @@ def alike(x, y):
     apart, size = (x.double() - y.double()).abs(), y.double().abs()
     if x.dtype == torch.uint8:
         return apart.max() <= 1 and (apart > 0).double().mean() < 1e-3
-    return (apart <= 1e-2 + 1e-2 * size).all() and apart.mean() <= 2e-3 * (1 + size.mean())
+    rounding = apart <= 4e-6 * (1 + size)
+    return (~rounding).double().mean() < 2e-3 and (apart <= 1e-2 * (1 + size)).all()
 
 
 # ---- the format ----------------------------------------------------------------------------------
@@ -726,6 +719,42 @@ def test_foreign_state_is_refused(spoil, message):
         optimizer.step()
 
 
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_a_parameter_that_is_laid_out_anew_is_noticed(monkeypatch, path):
+    """Moments lie in memory order: in another one they would be those of other elements."""
+    monkeypatch.setenv("KERNELS", path)
+    (p,) = params([(32, 64, 3, 3)])
+    optimizer = AdamW8bit([p])
+    train([p], optimizer, [1])
+    p.data = p.data.contiguous()
+    with pytest.raises(ValueError, match="memory order"):
+        train([p], optimizer, [2])
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_the_plan_of_a_step_is_made_again_when_something_moves(monkeypatch, path):
+    """Gradients, EMAs, weights and state at new addresses, or a gradient in another layout."""
+    monkeypatch.setenv("KERNELS", path)
+    results = []
+    for moving in (False, True):
+        ps = params([(64, 64), (16, 32, 3, 3), (7,)])
+        optimizer, emas = AdamW8bit(ps), [p.detach().clone() for p in ps]
+        for t in range(4):
+            for p in ps:
+                p.grad = gradient(p, t)
+                if moving and t == 2:
+                    p.grad = p.grad.contiguous()
+                    p.data = p.data.clone()
+                    state = optimizer.state[p]
+                    state.update({name: x.clone() for name, x in state.items()})
+            if moving and t == 3:
+                emas = [e.clone() for e in emas]
+                optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, dtype=torch.float64)
+            optimizer.step(ema=[(emas, 0.9)])
+        results.append(everything(ps, optimizer) + emas)
+    assert all_equal(*results)
+
+
 TWO_RANKS = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -790,7 +819,7 @@ with torch.no_grad():
 flips, most = float((apart > 2e-6).float().mean()), float(apart.max())
 moments = b.state[net[0].weight]["m"]
 # rows of 128 and 256: shards begin where a block of 256 does
-quantised = moments.dtype == torch.uint8 and moments.numel() == 128 * 128
+quantised = moments.dtype == torch.uint8 and moments.to_local().numel() == 128 * 128
 if dist.get_rank() == 0:
     same = flips < 1e-3 and most < 1e-4 and quantised
     print("SAME" if same else f"DIFFERENT {flips} {most} {moments.shape}")
@@ -799,14 +828,88 @@ dist.destroy_process_group()
 """
 
 
+SHARDED_CHECKPOINT = """
+import copy, sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from kernels.adamw8bit import AdamW8bit
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+
+class Net(torch.nn.Module):
+    # shards of 3 and 2 rows; of one row and none; of equal ones; fp32 moments
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = [(5, 3000), (1, 9000), (64, 128), (7,), (6, 40, 3, 3)]
+        self.weights = torch.nn.ParameterList([torch.randn(shape) for shape in shapes])
+    def forward(self, t):
+        return sum((w * torch.sin(w * t)).sum() for w in self.weights)
+
+def trained(steps, state=None):
+    net = Net()
+    fully_shard(net, mesh=mesh)
+    optimizer = AdamW8bit(net.parameters(), lr=1e-2)
+    if state:
+        for p, q in zip(net.parameters(), state["weights"]):
+            p.data.copy_(q)
+        loaded = get_optimizer_state_dict(net, optimizer)
+        dcp.load({"optimizer": loaded}, checkpoint_id=sys.argv[2], no_dist=False)
+        set_optimizer_state_dict(net, optimizer, loaded)
+    for step in steps:
+        net(1.0 + step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net, optimizer
+
+def tensors(net, optimizer):
+    # what this rank has, without the padding of a smaller shard
+    out = []
+    for p in net.parameters():
+        n = p.to_local().numel()
+        out.append(p.to_local().detach().flatten())
+        for name, x in optimizer.state[p].items():
+            x = x.to_local() if hasattr(x, "to_local") else x
+            if name in ("m", "v"):
+                x = x[:n]
+            if "absmax" in name:
+                x = x[: -(-n // 256)]
+            out.append(x)
+    return out
+
+whole = trained(range(4))
+half = trained(range(2))
+dcp.save({"optimizer": get_optimizer_state_dict(*half)}, checkpoint_id=sys.argv[2])
+weights = [p.detach().clone() for p in half[0].parameters()]
+again = trained((), {"weights": weights})
+same = all(map(torch.equal, tensors(*half), tensors(*again)))
+on = trained((2, 3), {"weights": weights})
+same_after = all(map(torch.equal, tensors(*whole), tensors(*on)))
+moved = any(x.dtype == torch.uint8 and x.numel() > 9 and x.unique().numel() > 9
+            for x in tensors(*whole))
+answers = [None, None]
+dist.all_gather_object(answers, (same, same_after, moved))
+if dist.get_rank() == 0:
+    print("SAME" if all(map(all, answers)) else f"DIFFERENT {answers}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize(
-    "script", [TWO_RANKS, FSDP], ids=["ddp-identical-codes", "fsdp2-local-shards"]
+    "script",
+    [TWO_RANKS, FSDP, SHARDED_CHECKPOINT],
+    ids=["ddp-identical-codes", "fsdp2-local-shards", "fsdp2-distributed-checkpoint"],
 )
 def test_two_ranks(tmp_path, script):
     (tmp_path / "two.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, tmp_path / "two.py", str(ROOT)],
+        [*torchrun, tmp_path / "two.py", str(ROOT), str(tmp_path / "checkpoint")],
         capture_output=True,
         text=True,
         env={**os.environ, "KERNELS": "auto"},
