@@ -7,6 +7,8 @@ Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for
 queries, one program per head that reads everything once. No atomics: bitwise deterministic.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.dispatch import cdiv, power_of_2, tl, triton, use_triton
+from kernels.proof import trusted
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)  # others run on torch's SDPA
@@ -387,10 +390,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if dispatch.forward_mode():
         return attention_ref(q, k, v, scale)
     slower = "fp32 has no tensor cores here" if q.dtype == torch.float32 else ""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    plain = partial(F.scaled_dot_product_attention, scale=scale)
     if use_triton("attention", q, k, v, unsupported=unsupported(q, k), slower=slower):
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return Attention.apply(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        kernel = partial(fused, scale=scale)
+        if trusted("attention", round(scale, 6), kernel, plain, (q, k, v)):
+            return kernel(q, k, v)
+    return plain(q, k, v)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """By the kernels."""
+    return Attention.apply(q, k, v, scale)
 
 
 def unsupported(q: Tensor, k: Tensor) -> str:

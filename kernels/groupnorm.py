@@ -30,6 +30,7 @@ from kernels.groupnorm_kernels import (
     small_forward_kernel,
     sums_kernel,
 )
+from kernels.proof import trusted
 
 
 def group_norm_silu_ref(
@@ -282,17 +283,38 @@ def group_norm_silu(
     """
     check(x, weight, bias, groups, scale, shift)
     film = () if scale is None else (scale, shift)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    tensors, how = (x, weight, bias, *film), (groups, silu, eps)
     if dispatch.forward_mode():
-        tensors = [t.to(wide) for t in (x, weight, bias)]
-        film = [t.to(wide) for t in film]
-        return group_norm_silu_ref(*tensors, groups, *film, silu=silu, eps=eps).to(x.dtype)
-    if use_triton("group_norm_silu", x, weight, bias, *film):
-        return GroupNormSilu.apply(x, weight, bias, scale, shift, groups, silu, eps)
+        return formula(*tensors, how=how)
+    if use_triton("group_norm_silu", *tensors):
+        kernel, plain = partial(fused, how=how), partial(by_torch, how=how)
+        if trusted("group_norm_silu", how, kernel, plain, tensors):
+            return kernel(*tensors)
+    return by_torch(*tensors, how=how)
+
+
+def fused(x: Tensor, weight: Tensor, bias: Tensor, *film: Tensor, how: tuple) -> Tensor:
+    """By the kernels. how: groups, silu, eps."""
+    return GroupNormSilu.apply(x, weight, bias, *(film or (None, None)), *how)
+
+
+def formula(x: Tensor, *rest: Tensor, how: tuple) -> Tensor:
+    """By group_norm_silu_ref, in fp32 or wider."""
+    groups, silu, eps = how
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x32, weight, bias, *film = [t.to(wide) for t in (x, *rest)]
+    return group_norm_silu_ref(x32, weight, bias, groups, *film, silu=silu, eps=eps).to(x.dtype)
+
+
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor, *film: Tensor, how: tuple) -> Tensor:
+    """By torch's own group_norm, in fp32 or wider."""
+    groups, silu, eps = how
+    wide = torch.promote_types(x.dtype, torch.float32)
     # not F.group_norm, which refuses a group of one value
     n = torch.group_norm(near_zero(x.to(wide), groups), groups, weight.to(wide), bias.to(wide), eps)
-    if scale is not None:
-        n = n * (1 + scale.to(wide)[..., None, None]) + shift.to(wide)[..., None, None]
+    if film:
+        scale, shift = (t.to(wide)[..., None, None] for t in film)
+        n = n * (1 + scale) + shift
     return (F.silu(n) if silu else n).to(x.dtype)
 
 

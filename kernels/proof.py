@@ -1,0 +1,267 @@
+"""KERNELS=auto proves itself: a kernel serves a kind of call if it was right there, and faster.
+
+The first call of a kind (GPU, op, dtype, shape, layout) runs both paths on random tensors like its
+own, forward and backward. A kernel whose error against fp32 is above 1.5 times that of torch in the
+same dtype is not used, and one line asks for a report; of two that are right the faster is used.
+
+    choices                 what was decided here: {kind: "triton" or "torch"}
+    pin(choices)            a run that is resumed keeps what it began with
+    python -m kernels.selfcheck    the table of a whole network
+
+Decisions are kept in ~/.cache/twinpath/kernels.json, by GPU, driver, versions and the text of this
+folder. A file that is damaged or of another version is not used.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import triton
+
+try:
+    from triton.errors import TritonError
+except ImportError:
+    TritonError = RuntimeError
+
+ROUNDING = {
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 4e-3,
+}  # no error below it counts
+REPEATS = 7
+
+choices: dict[str, str] = {}  # of this process
+known: dict[tuple, bool] = {}  # the same, by what is quickly asked: is it the kernel?
+verdicts: dict[str, "Verdict"] = {}  # of what was measured in this process
+busy = False  # the calls of a check are not checked themselves
+
+
+class Verdict(NamedTuple):
+    """Worst relative error against fp32 over output and gradients, and median seconds; by path."""
+
+    error: float
+    torch_error: float
+    seconds: float
+    torch_seconds: float
+    limit: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.limit
+
+    @property
+    def path(self) -> str:
+        return "triton" if self.right and self.seconds <= self.torch_seconds else "torch"
+
+
+def trusted(
+    op: str, details: object, kernel: Callable, plain: Callable, tensors: Sequence[Tensor]
+) -> bool:
+    """Does this call run its kernel, with KERNELS=auto?
+
+    kernel(*tensors) and plain(*tensors) compute the same from floating-point tensors. details: what
+    else the kind of call depends on.
+    """
+    if busy or os.environ.get("KERNELS", "auto") != "auto":
+        return True
+    signature = (op, details, *((t.shape, t.dtype, t.stride()) for t in tensors))
+    if signature not in known:
+        path = decide(op, details, kernel, plain, tensors)
+        if not path:  # nothing can be measured now
+            return True
+        known[signature] = path == "triton"
+    return known[signature]
+
+
+def decide(
+    op: str, details: object, kernel: Callable, plain: Callable, tensors: Sequence[Tensor]
+) -> str:
+    """The path of a kind of call: as it was decided before, or by measuring; "" = not now."""
+    kind = kind_of(op, details, tensors)
+    if kind in choices:
+        return choices[kind]
+    if torch.compiler.is_compiling() or capturing():
+        return ""
+    kept = remembered()
+    if kind in kept:
+        choices[kind] = kept[kind]
+    else:
+        verdict = examine(kernel, plain, tensors)
+        verdicts[kind] = verdict
+        choices[kind] = verdict.path
+        if not verdict.right:
+            complain(kind, verdict)
+        remember(kept | choices)
+    return choices[kind]
+
+
+def pin(pinned: Mapping[str, str]) -> None:
+    """Take these decisions, whatever was found here."""
+    choices.update(pinned)
+    known.clear()
+
+
+def forget() -> None:
+    """Decide everything anew."""
+    choices.clear()
+    known.clear()
+    cache_file().unlink(missing_ok=True)
+
+
+def kind_of(op: str, details: object, tensors: Sequence[Tensor]) -> str:
+    """A kind of call in words. Batches count as the next power of two."""
+    first = tensors[0]
+    shapes = []
+    for t in tensors:
+        batch, *rest = t.shape or (1,)
+        shape = (1 << (batch - 1).bit_length() if batch else 0, *rest)
+        shapes.append(f"{shape} {str(t.dtype).removeprefix('torch.')}")
+    form = "nhwc" if first.ndim == 4 and first.stride(1) == 1 else "nchw"
+    return f"{op} {details} {form} {'; '.join(shapes)}"
+
+
+def capturing() -> bool:
+    """Is a CUDA graph being captured?"""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+# ---- right, and fast? ----------------------------------------------------------------------------
+
+
+def examine(kernel: Callable, plain: Callable, tensors: Sequence[Tensor]) -> Verdict:
+    """Compare and time two paths on random tensors like these."""
+    global busy
+    busy = True
+    try:
+        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            return compare(kernel, plain, tensors)
+    finally:
+        busy = False
+
+
+def compare(kernel: Callable, plain: Callable, tensors: Sequence[Tensor]) -> Verdict:
+    """See examine()."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    # its own generator: the run's random numbers are not touched
+    generator = torch.Generator(device).manual_seed(0)
+    leaves = [like(t, generator) for t in tensors]
+    with torch.no_grad():
+        gradient = like(plain(*leaves), generator)
+    truth = run(plain, [t.float() for t in leaves], gradient.float())
+    torch_error = worst(run(plain, leaves, gradient), truth)
+    limit = max(1.5 * torch_error, ROUNDING[dtype])
+    try:
+        ours = run(kernel, leaves, gradient)
+    except (RuntimeError, TritonError) as error:  # it does not compile, or does not fit this GPU
+        print(f"kernels: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return Verdict(float("inf"), torch_error, 0.0, 0.0, limit)
+    seconds = torch_seconds = 0.0
+    if device.type == "cuda":
+        seconds = timed(kernel, leaves, gradient)
+        torch_seconds = timed(plain, leaves, gradient)
+    return Verdict(worst(ours, truth), torch_error, seconds, torch_seconds, limit)
+
+
+def like(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise in t's shape, dtype and layout; an expanded dimension gets memory."""
+    if 0 in t.stride():
+        t = t.contiguous()
+    noise = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return noise.normal_(generator=generator)
+
+
+def run(fn: Callable, tensors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = fn(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
+
+
+def worst(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest relative error (Frobenius); infinite where a value is not finite."""
+    errors = []
+    for value, exact in zip(values, truth):
+        error = float((value.float() - exact).norm() / exact.norm().clamp(min=1e-30))
+        errors.append(error if error < float("inf") else float("inf"))
+    return max(errors)
+
+
+def timed(fn: Callable, tensors: Sequence[Tensor], gradient: Tensor) -> float:
+    """Median seconds of forward and backward on the GPU, after a warm-up."""
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run(fn, tensors, gradient)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[2:])
+
+
+def complain(kind: str, verdict: Verdict) -> None:
+    """One line to stderr."""
+    print(
+        f"kernels: {kind} is wrong here (error {verdict.error:.1e}, torch {verdict.torch_error:.1e}"
+        f"): torch's is used.  Please report this line, with `python -m kernels.selfcheck`.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+# ---- what is remembered --------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "twinpath" / "kernels.json"
+
+
+@lru_cache
+def here() -> str:
+    """What a decision depends on: GPU, driver, versions, and the text of this folder."""
+    text = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text.update(path.read_bytes())
+    gpu, driver = "no GPU", ""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        driver = str(torch._C._cuda_getDriverVersion()) if torch.version.cuda else ""
+    versions = (torch.__version__, getattr(triton, "__version__", ""))
+    return " | ".join([gpu, driver, *versions, text.hexdigest()])
+
+
+def remembered() -> dict[str, str]:
+    """Decisions that were made under the same conditions; {} if there are none or they are
+    damaged."""
+    try:
+        kept = json.loads(cache_file().read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = kept.get(here()) if isinstance(kept, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    if not all(path in ("triton", "torch") for path in found.values()):
+        return {}
+    return found
+
+
+def remember(found: Mapping[str, str]) -> None:
+    """Keep decisions for the next process. Those of other conditions go: they are old."""
+    path = cache_file()
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({here(): dict(found)}, indent=1))
+        os.replace(draft, path)
+    except OSError:
+        return  # nowhere to keep them: measured again next time
