@@ -42,7 +42,7 @@ from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check
 from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
 from harness.run import print_unfinished, report_nonfinite, run_name
 from harness.seeds import step_seed, torch_seed
-from kernels import dispatch
+from kernels import dispatch, proof
 from kernels.adamw8bit import AdamW8bit
 from model import PRESETS, build
 from objectives import PRESETS as OBJECTIVES
@@ -434,7 +434,7 @@ def report(tr: Trainer, log: Log, progress: Progress, norm: Tensor, lr: float) -
     # JSON has no NaN.
     row["grad_norm"] = float(norm) if torch.isfinite(norm) else None
     row |= {"lr": lr, "images_per_s": progress.rate(tr.seen), "skipped": tr.skipped}
-    row |= tr.loss.report()
+    row |= tr.loss.report() | proof.summary()
     log.write(row)
     progress.show(row)
 

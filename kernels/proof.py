@@ -3,6 +3,7 @@
 The first call of a kind (GPU, op, dtype, shape, layout) runs both paths on random tensors like its
 own, forward and backward. A kernel whose error against fp32 is above 1.5 times that of torch in the
 same dtype is not used, and one line asks for a report; of two that are right the faster is used.
+(With several ranks every right kernel is used: a clock does not tell all of them the same.)
 
     choices                 what was decided here: {kind: "triton" or "torch"}
     pin(choices)            a run that is resumed keeps what it began with
@@ -92,16 +93,19 @@ def decide(
         return choices[kind]
     if torch.compiler.is_compiling() or capturing():
         return ""
-    kept = remembered()
+    # The ranks of a run have to decide alike, and a clock would not.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    kept = remembered() if alone else {}
     if kind in kept:
         choices[kind] = kept[kind]
     else:
-        verdict = examine(kernel, plain, tensors)
+        verdict = examine(kernel, plain, tensors, timing=alone)
         verdicts[kind] = verdict
         choices[kind] = verdict.path
         if not verdict.right:
             complain(kind, verdict)
-        remember(kept | choices)
+        if alone:
+            remember(kept | choices)
     return choices[kind]
 
 
@@ -109,6 +113,14 @@ def pin(pinned: Mapping[str, str]) -> None:
     """Take these decisions, whatever was found here."""
     choices.update(pinned)
     known.clear()
+
+
+def summary() -> dict[str, dict[str, int]]:
+    """For a log: how many kinds of call each path serves; {} where nothing had to be decided."""
+    if not choices:
+        return {}
+    paths = list(choices.values())
+    return {"kernels": {path: paths.count(path) for path in ("triton", "torch")}}
 
 
 def forget() -> None:
@@ -138,18 +150,22 @@ def capturing() -> bool:
 # ---- right, and fast? ----------------------------------------------------------------------------
 
 
-def examine(kernel: Callable, plain: Callable, tensors: Sequence[Tensor]) -> Verdict:
-    """Compare and time two paths on random tensors like these."""
+def examine(
+    kernel: Callable, plain: Callable, tensors: Sequence[Tensor], timing: bool = True
+) -> Verdict:
+    """Compare two paths on random tensors like these, and time them, on a GPU."""
     global busy
     busy = True
     try:
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            return compare(kernel, plain, tensors)
+            return compare(kernel, plain, tensors, timing)
     finally:
         busy = False
 
 
-def compare(kernel: Callable, plain: Callable, tensors: Sequence[Tensor]) -> Verdict:
+def compare(
+    kernel: Callable, plain: Callable, tensors: Sequence[Tensor], timing: bool
+) -> Verdict:
     """See examine()."""
     device, dtype = tensors[0].device, tensors[0].dtype
     # its own generator: the run's random numbers are not touched
@@ -166,7 +182,7 @@ def compare(kernel: Callable, plain: Callable, tensors: Sequence[Tensor]) -> Ver
         print(f"kernels: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return Verdict(float("inf"), torch_error, 0.0, 0.0, limit)
     seconds = torch_seconds = 0.0
-    if device.type == "cuda":
+    if timing and device.type == "cuda":
         seconds = timed(kernel, leaves, gradient)
         torch_seconds = timed(plain, leaves, gradient)
     return Verdict(worst(ours, truth), torch_error, seconds, torch_seconds, limit)

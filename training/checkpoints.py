@@ -16,6 +16,7 @@ from harness.files import atomic, listed, read_digests
 from harness.run import check_same, checkpoints, recorded_config, versions
 from harness.typed import Count, Open, check
 from harness.whole import check_checkpoint
+from kernels import proof
 from training.trainer import Trainer
 
 # Flags that say where something lies whose contents are compared (check_state, training.start).
@@ -33,6 +34,8 @@ class State(Open):
     skipped: Count
     data_hash: str
     parts: Count | None = None
+    # Which calls ran on kernels: kernels/proof.py.
+    kernels: dict[str, Literal["triton", "torch"]] = ()
 
 
 @dataclass
@@ -126,6 +129,7 @@ def save(tr: Trainer) -> None:
         }
         parts = tr.ranks.world * tr.cfg.accum
         counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
+        counts["kernels"] = dict(proof.choices)
         save_checkpoint(
             tr.run,
             tr.seen,
@@ -162,6 +166,7 @@ def load_state(tr: Trainer) -> None:
     tr.init = check(network, Begun, folder / "model.safetensors")["init"]
     check_vae(tr, network.get("vae", {}))
     tr.seen, tr.skipped = meta["images"], meta["skipped"]
+    proof.pin(meta.get("kernels", {}))
     tr.meter.load_state(state.pop("meter"))
     own = [key for key in state if key.startswith("own/")]
     tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})

@@ -41,9 +41,9 @@ def counted(monkeypatch, name):
     """Calls of a function of proof, as a list that grows."""
     calls, old = [], getattr(proof, name)
 
-    def wrapper(*args):
+    def wrapper(*args, **options):
         calls.append(args)
-        return old(*args)
+        return old(*args, **options)
 
     monkeypatch.setattr(proof, name, wrapper)
     return calls
@@ -104,6 +104,7 @@ def test_a_resumed_run_keeps_what_it_began_with(monkeypatch):
     norm()
     (kind,) = proof.choices
     assert proof.choices[kind] == "triton"
+    assert proof.summary() == {"kernels": {"triton": 1, "torch": 0}}
     proof.pin({kind: "torch"})
     _, ours, torchs = norm()
     assert torch.equal(ours, torchs)
