@@ -13,21 +13,22 @@ Decisions are kept in ~/.cache/twinpath/kernels.json, by GPU, driver, versions a
 folder. A file that is damaged or of another version is not used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import triton
+from kernels.dispatch import chosen, reference, triton
 
 try:
     from triton.errors import TritonError
@@ -73,22 +74,20 @@ def trusted(
     kernel(*tensors) and plain(*tensors) compute the same from floating-point tensors. details: what
     else the kind of call depends on.
     """
-    if busy or os.environ.get("KERNELS", "auto") != "auto":
+    if busy or chosen() != "auto":
         return True
     signature = (op, details, *((t.shape, t.dtype, t.stride()) for t in tensors))
     if signature not in known:
-        path = decide(op, details, kernel, plain, tensors)
+        kind = kind_of(op, details, tensors)
+        path = decide(kind, partial(examine, kernel, plain, tensors))
         if not path:  # nothing can be measured now
             return True
         known[signature] = path == "triton"
     return known[signature]
 
 
-def decide(
-    op: str, details: object, kernel: Callable, plain: Callable, tensors: Sequence[Tensor]
-) -> str:
-    """The path of a kind of call: as it was decided before, or by measuring; "" = not now."""
-    kind = kind_of(op, details, tensors)
+def decide(kind: str, measure: Callable[[bool], "Verdict"]) -> str:
+    """The path of a kind of call: as it was decided before, or by measure(timing); "" = not now."""
     if kind in choices:
         return choices[kind]
     if torch.compiler.is_compiling() or capturing():
@@ -98,14 +97,14 @@ def decide(
     kept = remembered() if alone else {}
     if kind in kept:
         choices[kind] = kept[kind]
-    else:
-        verdict = examine(kernel, plain, tensors, timing=alone)
-        verdicts[kind] = verdict
-        choices[kind] = verdict.path
-        if not verdict.right:
-            complain(kind, verdict)
-        if alone:
-            remember(kept | choices)
+        return choices[kind]
+    verdict = measure(alone)
+    verdicts[kind] = verdict
+    choices[kind] = verdict.path
+    if not verdict.right:
+        complain(kind, verdict)
+    if alone:
+        remember(kept | choices)
     return choices[kind]
 
 
@@ -154,18 +153,57 @@ def examine(
     kernel: Callable, plain: Callable, tensors: Sequence[Tensor], timing: bool = True
 ) -> Verdict:
     """Compare two paths on random tensors like these, and time them, on a GPU."""
+    device = tensors[0].device.type
+    with alone(), torch.enable_grad(), torch.autocast(device, enabled=False):
+        return compare(kernel, plain, tensors, timing)
+
+
+def trusted_steps(op: str, make: Callable, p: Tensor, emas: int) -> bool:
+    """trusted() of an optimizer, which make(parameters) gives: it steps on tensors like p, with as
+    many averages. Nothing is timed: torch's path takes tensors one by one."""
+    if busy or chosen() != "auto":
+        return True
+    kind = f"{op} {p.dtype} {emas} EMAs"
+
+    def measure(timing: bool) -> Verdict:
+        with alone():
+            ours = three_steps(make, p, emas)
+            with reference():
+                theirs = three_steps(make, p, emas)
+        # A fused product and sum may round a code to its neighbour.
+        return Verdict(worst(ours, theirs), 0.0, 0.0, 0.0, 1e-2)
+
+    return decide(kind, measure) != "torch"
+
+
+def three_steps(make: Callable, like: Tensor, emas: int) -> list[Tensor]:
+    """What they add to two tensors, one with 8-bit moments, and to their averages."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    noise = partial(torch.randn, generator=generator, device=like.device)
+    params = [torch.nn.Parameter(noise(n, 129).to(like.dtype)) for n in (1, 40)]
+    averages = [([p.detach().float() for p in params], 0.5) for _ in range(emas)]
+    kept = [p.detach() for p in params] + [e for tensors, _ in averages for e in tensors]
+    before = [t.clone() for t in kept]
+    optimizer = make(params)
+    for _ in range(3):
+        for p in params:
+            p.grad = noise(p.shape).to(p.dtype)
+        optimizer.step(clip=1.0, ema=averages)
+    return [(after - start).float() for after, start in zip(kept, before)]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside a check: its own calls are not checked."""
     global busy
     busy = True
     try:
-        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            return compare(kernel, plain, tensors, timing)
+        yield
     finally:
         busy = False
 
 
-def compare(
-    kernel: Callable, plain: Callable, tensors: Sequence[Tensor], timing: bool
-) -> Verdict:
+def compare(kernel: Callable, plain: Callable, tensors: Sequence[Tensor], timing: bool) -> Verdict:
     """See examine()."""
     device, dtype = tensors[0].device, tensors[0].dtype
     # its own generator: the run's random numbers are not touched

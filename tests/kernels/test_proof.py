@@ -10,6 +10,7 @@ from kernel_cases import GPU
 from triton.runtime.errors import OutOfResources
 
 from kernels import dispatch, proof
+from kernels.adamw8bit import AdamW8bit
 from kernels.attention import attention
 from kernels.groupnorm import GroupNormSilu, by_torch, group_norm_silu
 
@@ -153,3 +154,38 @@ def test_a_kernel_that_is_asked_for_is_not_checked(monkeypatch):
     monkeypatch.setenv("KERNELS", "triton")
     norm()
     assert not proof.verdicts
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_optimizer_is_checked_too(monkeypatch, wrong):
+    """A learning rate that is a tenth too large, say."""
+    right = AdamW8bit._scalars
+
+    def scalars(self, plan):
+        rows = right(self, plan)
+        rows[:, 1] *= 1.1 if wrong and not dispatch.inside_reference else 1.0
+        return rows
+
+    monkeypatch.setattr(AdamW8bit, "_scalars", scalars)
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    p.grad = torch.randn(64, 64)
+    optimizer = AdamW8bit([p])
+    optimizer.step(ema=[([p.detach().clone()], 0.9)])
+    assert list(proof.choices.values()) == ["torch" if wrong else "triton"]
+    assert "adamw8bit" in next(iter(proof.choices))
+
+
+def test_a_compiled_network_takes_what_was_decided(monkeypatch):
+    """fullgraph: the question breaks no graph."""
+    x, weight = torch.randn(1, 32, 2, 2), torch.randn(32)
+
+    def norm(x):
+        return group_norm_silu(x, weight, weight, 32)
+
+    norm(x)
+    (kind,) = proof.choices
+    for path in ("torch", "triton"):
+        proof.pin({kind: path})
+        torch._dynamo.reset()
+        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), norm(x))
