@@ -40,6 +40,7 @@ from harness.cli import UserError
 from harness.files import fingerprint, make_dir, read_meta, remove, write_tensors, write_text
 from harness.ranks import Ranks
 from harness.run import HALF_FILE
+from harness.typed import Open, check
 from metrics.distances import Statistics, finite
 from vae import LinearVAE, fit_pca, pca_samples
 
@@ -287,6 +288,16 @@ class Chunk(NamedTuple):
 
 
 @dataclass
+class ChunkMeta(Open):
+    """What it says beside them."""
+
+    key: str
+    images: list[int]
+    fingerprint: str
+    notes: dict[str, float]
+
+
+@dataclass
 class Stored:
     """Features of images 0 … n - 1 in chunks, of which `index` counts. key: see key_of()."""
 
@@ -368,15 +379,22 @@ def read_chunk(path: Path, key: str) -> Chunk | None:
         return None
     try:
         box = open_weights(path)
-        meta, features = read_meta(box), box["features"]
+        meta = check(read_meta(box), ChunkMeta, path)
+        features = box["features"]
     except (UserError, KeyError, OSError):  # also where the disk cannot be read
         return None
     low, high = map(int, path.stem.split("-"))
-    found = [meta.get(name) for name in ("key", "images", "fingerprint")]
-    if found != [key, [low, high], fingerprint({"features": features})]:
+    found = [meta[name] for name in ("key", "images", "fingerprint")]
+    if found != [key, [low, high], fingerprint_of(features, meta["notes"])]:
         return None
-    whole = len(features) == high - low and features.isfinite().all()
+    whole = features.ndim == 2 and len(features) == high - low and features.isfinite().all()
     return Chunk(features, meta["notes"]) if whole else None
+
+
+def fingerprint_of(features: Tensor, notes: dict[str, float]) -> str:
+    """Of all that a chunk says."""
+    words = json.dumps(notes, sort_keys=True) + fingerprint({"features": features})
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def write_chunk(path: Path, features: Tensor, what: dict[str, Any], notes: dict[str, Any]) -> None:
@@ -385,7 +403,7 @@ def write_chunk(path: Path, features: Tensor, what: dict[str, Any], notes: dict[
         "of": what,
         "key": key_of(what),
         "images": list(map(int, path.stem.split("-"))),
-        "fingerprint": fingerprint({"features": features}),
+        "fingerprint": fingerprint_of(features, notes),
         "notes": notes,
     }
     write_tensors(path, {"features": features}, meta)

@@ -66,6 +66,28 @@ def test_a_damaged_chunk_that_nobody_asks_for_does_no_harm(tmp_path):
     assert last.statistics(ALONE)[0].n == CHUNK
 
 
+def test_a_digit_of_what_is_kept_beside_features_does_not_change_silently(tmp_path):
+    """The evaluations that samples took stand in a card."""
+    made = []
+
+    def stored():
+        def produce(chunk):
+            made.append(chunk.start)
+            return numbered(chunk)
+
+        def notes(chunk):
+            return {"nfe": 50.25}
+
+        return compute(tmp_path, 8, np.arange(8), produce, ALONE, {}, "x", notes).notes()
+
+    assert stored() == [{"nfe": 50.25}] == stored() and made == [0]
+    (file,) = tmp_path.glob("*.safetensors")
+    data = file.read_bytes()
+    assert data.count(b"50.25") == 1
+    file.write_bytes(data.replace(b"50.25", b"51.25"))
+    assert stored() == [{"nfe": 50.25}] and made == [0, 0]
+
+
 def whole(tmp_path, capsys):
     """Features of 300 images in two chunks -> (a call that gives them, their files)."""
     n = CHUNK + 44
