@@ -279,7 +279,7 @@ def test_the_whole_loss_with_every_setting_off_its_default_written_out(home, tmp
                 .mean()
             )
             total, expected = total + 0.3 * lam * (70.0 * kd + local), [*expected, lam]
-    assert pairs and len({round(lam, 4) for lam in expected}) > 2
+    assert pairs and len({round(lam, 4) for lam in expected}) > 1
     assert tr.loss(tr.model, batch).loss.item() == pytest.approx(total.item(), rel=1e-3)
     row, flow = tr.loss.report(), (importance * (mine - v).square().flatten(1).mean(1)).mean()
     assert row["blocks"]["mid"]["lambda"] == pytest.approx(expected[2], rel=1e-3) and row[
