@@ -42,7 +42,7 @@ def row(kind: str, verdict: proof.Verdict) -> str:
     return f"{verdict.path:<6} {errors}  {times}  {kind}{right}"
 
 
-def main() -> int:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +50,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--side", type=int, default=32, help="of the latents")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = flags().parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
         print("kernels.selfcheck: no GPU here.  TRITON_INTERPRET=1 interprets the kernels.")
