@@ -6,9 +6,9 @@
     out = UNet(PRESETS["sd15"])(x, t, context=tokens)      # tokens (B, M, 768) of a text encoder
     out, h = net(x, t, features=("middle_block",))         # also what a block returned
 
-A guided-diffusion or LDM state dict of the same config loads as it is, with the 1×1 convolutions of
-its transformers squeezed (ckpt/layouts.py). Everything runs channels_last. Another network joins by
-one line of NETWORKS. This file and kernels/ need nothing else of the repository.
+A guided-diffusion or LDM state dict of the same config loads as it is, with the 1×1 convolutions
+of its transformers squeezed (ckpt/layouts.py). Everything runs channels_last. Another network joins
+by one line of NETWORKS. This file and kernels/ need nothing else of the repository.
 """
 
 import difflib
@@ -495,7 +495,7 @@ PRESETS: dict[str, Any] = {
     "tiny": TINY,
     "nano": replace(TINY, model_channels=32, num_head_channels=0),  # for tests of the loop
     # Two readings of the 281M U-Net in Toy-Diffusion's card: (16, 8) as downsample factors, as its
-    # constructor takes them, so that attention sees only the 4×4 map; or as resolutions, with FiLM.
+    # constructor takes them: attention sees only the 4×4 map; or as resolutions, with FiLM.
     "toy-281m": TOY,
     "toy-281m-attn": variant(
         TOY, (1, 1, 2, 4), (0, 1, 1, 0), use_scale_shift_norm=True, num_head_channels=64

@@ -595,7 +595,7 @@ def edit(
     **how: Any,
 ) -> Sample:
     """Image to image and inpainting. z (B, C, H, W) is the data to start from, noise unit noise of
-    its shape, grid a time_grid() with t_start = strength · objective.t_max; `how` goes to sample().
+    its shape, grid a time_grid() with t_start = strength · objective.t_max; `how` is sample()'s.
 
     strength 0 returns z itself; 1 forgets it, and is plain sampling. Where the bool mask
     (B or 1, 1 or C, H, W) is False, z is kept: the network is shown z on its own straight way from

@@ -93,7 +93,9 @@ class Task:
     """Which network learns to say what."""
 
     model: str = flag("tiny", "nano | tiny | toy-281m | adm-64 …", head="model and objective")
-    vae: str = flag("pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…")
+    vae: str = flag(
+        "pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
+    )
     init: str = flag("", "network to start from: a run, a file, a folder, hf:org/name[/file]")
     objective: Literal[*OBJECTIVES] = flag("fm", "what is learnt; cfm = from small to large")
     target: Literal["", Target] = flag("", "what the network says, if not the objective's own")

@@ -632,8 +632,8 @@ def vae_from_meta(meta: dict[str, Any], where: str = "") -> AnyVAE:
 def read_name(
     name_or_path: Path | str, family: str | None, latents: str | None
 ) -> tuple[str, dict[str, str]]:
-    """Split "flux2:packed128:FILE" into FILE and what is said of it: {"family": …, "latents": …},
-    which must not differ from the other two arguments. A family alone is its place on the Hub."""
+    """Split "flux2:packed128:FILE" into FILE and what it says: {"family": …, "latents": …}, which
+    must not differ from the other two arguments. A family alone is its place on the Hub."""
     name = str(name_or_path)
     given: dict[str, str] = {}
     head, _, rest = name.partition(":")
@@ -664,9 +664,9 @@ def load_vae(
 ) -> AnyVAE:
     """An autoencoder by name or file.
 
-    "pixel", "pixel:8"; "sd" … "flux2" from the Hub, "flux2:packed128"; FILE or hf:org/name/file in
-    any layout, also a folder or a whole Stable Diffusion checkpoint, as "sdxl:FILE" where the file
-    cannot say what it is; a file written by save_vae (every training run leaves one:
+    "pixel", "pixel:8"; "sd" … "flux2" from the Hub, "flux2:packed128"; FILE or hf:org/name/file
+    in any layout, also a folder or a whole Stable Diffusion checkpoint, as "sdxl:FILE" where the
+    file cannot say what it is; a file written by save_vae (every training run leaves one:
     runs/<name>/vae.safetensors).
     """
     name, given = read_name(name_or_path, family, latent_layout)

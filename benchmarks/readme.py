@@ -530,6 +530,28 @@ def step_table(part: dict[str, Any]) -> str:
 # ---- README's short table ------------------------------------------------------------------------
 
 
+def excluded_distance(result: dict[str, Any], stage: str, name: str) -> str:
+    """A stage's distance to the images with excluded tags, with its error."""
+    metric = result["results"][stage]["metrics"]["excluded tags"][name]
+    return f"{metric['value']:.0f} ± {metric['error']:.0f}"
+
+
+def assessed_minus_fixed(result: dict[str, Any]) -> list[float]:
+    """By seed, the FD of arm D less that of arm B."""
+    fd = {(card["arm"], card["seed"]): card["fd"] for card in result["cards"]}
+    return [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
+
+
+def said(used: tuple[dict[str, Any], ...], up: str) -> str:
+    """What stands below the short table."""
+    machines = "; ".join(dict.fromkeys(machine(result) for result in used))
+    return (
+        "± are standard errors. Nothing here was measured on a GPU.\n"
+        f"Machines: {machines}.\n"
+        f"All tables, with machines, spread and commands: [docs/results.md]({up}docs/results.md)."
+    )
+
+
 def block_results(up: str) -> str:
     """Eight numbers, each with its seeds or rounds and its commit."""
     train, loops, convert = results("train_cpu"), results("samplers"), results("convert")
@@ -544,13 +566,8 @@ def block_results(up: str) -> str:
     gap = max(row["difference"] for row in parity["parity"].values())
     frechet = speed["speed"]["Fréchet, d = 2048, N = 5000"]["times faster"]
     name = f"FD-pca{kittens['n']}"
-    excluded = {
-        stage: kittens["results"][stage]["metrics"]["excluded tags"][name]
-        for stage in ("fine", "stage2")
-    }
-    fine, stage2 = (f"{m['value']:.0f} ± {m['error']:.0f}" for m in excluded.values())
-    fd = {(card["arm"], card["seed"]): card["fd"] for card in arms_of["cards"]}
-    apart = [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
+    fine, stage2 = (excluded_distance(kittens, stage, name) for stage in ("fine", "stage2"))
+    apart = assessed_minus_fixed(arms_of)
     rows = [
         [
             "training step on a CPU, times as fast as diffusers'",
@@ -602,13 +619,7 @@ def block_results(up: str) -> str:
         ],
     ]
     used = (train, loops, parity, convert, adam, kittens, arms_of, cache)
-    machines = "; ".join(dict.fromkeys(machine(r) for r in used))
-    return paragraphs(
-        table(["what", "result", "seeds or rounds", "commit"], rows),
-        "± are standard errors. Nothing here was measured on a GPU.\n"
-        f"Machines: {machines}.\n"
-        f"All tables, with machines, spread and commands: [docs/results.md]({up}docs/results.md).",
-    )
+    return paragraphs(table(["what", "result", "seeds or rounds", "commit"], rows), said(used, up))
 
 
 # ---- all of it -----------------------------------------------------------------------------------

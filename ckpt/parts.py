@@ -1,6 +1,6 @@
 """Which networks a file holds: found by what they look like, under whatever prefix they stand.
 
-    found = unets(names)             # [Part("model.diffusion_model.", {full: inner}, ema=False), …]
+    found = unets(names)         # [Part("model.diffusion_model.", {full: inner}, ema=False), …]
     part = choose(found, "U-Net", box, ema=True)     # one of them; a UserError where it is a guess
     buffers(names, part.prefix)      # {"betas": full name}, of the modules around it
     beside(names, part, found)       # {"text": 196, "opt": 338}: all other tensors, counted
@@ -219,7 +219,7 @@ def choose(
         places = [p.place() for p in different]
         raise UserError(
             f"{box.path} holds {several}: {listed(places, 8)}",
-            do=f"Choose one: python -m ckpt convert, inspect or verify with --part {places[0]}, …",
+            do=f"Choose one with python -m ckpt convert … --part {places[0]}, or another.",
         )
     if averages:
         raise UserError(

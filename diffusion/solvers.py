@@ -111,7 +111,7 @@ def log_snr(t: float) -> float:
     return math.inf if t < 1 else -math.inf
 
 
-# ---- Runge–Kutta and Adams–Bashforth on u -------------------------------------------------------
+# ---- Runge–Kutta and Adams–Bashforth on u ---------------------------------------------------
 # Each goes from t to r once per step; a forker can read and change one alone.
 
 
@@ -160,7 +160,7 @@ def rk4(predict, x, grid, noise):
 
 
 def ab2(predict, x, grid, noise):
-    """Second order, one call a step: Adams–Bashforth on an uneven grid. First a step of Heun's."""
+    """Second order, one call a step: Adams–Bashforth on an uneven grid, after a step of Heun."""
     before = None  # (step, u) of the last one
     for t, r in steps_of(grid):
         h, u = r - t, predict(x, t)[2]
@@ -320,9 +320,9 @@ def euler_ancestral(predict, x, grid, noise, eta=1.0):
 
 
 def sde(predict, x, grid, noise, eta=1.0):
-    """Euler–Maruyama on the reverse SDE with diffusion w(t) = eta t (Ma et al. 2024, SiT, eq. 6 and
-    "sigma"): u - w score = u + eta eps, which divides by nothing. The step to 0 is Euler's, without
-    noise; eta = 0 is Euler throughout."""
+    """Euler–Maruyama on the reverse SDE with diffusion w(t) = eta t (Ma et al. 2024, SiT, eq. 6
+    and "sigma"): u - w score = u + eta eps, which divides by nothing. The step to 0 is Euler's,
+    without noise; eta = 0 is Euler throughout."""
     for t, r in steps_of(grid):
         eps, u = predict(x, t)[1:3]
         if eta and r > 0:

@@ -2,7 +2,8 @@
 
     S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)
 One pass over k and v; only o and lse are kept. Backward, with D = rowsum(do ∘ o):
-    dv = Pᵀ do    dP = do vᵀ    dS = P ∘ (dP - D)    dq = scale · dS k    dk = scale · dSᵀ q
+    dv = Pᵀ do    dP = do vᵀ    dS = P ∘ (dP - D)
+    dq = scale · dS k    dk = scale · dSᵀ q
 Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256
 queries, one program per head that reads everything once. No atomics: bitwise deterministic.
 """
@@ -33,9 +34,10 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and contiguous D, a power
-# of two; lse and delta are (B, heads, N), fp32. b and h are a program's sample and head, n are its
-# queries, j its keys, d the columns. q, k, v … are read as tiles qt, kt, vt …; gt is the one of do.
+# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and contiguous D, which
+# is a power of two; lse and delta are (B, heads, N), fp32. b and h are a program's sample and
+# head, n are its queries, j its keys, d the columns. q, k, v … are read as tiles qt, kt, vt …; gt
+# is the one of do.
 
 
 @triton.jit

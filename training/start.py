@@ -100,7 +100,7 @@ def network_config(
     side, multiple = vae.latent_shape(resolution)[1], cfg.multiple
     if side % multiple:
         raise UserError(
-            f"--resolution {resolution} gives {side}×{side} latents, and {model} needs a side that "
+            f"--resolution {resolution} gives {side}×{side} latents; {model} needs a side that "
             f"is divisible by {multiple}",
             do=f"Use a multiple of {vae.factor * multiple}.",
         )
