@@ -14,26 +14,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent.parent)
 from harness import record
+from harness.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 5
 LIMIT = 1.0  # seconds beyond `import torch`
-COMMANDS = (
-    "train.py",
-    "samplers.py",
-    "distill.py",
-    "distill.py pretrain-assessor",
-    "eval_fid.py",
-    "vae.py",
-    "experiments/ablate.py",
-    "experiments/protocol.py",
-    "experiments/stages.py",
-    "-m ckpt",
-    "-m data",
-    "-m data.encode",
-    "-m metrics.inception",
-    "-m harness.plot",
-)
 
 
 def measure(words: list[str]) -> tuple[float, float]:

@@ -9,24 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.commands import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 TICK = 1 / os.sysconf("SC_CLK_TCK")
-COMMANDS = [
-    "train.py",
-    "samplers.py",
-    "distill.py",
-    "distill.py pretrain-assessor",
-    "eval_fid.py",
-    "vae.py",
-    "experiments/ablate.py",
-    "experiments/protocol.py",
-    "experiments/stages.py",
-    "-m ckpt",
-    "-m data",
-    "-m data.encode",
-    "-m metrics.inception",
-    "-m harness.plot",
-]
 
 
 def start(command: str) -> subprocess.Popen:

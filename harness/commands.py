@@ -1,0 +1,18 @@
+"""The commands of this project, as words after python: for what is measured or tested of each."""
+
+COMMANDS = (
+    "train.py",
+    "samplers.py",
+    "distill.py",
+    "distill.py pretrain-assessor",
+    "eval_fid.py",
+    "vae.py",
+    "experiments/ablate.py",
+    "experiments/protocol.py",
+    "experiments/stages.py",
+    "-m ckpt",
+    "-m data",
+    "-m data.encode",
+    "-m metrics.inception",
+    "-m harness.plot",
+)
