@@ -48,6 +48,7 @@ from model import PRESETS, build
 from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
+from training.casts import cast_together
 from training.checkpoints import keep_batches, load_state, save
 from training.optimizer import make_optimizer
 from training.previews import draw_samples, ema_net, held_out_loss, preview
@@ -349,6 +350,8 @@ def assemble(
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    elif not cfg.compile:
+        model = cast_together(net)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness import record
 from kernels import adamw8bit, attention, dispatch, groupnorm
 from model import PRESETS, build
+from training.casts import cast_together
 
 NHWC = torch.channels_last
 # Ops that launch nothing: views, allocations and questions.
@@ -159,11 +160,27 @@ def kernels_of(name: str, args: tuple) -> int:
         x, mean = args[1], args[7]
         small = groupnorm.is_small(x.shape[2] * x.shape[3], x.shape[1] // mean.shape[1])
         return 2 if small else 4
+    if name.startswith("_foreach_"):
+        return launches_of_a_list(args[0])
     if name == "attention_backward":
         q = args[1]
         whole = q.shape[2] <= attention.config("small", q.shape[3], q.dtype)[0]
         return 1 if whole else 3
     return 1
+
+
+def launches_of_a_list(tensors: list[torch.Tensor]) -> int:
+    """Launches of one op on many tensors: torch gives one at most 64 of them, and at most 320
+    pieces of 2^16 elements (ATen's MultiTensorApply.cuh, for lists of two)."""
+    launches, members, pieces = 1, 0, 0
+    for tensor in tensors:
+        if members == 64:
+            launches, members, pieces = launches + 1, 0, 0
+        members += 1
+        pieces += -(-tensor.numel() // 2**16)
+        while pieces > 320:
+            launches, members, pieces = launches + 1, 1, pieces - 320
+    return launches
 
 
 def fake(net: nn.Module) -> None:
@@ -179,7 +196,7 @@ def fake(net: nn.Module) -> None:
 
 
 def launches(model: str, path: str, batch: int = 64, side: int = 32) -> dict[str, Any]:
-    """Launches of a forward and backward pass in bf16, by op."""
+    """Launches of a forward and backward pass in bf16 as train.py has them, by op."""
     os.environ["KERNELS"] = path
     cfg = PRESETS[model]
     with torch.device("meta"):
@@ -189,7 +206,7 @@ def launches(model: str, path: str, batch: int = 64, side: int = 32) -> dict[str
         x = torch.empty(batch, cfg.in_channels, side, side).contiguous(memory_format=NHWC)
         t = torch.empty(batch)
         with Launches() as ahead, torch.autocast("cpu", dtype=torch.bfloat16):
-            y = net(x, t)
+            y = cast_together(net)(x, t)
         with Launches() as back:
             y.float().square().mean().backward()
     total = {"forward": ahead.ops.total(), "backward": back.ops.total()}

@@ -1,5 +1,6 @@
 """Everything a training step needs, in one place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ class Trainer:
     ds: Dataset
     vae: AnyVAE
     objective: Objective
-    # The bare module, which is saved; and that inside torch.compile and DistributedDataParallel.
+    # The bare module, which is saved; and what a step calls: it inside torch.compile and
+    # DistributedDataParallel, or with weights that are cast together (training/casts.py).
     net: torch.nn.Module
-    model: torch.nn.Module
+    model: Callable[..., Any]
     optimizer: torch.optim.Optimizer
     ema: EMA
     classes: list[str]
