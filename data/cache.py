@@ -510,6 +510,12 @@ def self_check(source: LatentSource, vae: AnyVAE) -> None:
     images = to_float(torch.from_numpy(source.first).permute(0, 3, 1, 2)).to(device)
     now = vae.raw(images).cpu()
     kept = torch.stack([source.raw(i) for i in range(len(now))]).float()
+    if now.shape != kept.shape:
+        raise UserError(
+            f"the cache {source.root} says that its latents are {tuple(kept.shape[1:])}; its "
+            f"autoencoder makes {tuple(now.shape[1:])} of its images",
+            do="Check it with --verify, or encode it again.",
+        )
     # bf16 keeps 50 as far as 0.125 away.
     rounding = kept.abs() * torch.finfo(PRECISION[plan["dtype"]]).eps / 2
     apart = float(((now - kept).abs() - rounding).max() / kept.std().clamp(min=1))

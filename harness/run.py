@@ -162,8 +162,10 @@ def check_places(run: Path) -> None:
     """Refuse a run's folder in which something else stands where a run writes."""
     for folder in (run, run / "ckpt", run / "samples", *checkpoints(run)):
         check_place(folder, "a folder")
-    for name in ("config.json", "log.jsonl", "vae.safetensors", ".lock", "wandb-id"):
+    for name in ("config.json", "log.jsonl", "vae.safetensors", ".lock", "wandb-id", FINAL):
         check_place(run / name, "a file")
+    for preview in (run / "samples").glob("[0-9]" * 12 + ".png"):
+        check_place(preview, "a file")
 
 
 def lock(run: Path) -> IO[str]:

@@ -342,6 +342,10 @@ def test_what_does_not_fit_the_cache_is_said(cache, tmp_path, capsys):
     (copy / "manifest.json").write_text(cache_py.sealed({**manifest, "std": 5.0}))
     open_cache(str(copy), 32)
     assert "std 5.00" in capsys.readouterr().err
+    manifest["plan"]["shape"][0] = 3
+    (copy / "manifest.json").write_text(cache_py.sealed(manifest))
+    with pytest.raises(UserError, match=r"says that its latents are \(3, .* makes \(32, "):
+        self_check(open_cache(str(copy), 32), load_vae(vae_path(copy)))
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is damaged"):
         open_cache(str(copy), 32)

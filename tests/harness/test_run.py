@@ -207,6 +207,8 @@ KINDS = (a_file, a_folder, a_link, a_link_to_nothing, a_pipe)
 # place: which of them may stand there
 FOLDERS = dict.fromkeys(("", "ckpt", "samples", "ckpt/000000000008"), (a_folder, a_link))
 FILES = dict.fromkeys(("config.json", "log.jsonl", "vae.safetensors", ".lock"), (a_file,))
+FILES |= dict.fromkeys(("samples/final.png", "samples/000000000008.png"), (a_file,))
+FILES["samples/mine.png"] = KINDS
 OURS = (
     *("ckpt/000000000008.tmp", "ckpt/.000000000008.17.tmp", ".log.jsonl.17.tmp"),
     "samples/.x.9.tmp",
