@@ -259,7 +259,7 @@ def nothing(kind: str, box: Container) -> UserError:
             )
     counts = beside(box, None, unets(box))
     counted = ", ".join(f"{n:,} {label} tensors" for label, n in counts.items()) or "nothing"
-    do = f"Name a file with one: {'an' if kind[0] in 'EA' else 'a'} {kind}."
+    do = "Name a file that has one."
     if kind.startswith("EMA"):
         do = "Take the raw weights: leave ema out."
     return UserError(f"{box.path} holds no {kind}, but {counted} ({listed(box)})", do=do)
