@@ -15,6 +15,7 @@ effect.
 
 import dataclasses
 import difflib
+import io
 import math
 import os
 import re
@@ -61,6 +62,8 @@ def cli(main: Callable[[], None], crash: int = 1) -> None:
     a bug keeps its traceback and exits with `crash`."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may not have every letter of a file's words
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check_words(sys.argv[1:])
         main()

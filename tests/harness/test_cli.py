@@ -1,10 +1,14 @@
 """A flag is declared once: its type, default, range and what it is of come out of one line."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+from conftest import ROOT
 from harness.cli import UserError, check_flags, closest, flag, flag_like, parse
 
 
@@ -104,3 +108,18 @@ def test_an_error_is_what_got_wanted_do():
     assert str(UserError("it is gone")) == "it is gone."
     assert closest("heum", ["heun", "euler"]) == "  Closest: heun."
     assert closest("zzzz", ["heun", "euler"]) == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_letter_that_cannot_be_printed_is_escaped(encoding):
+    """A lone surrogate out of a file's JSON, and any letter on a terminal of few letters."""
+    script = "from harness.cli import cli; cli(lambda: print('tag \\ud800 λ'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    shown = "λ" if encoding == "utf-8" else "\\u03bb"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == f"tag \\ud800 {shown}\n"
