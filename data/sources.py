@@ -582,13 +582,22 @@ def open_toyfaces(spec: str, resolution: int) -> Source:
             do="Give another --data or --resolution.",
         )
     check_memory(f"--data {spec} at --resolution {resolution}", n * 3 * resolution**2)
+    pixels = drawn_faces(n, resolution)
+    names = [f"toyface-{i:06d}" for i in range(n)]
+    tags = [tuple(toyfaces.tags(toyfaces.sample_face(i))) for i in range(n)]
+    contents = content_hash(names, tags, [hashlib.sha256(pixels).hexdigest()])
+    return Source(names, tags, resolution, {}, pixels, None, contents)
+
+
+@lru_cache(1)
+def drawn_faces(n: int, resolution: int) -> np.ndarray:
+    """uint8 (n, R, R, 3). Kept, since a process that trains many runs opens the same ones for
+    each."""
     faces = [toyfaces.sample_face(i) for i in range(n)]
     bar = tqdm(faces, desc="drawing toyfaces", unit="img", disable=None, leave=False)
     pixels = np.stack([np.asarray(toyfaces.draw(face, resolution)) for face in bar])
-    names = [f"toyface-{i:06d}" for i in range(n)]
-    tags = [tuple(toyfaces.tags(face)) for face in faces]
-    contents = content_hash(names, tags, [hashlib.sha256(pixels).hexdigest()])
-    return Source(names, tags, resolution, {}, pixels, None, contents)
+    pixels.setflags(write=False)
+    return pixels
 
 
 def open_robohash(spec: str, resolution: int) -> Source:

@@ -8,6 +8,7 @@ COMMANDS = (
     "eval_fid.py",
     "vae.py",
     "experiments/ablate.py",
+    "experiments/compare.py",
     "experiments/protocol.py",
     "experiments/stages.py",
     "-m ckpt",
