@@ -1,4 +1,4 @@
-"""A minute of tests/fuzz.py and tests/flips.py, and proof that they see the faults they look for."""
+"""A minute of tests/fuzz.py and tests/flips.py, and proof that they see what they look for."""
 
 import json
 import subprocess
