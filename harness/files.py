@@ -8,6 +8,7 @@ Files of other programs are opened by ckpt/containers.py.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -111,13 +112,33 @@ def safe_name(text: Any) -> str:
     return plain.lstrip(".")[:80] or "unnamed"
 
 
+HALF_FILE = re.compile(r"\..+\.\d+\.tmp")  # temporary_name() of any process
+HOUR = 3600  # seconds
+SWEPT: set[Path] = set()
+
+
+def sweep_old(folder: Path, name: str = "") -> None:
+    """Remove what kills left half written, of all files or of one. Processes share the folder
+    without a lock, so nothing that may still be written to: it has to be an hour old."""
+    of_this = glob.escape(f".{name[:50]}") if name else ".*"
+    for path in folder.glob(f"{of_this}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if HALF_FILE.fullmatch(path.name) and time.time() - path.lstat().st_mtime > HOUR:
+                remove(path)
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file to write in path's place: a reader sees the old file or the new one, never
     a half.
 
-    It is synced and renamed when the block ends, and removed when the block fails.
+    It is synced and renamed when the block ends, and removed when the block fails. What an earlier
+    process left half written of this file goes first; a folder that gets many files is not searched
+    for each of them.
     """
+    if path.parent not in SWEPT:
+        SWEPT.add(path.parent)
+        sweep_old(path.parent, path.name)
     temporary = temporary_name(path)
     try:
         with naming(path):

@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.cli import UserError, flag
-from harness.files import atomic, check_place, naming, open_safetensors, read_meta, remove
-from harness.files import safe_name, strict_json, write_text
+from harness.files import HALF_FILE, atomic, check_place, naming, open_safetensors, read_meta
+from harness.files import remove, safe_name, strict_json, write_text
 from harness.ranks import Ranks, device_name
 from harness.rows import read_log, set_aside
 from harness.typed import Count, Open, Range, check, read_json
@@ -41,7 +41,6 @@ TIME_BINS = 10
 FINAL = "samples/final.png"
 # Names that a kill may leave behind.
 HALF_FOLDER = re.compile(r"\d{12}\.tmp")
-HALF_FILE = re.compile(r"\..+\.\d+\.tmp")
 # What flock says on file systems that have none: NFS without a lock daemon, FUSE.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

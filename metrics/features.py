@@ -13,12 +13,10 @@ interruptions leave no trace. It has a fingerprint, and says of what it is: one 
 half written or in another's place is made anew.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +35,14 @@ from data.sources import find_files, open_source
 from data.tags import TagTable, compile_tags, printable
 from harness.archives import read_npz
 from harness.cli import UserError
-from harness.files import fingerprint, make_dir, read_meta, remove, write_tensors, write_text
+from harness.files import fingerprint, make_dir, read_meta, sweep_old, write_tensors, write_text
 from harness.ranks import Ranks
-from harness.run import HALF_FILE
 from harness.typed import Open, check
 from metrics.distances import Statistics, finite
 from vae import LinearVAE, fit_pca, pca_samples
 
 CHUNK = 256  # images a file of features
 SIDE = 8  # FD-pca: latents are averaged down to 8 × 8, 2048 numbers at most
-HOUR = 3600  # seconds
 FOLD = 1024  # rows of features that are added to statistics at once, at least
 DEFAULT_RESOLUTION = 64  # of embedded sets
 EMBEDDED = r"(?:toyfaces|robohash)(?::\d+)?"
@@ -464,15 +460,6 @@ def say_damaged(absent: list[Path]) -> None:
 def any_between(index: np.ndarray, low: int, high: int) -> bool:
     """Does a sorted index have a number from low to high - 1?"""
     return bool(np.searchsorted(index, low) < np.searchsorted(index, high))
-
-
-def sweep_old(folder: Path) -> None:
-    """Remove what kills left half written. Processes share the folder without a lock, so nothing
-    that may still be written to: it has to be an hour old."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
-            if HALF_FILE.fullmatch(path.name) and time.time() - path.lstat().st_mtime > HOUR:
-                remove(path)
 
 
 def describe_folder(folder: Path, what: dict[str, Any]) -> None:

@@ -844,3 +844,17 @@ def test_local_names_never_reach_for_the_hub(tmp_path, monkeypatch):
     assert resolve("runs/x") == resolve(files.Path("runs/x"))
     save_unet(tmp_path / "x", UNet(CFG), {})
     assert META in open_weights(tmp_path / "x").meta and load_unet(tmp_path / "x")[0].cfg == CFG
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_write_of_that_file(tmp_path):
+    """An hour later, for it may still be written to; what another file's name has stays."""
+    left, new = tmp_path / ".a [1].json.17.tmp", tmp_path / ".a [1].json.18.tmp"
+    other, mine = tmp_path / ".b.json.17.tmp", tmp_path / ".a [1].json.tmp"
+    for path in (left, new, other, mine):
+        path.write_text("half")
+    for path in (left, other, mine):
+        os.utime(path, (1, 1))
+    files.write_text(tmp_path / "a [1].json", "whole")
+    assert not left.exists()
+    assert new.exists() and other.exists() and mine.exists()
+    assert (tmp_path / "a [1].json").read_text() == "whole"
