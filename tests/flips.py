@@ -1,6 +1,6 @@
 """One flipped bit in a run, a latent cache or a cache of features: it is found, or does no harm.
 
-    python tests/flips.py [--seed 0] [--n 1000] [--jobs N]
+    python tests/flips.py [--seed 0] [--n 3000] [--jobs N]
     python tests/flips.py --case 123           # one of them alone
 
 Each case flips a bit of one file and runs a command that opens the folder: going on with the run,
