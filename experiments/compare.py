@@ -7,7 +7,7 @@ that was fixed beforehand (RULE, below).   The same command goes on where it sto
     python experiments/compare.py --objectives F,D,U,'mine=--objective fm --shift 3'
 
 Arms: D (or ddpm) eps with the linear table; V (v) v with the cosine table; U flow matching with
-uniform t; F (fm) with logit-normal t. It leaves report.md and cards/ in OUT.
+uniform t; F (fm) with logit-normal t. It leaves report.html, report.md, figures/ and cards/ in OUT.
 Cards are all that a report needs: a folder of them can be completed anywhere.
 """
 
@@ -24,9 +24,10 @@ if __name__ == "__main__":
 from data.sources import embedded_tags
 from experiments import hypotheses
 from experiments.arms import PLANS, STAGES, Part, Plan, facts, read_arms
+from experiments.page import build
 from experiments.parts import Bench, Stopped, rates_card, read_cards, references, run_card, tune
+from experiments.report import write
 from harness.cli import UserError, cli, flag, parse, shown
-from harness.files import write_text
 from harness.ranks import join_ranks
 
 RULE = """
@@ -152,14 +153,12 @@ def carry_out(cfg: Config, bench: Bench) -> None:
 
 
 def report(out: Path, control_seed: int) -> None:
-    """Write the report of a folder of cards."""
+    """Write the report of a folder of cards, and print what came out."""
     cards = hypotheses.sort_cards(read_cards(out / "cards"), control_seed)
-    found = hypotheses.verdicts(hypotheses.endpoints(cards))
-    sentences = "\n".join(f"- {each.sentence}" for each in found)
-    text = f"# Flow matching against DDPM\n\n{sentences}\n\n## The rule\n{RULE}"
-    write_text(out / "report.md", text)
-    print(text)
-    print(out / "report.md")
+    page = build(cards, RULE, out / "pictures")
+    path = write(page, out)
+    print("\n".join(page.lead))
+    print(path)
 
 
 def main() -> None:

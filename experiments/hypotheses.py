@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.paired import ALPHA, Paired, at_level, equivalent, holm, mean_over_log, paired
+from harness.cli import UserError
 
 Card = dict[str, Any]
 # Seeds from which a verdict says "suggested", and "supported".
 FEW, ENOUGH = 3, 5
 # Of a ratio: what counts as equal.
 MARGIN = 0.05
+# What cards must have been asked alike, and what their runs must share.
+ALIKE = ("version", "n", "features", "evaluations")
+ALIKE_IN_TRAINING = ("data", "resolution", "holdout", "model", "batch", "ema", "images", "decay")
 # The two arms that the hypotheses are about, and the first seed of a control's second arm.
 FLOW, DDPM = "F", "D"
 
@@ -65,7 +69,34 @@ def sort_cards(cards: list[Card], control_seed: int) -> Cards:
             rates[card["arm"], card["seed"]] = card
         else:
             references = card
-    return Cards(runs, tuning, rates, references, control_seed)
+    found = Cards(runs, tuning, rates, references, control_seed)
+    check_alike(found)
+    return found
+
+
+def check_alike(cards: Cards) -> None:
+    """Refuse cards that cannot be compared: of other data or latents, measured in other ways."""
+    said: dict[str, tuple[str, Any]] = {}
+    if cards.references:
+        said["data_hash"] = ("references", cards.references["data_hash"])
+    for (arm, seed, stage, base), card in cards.runs.items():
+        name = "-".join(filter(None, (arm, base and f"on-{base}", str(seed), stage)))
+        asked = card["asked"]
+        flags = asked.get("train", {})
+        # A pca is fitted anew on every machine, from the data whose hash is compared.
+        latents = "pca" if flags.get("vae") == "pca" else card["vae"]
+        own = {"data_hash": card["data_hash"], f"latents of {stage}": latents}
+        own |= {key: asked.get(key) for key in ALIKE}
+        own |= {f"{key} of {stage}": flags.get(key) for key in ALIKE_IN_TRAINING}
+        own[f"points of {stage}"] = asked.get("points")
+        for key, value in own.items():
+            before, first = said.setdefault(key, (name, value))
+            if value != first:
+                raise UserError(
+                    f"the cards of {before} and {name} do not belong together: {key} is "
+                    f"{first!r} and {value!r}",
+                    do="Measure them alike, or keep them in folders of their own.",
+                )
 
 
 def last(card: Card, sampler: str) -> Card:

@@ -94,7 +94,8 @@ def paired(one: Mapping[int, float | None], other: Mapping[int, float | None]) -
         elif not all(math.isfinite(value) and value > 0 for value in pair):
             dropped[seed] = "a ratio needs numbers above 0, got {:.3g} and {:.3g}".format(*pair)
         else:
-            by_seed[seed] = math.log(pair[0] / pair[1])
+            # Not the logarithm of the ratio: this one is exactly its own opposite.
+            by_seed[seed] = math.log(pair[0]) - math.log(pair[1])
     return Paired(by_seed, dropped)
 
 
