@@ -40,7 +40,7 @@ from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
 from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_mirrors
 from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
-from harness.run import print_unfinished, report_nonfinite, run_name
+from harness.run import print_unfinished, run_name
 from harness.seeds import step_seed, torch_seed
 from kernels import dispatch, proof
 from kernels.adamw8bit import AdamW8bit
@@ -49,7 +49,8 @@ from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
 from training.casts import cast_together
-from training.checkpoints import keep_batches, load_state, save
+from training.checkpoints import load_state, save
+from training.nonfinite import conclude, gradient_norms, reads_late, taken
 from training.optimizer import make_optimizer
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
@@ -139,8 +140,6 @@ FREE = {
     *("accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every"),
     *("save_every", "fid_every", "fid_features", "keep", "keep_every", "workers", "device"),
 }
-# Non-finite steps in a row before giving up.
-MAX_BAD = 10
 # Flags that an Objective has under the same name.
 OBJECTIVE_FLAGS = (
     *("zero_snr", "t_loc", "t_scale", "stratified", "weight", "gamma", "learn_sigma", "aligned"),
@@ -355,6 +354,7 @@ def assemble(
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
+    tr.late = reads_late(tr)
     if checkpoints(run):
         load_state(tr)
     return tr
@@ -376,7 +376,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
 
     A non-finite one changes no weight.
     """
-    cfg, batches = tr.cfg, []
+    cfg, batches, losses = tr.cfg, [], []
     for group in tr.optimizer.param_groups:
         group["lr"] = learning_rate(tr.seen, cfg)
     for i in range(cfg.accum):
@@ -389,52 +389,41 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
             torch.manual_seed(step_seed(cfg.seed, int(batch["position"][0])))
         loss = tr.loss(tr.model, batch)
         (loss.loss / cfg.accum).backward()
-        tr.meter.add(loss.t, loss.per_sample)
+        losses.append((loss.t, loss.per_sample.detach()))
         batches.append(batch)
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in tr.net.parameters() if p.grad is not None]
-    )
+    # Of the step before: on a GPU it is not known earlier whether that was finite.
+    conclude(tr)
+    for t, per_sample in losses:
+        tr.meter.add(t, per_sample)
+    norms, names = gradient_norms(tr)
     tr.seen += cfg.batch
-    if not torch.isfinite(norm):
-        report_bad_step(tr, batches)
-    else:
-        update(tr, norm)
-        tr.bad = 0
+    if tr.late or torch.isfinite(norms[0]):
+        update(tr, norms[0])
+    tr.taken = taken(norms, names, batches)
+    if not tr.late:
+        conclude(tr)
     tr.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norms[0]
 
 
 def update(tr: Trainer, norm: Tensor) -> None:
-    """Clip, step, average."""
+    """Clip and step; nothing, if the norm is not finite. conclude() averages."""
     if isinstance(tr.optimizer, AdamW8bit):
         # It clips and averages in the same pass.
         pairs = tr.ema.pairs(tr.seen, tr.cfg.batch)
         tr.optimizer.step(clip=tr.cfg.clip or None, norm=norm, ema=pairs)
         return
     if tr.cfg.clip:
-        torch.nn.utils.clip_grads_with_norm_(tr.net.parameters(), tr.cfg.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(tr.params.values(), tr.cfg.clip, norm)
+    if tr.late:
+        # A name of torch's: where it is 1, a fused step changes nothing.
+        tr.optimizer.found_inf = (~torch.isfinite(norm)).float()
     tr.optimizer.step()
-    tr.ema.update(tr.net, tr.seen, tr.cfg.batch)
-
-
-def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]]) -> None:
-    """Say where a non-finite loss or gradient came from; after MAX_BAD in a row, stop."""
-    tr.skipped += 1
-    tr.bad += 1
-    where = report_nonfinite(tr.run, tr.ranks, tr.net, tr.loss, batches, tr.seen, tr.bad)
-    tr.meter.drop_nonfinite()
-    if tr.bad >= MAX_BAD:
-        path = keep_batches(tr, batches)
-        save(tr)
-        raise UserError(
-            f"{MAX_BAD} non-finite steps in a row, the last: {where}",
-            do=f"Look at the batch, which is in {path}; the weights, as they were before, are in "
-            f"{checkpoints(tr.run)[-1]}.",
-        )
 
 
 def report(tr: Trainer, log: Log, progress: Progress, norm: Tensor, lr: float) -> None:
     """The training line of the log, and what of it is shown."""
+    conclude(tr)
     row = {"event": "train", "images": tr.seen, **tr.meter.read()}
     # JSON has no NaN.
     row["grad_norm"] = float(norm) if torch.isfinite(norm) else None
@@ -489,6 +478,7 @@ def train(
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):
+                    conclude(tr)
                     save(tr)
     progress.close()
     finish(tr)
@@ -513,6 +503,7 @@ def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
 
 def finish(tr: Trainer) -> None:
     """Save; then either say how to go on, or draw the final grid. Its path is printed last."""
+    conclude(tr)
     if images_seen(tr.run) != tr.seen:
         save(tr)
     if tr.seen < tr.cfg.images:

@@ -581,12 +581,13 @@ def report_nonfinite(
     net: torch.nn.Module,
     loss: Callable[..., Any],
     batches: list[dict[str, Tensor]],
+    broken: list[str],
     seen: int,
     in_a_row: int,
 ) -> str:
-    """Find out where the loss(net, batch) of a skipped step, or its gradient, was not finite; rank
-    0 writes it into the log. Every rank calls."""
-    found = [first_nonfinite(net, lambda net: loss(net, batch)) for batch in batches]
+    """Find out where the loss(net, batch) of a skipped step was not finite, or its gradient, which
+    was not for the parameters `broken`; rank 0 writes it into the log. Every rank calls."""
+    found = [first_nonfinite(net, lambda net: loss(net, batch), broken) for batch in batches]
     where = next(filter(None, found), "another rank's batch")
     if ranks.rank == 0:
         row = {"event": "non-finite", "images": seen, "where": where, "in_a_row": in_a_row}
@@ -595,10 +596,13 @@ def report_nonfinite(
     return where
 
 
-def first_nonfinite(net: torch.nn.Module, loss_of: Callable[[torch.nn.Module], Any]) -> str:
+def first_nonfinite(
+    net: torch.nn.Module, loss_of: Callable[[torch.nn.Module], Any], broken: list[str]
+) -> str:
     """Repeat a forward pass; name the first layer with a non-finite output, and its t. "" = none.
 
-    loss_of(net) returns an objectives.Loss.
+    loss_of(net) returns an objectives.Loss. broken: in their order, the parameters whose gradient
+    was not finite. The last is the first that a backward pass came to.
     """
     found: list[str] = []
 
@@ -621,8 +625,7 @@ def first_nonfinite(net: torch.nn.Module, loss_of: Callable[[torch.nn.Module], A
     if bad.any():
         times = ", ".join(f"{t:.4f}" for t in loss.t[bad][:4].tolist())
         return f"layer {found[0] if found else 'input'}, t = {times}"
-    for name, p in reversed(list(net.named_parameters())):
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            times = f"t from {float(loss.t.min()):.4f} to {float(loss.t.max()):.4f}"
-            return f"gradient of {name} (forward is finite), {times}"
+    if broken:
+        times = f"t from {float(loss.t.min()):.4f} to {float(loss.t.max()):.4f}"
+        return f"gradient of {broken[-1]} (forward is finite), {times}"
     return ""

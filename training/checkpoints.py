@@ -108,6 +108,8 @@ def load_optimizer(
 
 def save(tr: Trainer) -> None:
     """Write a checkpoint. Rank 0 writes; every rank calls."""
+    if tr.taken is not None:
+        raise RuntimeError("a step is open: conclude() of training/nonfinite.py comes first.")
     wait(tr.ds.source, tr.ranks)  # each rank its share
     more = {"meter": tr.meter.state()}
     more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}

@@ -16,11 +16,13 @@ from diffusion.sampling import NonFinite
 from harness.pictures import save_grid
 from samplers import Generator
 from training import heldout
+from training.nonfinite import conclude
 from training.trainer import Trainer
 
 
 def ema_net(tr: Trainer) -> tuple[str, Any]:
     """(name, net) of what one would sample: the first EMA, or without one the weights."""
+    conclude(tr)
     # Of the network, not of the trainer: who keeps it does not keep the folder's lock.
     net = tr.net
     if not tr.ema.weights:

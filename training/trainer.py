@@ -41,13 +41,19 @@ class Trainer:
     # loss(net, batch) -> Loss; see ObjectiveLoss.
     loss: Any = None
     seen: int = 0
-    # Non-finite steps, in all and in a row.
+    # Non-finite steps, in all and in a row; the last step, until it is known whether it was one,
+    # and whether that is asked only in the next (training/nonfinite.py).
     skipped: int = 0
     bad: int = 0
+    taken: Any = None
+    late: bool = False
     meter: Meter = field(init=False)
+    # net's, by name: to walk its modules takes a while.
+    params: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self):
         self.meter = Meter(self.ranks)
+        self.params = dict(self.net.named_parameters())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
