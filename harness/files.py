@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -114,7 +115,8 @@ def safe_name(text: Any) -> str:
 
 HALF_FILE = re.compile(r"\..+\.\d+\.tmp")  # temporary_name() of any process
 HOUR = 3600  # seconds
-SWEPT: set[Path] = set()
+SEARCHES = 16  # of a folder by a process, at most: one that gets a million pictures is large
+SEARCHED: Counter[Path] = Counter()
 
 
 def sweep_old(folder: Path, name: str = "") -> None:
@@ -133,11 +135,10 @@ def atomic(path: Path) -> Iterator[Path]:
     a half.
 
     It is synced and renamed when the block ends, and removed when the block fails. What an earlier
-    process left half written of this file goes first; a folder that gets many files is not searched
-    for each of them.
+    process left half written of this file goes first.
     """
-    if path.parent not in SWEPT:
-        SWEPT.add(path.parent)
+    if SEARCHED[path.parent] < SEARCHES:
+        SEARCHED[path.parent] += 1
         sweep_old(path.parent, path.name)
     temporary = temporary_name(path)
     try:

@@ -854,6 +854,7 @@ def test_what_a_kill_left_half_written_goes_with_the_next_write_of_that_file(tmp
         path.write_text("half")
     for path in (left, other, mine):
         os.utime(path, (1, 1))
+    files.write_text(tmp_path / "c.json", "another file of that folder, earlier")
     files.write_text(tmp_path / "a [1].json", "whole")
     assert not left.exists()
     assert new.exists() and other.exists() and mine.exists()
