@@ -5,12 +5,15 @@ that was fixed beforehand (RULE, below).   The same command goes on where it sto
     python experiments/compare.py --size cpu               # toy faces, about an hour a seed
     python experiments/compare.py --size gpu --data DIR    # 281M at 256 px: says what it will cost
     python experiments/compare.py --objectives F,D,U,'mine=--objective fm --shift 3'
+    python experiments/compare.py report DIR               # of a folder of cards
+    python experiments/compare.py report RUN_A RUN_B …     # of any runs of one data set
 
 Arms: D (or ddpm) eps with the linear table; V (v) v with the cosine table; U flow matching with
 uniform t; F (fm) with logit-normal t. It leaves report.html, report.md, figures/ and cards/ in OUT.
 Cards are all that a report needs: a folder of them can be completed anywhere.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -22,8 +25,9 @@ if __name__ == "__main__":
     import harness.interrupt  # noqa: F401
 
 from data.sources import embedded_tags
-from experiments import hypotheses
+from experiments import hypotheses, runs
 from experiments.arms import PLANS, STAGES, Part, Plan, facts, read_arms
+from experiments.costs import check_space, cost
 from experiments.page import build
 from experiments.parts import Bench, Stopped, rates_card, read_cards, references, run_card, tune
 from experiments.report import write
@@ -126,46 +130,85 @@ def bench_of(cfg: Config) -> Bench:
     return Bench(plan, arms, tuple(tags), out / "cards", runs, join_ranks(cfg.device))
 
 
+def parts_of(cfg: Config, bench: Bench) -> list[Part]:
+    """Every run, in order: first what the hypotheses need, seed by seed."""
+    pair = [arm for arm in (hypotheses.FLOW, hypotheses.DDPM) if arm in bench.arms]
+    seeds, plan, found = bench.plan.seeds, bench.plan, []
+    if "main" in cfg.what:
+        stages = [stage for stage in STAGES if stage in cfg.stages]
+        found += [Part(arm, s, stage) for s in seeds for stage in stages for arm in bench.arms]
+    if "rates" in cfg.what:
+        tried = [(arm, s, rate) for s in seeds for arm in pair for rate in plan.rates]
+        found += [Part(arm, s, "standard", rate=rate) for arm, s, rate in tried]
+    if "cross" in cfg.what and "stage2" in cfg.stages and len(pair) == 2:
+        for s in seeds:
+            found.append(Part(pair[0], s, "stage2", base=pair[1]))
+            found.append(Part(pair[1], s, "stage2", base=pair[0]))
+    if "control" in cfg.what and hypotheses.FLOW in bench.arms:
+        found += [Part(hypotheses.FLOW, plan.control_seed + s, "standard") for s in seeds]
+    return found
+
+
+def card_name(part: Part) -> str:
+    """The file that says what a run came to: learning rates of one arm and seed share one."""
+    return f"rates-{part.arm}-{part.seed}" if part.rate else part.name
+
+
 def carry_out(cfg: Config, bench: Bench) -> None:
-    """Every part that has no card yet: first what the hypotheses need, seed by seed."""
+    """Make every part that has no card yet, after saying what it costs."""
+    parts = parts_of(cfg, bench)
+    todo = [part for part in parts if not (bench.cards / f"{card_name(part)}.json").exists()]
+    tuned = [arm for arm in bench.arms if not (bench.cards / f"tuning-{arm}.json").exists()]
+    price = cost(bench.plan, todo, len(tuned))
+    if price.runs:
+        print(price.lines(), flush=True)
+        check_space(bench.runs, price.disk)
     references(bench)
     for arm in bench.arms:
         tune(bench, arm)
-    pair = [arm for arm in (hypotheses.FLOW, hypotheses.DDPM) if arm in bench.arms]
-    seeds = bench.plan.seeds
-    if "main" in cfg.what:
-        for seed in seeds:
-            for stage in [stage for stage in STAGES if stage in cfg.stages]:
-                for arm in bench.arms:
-                    run_card(bench, Part(arm, seed, stage))
-    if "rates" in cfg.what:
-        for seed in seeds:
-            for arm in pair:
-                rates_card(bench, arm, seed)
-    if "cross" in cfg.what and "stage2" in cfg.stages and len(pair) == 2:
-        for seed in seeds:
-            run_card(bench, Part(pair[0], seed, "stage2", base=pair[1]))
-            run_card(bench, Part(pair[1], seed, "stage2", base=pair[0]))
-    if "control" in cfg.what and hypotheses.FLOW in bench.arms:
-        for seed in seeds:
-            twin = bench.plan.control_seed + seed
-            run_card(bench, Part(hypotheses.FLOW, twin, "standard"))
+    for part in parts:
+        if part.rate:
+            rates_card(bench, part.arm, part.seed)
+        else:
+            run_card(bench, part)
 
 
 def report(out: Path, control_seed: int) -> None:
     """Write the report of a folder of cards, and print what came out."""
     cards = hypotheses.sort_cards(read_cards(out / "cards"), control_seed)
+    if not cards.runs:
+        raise UserError(f"{out}/cards has no card of a run", do="Make them: see --help.")
     page = build(cards, RULE, out / "pictures")
     path = write(page, out)
     print("\n".join(page.lead))
     print(path)
 
 
+def report_command(words: list[str]) -> None:
+    """report DIR, or report RUN_A RUN_B … with the flags of experiments/runs.py."""
+    folders = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    cfg, dry_run = parse(runs.Config, "", words[len(folders) :])
+    if not folders:
+        raise UserError("report of what?", do="Name a folder of cards, or folders of runs.")
+    if dry_run:
+        print(json.dumps({"report": folders, **vars(cfg)}, indent=1))
+    elif len(folders) == 1 and (Path(folders[0]) / "cards").is_dir():
+        report(Path(folders[0]), PLANS["cpu"].control_seed)
+    else:
+        # No seed of these is of a control.
+        report(runs.measure(cfg, folders), sys.maxsize)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["report"]:
+        report_command(sys.argv[2:])
+        return
     cfg, dry_run = parse(Config, __doc__)
     bench = bench_of(cfg)
     if dry_run:
-        print(json.dumps({**facts(bench.plan), "arms": bench.arms}, indent=1))
+        price = cost(bench.plan, parts_of(cfg, bench), len(bench.arms))
+        whole = {**facts(bench.plan), "arms": bench.arms, "cost": price.lines()}
+        print(json.dumps(whole, indent=1))
         return
     try:
         carry_out(cfg, bench)

@@ -121,14 +121,19 @@ class References:
             for key, own in self.train.items()
         }
 
+    @property
+    def vocabulary(self) -> list[str]:
+        return self.images.table.vocabulary if self.images.table else []
+
     @cached_property
     def truth(self) -> Tensor:
         """bool (total, vocabulary + 1): the tags of every image; last, whether it is excluded."""
         table = self.images.table
-        vocabulary = {tag: k for k, tag in enumerate(table.vocabulary)}
+        vocabulary = {tag: k for k, tag in enumerate(self.vocabulary)}
         truth = torch.zeros(self.images.total, len(vocabulary) + 1, dtype=torch.bool)
-        for i in range(self.images.total):
-            truth[i, [vocabulary[tag] for tag in table[i]]] = True
+        if vocabulary:
+            for i in range(self.images.total):
+                truth[i, [vocabulary[tag] for tag in table[i]]] = True
         inside = np.union1d(self.train["excluded"], self.held["excluded"])
         truth[inside, -1] = True
         return truth
@@ -136,12 +141,19 @@ class References:
     @cached_property
     def reader(self) -> TagReader:
         own = self.train["all"]
-        tags = (*self.images.table.vocabulary, "excluded")
+        tags = (*self.vocabulary, "excluded")
         return fit_reader(self.features[own], self.truth[own], tags)
 
-    def measure(self, features: Tensor, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
-        """Of samples (n, d): distances to each group of training images, copies, tags shown."""
+    @property
+    def groups(self) -> list[str]:
+        """Those with training images to be compared with."""
+        return [key for key in GROUPS if len(self.train[key]) > 3]
+
+    def measure(self, features: Tensor, only: str = "") -> dict[str, Any]:
+        """Of samples (n, d): distances to each group of training images, or to only one; copies,
+        tags shown."""
         y = self.compared(features)
+        groups = [only] if only else self.groups
         found: dict[str, Any] = {key: self.against(key, y) for key in groups}
         shown = self.reader.shows(features)
         found["acquired"] = float(shown[:, -1].double().mean())
@@ -185,7 +197,7 @@ class References:
             "excluded": list(self.tags),
             "images": {key: len(numbers) for key, numbers in self.train.items()},
             "held_out": {key: len(numbers) for key, numbers in self.held.items()},
-            "floor": {key: self.floor(key, n) for key in GROUPS},
+            "floor": {key: self.floor(key, n) for key in self.groups},
             "reader": {
                 "found": share(read[truth]),
                 "false": share(read[~truth]),
@@ -224,7 +236,9 @@ def open_references(
         extractor = load_inception(device=ranks.device)
     stored = extract(images, extractor, cache, ranks)
     train, held = images.split(holdout)
-    inside = images.where(" | ".join(f"({tag})" for tag in tags)).index
+    inside = np.array([], int)
+    if tags:
+        inside = images.where(" | ".join(f"({tag})" for tag in tags)).index
     sets = []
     for part in (train.index, held.index):
         cut = np.intersect1d(part, inside), np.setdiff1d(part, inside)

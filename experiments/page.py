@@ -78,14 +78,17 @@ def build(cards: Cards, rule_text: str, pictures: Path) -> Report:
         verdicts = rule.verdicts(found)
         lead = [each.sentence for each in verdicts]
         sections.append(tests(cards, found, verdicts))
-    sections += [pretraining(cards), losses(cards)]
-    if any(stage == "stage2" for _, _, stage, _ in cards.runs):
+    stages = [stage for stage in STAGES if any(at == stage for _, _, at, _ in cards.runs)]
+    sections += [quality(cards, stage) for stage in stages if is_swept(cards, stage)]
+    sections.append(losses(cards))
+    if "stage2" in stages and "excluded" in cards.references.get("floor", {}):
         sections.append(stage2(cards))
     sections += [diversity(cards), samples(cards, pictures), choices(cards), conditions(cards)]
     if tested:
         sections.append(Section("The rule, as it was fixed", paragraphs(rule_text)))
     whole = [each for each in sections if each.tables or each.figures or each.text]
-    return Report("Flow matching against DDPM, paired by seed", lead, whole)
+    title = "Flow matching against DDPM, paired by seed" if tested else "Runs, side by side"
+    return Report(title, lead, whole)
 
 
 def paragraphs(text: str) -> list[str]:
@@ -169,10 +172,13 @@ def dropped(key: str, pairs: Paired) -> str:
     return f"Pairs that {key} does without: {reasons}."
 
 
-def pretraining(cards: Cards) -> Section:
-    """After standard: distances at each's best and at equal evaluations."""
-    if not any(stage == "standard" for _, _, stage, _ in cards.runs):
-        return Section("Pre-training")
+def is_swept(cards: Cards, stage: str) -> bool:
+    """Were runs of a stage sampled by several numbers of steps?"""
+    return any(len(swept(card)) > 1 for key, card in cards.runs.items() if key[2] == stage)
+
+
+def quality(cards: Cards, stage: str) -> Section:
+    """After a stage: distances at each's best and at equal evaluations."""
     measures: list[tuple[str, Number]] = [
         ("FD, at its best", lambda card: best(card)["all"]["fd"]),
         ("FD, equal evaluations", lambda card: points(card)[-1]["all"]["fd"]),
@@ -185,43 +191,42 @@ def pretraining(cards: Cards) -> Section:
     ]
     rows = []
     for arm in cards.arms:
-        runs = cards.of(arm, "standard")
+        runs = cards.of(arm, stage)
         if runs:
             used = sorted({card["best"] for card in runs.values()})
             cells = [cell(measure(card) for card in runs.values()) for _, measure in measures]
             rows.append([named(arm), str(len(runs)), ", ".join(used), *cells])
     head = ["arm", "seeds", "best sampler", *(name for name, _ in measures)]
     note = "± is a standard error over seeds. Fresh images: 5% by definition."
-    floor = {"real against real": cards.references["floor"]["all"]["fd"]} if floors(cards) else {}
     charts = [
         Chart(
-            "fd-over-evaluations",
-            "FD to the training images after standard, over evaluations of the network, by the "
+            f"fd-over-evaluations-{stage}",
+            f"FD to the training images after {stage}, over evaluations of the network, by the "
             "same method; ± one standard error over seeds.",
-            [Panel("Equal evaluations", "evaluations an image", "FD",
-                   bands(cards, "standard", swept, "nfe", lambda row: row["all"]["fd"]), "xy",
-                   floor)],
+            [fd_panel(cards, stage)],
         ),
         Chart(
-            "precision-recall",
+            f"precision-recall-{stage}",
             "Precision and recall over the same numbers of evaluations.",
-            [swept_panel(cards, name) for name in ("precision", "recall")],
+            [swept_panel(cards, stage, name) for name in ("precision", "recall")],
         ),
     ]
-    return Section(
-        "Pre-training: standard", budget(cards), [Table(head, rows, note)],
-        [chart for chart in charts if any(panel.series for panel in chart.panels)],
-    )
+    text = budget(cards) if stage == "standard" else []
+    return Section(f"Samples after {stage}", text, [Table(head, rows, note)], charts)
 
 
-def swept_panel(cards: Cards, name: str) -> Panel:
+def fd_panel(cards: Cards, stage: str) -> Panel:
+    series = bands(cards, stage, swept, "nfe", lambda row: row["all"]["fd"])
+    floor = {}
+    if "floor" in cards.references:
+        floor = {"real against real": cards.references["floor"]["all"]["fd"]}
+    return Panel("Equal evaluations", "evaluations an image", "FD", series, "xy", floor)
+
+
+def swept_panel(cards: Cards, stage: str, name: str) -> Panel:
     """A measure over numbers of evaluations."""
-    series = bands(cards, "standard", swept, "nfe", lambda row: row["all"].get(name))
+    series = bands(cards, stage, swept, "nfe", lambda row: row["all"].get(name))
     return Panel(name, "evaluations an image", name, series, "x")
-
-
-def floors(cards: Cards) -> bool:
-    return "floor" in cards.references
 
 
 def copies(found: Card) -> float | None:

@@ -29,6 +29,7 @@ from harness.record import machine
 from harness.rows import read_log
 from harness.run import checkpoints, versions
 from harness.typed import Count, Open, read_json
+from objectives import Objective
 from samplers import open_generator
 
 # Of the measures: a card of another version answers another question.
@@ -66,10 +67,10 @@ class SetOfSamples(Open):
     sampler: str
     nfe: float
     all: dict[str, float | None]
-    excluded: dict[str, float | None]
-    rest: dict[str, float | None]
     acquired: float
     tags: dict[str, float]
+    excluded: dict[str, float | None] = ()
+    rest: dict[str, float | None] = ()
 
 
 @dataclass
@@ -190,7 +191,9 @@ class Bench:
     @cached_property
     def held(self) -> dict[str, Dataset]:
         """Held-out images by group."""
-        stages = {"all": "standard", "excluded": "stage2", "rest": "fine"}
+        stages = {"all": "standard"}
+        if self.tags:
+            stages |= {"excluded": "stage2", "rest": "fine"}
         found = {}
         for key, stage in stages.items():
             tags = () if stage == "standard" else self.tags
@@ -212,7 +215,10 @@ class Bench:
         return FIRST + APART * part.seed
 
     def features(self, part: Part, folder: Path, sampler: Sampler, n: int) -> tuple[Any, float]:
-        seed = self.seeds_from(part)
+        return self.drawn(folder, sampler, n, self.seeds_from(part))
+
+    def drawn(self, folder: Path, sampler: Sampler, n: int, seed: int) -> tuple[Any, float]:
+        """(features, evaluations an image) of a checkpoint's samples of n seeds from `seed` on."""
         return sampled(folder, sampler, n, seed, self.refs, self.cache, self.ranks)
 
     def kept(self, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -322,33 +328,41 @@ def run_card(bench: Bench, part: Part) -> dict[str, Any]:
     if card := bench.kept(part.name, asked):
         return card
     run = trained(bench, part)
-    sets = list(sets_of(bench, part, run))
-    last = checkpoints(run)[-1]
-    device = bench.ranks.device
-    gen = open_generator(sampling(last, bench.plan.curve, 0, device), device)
-    images = gen.images([bench.seeds_from(part) + i for i in range(SHARP)]).images
-    save_grid(images[:SHOWN], bench.cards.parent / "pictures" / f"{part.name}.png", columns=SHOWN)
-    held = {
-        key: held_out_u(gen, images_held, bench.ranks)
-        for key, images_held in bench.held.items()
-        if len(images_held)
-    }
     found = {
         "arm": part.arm,
         "seed": part.seed,
         "stage": part.stage,
         "base": part.base,
-        "data_hash": bench.refs.images.hash,
-        "vae": gen.vae.fingerprint,
         "best": bench.chosen[part.arm][1].label,
-        "sets": sets,
-        "held_out": held,
-        "curve": curve_of(bench.config(part), run),
-        "sharpness": sharpness(images),
+        "sets": list(sets_of(bench, part, run)),
+        **described(bench, run, part.name, bench.seeds_from(part)),
     }
     card = bench.keep(part.name, "run", asked, found)
     prune(run)
     return card
+
+
+def described(bench: Bench, run: Path, name: str, seed: int) -> dict[str, Any]:
+    """What a card says of a run beside distances; a row of its samples goes to pictures/NAME.png.
+
+    seed: of the first of these samples.
+    """
+    last, device = checkpoints(run)[-1], bench.ranks.device
+    gen = open_generator(sampling(last, bench.plan.curve, 0, device), device)
+    images = gen.images([seed + i for i in range(SHARP)]).images.cpu()
+    save_grid(images[:SHOWN], bench.cards.parent / "pictures" / f"{name}.png", columns=SHOWN)
+    held = {
+        key: held_out_u(gen, images_held, bench.ranks)
+        for key, images_held in bench.held.items()
+        if len(images_held)
+    }
+    return {
+        "data_hash": bench.refs.images.hash,
+        "vae": gen.vae.fingerprint,
+        "held_out": held,
+        "curve": curve_of(gen.objective, run),
+        "sharpness": sharpness(images),
+    }
 
 
 def sets_of(bench: Bench, part: Part, run: Path) -> Iterator[dict[str, Any]]:
@@ -367,10 +381,10 @@ def sets_of(bench: Bench, part: Part, run: Path) -> Iterator[dict[str, Any]]:
             yield {**found, **bench.refs.measure(features)}
 
 
-def curve_of(cfg: train.Config, run: Path) -> list[dict[str, Any]]:
+def curve_of(objective: Objective, run: Path) -> list[dict[str, Any]]:
     """L_u by t on held-out images while a run was trained; [] where its loss is no mean square."""
-    objective = train.objective_of(cfg)
-    if cfg.loss != "mse" or cfg.weight != "uniform" or objective.learn_sigma:
+    plain_loss = objective.loss_type == "mse" and objective.weight == "uniform"
+    if not plain_loss or objective.learn_sigma:
         return []
     target = "u" if objective.aligned else objective.what
     rows, _ = read_log(run / "log.jsonl")
@@ -409,7 +423,7 @@ def tune(bench: Bench, arm: str) -> dict[str, Any]:
         samplers = []
         for sampler in plan.candidates:
             features, nfe = bench.features(whole, folder, sampler, plan.tuning_n)
-            found = bench.refs.measure(features, ("all",))["all"]["fd"]
+            found = bench.refs.measure(features, "all")["all"]["fd"]
             samplers.append({"name": sampler.label, "nfe": nfe, "fd": found})
         sampler = best_of(samplers, plan.candidates)
         found = {"arm": arm, "rates": rates, "lr": lr, "samplers": samplers, "sampler": sampler}
@@ -426,7 +440,7 @@ def tries(bench: Bench, arm: str, seed: int, n: int) -> list[dict[str, Any]]:
         part = Part(arm, seed, "standard", rate=rate)
         run = trained(bench, part)
         features, _ = bench.features(part, checkpoints(run)[-1], bench.plan.curve, n)
-        distance = bench.refs.measure(features, ("all",))["all"]["fd"]
+        distance = bench.refs.measure(features, "all")["all"]["fd"]
         found.append({"name": f"{rate:g}", "fd": distance})
     return found
 

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 
 import train
 from conftest import ROOT
-from experiments import compare, hypotheses, measures, page, parts, report
+from experiments import compare, costs, hypotheses, measures, page, parts, report
 from experiments.arms import PLANS, read_arms
 from experiments.hypotheses import endpoints, sort_cards, verdicts
 from harness.cli import UserError
@@ -180,7 +181,7 @@ def test_the_page_stands_alone(files):
 
 
 def test_what_is_drawn_stands_in_the_csv(files):
-    lines = files["figures/fd-over-evaluations.csv"].decode().splitlines()
+    lines = files["figures/fd-over-evaluations-standard.csv"].decode().splitlines()
     mine = [float(row["FD"]) for row in csv.DictReader(lines) if row["series"] == "F"]
     cards = sort_cards(all_cards(seeds=(0, 1, 2)), CONTROL)
     sweeps = [hypotheses.swept(card) for card in cards.of("F", "standard").values()]
@@ -475,3 +476,72 @@ def test_a_half_written_card_is_refused(made, user):
         assert code == 2 and "fd" in errors[0]
     finally:
         path.write_text(whole)
+
+
+# ---- any runs, and what it costs -----------------------------------------------------------------
+
+
+def test_any_runs_get_the_same_page(made, user, tmp_path):
+    out, bench = made
+    names = [str(bench.runs / f"{arm}-0-fine") for arm in "DF"]
+    words = ["report", *names, "--n", "16", "--out", tmp_path]
+    code, said, errors = user(compare.main, *words)
+    assert code == 0, errors
+    assert "Runs of D-0-fine, F-0-fine." in said
+    text = (tmp_path / "report.html").read_text()
+    assert "Samples after fine" in text and "Runs, side by side" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cards").iterdir()}
+    assert user(compare.main, *words)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cards").iterdir()} == before
+    code, _, errors = user(compare.main, *words[:-3], "8", *words[-2:])
+    assert code == 2 and "n 16 and 8" in errors[0]
+
+
+def test_runs_that_do_not_compare_are_one_line(made, user, tmp_path):
+    _, bench = made
+    one, other = bench.runs / "D-0-standard", tmp_path / "elsewhere"
+    shutil.copytree(bench.runs / "F-0-standard", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "holdout": 0.5}))
+    for words, line in (
+        ([one, other], "not of one data set"),
+        ([one, one], "have one name"),
+        ([one, tmp_path], "no run with a checkpoint"),
+        ([], "report of what"),
+    ):
+        code, _, errors = user(compare.main, "report", *words, "--out", tmp_path / "out")
+        assert code == 2 and len(errors) == 1 and line in errors[0], errors
+
+
+def test_the_cost_counts_what_will_be_done():
+    plan = replace(PLANS["gpu"], data="folder", seeds=(0, 1, 2))
+    parts_of_two = [
+        parts.Part(arm, seed, stage)
+        for arm in "DF"
+        for seed in plan.seeds
+        for stage in train_stages()
+    ]
+    found = costs.cost(plan, parts_of_two, 0)
+    # 2 arms × 3 seeds × (8M + 8M + 200k) images.
+    assert found.runs == 18 and found.images == 97_200_000
+    assert costs.forward_flops("toy-281m", 256) == pytest.approx(39.5e9, rel=0.01)
+    assert found.flops == pytest.approx(39.5e9 * (3 * found.images + found.evaluations), rel=0.01)
+    assert costs.cost(plan, [], 0).disk == 0
+
+
+def test_a_run_costs_what_it_took(made):
+    out, bench = made
+    part = parts.Part("F", 0, "standard")
+    images, evaluations = costs.run_cost(bench.plan, part)
+    card = cards_in(out)[part.name]
+    drawn = sum(found["nfe"] for found in card["sets"]) * bench.plan.n
+    assert images == card["sets"][-1]["images"]
+    # The best sampler is counted as if it had the most evaluations, and an equal one once more.
+    assert drawn <= evaluations <= 2 * drawn
+
+
+def test_no_space_for_the_plan_is_one_line(user, tmp_path, monkeypatch):
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    code, _, errors = user(compare.main, *arguments(tmp_path / "out"))
+    assert code == 2 and len(errors) == 1 and "the plan needs" in errors[0], errors
+    assert not (tmp_path / "out").exists()
