@@ -2,7 +2,9 @@
 
 native.py writes and reads our own files; foreign.py opens anybody's, and is where load_unet is.
 layouts.py (names), diffusers.py (configs), containers.py (pickles, shards) and hub.py are what
-foreign files need; convert.py is behind `python -m ckpt inspect | convert | verify`.
+foreign files need; vaes.py and texts.py know the names in autoencoders and text encoders, and
+clip_merges.txt.gz is the vocabulary of the latter; convert.py is behind
+`python -m ckpt inspect | convert | verify`.
 """
 
 import sys

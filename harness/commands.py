@@ -7,6 +7,7 @@ COMMANDS = (
     "distill.py pretrain-assessor",
     "eval_fid.py",
     "vae.py",
+    "text.py encode",
     "experiments/ablate.py",
     "experiments/compare.py",
     "experiments/protocol.py",

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: softmax(q kᵀ · scale) v, per head, without a mask.
+"""Scaled dot-product attention: softmax(q kᵀ · scale) v, per head.
 
     S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log2 Σ 2^(S log2 e)
 One pass over k and v; only o and lse are kept. Backward, with D = rowsum(do ∘ o):
@@ -6,6 +6,7 @@ One pass over k and v; only o and lse are kept. Backward, with D = rowsum(do ∘
     dq = scale · dS k    dk = scale · dSᵀ q
 Three kernels (D; dk and dv by blocks of keys; dq by blocks of queries), or, for at most 256
 queries, one program per head that reads everything once. No atomics: bitwise deterministic.
+They know no mask: a causal one (text encoders') runs on torch's SDPA.
 """
 
 from functools import partial
@@ -23,14 +24,20 @@ LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)  # others run on torch's SDPA
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False
+) -> Tensor:
     """The formula, in the dtype it is given (fp64 in the tests).
 
-    q (B, heads, N, D); k, v (B, heads, M, D); returns (B, heads, N, D).
+    q (B, heads, N, D); k, v (B, heads, M, D); returns (B, heads, N, D). causal: query n sees the
+    keys up to n.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)  # (B, heads, N, M)
-    return weights @ v
+    scores = q @ k.transpose(-1, -2) * scale  # (B, heads, N, M)
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -float("inf"))
+    return torch.softmax(scores, dim=-1) @ v
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -376,10 +383,13 @@ class Attention(torch.autograd.Function):
 # ---- dispatch ------------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False
+) -> Tensor:
     """Attention for q (B, heads, N, D) and k, v (B, heads, M, D), with any strides.
 
-    Returns (B, heads, N, D); zeros if there are no keys.
+    Returns (B, heads, N, D); zeros if there are no keys. causal, for N = M: query n sees the keys
+    up to n.
     """
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -390,11 +400,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
         raise ValueError(f"q, k, v are {dtypes}: wanted one dtype, floating point.")
     if dispatch.forward_mode():
-        return attention_ref(q, k, v, scale)
+        return attention_ref(q, k, v, scale, causal)
     slower = "fp32 has no tensor cores here" if q.dtype == torch.float32 else ""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    plain = partial(F.scaled_dot_product_attention, scale=scale)
-    if use_triton("attention", q, k, v, unsupported=unsupported(q, k), slower=slower):
+    plain = partial(F.scaled_dot_product_attention, scale=scale, is_causal=causal)
+    masked = "its mask is causal" if causal else ""
+    left = masked or unsupported(q, k)
+    if use_triton("attention", q, k, v, unsupported=left, slower=slower):
         kernel = partial(fused, scale=scale)
         if trusted("attention", round(scale, 6), kernel, plain, (q, k, v)):
             return kernel(q, k, v)

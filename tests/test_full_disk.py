@@ -30,6 +30,7 @@ from harness.ranks import Ranks
 from metrics import features
 from metrics.distances import Statistics, save_statistics
 from model import UNet, UNetConfig
+from text import TextConfig, TextEncoder, save_encoder
 from training.checkpoints import keep_batches
 from vae import pixel, save_vae
 
@@ -69,6 +70,7 @@ WRITERS = {
     "digests": lambda path: files.write_digests(path.parent, []),
     "a network": lambda path: save_unet(path, UNet(CFG), {"objective": "fm"}),
     "an autoencoder": lambda path: save_vae(path, pixel(8)),
+    "a text encoder": lambda path: save_encoder(path, TextEncoder(TextConfig(8, 1, 1, "gelu"))),
     "an assessor": lambda path: Assessor(AssessorConfig({"mid": 32}, bins=4)).save(path, {}),
     "a grid": lambda path: save_grid(PICTURES, path),
     "npz": lambda path: save_npz(PICTURES, path),

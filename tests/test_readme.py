@@ -64,7 +64,8 @@ def main_of(script: str):
 
 @pytest.mark.parametrize("page, script, args", COMMANDS)
 def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args):
-    if script in ("-m pytest", "tests/aot.py", "benchmarks/kernels.py", "benchmarks/host.py"):
+    own = ("tests/aot.py", "tests/test_text.py", "benchmarks/kernels.py", "benchmarks/host.py")
+    if script in ("-m pytest", *own):
         assert script == "-m pytest" or (ROOT / script).is_file()
         return
     words = shlex.split(args)
@@ -76,8 +77,10 @@ def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args)
     config = getattr(module, "Config", None) or getattr(module, "Options", None)
     if script == "distill.py" and words[:1] == ["pretrain-assessor"]:
         config, words = module.Pretrain, words[1:]
-    if script == "-m data.encode":
+    if script in ("-m data.encode", "text.py"):
         config = module.Encode
+    if script == "text.py":
+        assert words.pop(0) == "encode"
     if config is None:
         assert script == "-m metrics.inception" and words == ["--fetch"]
         return

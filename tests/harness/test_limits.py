@@ -32,6 +32,7 @@ COMMANDS = {
     "data.__main__": [],
     "data.encode": ["--out", "none"],
     "harness.plot": ["none"],
+    "text encode": ["--text", "none", "--out", "none.safetensors"],
     "metrics.inception": [],
     "benchmarks.solvers": [],
     "benchmarks.kernels": [],
