@@ -21,6 +21,10 @@
 #           progressive halving; again = further, many times
 #           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
 #           (python -m metrics.inception --fetch)
+#   compare experiments/compare.py --size gpu on the latents of encode: flow matching against DDPM,
+#           the first seed; again = further, many times
+#           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
+#           (python -m metrics.inception --fetch)
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench
 # finishes a section that was cut off, row by row. Where minutes are few, take them in this order:
@@ -33,7 +37,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
-PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train distill "
+PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train distill \
+compare "
 [ $# -gt 0 ] || set -- tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -114,9 +119,16 @@ run_distill() {
     part distill 570 "$PYTHON" benchmarks/distill.py --size "$size" --work "$OUT/distill"
 }
 
+run_compare() {
+    local size=(--size gpu --data "$OUT/latents" --seeds 0)
+    [ -z "$DRY" ] || size=(--size dry --seeds 0 --objectives D,F)
+    # at the limit the run that is under way saves
+    part compare 570 "$PYTHON" experiments/compare.py "${size[@]}" --out "$OUT/compare"
+}
+
 for name in "$@"; do
     case $name in
-        encode | train | distill) "run_$name" ;;
+        encode | train | distill | compare) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

@@ -190,6 +190,36 @@ def share(p: float, n: int) -> str:
     return f"{p:.1%} ± {(p * (1 - p) / n) ** 0.5:.1%}"
 
 
+def block_compare(up: str) -> str:
+    """The verdicts on flow matching against DDPM."""
+    if not is_measured("compare/verdict"):
+        return "The comparison has not been run yet."
+    r = results("compare/verdict")
+    rows = [
+        [
+            f"{each['key']}: {each['claim']}",
+            each["word"],
+            f"{each['ratio']:.3f}",
+            "–" if None in each["interval"] else "{:.3f} to {:.3f}".format(*each["interval"]),
+            f"{each['p']:.2g}",
+            "–" if each["visible"] is None else f"{each['visible']:.1%}",
+            str(each["seeds"]),
+        ]
+        for each in r["tests"]
+    ]
+    head = ["claim", "verdict", "F / D", "90% interval", "p", "visible", "seeds"]
+    measures = "; ".join(f"{each['key']}, {each['measure']}" for each in r["tests"])
+    folder = f"{up}benchmarks/results/compare"
+    return paragraphs(
+        table(head, rows),
+        f"Measured: {measures}. p is one-sided, with Holm's correction for three; visible is the "
+        "change that these seeds would have shown with 80% power. [Report, with figures]"
+        f"({folder}/report.md); [as one file]({folder}/report.html).",
+        f"<sub>`python experiments/compare.py`; {', '.join(r['machines'])}; "
+        f"commit {', '.join(r['commits'])}; seeds {', '.join(map(str, r['seeds']))}</sub>",
+    )
+
+
 def block_convert(up: str) -> str:
     r = results("convert")
     c = r["convert"]
@@ -618,6 +648,11 @@ def block_results(up: str) -> str:
             commit(cache),
         ],
     ]
+    if is_measured("compare/verdict"):
+        found = results("compare/verdict")
+        words = ", ".join(f"{each['key']} {each['word']}" for each in found["tests"])
+        seeds = f"{len(found['seeds'])} seeds"
+        rows[-1] = ["[FM against DDPM](docs/results.md)", words, seeds, found["commits"][0]]
     used = (train, loops, parity, convert, adam, kittens, arms_of, cache)
     return paragraphs(table(["what", "result", "seeds or rounds", "commit"], rows), said(used, up))
 
@@ -629,6 +664,7 @@ BLOCKS = {
     "results": block_results,
     "speed": block_speed,
     "stages": block_stages,
+    "compare": block_compare,
     "protocol": block_protocol,
     "latents": block_latents,
     "solvers": block_solvers,

@@ -169,7 +169,6 @@ PLANS = {
         seeds=(0, 1, 2),
         train={
             "model": "toy-281m",
-            "vae": "flux2",
             "batch": 256,
             "optim": "adamw8bit",
             "ema": (0.1,),

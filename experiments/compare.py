@@ -3,7 +3,7 @@ that was fixed beforehand (RULE, below).   The same command goes on where it sto
 
     python experiments/compare.py --size dry --out DIR     # all of it, in about a minute
     python experiments/compare.py --size cpu               # toy faces, about an hour a seed
-    python experiments/compare.py --size gpu --data DIR    # 281M at 256 px: says what it will cost
+    python experiments/compare.py --size gpu --data DIR --vae flux2   # 281M at 256 px
     python experiments/compare.py --objectives F,D,U,'mine=--objective fm --shift 3'
     python experiments/compare.py report DIR               # of a folder of cards
     python experiments/compare.py report RUN_A RUN_B …     # of any runs of one data set
@@ -26,12 +26,15 @@ if __name__ == "__main__":
 
 from data.sources import embedded_tags
 from experiments import hypotheses, runs
+from experiments.answers import summary
 from experiments.arms import PLANS, STAGES, Part, Plan, facts, read_arms
 from experiments.costs import check_space, cost
 from experiments.page import build
-from experiments.parts import Bench, Stopped, rates_card, read_cards, references, run_card, tune
+from experiments.parts import Bench, Stopped, images_behind, rates_card, read_cards, references
+from experiments.parts import run_card, tune
 from experiments.report import write
 from harness.cli import UserError, cli, flag, parse, shown
+from harness.files import strict_json, write_text
 from harness.ranks import join_ranks
 
 RULE = """
@@ -76,6 +79,7 @@ class Config:
     data: str = flag("", "as train.py takes it; default the size's")
     exclude_tags: tuple[str, ...] = flag((), "what fine leaves out; embedded data has its own")
     images: tuple[int, ...] = flag((), "of standard, fine, stage2", low=1, high=1e12)
+    vae: str = flag("", "as train.py takes it; a latent cache brings its own")
     n: int = flag(0, "samples of each checkpoint and sampler; 0 = the size's", low=0, high=1e7)
     what: tuple[str, ...] = flag(
         WHAT, "main | cross: stage2 from the other's base | control: F and F | rates: H3's spread"
@@ -103,6 +107,8 @@ def plan_of(cfg: Config) -> Plan:
         )
     given = {"data": cfg.data, "images": cfg.images, "n": cfg.n, "seeds": cfg.seeds}
     plan = replace(plan, **{name: value for name, value in given.items() if value})
+    if cfg.vae:
+        plan = replace(plan, train={**plan.train, "vae": cfg.vae})
     if not plan.data:
         raise UserError("--size gpu needs --data", do="Give a folder of tagged images.")
     return plan
@@ -122,7 +128,7 @@ def check_words(flag_name: str, words: tuple[Any, ...], known: tuple[Any, ...]) 
 def bench_of(cfg: Config) -> Bench:
     """The plan, with its arms and places."""
     plan, arms = plan_of(cfg), read_arms(cfg.objectives)
-    tags = cfg.exclude_tags or embedded_tags(plan.data, "fine")
+    tags = cfg.exclude_tags or embedded_tags(images_behind(plan.data), "fine")
     if not tags:
         raise UserError(f"--data {plan.data} needs --exclude-tags", do="Name what fine leaves out.")
     out = Path(cfg.out)
@@ -178,8 +184,11 @@ def report(out: Path, control_seed: int) -> None:
     cards = hypotheses.sort_cards(read_cards(out / "cards"), control_seed)
     if not cards.runs:
         raise UserError(f"{out}/cards has no card of a run", do="Make them: see --help.")
+    if not cards.references:
+        raise UserError(f"{out}/cards/references.json is missing", do="Copy it too.")
     page = build(cards, RULE, out / "pictures")
     path = write(page, out)
+    write_text(out / "verdict.json", strict_json(summary(cards), indent=1) + "\n")
     print("\n".join(page.lead))
     print(path)
 

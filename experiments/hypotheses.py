@@ -362,10 +362,10 @@ def sentence(each: Endpoint, word: str, p: float, why: str) -> str:
         text += f" ({why})"
     if not pairs.n:
         return f"{text}."
-    text += f". {each.measure}, F against D: {percent(pairs.mean)}"
+    text += f". {each.measure[0].upper()}{each.measure[1:]}, F against D: {percent(pairs.mean)}"
     if pairs.n > 1:
         low, high = pairs.interval
-        text += f" (90% interval {percent(low)} to {percent(high)}, Holm's p {p:.3g})"
+        text += f" (90% interval {percent(low)} to {percent(high)}, Holm's p {p:.2g})"
         visible = percent(pairs.visible, sign=False)
         text += f" over {pairs.n} seeds; {visible} would have been visible"
     return f"{text}."

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hypotheses as rule
+from experiments.answers import made_at, tests
 from experiments.arms import SAID, STAGES
 from experiments.hypotheses import Card, Cards, best, percent, points, swept
-from experiments.paired import Paired, crossing, paired
+from experiments.paired import crossing, paired
 from experiments.report import Chart, Panel, Picture, Report, Section, Series, Table
 from experiments.report import number, with_error
 
@@ -98,78 +99,6 @@ def paragraphs(text: str) -> list[str]:
 
 def named(arm: str) -> str:
     return f"{arm} ({SAID[arm]})" if arm in SAID else arm
-
-
-def tests(cards: Cards, found: list[rule.Endpoint], verdicts: list[rule.Verdict]) -> Section:
-    """The primary endpoints, and the control."""
-    rows, series, places = [], [], []
-    for k, (each, verdict) in enumerate(zip(found, verdicts)):
-        low, high = each.pairs.interval
-        guards = "; ".join(guard_text(guard) for guard in each.guards)
-        rows.append([
-            f"{each.key}: {each.measure}",
-            str(each.pairs.n),
-            ratio(each.pairs.mean),
-            f"{ratio(low)} to {ratio(high)}" if each.pairs.n > 1 else "–",
-            number(verdict.p),
-            visible(each.pairs),
-            guards,
-            verdict.word,
-        ])
-        series.append(of_seeds(each.key, each.pairs, k))
-        places.append(each.key)
-    own = rule.control(cards, rule.FLOW)
-    if own.n:
-        low, high = own.interval
-        null = "null, as it must be" if low <= 0 <= high else "NOT null: distrust the rest"
-        rows.append([
-            f"control: {rule.FLOW} against {rule.FLOW} of other seeds",
-            str(own.n),
-            ratio(own.mean),
-            f"{ratio(low)} to {ratio(high)}" if own.n > 1 else "–",
-            number(2 * min(own.p_below, own.p_above, 0.5)),
-            visible(own),
-            "",
-            null if own.n > 1 else "one pair says nothing",
-        ])
-        series.append(of_seeds("control", own, len(found)))
-    head = ["endpoint", "seeds", "F / D", "90% interval", "p", "visible", "guards (≤ 0 holds)", ""]
-    note = (
-        "Ratios of F to D, a geometric mean over seeds; below 1 is what the source says. p: "
-        "one-sided, Holm's for three (control: two-sided). visible: the smallest change that these "
-        "seeds would have shown with 80% power."
-    )
-    text = [dropped(each.key, each.pairs) for each in found if each.pairs.dropped]
-    chart = Chart(
-        "paired-differences",
-        "Log ratio of F to D, a point a seed; below 0 is what the source says.",
-        [Panel("Primary endpoints", "", "log (F / D)", series, levels={"no difference": 0.0})],
-    )
-    return Section("What was asked beforehand", text, [Table(head, rows, note)], [chart])
-
-
-def of_seeds(label: str, pairs: Paired, color: int) -> Series:
-    numbers = list(pairs.by_seed.values())
-    return Series(label, [label] * len(numbers), numbers, color=color, kind="points")
-
-
-def ratio(log_ratio: float) -> str:
-    return number(math.exp(log_ratio)) if math.isfinite(log_ratio) else "–"
-
-
-def visible(pairs: Paired) -> str:
-    return percent(pairs.visible, sign=False) if pairs.n > 1 else "–"
-
-
-def guard_text(guard: rule.Guard) -> str:
-    if math.isnan(guard.value):
-        return f"{guard.what}: not measured"
-    return f"{guard.what}: {guard.value:+.3g}"
-
-
-def dropped(key: str, pairs: Paired) -> str:
-    reasons = "; ".join(f"seed {seed}: {why}" for seed, why in pairs.dropped.items())
-    return f"Pairs that {key} does without: {reasons}."
 
 
 def is_swept(cards: Cards, stage: str) -> bool:
@@ -477,11 +406,3 @@ def conditions(cards: Cards) -> Section:
     for what, key in (("commits", "commit"), ("machines", "machine")):
         rows.append([what, "; ".join(sorted({made_at(card, key) for card in runs}))])
     return Section("What was measured", [], [Table(["", ""], rows)])
-
-
-def made_at(card: Card, key: str) -> str:
-    value = card["made"].get(key)
-    if isinstance(value, dict):
-        gpu = value.get("gpu")
-        return gpu or f"{value.get('cpu')}, {value.get('threads')} thread(s)"
-    return str(value)[:9]

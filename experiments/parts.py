@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 
 import train
+from ckpt.hub import data_from_file
+from data.cache import is_cache
 from data.dataset import Dataset, open_dataset
 from experiments.arms import ARMS, Part, Plan, Sampler, train_config
 from experiments.measures import References, held_out_u, in_u, open_references, sampled
@@ -29,6 +31,7 @@ from harness.record import machine
 from harness.rows import read_log
 from harness.run import checkpoints, versions
 from harness.typed import Count, Open, read_json
+from metrics.features import cached_data
 from objectives import Objective
 from samplers import open_generator
 
@@ -180,8 +183,8 @@ class Bench:
     def refs(self) -> References:
         plan = self.plan
         return open_references(
-            plan.data, plan.resolution, plan.holdout, self.tags, plan.features, self.cache,
-            self.ranks,
+            images_behind(plan.data), plan.resolution, plan.holdout, self.tags, plan.features,
+            self.cache, self.ranks,
         )
 
     @property
@@ -241,6 +244,11 @@ class Bench:
         card = plain({"kind": kind, "asked": asked, "made": made, **found})
         write_text(self.cards / f"{name}.json", strict_json(card, indent=1) + "\n")
         return read_card(self.cards / f"{name}.json")
+
+
+def images_behind(data: str) -> str:
+    """Where the images are: of a latent cache, what it was made from."""
+    return data_from_file(cached_data(data)) if is_cache(data) else data
 
 
 def asked_of(bench: Bench, part: Part) -> dict[str, Any]:

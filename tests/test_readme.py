@@ -87,7 +87,7 @@ def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args)
     names = []
     while words and not words[0].startswith("-"):
         names.append(words.pop(0))
-    allowed = {"-m ckpt": 3, "-m harness.plot": 8, "eval_fid.py": 3}
+    allowed = {"-m ckpt": 3, "-m harness.plot": 8, "eval_fid.py": 3, "experiments/compare.py": 3}
     assert len(names) <= allowed.get(script, 0), names
     if script == "eval_fid.py" and names:
         assert names[0] == "compare"
@@ -95,10 +95,15 @@ def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args)
     if script == "experiments/ablate.py":
         module.read(words)
         return
+    if script == "experiments/compare.py" and names:
+        assert names[0] == "report"
+        config = module.runs.Config
     cfg, _ = parse(config, argv=words)
     if script == "train.py":
         # The fine run that stage2 would take its tags from is not here.
         train.resolve(replace(cfg, exclude_tags=("x",)) if cfg.stage == "stage2" else cfg)
+    if script == "experiments/compare.py" and not names:
+        module.plan_of(cfg)
 
 
 @pytest.mark.parametrize("page", TEXT)

@@ -15,6 +15,7 @@ MODULES = {
     "encode": "data.encode",
     "train": "train",
     "distill": "benchmarks.distill, experiments.ablate",
+    "compare": "experiments.compare",
 }
 # Beside torch and triton. Their names on PyPI, where they are imported by another.
 PACKAGES = {"safetensors", "huggingface_hub", "PIL", "tqdm", "scipy", "matplotlib"}

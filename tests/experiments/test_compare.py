@@ -16,7 +16,7 @@ import torch
 
 import train
 from conftest import ROOT
-from experiments import compare, costs, hypotheses, measures, page, parts, report
+from experiments import answers, compare, costs, hypotheses, measures, page, parts, report
 from experiments.arms import PLANS, read_arms
 from experiments.hypotheses import endpoints, sort_cards, verdicts
 from harness.cli import UserError
@@ -187,6 +187,17 @@ def test_what_is_drawn_stands_in_the_csv(files):
     sweeps = [hypotheses.swept(card) for card in cards.of("F", "standard").values()]
     means = [np.mean([each["all"]["fd"] for each in column]) for column in zip(*sweeps)]
     assert mine == pytest.approx(means)
+
+
+def test_a_part_of_a_comparison_has_its_page(tmp_path):
+    for stages in (("standard",), ("fine", "stage2"), ("fine",)):
+        cards = [each for each in all_cards() if each.get("stage", stages[0]) in stages]
+        cards = sort_cards(cards, CONTROL)
+        report.write(page.build(cards, compare.RULE, tmp_path), tmp_path)
+        found = answers.summary(cards)["tests"]
+        open_ones = {each["key"] for each in found if each["word"] == "open"}
+        assert ("H1" in open_ones) == ("standard" not in stages)
+        assert ("H2" in open_ones) == ("stage2" not in stages)
 
 
 def test_words_of_strangers_are_no_markup(tmp_path):
@@ -461,6 +472,15 @@ def test_a_card_of_another_question_is_refused(made, user, tmp_path):
     out, _ = made
     code, _, errors = user(compare.main, *arguments(out), "--n", "25")
     assert code == 2 and len(errors) == 1 and "n 24 and 25" in errors[0], errors
+
+
+def test_a_folder_without_cards_is_one_line(made, user, tmp_path):
+    (tmp_path / "cards").mkdir()
+    code, _, errors = user(compare.main, "report", tmp_path)
+    assert code == 2 and len(errors) == 1 and "no card of a run" in errors[0]
+    shutil.copy(made[0] / "cards" / "F-0-fine.json", tmp_path / "cards")
+    code, _, errors = user(compare.main, "report", tmp_path)
+    assert code == 2 and len(errors) == 1 and "references.json" in errors[0]
 
 
 def test_a_half_written_card_is_refused(made, user):
