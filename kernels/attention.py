@@ -22,6 +22,9 @@ from kernels.proof import trusted
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)  # others run on torch's SDPA
+# Keys up to which a CPU attends in fp32: its 16-bit SDPA takes 2 to 6 times as long there, and
+# from 256 on as long or less.
+FEW_KEYS = 128
 
 
 def attention_ref(
@@ -403,7 +406,7 @@ def attention(
         return attention_ref(q, k, v, scale, causal)
     slower = "fp32 has no tensor cores here" if q.dtype == torch.float32 else ""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    plain = partial(F.scaled_dot_product_attention, scale=scale, is_causal=causal)
+    plain = partial(by_torch, scale=scale, causal=causal)
     masked = "its mask is causal" if causal else ""
     left = masked or unsupported(q, k)
     if use_triton("attention", q, k, v, unsupported=left, slower=slower):
@@ -416,6 +419,17 @@ def attention(
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """By the kernels."""
     return Attention.apply(q, k, v, scale)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
+    """By torch's SDPA; on a CPU in fp32 where that is faster."""
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    if halves and q.device.type == "cpu" and k.shape[2] <= FEW_KEYS:
+        # autocast would cast them back
+        with torch.autocast("cpu", enabled=False):
+            wide = [t.float() for t in (q, k, v)]
+            return F.scaled_dot_product_attention(*wide, scale=scale, is_causal=causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
 
 
 def unsupported(q: Tensor, k: Tensor) -> str:

@@ -129,3 +129,25 @@ def test_attention_kernels_reach_beyond_31_bits(monkeypatch, N, spread):
         (exact, *torch.autograd.grad(exact, exact_leaves, do.double())),
     )
     assert all(error(ours.detach(), truth.detach()) < 2e-3 for ours, truth in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_cpu_attends_to_few_keys_in_fp32_also_under_autocast(monkeypatch, dtype):
+    """Then only the result is rounded; torch's own rounds the probabilities too."""
+    if GPU:
+        pytest.skip("about CPUs")
+    monkeypatch.setenv("KERNELS", "torch")
+    g = torch.Generator().manual_seed(0)
+    q, do = (torch.randn(2, 2, 40, 64, generator=g).to(dtype) for _ in range(2))
+    k, v = (torch.randn(2, 2, 128, 64, generator=g).to(dtype) for _ in range(2))
+
+    def run(fn, convert):
+        leaves = [convert(t).requires_grad_() for t in (q, k, v)]
+        o = fn(*leaves)
+        return [o.detach(), *torch.autograd.grad(o, leaves, convert(do))]
+
+    with torch.autocast("cpu", dtype=dtype):
+        ours = run(attention, torch.Tensor.clone)
+    for value, exact in zip(ours, run(attention_ref, torch.Tensor.double)):
+        assert value.dtype == dtype
+        assert (value == exact.to(dtype)).float().mean() > 0.99
