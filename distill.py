@@ -645,7 +645,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
         if teacher.texts:
             add_caption(tr.net, teacher)
         return DistillLoss(
-            cfg, ranks, vae, tr.objective, tr.net, teacher, weights, judge, sampler, heads
+            tr.cfg, ranks, vae, tr.objective, tr.net, teacher, weights, judge, sampler, heads
         )
 
     objective = student_objective(cfg)

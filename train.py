@@ -1,6 +1,6 @@
 """Train a diffusion or flow-matching network.   The same command again resumes.
 
-    python train.py                        # toy faces, a few minutes on two CPU cores
+    python train.py                        # toy faces, some minutes on a CPU
     python train.py --objective ddpm       # the other arm: same images, same noise, same order
     torchrun --nproc_per_node=8 train.py --data DIR --resolution 256 --model toy-281m \\
         --batch 256 --images 5_000_000
@@ -52,6 +52,7 @@ from training.casts import cast_together
 from training.checkpoints import load_state, save
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
 from training.optimizer import make_optimizer
+from training.precision import as_begun, settle_dtype
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
 from training.start import network_config, take_weights, vae_name
@@ -85,7 +86,7 @@ class Optim:
     weight_decay: float = flag(0.01, "of AdamW, times --lr", low=0, high=1e3)
     clip: float = flag(1.0, "greatest norm of a gradient; 0 = off", low=0, high=1e9)
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths; none = off", low=0.01, high=0.25)
-    dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 on GPUs that have it")
+    dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
     compile: bool = flag(False, "the network, with torch.compile")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 
@@ -339,6 +340,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     check_room(run, net, vae, cfg, ranks)
+    cfg = settle_dtype(cfg, ranks, net, vae.latent_shape(cfg.resolution))
     if ranks.rank == 0:
         make_dir(run)
         held = lock(run)
@@ -444,15 +446,15 @@ def train(
     True if a signal came, also while the samples were drawn.
     """
     # From here on, also while the data is being read.
-    stop = StopSignal()
+    stop, cfg = StopSignal(), as_begun(cfg)
     if is_finished(cfg, ranks, free):
         return False
     tr = setup(cfg, ranks)
     if ranks.rank == 0:
         print_start(tr.run, tr.seen, cfg.images, tr.init["path"])
-    fid = FID(asdict(cfg), cfg.name, ranks) if cfg.fid_every else None
+    fid = FID(asdict(tr.cfg), cfg.name, ranks) if cfg.fid_every else None
     facts = {
-        "config": asdict(cfg),
+        "config": asdict(tr.cfg),
         "params": sum(p.numel() for p in tr.net.parameters()),
         "init": tr.init,
         "data_hash": tr.ds.source.hash,

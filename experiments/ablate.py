@@ -52,6 +52,7 @@ from harness.typed import Count, Open, read_json
 from metrics.distances import frechet_from_features
 from metrics.features import cached_data
 from metrics.inception import load_inception
+from training.precision import without_race
 from vae import vae_from_meta
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -388,7 +389,7 @@ def ablate(cfg: Config, shared: dict[str, Any], ranks: Ranks) -> Path | None:
         if ranks.rank == 0:
             print(f"---- run {i + 1} of {len(jobs)}: arm {arm}, seed {seed}", flush=True)
         lambdas = mean_lambdas(Path(cfg.out) / f"D-{seed}") if arm == "C" else ()
-        own = arm_config(shared, arm, seed, lambdas)
+        own = without_race(arm_config(shared, arm, seed, lambdas), ranks.device)
         stopped = distill.run(own, ranks)
         if stopped or int(checkpoints(Path(own.out) / own.name)[-1].name) < own.images:
             return None

@@ -99,6 +99,7 @@ class Recorded(Open):
     mode: str = ""
     end_steps: Annotated[int, Range(1, 10**6)] = 1
     fid_features: Literal["inception", "pca"] = "inception"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def read_config(run: Path) -> dict[str, Any]:

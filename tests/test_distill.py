@@ -35,6 +35,7 @@ from harness.files import write_tensors
 from harness.run import checkpoints
 from model import PRESETS, UNet, UNetConfig
 from objectives import Objective, make_objective
+from training import precision
 from vae import pixel
 
 ROOT = Path(__file__).parent.parent
@@ -481,6 +482,14 @@ def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(home, tmp_path, m
     assert [strip(r) for r in rows(whole)] == [strip(r) for r in rows(cut)] and len(
         rows(whole)
     ) == 2
+
+
+def test_a_student_that_was_raced_is_bitwise_the_one_that_was_told(home, tmp_path, monkeypatch):
+    told = go(home, tmp_path / "told", images=16, dtype="bf16")
+    monkeypatch.setattr(precision, "decide", lambda *args: "bf16")
+    raced = go(home, tmp_path / "raced", images=16)
+    assert same(tensors(told), tensors(raced))
+    assert not same(tensors(told), tensors(go(home, tmp_path / "fp32", images=16, dtype="fp32")))
 
 
 def test_two_kills_change_nothing(home, tmp_path):
