@@ -1,11 +1,13 @@
 """Training speed on a CPU:  python benchmarks/train_cpu.py
 
 1. A training step (forward, backward, AdamW) of our U-Net against diffusers' UNet2DModel with the
-   same weights, input and optimizer; alternating, medians, as a ratio (above 1 = ours is faster).
+   same weights, input and optimizer, each in fp32 and in bf16 autocast; alternating, medians, as a
+   ratio (above 1 = ours is faster).
 2. A step of train.py with real data against the same step on one constant batch (1 = loading costs
    nothing).
 """
 
+import copy
 import itertools
 import sys
 import tempfile
@@ -20,10 +22,10 @@ import train
 from benchmarks.peer_unet import peer_unet
 from benchmarks.race import alternate
 from harness import record
-from harness.ranks import Ranks
+from harness.ranks import Ranks, autocast
 from model import PRESETS, UNet, UNetConfig
 
-ROUNDS, STEPS = 9, 4  # a round = STEPS steps of each side in turn
+ROUNDS, STEPS = 15, 2  # a round = STEPS steps of each side in turn
 ADM = UNetConfig(
     model_channels=64, channel_mult=(1, 2, 2, 4), attention=(0, 1, 1, 0), num_head_channels=64
 )
@@ -34,8 +36,9 @@ CASES = {
 }
 
 
-def stepper(net: torch.nn.Module, call, batch: int, side: int):
-    """A function that runs one training step on fixed random data."""
+def stepper(net: torch.nn.Module, call, batch: int, side: int, dtype: str = "fp32"):
+    """A function that runs one training step of a copy of net on fixed random data."""
+    net = copy.deepcopy(net)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 32, side, side, generator=g)
     t = torch.rand(batch, generator=g) * 1000
@@ -43,7 +46,9 @@ def stepper(net: torch.nn.Module, call, batch: int, side: int):
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
     def step() -> None:
-        (call(net, x, t) - goal).square().mean().backward()
+        with autocast(x.device, dtype):
+            out = call(net, x, t)
+        (out.float() - goal).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -56,26 +61,39 @@ def against_diffusers(cfg: UNetConfig, batch: int, side: int) -> dict[str, float
         if p.ndim > 1 and not p.any():
             # zero-initialised layers, so that outputs can be compared
             torch.nn.init.normal_(p, std=0.02)
-    stock, nhwc = peer_unet(net), peer_unet(net).to(memory_format=torch.channels_last)
+    stock = peer_unet(net)
+    nhwc = copy.deepcopy(stock).to(memory_format=torch.channels_last)
     x, t = torch.randn(batch, 32, side, side), torch.rand(batch) * 1000
     with torch.no_grad():
         error = float((net(x, t) - stock(x, t).sample).abs().max())
     assert error < 1e-3, f"not the same function: {error}"
 
+    def ours(net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return net(x, t)
+
+    def plain(net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return net(x, t).sample
+
     def wide(net: torch.nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return net(x.contiguous(memory_format=torch.channels_last), t).sample
 
     sides = {
-        "ours": stepper(net, lambda n, x, t: n(x, t), batch, side),
-        "diffusers": stepper(stock, lambda n, x, t: n(x, t).sample, batch, side),
+        "ours": stepper(net, ours, batch, side),
+        "ours bf16": stepper(net, ours, batch, side, "bf16"),
+        "diffusers": stepper(stock, plain, batch, side),
         "diffusers channels_last": stepper(nhwc, wide, batch, side),
+        "diffusers channels_last bf16": stepper(nhwc, wide, batch, side, "bf16"),
     }
     times = alternate(sides, ROUNDS, STEPS)
+    best = min(seconds for name, seconds in times.items() if name.startswith("diffusers"))
     return {
         **{f"{k} s/step": v for k, v in times.items()},
         "images/s": batch / times["ours"],
+        "bf16 images/s": batch / times["ours bf16"],
         "ratio to diffusers": times["diffusers"] / times["ours"],
         "ratio to diffusers channels_last": times["diffusers channels_last"] / times["ours"],
+        "bf16 ratio to fp32": times["ours"] / times["ours bf16"],
+        "bf16 ratio to diffusers' best": best / times["ours bf16"],
         "max output difference": error,
     }
 
@@ -105,6 +123,11 @@ if __name__ == "__main__":
             f"{name:<42} {row['images/s']:7.1f} images/s   "
             f"{row['ratio to diffusers']:.2f}× diffusers   "
             f"{row['ratio to diffusers channels_last']:.2f}× diffusers channels_last"
+        )
+        print(
+            f"{'  bf16':<42} {row['bf16 images/s']:7.1f} images/s   "
+            f"{row['bf16 ratio to fp32']:.2f}× fp32   "
+            f"""{row["bf16 ratio to diffusers' best"]:.2f}× diffusers at its best"""
         )
     result["loading"] = loading()
     print(f"real data / constant batch: {result['loading']['ratio']:.3f}")
