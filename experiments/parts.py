@@ -34,6 +34,7 @@ from harness.typed import Count, Open, read_json
 from metrics.features import cached_data
 from objectives import Objective
 from samplers import open_generator
+from training.precision import without_race
 
 # Of the measures: a card of another version answers another question.
 VERSION = 1
@@ -273,7 +274,7 @@ def trained(bench: Bench, part: Part) -> Path:
     """The folder of a run, trained if it was not."""
     if part.stage == "stage2":
         trained(bench, Part(part.base or part.arm, part.seed, "fine"))
-    cfg = bench.config(part)
+    cfg = without_race(bench.config(part), bench.ranks.device)
     print(f"---- {part.name}", flush=True)
     if train.train(cfg, bench.ranks):
         raise Stopped()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
+from experiments import parts
 from harness.cli import UserError
 from harness.ranks import Ranks
 from harness.run import checkpoints
@@ -292,3 +293,12 @@ def test_runs_that_are_compared_are_not_raced(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json").write_text("{}")
     assert precision.without_race(cfg, torch.device("cpu")).dtype == "auto"
+
+
+def test_the_arms_of_a_comparison_are_not_raced(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda cfg, ranks: seen.append(cfg.dtype))
+    cfg = Config(out=str(tmp_path), name="F")
+    bench = SimpleNamespace(config=lambda part: cfg, ranks=ALONE, runs=tmp_path)
+    parts.trained(bench, parts.Part("F", 0, "standard"))
+    assert seen == ["fp32"]
