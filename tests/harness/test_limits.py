@@ -36,6 +36,7 @@ COMMANDS = {
     "metrics.inception": [],
     "benchmarks.solvers": [],
     "benchmarks.kernels": [],
+    "benchmarks.bf16": [],
 }
 # What is no number, no whole one, or none that any of these flags takes.
 IMPOSSIBLE = ("1e30", "-1", "nan", "inf", "-inf", "9" * 50, "9" * 5000, "1.5e", "²", "")
