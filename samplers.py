@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
+from ckpt.configs import check_resolution
 from ckpt.meaning import objective_from, said_table
 from data.images import EXTENSIONS, read_mask, read_picture
 from data.tags import find_class
@@ -399,12 +400,7 @@ def describe(
             f"{what} does not say its own resolution",
             do=f"Add --resolution N, a multiple of {unit}.",
         )
-    if resolution < 1 or resolution % unit:
-        raise UserError(
-            f"--resolution {resolution}",
-            wanted=f"a multiple of {unit}",
-            do=f"Try --resolution {unit}.",
-        )
+    check_resolution(net, vae.factor, resolution)
     return objective, vae, vae.latent_shape(resolution)
 
 

@@ -95,7 +95,7 @@ class Optim:
 class Task:
     """Which network learns to say what."""
 
-    model: str = flag("tiny", "nano | tiny | toy-281m | adm-64 …", head="model and objective")
+    model: str = flag("tiny", "tiny | toy-281m | sit-tiny | sit-b …", head="model and objective")
     vae: str = flag(
         "pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
     )

@@ -1,21 +1,39 @@
 """A network's config as a file or a user gives it: types, limits, and where two of them differ."""
 
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from reprlib import repr as brief
 from typing import Annotated, Any, get_args
 
+import torch
+
 from harness.cli import UserError
 from harness.typed import Range, faults, field_kinds
-from model import UNetConfig, network_name
+from mmdit import MMDiTConfig
+from model import UNetConfig, build, network_name
 
-# From, to; 0 to 65536 for a U-Net's field that is not here. Far beyond any network: a damaged file
-# must end in a message, not in hours of building.
-LIMITS = {
+# From, to; 0 to 65536 for a field that is not here. Far beyond any network: a damaged file must end
+# in a message, not in hours of building.
+OF_UNET = {
     "in_channels": (1, 65536), "out_channels": (1, 65536), "model_channels": (1, 65536),
     "channel_mult": (2**-16, 65536), "num_res_blocks": (1, 64), "attention": (0, 64),
     "middle_attention": (1, 64), "num_classes": (0, 2**24), "dropout": (0, 0.999),
 }  # fmt: skip
+OF_MMDIT = {
+    "in_channels": (1, 65536), "out_channels": (1, 65536), "patch": (1, 64), "width": (4, 65536),
+    "heads": (1, 4096), "blocks": (0, 256), "joint": (0, 256), "single": (0, 256),
+    "mlp_ratio": (1, 64), "dual": (0, 256), "pos_max": (0, 2048), "theta": (1, 10**9),
+    "num_classes": (0, 2**24),
+}  # fmt: skip
+LIMITS: dict[type, dict[str, tuple[float, float]]] = {UNetConfig: OF_UNET, MMDiTConfig: OF_MMDIT}
 MAX_LEVELS, MAX_BLOCKS = 16, 1024
+
+
+@lru_cache
+def native_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a config's network, whatever the network."""
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in build(cfg).state_dict().items()}
 
 
 def config_from(cls: type, values: dict[str, Any]) -> Any:
@@ -40,8 +58,8 @@ def check_fields(cls: type, values: dict[str, Any]) -> None:
         if key not in kinds:
             continue  # the class itself refuses it
         kind = kinds[key]
-        if cls is UNetConfig and holds_numbers(kind):
-            kind = Annotated[kind, Range(*LIMITS.get(key, (0, 65536)))]
+        if cls in LIMITS and holds_numbers(kind):
+            kind = Annotated[kind, Range(*LIMITS[cls].get(key, (0, 65536)))]
         for place, got, words in faults(value, kind, key):
             raise ValueError(f"{place} is {got}: wanted {words}.")
 
@@ -67,6 +85,24 @@ def check_size(values: dict[str, Any]) -> None:
     widest = max(values["channel_mult"]) * values["model_channels"]
     if widest > 65536:
         raise ValueError(f"a level has {widest:g} channels: wanted up to 65536.")
+
+
+def check_resolution(net: Any, factor: int, resolution: int) -> None:
+    """Refuse a size of images that a network of config `net` does not take. factor: pixels of an
+    image for one of its latents."""
+    unit, most = factor * net.multiple, factor * getattr(net, "largest", 0)
+    if resolution < 1 or resolution % unit:
+        raise UserError(
+            f"--resolution {resolution}",
+            wanted=f"a multiple of {unit}",
+            do=f"Try --resolution {unit}.",
+        )
+    if most and resolution > most:
+        raise UserError(
+            f"--resolution {resolution}",
+            wanted=f"at most {most}, for beyond that the network knows no places",
+            do=f"Try --resolution {most}.",
+        )
 
 
 def differences(a: Any, b: Any) -> list[str]:

@@ -17,8 +17,8 @@ from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, has_part, open_guessing, open_unet
 from ckpt.layouts import (
-    MARKERS, family, foreign_names, foreign_shapes, modelspec, native_shapes, reorder_attention,
-    target_of, to_foreign,
+    MARKERS, Config, family, foreign_names, foreign_shapes, modelspec, native_shapes,
+    reorder_attention, target_of, to_foreign,
 )
 from ckpt.meaning import ANOTHER, UNKNOWN, add_schedule, shown_betas
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
@@ -53,7 +53,7 @@ def convert(
     """
     dst, source = Path(dst), open_unet(src, ema=ema, **known)
     cfg, weights, meta = source.cfg, source.weights, dict(source.meta)
-    if not isinstance(cfg, UNetConfig):
+    if not isinstance(cfg, Config):
         raise UserError(
             f"{src} holds a {network_name(cfg)}, which has one layout only",
             do="Copy the file as it is.",
@@ -73,6 +73,8 @@ def convert(
     if "probe" not in meta and parameters(weights) <= PROBE_LIMIT:
         meta["probe"] = probe(cfg, weights)
     meta |= {"unet": written(cfg), "layout": layout, "fingerprint": digest}
+    if network_name(cfg) != "UNet":
+        meta["network"] = network_name(cfg)
     if "source" in meta and "sha256" not in meta:
         # The folders of this machine are nobody's business.
         meta["source"] = Path(meta["source"]).name
@@ -100,7 +102,7 @@ def check_target(dst: Path, src: Path, folder: bool) -> None:
 
 
 def write_layout(
-    part: Path, folder: bool, cfg: UNetConfig, layout: str, weights: Container, meta: dict[str, Any]
+    part: Path, folder: bool, cfg: Config, layout: str, weights: Container, meta: dict[str, Any]
 ) -> None:
     """Weights under a layout's names, one tensor at a time; a folder has its config.json too."""
     file = part
@@ -139,7 +141,7 @@ def kept(meta: Mapping[str, Any]) -> dict[str, str]:
     return {k: v for k, v in words.items() if not re.search(r"[0-9a-fA-F]{64}", v)}
 
 
-def check_again(dst: Path, part: Path, cfg: UNetConfig, digest: str) -> None:
+def check_again(dst: Path, part: Path, cfg: Config, digest: str) -> None:
     """Read back what was written; its config.json is compared when it is opened."""
     again = open_unet(part)
     got = fingerprint(again.weights)
@@ -182,7 +184,7 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
         "file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})",
         "network": source.taken,
         "layout": source.layout,
-        "family": family(cfg) if isinstance(cfg, UNetConfig) else network_name(cfg),
+        "family": family(cfg) if isinstance(cfg, Config) else network_name(cfg),
         "also in it": ", ".join(f"{n:,} {part} tensors" for part, n in source.left_out.items()),
         "config": shown_config(cfg, unsaid),
         "parameters": f"{parameters(box):,} in {len(box)} tensors",
@@ -368,7 +370,8 @@ def chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def block_of(name: str) -> str:
     """The block that a tensor is part of: input_blocks.3, middle_block, out."""
-    depth = 2 if name.startswith(("input_blocks", "output_blocks")) else 1
+    lists = ("input_blocks", "output_blocks", "blocks", "joint_blocks", "single_blocks")
+    depth = 2 if name.split(".")[0] in lists else 1
     return ".".join(name.split(".")[:depth])
 
 

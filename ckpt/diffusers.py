@@ -1,7 +1,7 @@
 """Configs in other code bases' terms: diffusers' config.json, guided-diffusion's constructor.
 
 diffusers_config(cfg)               -> what from_pretrained wants
-from_diffusers_config(config)       -> UNetConfig; UserError names what we do not compute
+from_diffusers_config(config)       -> our config; UserError names what we do not compute
 UNetModel(…)                        guided-diffusion's constructor, its arguments in its order
 """
 
@@ -12,8 +12,10 @@ from reprlib import repr as brief
 from typing import Any, Literal
 
 from ckpt.configs import check_known, config_from, differences
+from ckpt.mmdit_configs import CLASSES, from_transformer_config, transformer_config
 from harness.cli import UserError, closest
 from harness.reading import read_file
+from mmdit import MMDiTConfig
 from model import UNet, UNetConfig, multiplier
 
 # What diffusers assumes where a config.json is silent (0.42.1). A key that is not here is not known
@@ -67,13 +69,17 @@ LIKE_HO = dict(norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_pa
 # ---- ours as theirs -----------------------------------------------------------------------------
 
 
-def diffusers_config(cfg: UNetConfig, aside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def diffusers_config(
+    cfg: UNetConfig | MMDiTConfig, aside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """config.json for diffusers' from_pretrained: the same network. UserError where no diffusers
     class computes it.
 
     aside: what is in no weights, ASIDE. Where it is silent sample_size, H/8 of a pipeline's
     default image, is 64, or 128 with a vector (SDXL).
     """
+    if isinstance(cfg, MMDiTConfig):
+        return transformer_config(cfg) | said_aside(aside or {})
     conv = not cfg.resblock_updown
     kind = "CrossAttn" if cfg.context_dim else "Attn"
     plain = "DownBlock2D" if conv else "ResnetDownsampleBlock2D"
@@ -161,17 +167,19 @@ def _one(values: list[Any]) -> Any:
 
 def from_diffusers_config(
     config: Mapping[str, Any], attention_order: Literal["legacy", "new"] = "new"
-) -> UNetConfig:
+) -> UNetConfig | MMDiTConfig:
     """A config.json of diffusers as ours, or a UserError that names what we do not compute.
 
     qkv rows are in no order there: for ADM choose the one the native tensors shall have.
     """
     name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if not isinstance(name, str) or name not in DEFAULTS:
+    if not isinstance(name, str) or name not in DEFAULTS | CLASSES:
         raise UserError(
-            f"config _class_name is {brief(name)}: wanted one of {', '.join(DEFAULTS)}",
-            do="Name a U-Net's own folder, or move its file away from another's config.",
+            f"config _class_name is {brief(name)}: wanted one of {', '.join(DEFAULTS | CLASSES)}",
+            do="Name a network's own folder, or move its file away from another's config.",
         )
+    if name in CLASSES:
+        return from_transformer_config(config)
     c = _completed(name, config)
     cross, down = name == CONDITION, c["down_block_types"]
     depths = c.get("transformer_layers_per_block", 1)
@@ -336,7 +344,9 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value <= 65536
 
 
-def config_beside(path: Path, known: dict[str, Any]) -> tuple[UNetConfig, dict[str, Any]]:
+def config_beside(
+    path: Path, known: dict[str, Any]
+) -> tuple[UNetConfig | MMDiTConfig, dict[str, Any]]:
     """(the config of diffusers weights, what else is said), from the config.json beside them."""
     file = path.parent / "config.json"
     try:
@@ -370,12 +380,15 @@ def is_average(path: Path) -> bool:
     return isinstance(config, dict) and {"decay", "optimization_step"} <= config.keys()
 
 
-def check_config_beside(cfg: UNetConfig, path: Path, layout: str) -> None:
+def check_config_beside(cfg: UNetConfig | MMDiTConfig, path: Path, layout: str) -> None:
     """A folder of ours in diffusers' layout: diffusers itself would believe its config.json."""
     file, usual = path.parent / "config.json", path.name.startswith("diffusion_pytorch_model")
     if layout != "diffusers" or not usual or not file.exists():
         return
-    said, _ = config_beside(path, {"attention_order": cfg.attention_order})
+    order = {}
+    if isinstance(cfg, UNetConfig):
+        order["attention_order"] = cfg.attention_order
+    said, _ = config_beside(path, order)
     found = differences(cfg, said)
     if found:
         raise UserError(

@@ -9,6 +9,7 @@ bare or under any prefix (ckpt/parts.py), as safetensors, shards or pickles. Of 
 the raw ones are taken, unless ema=True; of several, the one under part=.
 """
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside, is_average
 from ckpt.hub import origin
-from ckpt.layouts import detect, family, modern, native_names, native_view
+from ckpt.layouts import Config, detect, family, modern, native_names, native_view, target_of
 from ckpt.meaning import record
+from ckpt.mmdit_configs import infer
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton
-from ckpt.parts import Part, beside, buffers, choose, lies_in, unets
+from ckpt.parts import Part, beside, buffers, choose, is_transformer, lies_in, unets
 from ckpt.vaes import vae_file
 from harness.cli import UserError, closest
 from harness.files import Container, check_fits, is_ours, listed, load_strict
@@ -91,8 +93,8 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
         found = [p._replace(ema=True) for p in found]
     one = choose(found, "U-Net", box, ema, known.pop("part", ""))
     around = {name: box.table[full] for name, full in buffers(box, one.prefix).items()}
-    said = record(box.over(around), known.pop("objective", None))
     inner = box.over({name: box.table[full] for full, name in one.names.items()})
+    said = record(box.over(around), known.pop("objective", None) or objective_of(inner))
     layout = detect(inner)
     if layout is None:
         raise UserError(
@@ -100,7 +102,11 @@ def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Sou
             do="Wanted guided-diffusion's, LDM's or diffusers' names.",
         )
     inner = modern(inner) if layout == "diffusers" else inner
-    cfg, aside = described(inner, layout, known)
+    if is_transformer(inner):
+        check_transformer(inner, said)
+        cfg, aside = transformer_of(inner, layout, known, target_of(said)), {}
+    else:
+        cfg, aside = described(inner, layout, known)
     meta = {"layout": layout, "family": family(cfg), **said, **origin(path)}
     meta |= aside
     meta["ema"] = "the file's" if one.ema else None
@@ -147,6 +153,55 @@ def described(
         "beside it: no tensor shows its heads, its eps and its padding",
         do="Copy it there.",
     )
+
+
+# Of those that read text, all are flow matching.
+READS_TEXT = re.compile(r"(joint_blocks|double_blocks|transformer_blocks)\.0\.")
+QUANTISED = re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.\w+|SCB|weight_format)$")
+EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def objective_of(box: Container) -> str | None:
+    """What a network says by what it is."""
+    reads_text = is_transformer(box) and any(READS_TEXT.match(name) for name in box)
+    return "fm" if reads_text else None
+
+
+def check_transformer(box: Container, said: dict[str, Any]) -> None:
+    """Refuse what is no network of ours: numbers that were rounded away, another objective."""
+    dtypes = {entry.dtype for entry in box.table.values()}
+    odd = {dtype for dtype in dtypes if not dtype.is_floating_point} | (dtypes & EIGHT_BITS)
+    odd = {str(dtype).removeprefix("torch.") for dtype in odd}
+    if odd or any(QUANTISED.search(name) for name in box):
+        raise UserError(
+            f"{box.path} is quantised ({', '.join(sorted(odd)) or 'by the names of its tensors'}): "
+            "its weights are rounded to a few bits, in a form of the program that did it",
+            do="Name a file of the same network in bf16, fp16 or fp32.",
+        )
+    if objective_of(box) and target_of(said) != "fm":
+        raise UserError(
+            f"{box.path} is a transformer that reads text, and those are flow matching, got "
+            f"{target_of(said)}",
+            do="Leave --objective out.",
+        )
+
+
+def transformer_of(
+    box: Container, layout: str, known: dict[str, Any], objective: str | None
+) -> Config:
+    """The config of a transformer's tensors, or of the config.json beside them."""
+    if layout == "diffusers":
+        return config_beside(box.path, known)[0]
+    if "attention_order" in known:
+        raise UserError(f"{box.path} is a transformer, which has one order", do="Leave it out.")
+    shapes = {name: entry.shape for name, entry in box.table.items()}
+    try:
+        return infer(shapes, known, objective)
+    except (ValueError, ArithmeticError, TypeError) as error:
+        what, _, do = str(error).partition("  ")
+    if "number of attention heads" in what:
+        raise Unsaid(f"{box.path}: {what}", ["heads"])
+    raise UserError(f"{box.path}: {what}", do=do or "Copy it again.")
 
 
 def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:
@@ -196,7 +251,7 @@ def load_like(
     does, and must be what it was made with. `name`: the preset's, for messages."""
     file = find_checkpoint(path)
     source, unsaid = open_guessing(file)
-    if "unet" not in source.meta:
+    if "unet" not in source.meta and isinstance(source.cfg, UNetConfig):
         unsaid.add("order")  # diffusers' files have none: theirs becomes the preset's
     its, wanted = traits(source.cfg, unsaid), traits(preset, unsaid)
     differs = [key for key in its if key in wanted and its[key] != wanted[key]]
@@ -220,8 +275,9 @@ def load_like(
 
 def traits(cfg: Any, unsaid: set[str]) -> dict[str, Any]:
     """What has to be equal for weights of one config to be loaded under another: all but the
-    channels in and out, the classes and dropout; of heads and their order what a file says."""
-    free = {"in_channels", "out_channels", "num_classes", "dropout"}
+    channels in and out, the classes, the size of pictures and dropout; of heads and their order
+    what a file says."""
+    free = {"in_channels", "out_channels", "num_classes", "dropout", "pos_max"}
     if isinstance(cfg, UNetConfig):
         free |= {"linear_projection", "num_heads", "num_head_channels", "attention_order"}
     shape = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}

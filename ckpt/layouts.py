@@ -1,11 +1,12 @@
 """What other code bases call our tensors: the exact, bijective maps between layouts. No file IO.
 
-A *native* name is one of UNet(cfg).state_dict(), which is guided-diffusion's and LDM's; *foreign*
-is what a file holds.
+A *native* name is one of UNet(cfg).state_dict(), which is guided-diffusion's and LDM's, or of
+MMDiT(cfg).state_dict(), which is DiT's and SD3's; *foreign* is what a file holds.
 
     layout "native"      LDM's own files: the same names, but proj_in/out.weight are (C, C, 1, 1)
                          if not cfg.linear_projection
     layout "diffusers"   UNet2DConditionModel for Stable Diffusion, UNet2DModel for ADM
+                         (of transformers, either: mmdits.py)
 
     unet_map(cfg, layout)         -> (Rename(native, foreign, rule), …), in state-dict order;
                                      both sides are unique
@@ -18,7 +19,7 @@ is what a file holds.
     native_view(box, cfg, layout) -> a whole file under native names, read on access
 
 One native tensor at a time in either direction is enough, so converters stream. Values are moved,
-never computed with.
+never computed with; only SiT's authors have one of the opposite sign.
 """
 
 import re
@@ -30,13 +31,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ckpt.configs import LIMITS, MAX_LEVELS, differences
+import ckpt.mmdits as mmdits
+from ckpt.configs import MAX_LEVELS, OF_UNET, differences, native_shapes
 from ckpt.diffusers import diffusers_config
 from harness.cli import UserError, closest
 from harness.files import Container, Entry, check_shapes, listed
-from model import PRESETS, UNetConfig, build
+from mmdit import MMDiTConfig
+from model import PRESETS, UNetConfig
 
 LAYOUTS = ("native", "diffusers")
+Config = UNetConfig | MMDiTConfig
 
 
 class Rename(NamedTuple):
@@ -62,16 +66,8 @@ RESNET = {
 }  # fmt: skip
 
 
-@lru_cache
-def native_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a config's network, whatever the network."""
-    with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in build(cfg).state_dict().items()}
-
-
-@lru_cache
-def unet_map(cfg: UNetConfig, layout: str) -> tuple[Rename, ...]:
-    """Every tensor of UNet(cfg) and what it is called in files of that layout."""
+def check_layout(cfg: Config, layout: str) -> None:
+    """Refuse a layout that is none, or that cannot say what a network computes."""
     if layout not in LAYOUTS:
         raise UserError(
             f"layout {layout!r} is not one of {', '.join(LAYOUTS)}",
@@ -79,6 +75,19 @@ def unet_map(cfg: UNetConfig, layout: str) -> tuple[Rename, ...]:
         )
     if layout == "diffusers":
         diffusers_config(cfg)  # raises where no diffusers class computes this
+
+
+@lru_cache
+def transformer_map(cfg: MMDiTConfig, layout: str) -> dict[str, tuple[mmdits.Piece, ...]]:
+    """The same of MMDiT(cfg): {native name: the pieces that files of that layout have of it}."""
+    check_layout(cfg, layout)
+    return mmdits.pieces(cfg, layout)
+
+
+@lru_cache
+def unet_map(cfg: UNetConfig, layout: str) -> tuple[Rename, ...]:
+    """Every tensor of UNet(cfg) and what it is called in files of that layout."""
+    check_layout(cfg, layout)
     places = _places(cfg.num_res_blocks, cfg.attention)
     renames, shapes = [], native_shapes(cfg)
     squeezed = ("proj_in.weight", "proj_out.weight")
@@ -173,7 +182,7 @@ def native_names(box: Container) -> Container:
 
     levels = numbers(r"down_blocks\.(\d{1,3})\.")
     n = numbers(r"down_blocks\.0\.resnets\.(\d{1,3})\.")
-    if not 1 <= len(levels) <= MAX_LEVELS or not 1 <= len(n) <= LIMITS["num_res_blocks"][1]:
+    if not 1 <= len(levels) <= MAX_LEVELS or not 1 <= len(n) <= OF_UNET["num_res_blocks"][1]:
         raise UserError(
             f"{box.path} has diffusers' names, with {len(levels)} levels of {len(n)} blocks",
             do="Is the file complete?  Copy it again.",
@@ -204,22 +213,31 @@ def _by_native(cfg: UNetConfig, layout: str) -> dict[str, list[Rename]]:
     return table
 
 
-def foreign_names(cfg: UNetConfig, layout: str) -> dict[str, str]:
+def foreign_names(cfg: Config, layout: str) -> dict[str, str]:
+    if isinstance(cfg, MMDiTConfig):
+        table = transformer_map(cfg, layout)
+        return {piece.foreign: native for native, parts in table.items() for piece in parts}
     return {r.foreign: r.native for r in unet_map(cfg, layout)}
 
 
-def foreign_shapes(cfg: UNetConfig, layout: str) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(cfg: Config, layout: str) -> dict[str, tuple[int, ...]]:
     shapes = native_shapes(cfg)
+    if isinstance(cfg, MMDiTConfig):
+        return {
+            piece.foreign: mmdits.piece_shape(piece, shapes[native])
+            for native, parts in transformer_map(cfg, layout).items()
+            for piece in parts
+        }
     change = {"": lambda s: s, "squeeze": lambda s: (*s, 1, 1), "conv1d": lambda s: s[:2]}
     for part in "qkv":
         change[part] = lambda s: (s[0] // 3, *s[1:2])
     return {r.foreign: change[r.rule](shapes[r.native]) for r in unet_map(cfg, layout)}
 
 
-def to_foreign(
-    cfg: UNetConfig, layout: str, native: str, tensor: Tensor
-) -> list[tuple[str, Tensor]]:
+def to_foreign(cfg: Config, layout: str, native: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """A native tensor under its foreign name(s), in the foreign shape; views where possible."""
+    if isinstance(cfg, MMDiTConfig):
+        return mmdits.to_foreign(transformer_map(cfg, layout)[native], tensor)
     renames = _by_native(cfg, layout)[native]
     rule = renames[0].rule
     if rule == "squeeze":
@@ -234,9 +252,12 @@ def to_foreign(
     return [(renames[0].foreign, tensor)]
 
 
-def to_native(cfg: UNetConfig, layout: str, native: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def to_native(cfg: Config, layout: str, native: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The inverse. A "squeeze" tensor that already is (C, C), as in our own files, passes; other
     shapes are left for load_strict."""
+    if isinstance(cfg, MMDiTConfig):
+        shape = native_shapes(cfg)[native]
+        return mmdits.to_native(transformer_map(cfg, layout)[native], shape, tensors)
     renames = _by_native(cfg, layout)[native]
     rule, tensor = renames[0].rule, tensors[renames[0].foreign]
     if rule == "squeeze":
@@ -269,13 +290,13 @@ def reorder_attention(qkv: Tensor, heads: int, to: Literal["new", "legacy"]) -> 
     return qkv.unflatten(0, (*split, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def native_view(box: Container, cfg: UNetConfig, layout: str) -> Container:
+def native_view(box: Container, cfg: Config, layout: str) -> Container:
     """A file in some layout as a mapping of native names. All names and shapes are checked now,
     tensors are read on access."""
     wanted, native = foreign_shapes(cfg, layout), native_shapes(cfg)
     given = {k: e.shape for k, e in box.table.items()}
     # (C, C) in files that save_unet wrote, (C, C, 1, 1) in those of Stable Diffusion 1.
-    for _, name, rule in unet_map(cfg, layout):
+    for _, name, rule in unet_map(cfg, layout) if isinstance(cfg, UNetConfig) else ():
         if rule == "squeeze" and given.get(name) == wanted[name][:2]:
             given[name] = wanted[name]
     check_shapes(wanted, given, str(box.path))
@@ -298,8 +319,10 @@ def native_view(box: Container, cfg: UNetConfig, layout: str) -> Container:
     return box.over({name: table[name] for name in native})
 
 
-def family(cfg: UNetConfig) -> str:
-    """Which of the known families a U-Net belongs to, by what it is conditioned on."""
+def family(cfg: Config) -> str:
+    """Which of the known families a network belongs to."""
+    if isinstance(cfg, MMDiTConfig):
+        return mmdits.family(cfg)
     if not cfg.context_dim:
         return "adm"
     names = {(768, 0): "sd1", (1024, 0): "sd2", (2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
@@ -355,10 +378,10 @@ MARKERS = ("v_pred", "ztsnr")  # empty tensors by which other programs know a fi
 # ---- names --------------------------------------------------------------------------------------
 
 def detect(names: Iterable[str]) -> Literal["native", "diffusers"] | None:
-    """The layout of a U-Net's inner names; None if they are of neither, or of both."""
+    """The layout of a network's inner names; None if they are of neither, or of both."""
     heads = {name.split(".", 1)[0] for name in names}
-    native = "input_blocks" in heads
-    diffusers = "down_blocks" in heads and "time_embedding" in heads
+    native = bool({"input_blocks", "final_layer"} & heads)
+    diffusers = {"down_blocks", "time_embedding"} <= heads or {"norm_out", "proj_out"} <= heads
     if native == diffusers:
         return None
     return "native" if native else "diffusers"

@@ -129,11 +129,13 @@ def save_unet(
     that equal it are refused. The file is read back before it takes its place.
     """
     unet = unwrap(unet)
-    weights = unet.state_dict() if weights is None else weights
+    own = unet.state_dict()
+    # Averages are of parameters; what else a network keeps is the same for all.
+    buffers = {name: own[name] for name, _ in unet.named_buffers() if name in own}
+    weights = own if weights is None else {**buffers, **weights}
     tensors = {k: v.detach().cpu() for k, v in weights.items()}
     wrapped = [k for k in tensors if WRAPPERS.match(k)]
-    names = unet.state_dict().keys()
-    assert not wrapped and tensors.keys() == names, f"not this U-Net's own names: {wrapped[:3]}"
+    assert not wrapped and tensors.keys() == own.keys(), f"not its own names: {wrapped[:3]}"
     digest = fingerprint(tensors)
     if meta.get("images") and meta.get("base_fingerprint") == digest:
         raise UserError(
@@ -407,9 +409,11 @@ def probe(cfg: Any, tensors: Mapping[str, Tensor]) -> list[float]:
     y = torch.tensor([cfg.num_classes - 1]) if cfg.num_classes else None
     y = wave(1, vector_dim) if vector_dim else y
     context = wave(1, 3, context_dim) if context_dim else None
+    # Only networks that are told a strength of guidance have the argument.
+    more = {"guidance": torch.tensor([3.5])} if getattr(cfg, "guidance", False) else {}
     x, t = wave(1, cfg.in_channels, side, side), torch.tensor([371.0])
     with reference(), torch.autocast("cpu", enabled=False), Reader(net, tensors):
-        out = net(x, t, y, context)
+        out = net(x, t, y, context, **more)
     return out.flatten()[:: max(out.numel() // 8, 1)][:8].tolist()
 
 

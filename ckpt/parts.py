@@ -23,8 +23,12 @@ from harness.files import Container, listed, raw_bytes
 
 INSERTED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 UNET = re.compile(r"((?:.*?[./])?)(?:input_blocks|down_blocks)\.\d")
+TRANSFORMER = re.compile(r"((?:.*?[./])?)(?:final_layer|norm_out)\.linear\.weight")
 AUTOENCODER = re.compile(r"((?:.*?[./])?)encoder\.conv_in\.weight")
 FLAT = re.compile(r"((?:.*[./])?)(\w*?)(?:input_blocks|down_blocks)\d\w*(?:weight|bias)")
+# A transformer's first block, in any layout, and its last layer.
+FIRST = ("blocks.0.", "joint_blocks.0.", "double_blocks.0.", "transformer_blocks.0.")
+LAST = {"final_layer.linear.weight", "proj_out.weight"}
 SIDES = ({"input_blocks", "output_blocks"}, {"down_blocks", "up_blocks", "time_embedding"})
 AVERAGE = "ema|avg|averages?|averaged|averaging|shadow|swa|polyak"
 EMA = re.compile(
@@ -107,7 +111,7 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def unets(names: Iterable[str]) -> list[Part]:
-    """Every whole U-Net, with both its halves, in either layout."""
+    """Every whole U-Net, with both its halves, and every transformer, in either layout."""
     table = clean_names(names)
     flat = flat_groups(table)
     whole = {}
@@ -115,10 +119,19 @@ def unets(names: Iterable[str]) -> list[Part]:
         heads = {name.split(".", 1)[0] for name in inner.values()}
         if any(side <= heads for side in SIDES) and not MOMENTS.search(prefix):
             whole[prefix] = inner
+    for prefix, inner in grouped(table, TRANSFORMER).items():
+        if is_transformer(inner.values()) and not MOMENTS.search(prefix):
+            whole[prefix] = inner
     return [
         Part(prefix, inner, prefix in flat or is_ema(prefix, table, whole))
         for prefix, inner in whole.items()
     ]
+
+
+def is_transformer(names: Iterable[str]) -> bool:
+    """Are these a transformer's inner names?"""
+    names = set(names)
+    return bool(LAST & names) and any(name.startswith(FIRST) for name in names)
 
 
 def autoencoders(names: Iterable[str]) -> list[Part]:

@@ -22,6 +22,7 @@ PART = 4_500  # … of a file in a folder
 KERNEL_FILE = 6_000  # … of a file in kernels/
 SCRIPTS = {
     "model.py",
+    "mmdit.py",
     "objectives.py",
     "samplers.py",
     "vae.py",
@@ -37,6 +38,7 @@ BESIDE = {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt"}
 FLOORS = [
     {"kernels", "harness", "diffusion"},
     {"model", "objectives"},
+    {"mmdit"},
     {"ckpt"},
     {"vae"},
     {"text"},

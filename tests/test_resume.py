@@ -172,6 +172,21 @@ def test_adamw8bit_resumes_bitwise_and_keeps_its_codes(tmp_path, ranks):
     assert whole["state.safetensors:m/input_blocks.1.0.in_layers.2.weight"].dtype == torch.uint8
 
 
+def test_a_transformer_resumes_bitwise_and_two_ranks_share_its_work(tmp_path):
+    flags = ("--model", "sit-nano", "--classes", "* hair", "--lr", "2e-4")
+    finish(tmp_path / "whole", *flags)
+    process = start(tmp_path / "cut", *flags)
+    wait_for(lambda: list((tmp_path / "cut").glob("*/ckpt/000000000080")), process)
+    kill_tree(process)
+    assert "resuming" in finish(tmp_path / "cut", *flags)
+    a, b = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert a.keys() == b.keys() and len(a) > 150
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    finish(tmp_path / "ranks", *flags, ranks=2)
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "ranks")
+    assert [row[1] for row in two] == pytest.approx([row[1] for row in one], rel=1e-5)
+
+
 def log_of(out) -> str:
     logs = list(Path(out).glob("*/log.jsonl"))
     return logs[0].read_text() if logs else ""

@@ -67,8 +67,9 @@ def load_weights(
     load_strict(net, saved.state_dict(), str(folder))
     for width, weights in emas.items():
         average, _ = load_unet(folder / f"ema-{width}.safetensors")
-        for name, value in average.state_dict().items():
-            weights[name].copy_(value)
+        found = average.state_dict()
+        for name, weight in weights.items():
+            weight.copy_(found[name])
     return meta
 
 

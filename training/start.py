@@ -21,7 +21,7 @@ from harness.memory import check_batch_memory
 from harness.ranks import Ranks
 from harness.run import FINAL, begun_with, check_config, check_disk, checkpoints, images_seen
 from harness.run import print_end, read_config
-from model import PRESETS
+from model import PRESETS, network_name
 from objectives import Objective
 from training.checkpoints import beginning, check_resume
 from vae import AnyVAE, choose, read_name
@@ -89,7 +89,7 @@ def same_init(cfg: Any, run: Path) -> bool:
 def network_config(
     model: str, vae: AnyVAE, objective: Objective, resolution: int, classes: int
 ) -> Any:
-    """The config of --model, with the channels and classes that it meets here."""
+    """The config of --model, with the channels, classes and sizes that it meets here."""
     enlarges = objective.coupling == "lowres"
     cfg = replace(
         PRESETS[model],
@@ -104,6 +104,8 @@ def network_config(
             f"is divisible by {multiple}",
             do=f"Use a multiple of {vae.factor * multiple}.",
         )
+    if getattr(cfg, "pos_max", 0):
+        cfg = replace(cfg, pos_max=side // multiple)  # a place for every token
     if enlarges and objective.upsample != "psu" and side % objective.lowres:
         raise UserError(
             f"--lowres {objective.lowres} does not divide the {side}×{side} latents of this "
@@ -179,7 +181,10 @@ def check_aligned(objective: Objective, meta: dict[str, Any], name: str) -> None
 
 # ---- weights ------------------------------------------------------------------------------------
 
-ROWS = "label_emb.weight"  # one a class; no class has none, and adds nothing
+# The embedding of classes of each network, and how many rows it has beside theirs: a U-Net adds
+# nothing for "no class", for which a transformer has a last row.
+ROWS = {"UNet": ("label_emb.weight", 0), "MMDiT": ("y_embedder.embedding_table.weight", 1)}
+BIAS = "t_embedder.mlp.2.bias"  # of a transformer: added to whatever it is told
 SHOWN = 20  # classes of a line
 
 
@@ -192,22 +197,30 @@ def take_weights(
     the network as it was begun. Returns a line that says which were taken, new, dropped; "" if
     neither knows classes.
     """
-    weights, own = other.state_dict(), net.state_dict().get(ROWS)
-    theirs = weights.pop(ROWS, None)
+    key, none = ROWS.get(network_name(net.cfg), ("", 0))
+    weights, own = other.state_dict(), net.state_dict().get(key)
+    theirs = weights.pop(key, None)
     if own is None and theirs is None:
         load_strict(net, weights, what)
         return ""
-    names = names_of(meta, 0 if theirs is None else len(theirs), classes, what)
+    names = names_of(meta, 0 if theirs is None else len(theirs) - none, classes, what)
     place = {one_form(name): row for row, name in enumerate(names)}
     taken = [name for name in classes if one_form(name) in place]
     new = [name for name in classes if one_form(name) not in place]
     kept = {one_form(name) for name in taken}
     dropped = [name for name in names if one_form(name) not in kept]
     if own is not None:
-        weights[ROWS] = own.clone()
+        weights[key] = own.clone()
         for row, name in enumerate(classes):
             if name in taken:
-                weights[ROWS][row] = theirs[place[one_form(name)]]
+                weights[key][row] = theirs[place[one_form(name)]]
+    if none:
+        # Of "no class" it says the same as before.
+        silence = torch.zeros_like(weights[BIAS]) if theirs is None else theirs[-1]
+        if own is None:
+            weights[BIAS] = weights[BIAS] + silence
+        else:
+            weights[key][-1] = silence
     load_strict(net, weights, what)
     words = {"taken": taken, "new": new, "dropped": dropped}
     told = [f"{word} {first_of(found, SHOWN) or 'none'}" for word, found in words.items()]

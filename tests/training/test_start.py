@@ -9,11 +9,12 @@ from conftest import randomize
 from safetensors.torch import load_file
 
 import distill
+import samplers
 import train
 from ckpt import load_unet, save_unet
 from ckpt.convert import inspect
 from harness.cli import UserError
-from model import PRESETS, UNet
+from model import PRESETS, build, network_name
 from objectives import make_objective
 from test_train import ALONE, FAST, go
 from train import Config, resolve
@@ -21,12 +22,14 @@ from training.start import ROWS, same_init, take_weights
 from vae import pixel
 
 NANO = replace(PRESETS["nano"], in_channels=3, out_channels=3)
+SIT = replace(PRESETS["sit-nano"], in_channels=3, out_channels=3, pos_max=32)
 
 
-def network(classes, seed):
-    return randomize(UNet(replace(NANO, num_classes=classes)), seed).eval()
+def network(classes, seed, cfg=NANO):
+    return randomize(build(replace(cfg, num_classes=classes)), seed).eval()
 
 
+@pytest.mark.parametrize("cfg", [NANO, SIT], ids=["unet", "transformer"])
 @pytest.mark.parametrize(
     "theirs, ours, taken, new, dropped",
     [
@@ -40,24 +43,30 @@ def network(classes, seed):
         (["a"], ["b"], "none", "b", "a"),
     ],
 )
-def test_each_class_takes_its_own_row_by_name(theirs, ours, taken, new, dropped):
-    other, net = network(len(theirs), 0), network(len(ours), 1)
-    begun = net.state_dict().get(ROWS, torch.zeros(0)).clone()
+def test_each_class_takes_its_own_row_by_name(theirs, ours, taken, new, dropped, cfg):
+    other, net = network(len(theirs), 0, cfg), network(len(ours), 1, cfg)
+    rows, _ = ROWS[network_name(cfg)]
+    begun = net.state_dict().get(rows, torch.zeros(0)).clone()
+
+    def equal(a, b):
+        # A transformer's "no class" becomes a bias where there are none: a sum in another order.
+        return torch.allclose(a, b, rtol=0, atol=0 if cfg is NANO else 1e-5)
+
     meta = {"classes": theirs} if theirs else {}
     line = take_weights(net, other, meta, ours, "--init f")
     assert line == f"classes of --init f: taken {taken}; new {new}; dropped {dropped}"
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(1, 3, 32, 32, generator=g), torch.full((1,), 500.0)
-    assert torch.equal(net(x, t), other(x, t))
+    assert equal(net(x, t), other(x, t))
     before = {"é": 0} if theirs == ["é"] else {name: i for i, name in enumerate(theirs)}
     for row, name in enumerate(ours):
         at = 0 if before.keys() == {"é"} else before.get(name)
         if at is None:
-            assert torch.equal(net.state_dict()[ROWS][row], begun[row])
+            assert torch.equal(net.state_dict()[rows][row], begun[row])
             continue
-        assert torch.equal(net.state_dict()[ROWS][row], other.state_dict()[ROWS][at])
+        assert torch.equal(net.state_dict()[rows][row], other.state_dict()[rows][at])
         one, two = torch.tensor([row]), torch.tensor([at])
-        assert torch.equal(net(x, t, y=one), other(x, t, y=two))
+        assert equal(net(x, t, y=one), other(x, t, y=two))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +88,8 @@ def test_a_file_without_names_goes_by_number_where_the_counts_agree():
     other, net = network(2, 0), network(2, 1)
     line = take_weights(net, other, {}, ["a", "b"], "f")
     assert line == "classes of f (by number: it names none): taken a, b; new none; dropped none"
-    assert torch.equal(net.state_dict()[ROWS], other.state_dict()[ROWS])
+    rows, _ = ROWS["UNet"]
+    assert torch.equal(net.state_dict()[rows], other.state_dict()[rows])
     line = take_weights(network(0, 1), other, {}, [], "f")
     assert line.endswith("taken none; new none; dropped number 0, number 1")
     assert take_weights(network(0, 1), network(0, 0), {}, [], "f") == ""
@@ -98,7 +108,8 @@ def test_training_begins_with_the_rows_of_the_names(tmp_path, capsys):
     )  # fmt: skip
     tr = train.setup(resolve(cfg), ALONE)
     assert "taken glasses, smile; new bow; dropped double bun" in capsys.readouterr().out
-    got, had = tr.net.state_dict()[ROWS], other.state_dict()[ROWS]
+    rows, _ = ROWS["UNet"]
+    got, had = tr.net.state_dict()[rows], other.state_dict()[rows]
     assert torch.equal(got[0], had[1]) and torch.equal(got[2], had[0])
     assert tr.classes == ["glasses", "bow", "smile"]
 
@@ -166,3 +177,17 @@ def test_a_run_whose_network_does_not_say_what_it_began_with_is_one_line(tmp_pat
         with pytest.raises(UserError, match=message) as error:
             ask()
         assert str(file) in str(error.value)
+
+
+def test_a_transformer_knows_a_place_for_every_token_and_no_more(tmp_path, user):
+    run = go(tmp_path, model="sit-nano")
+    net, _ = load_unet(run)
+    assert net.cfg.pos_max == 4  # 32 px are 4×4 latents
+    words = ["--ckpt", run, "--n", "1", "--out", tmp_path / "s", "--device", "cpu"]
+    code, _, err = user(samplers.main, *words, "--resolution", "40")
+    assert code == 2 and len(err) == 1
+    assert all(word in err[0] for word in ("--resolution 40", "at most 32", "Try --resolution 32"))
+    assert user(samplers.main, *words, "--steps", "1", "--resolution", "16")[0] == 0
+    sizes = ["--model", "sit-s", "--data", "toyfaces:24", "--resolution", "40", "--out", tmp_path]
+    code, _, err = user(train.main, *sizes)
+    assert code == 2 and "5×5 latents; sit-s needs a side that is divisible by 2" in err[-1]

@@ -1,0 +1,466 @@
+"""Diffusion transformers: DiT (Peebles & Xie 2023), SiT (Ma et al. 2024), SD3 and SD3.5 (Esser et
+al. 2024), Flux 1 and Flux 2 (Black Forest Labs), which are one network with different parts.
+
+    net = MMDiT(PRESETS["sit-tiny"])
+    out = net(x, t)            # x (B, C, H, W), t (B,) in [0, 1000]  ->  (B, out, H, W)
+    out = MMDiT(PRESETS["sd3-medium"])(x, t, y=pooled, context=tokens)
+    out, h = net(x, t, features=("blocks.3",))         # also what a block returned
+
+A *stream* is what one kind of tokens passes in a block: attention and MLP, each shifted, scaled and
+gated by the time (adaLN-Zero). A *joint block* is a stream of the image and one of the text, which
+attend together. A *single block* takes both as one, attention beside MLP. Tensors have DiT's and
+SD3's names (Flux's: ckpt/). Who imports this file finds the network in model.NETWORKS.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import model
+from diffusion.positions import rotate, rotations, sincos
+from kernels.attention import attention
+from model import Maybe, check_labels, check_shape, timestep_embedding
+
+EPS = 1e-6  # of every norm
+WAVES = 256  # numbers that a time is written in
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The shape of a diffusion transformer."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    patch: int = 1  # side of a token, in pixels of the latent
+    width: int = 192
+    heads: int = 3
+    blocks: int = 0  # over the image alone (DiT, SiT)
+    joint: int = 0  # over image and text, a stream each (SD3; Flux's double blocks)
+    single: int = 0  # over both in one stream, after the joint ones (Flux)
+    mlp_ratio: int = 4
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True  # of every layer
+    qk_norm: bool = False  # RMS norm of q and k over the numbers of a head
+    dual: int = 0  # first joint blocks in which the image also attends to itself (SD3.5 medium)
+    last_pre_only: bool = False  # the last joint block reads the text, and ends it (SD3)
+    modulation: Literal["own", "shared"] = "own"  # of each block, or of all (Flux 2)
+    pos_max: int = 0  # side of the table of places, of which the image takes the centre; or
+    rope: tuple[int, ...] = ()  # rotations: how many numbers of a head tell of each axis
+    theta: int = 10_000  # of rope
+    text_axis: int = 0  # of rope: along which text tokens are counted; 0 = none
+    num_classes: int = 0  # 0 = unconditional. The label -1 stands for "no class" (guidance)
+    vector_dim: int = 0  # instead of classes: y is a vector (B, vector_dim), of pooled text
+    context_dim: int = 0  # of text tokens (B, M, context_dim)
+    guidance: bool = False  # it is told a strength of guidance (Flux's distilled networks)
+    tokens: Literal["pqc", "cpq"] = "pqc"  # an output token's order of row, column, channel
+    reversed_time: bool = False  # it sees 1 - t / 1000: files of SiT's authors
+
+    def __post_init__(self):
+        """What fits together. Of a config from a file, ckpt/ has checked types and sizes before."""
+        D, rest = divmod(self.width, self.heads)
+        text, shared = self.joint > 0, self.modulation == "shared"
+        axes = len(self.rope) > 2 and sum(self.rope) == D and not any(n % 2 for n in self.rope)
+        fits = {
+            "width and heads": not rest and D % 2 == 0 and self.width % 4 == 0,
+            "blocks, joint and single": (self.blocks > 0) != text and (text or not self.single),
+            "joint and context_dim": text == (self.context_dim > 0),
+            "pos_max and rope": (self.pos_max > 0) != (len(self.rope) > 0),
+            "joint, heads and rope": not self.rope or (text and axes),
+            "rope and text_axis": self.text_axis in range(max(len(self.rope), 1)),
+            "num_classes and vector_dim": not (self.num_classes and self.vector_dim),
+            "joint and dual": self.dual <= self.joint,
+            "single and last_pre_only": not (self.single and self.last_pre_only),
+            "modulation": not shared or (text and not self.dual and not self.last_pre_only),
+        }
+        for names, fit in fits.items():
+            if not fit:
+                raise ValueError(f"{names} do not fit together in {self}.")
+
+    @property
+    def multiple(self) -> int:
+        """What H and W of the input have to be divisible by."""
+        return self.patch
+
+    @property
+    def largest(self) -> int:
+        """The greatest H and W of the input; 0 = any."""
+        return self.pos_max * self.patch
+
+
+# ---- pieces -------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in fp32 at least; x's dtype is kept."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), EPS).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) · norm(x) + shift, for x (B, N, W) and shift, scale (B, 1, W)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def modulation(cfg: MMDiTConfig, chunks: int) -> nn.Sequential:
+    """silu(c) (B, W) -> (B, chunks · W); the Identity holds the place of the silu."""
+    return nn.Sequential(nn.Identity(), nn.Linear(cfg.width, chunks * cfg.width, cfg.bias))
+
+
+def embedder(cfg: MMDiTConfig, dim: int) -> nn.ModuleDict:
+    """{"mlp": (B, dim) -> (B, W)}."""
+    first, last = nn.Linear(dim, cfg.width, cfg.bias), nn.Linear(cfg.width, cfg.width, cfg.bias)
+    return nn.ModuleDict({"mlp": nn.Sequential(first, nn.SiLU(), last)})
+
+
+def attend(kinds: Sequence[Sequence[Tensor]], turns: Maybe = None) -> Sequence[Tensor]:
+    """All tokens attend to all. q, k, v (B, heads, N, D) of each kind -> (B, N, W) of each."""
+    q, k, v = kinds[0]
+    if len(kinds) > 1:
+        q, k, v = [torch.cat(tensors, 2) for tensors in zip(*kinds)]
+    if turns is not None:
+        q, k = rotate(q, turns), rotate(k, turns)
+    h = attention(q, k, v).transpose(1, 2).flatten(2)
+    return h.split([kind[0].shape[2] for kind in kinds], 1)
+
+
+class Part(nn.Module):
+    """What MLPs, and what q, k and v have in common, wherever they stand."""
+
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__()
+        self.cfg, self.hidden = cfg, cfg.mlp_ratio * cfg.width
+        self.wide = self.hidden * (2 if cfg.mlp == "swiglu" else 1)  # before activate()
+
+    def add_norms(self) -> None:
+        if self.cfg.qk_norm:
+            D = self.cfg.width // self.cfg.heads
+            self.ln_q, self.ln_k = RMSNorm(D), RMSNorm(D)
+
+    def split(self, qkv: Tensor) -> Sequence[Tensor]:
+        """(B, N, 3W), in the order [q, k, v][head][d] -> q, k, v (B, heads, N, D)."""
+        q, k, v = qkv.unflatten(2, (3, self.cfg.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (self.ln_q(q), self.ln_k(k), v) if self.cfg.qk_norm else (q, k, v)
+
+    def activate(self, h: Tensor) -> Tensor:
+        """(B, N, wide) -> (B, N, hidden)."""
+        if self.cfg.mlp == "gelu":
+            return F.gelu(h, approximate="tanh")
+        gate, value = h.chunk(2, -1)  # Shazeer 2020
+        return F.silu(gate) * value
+
+
+class Attention(Part):
+    def __init__(self, cfg: MMDiTConfig, out: bool = True):
+        super().__init__(cfg)
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, cfg.bias)
+        if out:
+            self.proj = nn.Linear(cfg.width, cfg.width, cfg.bias)
+        self.add_norms()
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return self.split(self.qkv(x))
+
+
+class MLP(Part):
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__(cfg)
+        self.fc1 = nn.Linear(cfg.width, self.wide, cfg.bias)
+        self.fc2 = nn.Linear(self.hidden, cfg.width, cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activate(self.fc1(x)))
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    """What one kind of tokens passes in a block. Alone, a block of DiT.
+
+    dual: they also attend to themselves. pre_only: they are read, and end here.
+    """
+
+    def __init__(self, cfg: MMDiTConfig, dual: bool = False, pre_only: bool = False):
+        super().__init__()
+        self.dual, self.pre_only = dual, pre_only
+        self.chunks = 6 + 3 * dual - 4 * pre_only
+        if cfg.modulation == "own":
+            self.adaLN_modulation = modulation(cfg, self.chunks)
+        self.attn = Attention(cfg, out=not pre_only)
+        if dual:
+            self.attn2 = Attention(cfg)
+        if not pre_only:
+            self.mlp = MLP(cfg)
+
+    def begin(self, x: Tensor, c: Tensor, shared: Maybe) -> tuple[Sequence[Tensor], Any]:
+        """(q, k, v of x (B, N, W); what moves x: shift, scale, gate (B, 1, W) of attention, of the
+        MLP, of the second attention). Once a sample, not a token."""
+        rows = self.adaLN_modulation[1](c) if shared is None else shared
+        moves = rows[:, None].chunk(self.chunks, -1)
+        return self.attn(modulate(x, *moves[:2])), moves
+
+    def end(self, x: Tensor, h: Tensor, moves: Sequence[Tensor]) -> Tensor:
+        """The block's output, of its input x (B, N, W) and what attention made of it."""
+        out = x + moves[2] * self.attn.proj(h)
+        if self.dual:  # of the same input
+            (h,) = attend([self.attn2(modulate(x, *moves[6:8]))])
+            out = out + moves[8] * self.attn2.proj(h)
+        return out + moves[5] * self.mlp(modulate(out, *moves[3:5]))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        qkv, moves = self.begin(x, c, None)
+        return self.end(x, *attend([qkv]), moves)
+
+
+class JointBlock(nn.Module):
+    """The image's stream and the text's."""
+
+    def __init__(self, cfg: MMDiTConfig, dual: bool, pre_only: bool):
+        super().__init__()
+        self.context_block = Stream(cfg, pre_only=pre_only)
+        self.x_block = Stream(cfg, dual)
+
+    def forward(
+        self, x: Tensor, text: Tensor, c: Tensor, turns: Maybe, of_x: Maybe, of_text: Maybe
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, N, W), text (B, M, W), c (B, W); turns: of all; of_…: shared modulations."""
+        qkv_x, moves_x = self.x_block.begin(x, c, of_x)
+        qkv_text, moves_text = self.context_block.begin(text, c, of_text)
+        h_text, h_x = attend([qkv_text, qkv_x], turns)
+        if not self.context_block.pre_only:
+            text = self.context_block.end(text, h_text, moves_text)
+        return self.x_block.end(x, h_x, moves_x), text
+
+
+class SingleBlock(Part):
+    """Both as one stream, attention beside MLP."""
+
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__(cfg)
+        W = cfg.width
+        if cfg.modulation == "own":
+            self.adaLN_modulation = modulation(cfg, 3)
+        self.linear1 = nn.Linear(W, 3 * W + self.wide, cfg.bias)
+        self.linear2 = nn.Linear(W + self.hidden, W, cfg.bias)
+        self.add_norms()
+
+    def forward(self, x: Tensor, c: Tensor, turns: Maybe, shared: Maybe) -> Tensor:
+        rows = self.adaLN_modulation[1](c) if shared is None else shared
+        shift, scale, gate = rows[:, None].chunk(3, -1)
+        h = self.linear1(modulate(x, shift, scale))
+        qkv, h = h.split([3 * self.cfg.width, self.wide], -1)
+        (attended,) = attend([self.split(qkv)], turns)
+        return x + gate * self.linear2(torch.cat([attended, self.activate(h)], -1))
+
+
+# ---- the network --------------------------------------------------------------------------------
+
+
+class MMDiT(nn.Module):
+    """The transformer. It begins as DiT's does: each block as the identity, the output as zero."""
+
+    checkpointing = False  # True: the backward pass computes each block again from its inputs
+
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__()
+        self.cfg, W, p, last = cfg, cfg.width, cfg.patch, cfg.joint - 1
+        proj = nn.Conv2d(cfg.in_channels, W, p, p, bias=cfg.bias)
+        self.x_embedder = nn.ModuleDict({"proj": proj})
+        if cfg.pos_max:
+            self.register_buffer("pos_embed", sincos(cfg.pos_max, W))
+        self.t_embedder = embedder(cfg, WAVES)
+        if cfg.guidance:
+            self.guidance_embedder = embedder(cfg, WAVES)
+        if cfg.num_classes:
+            rows = nn.Embedding(cfg.num_classes + 1, W)  # the last of "no class"
+            self.y_embedder = nn.ModuleDict({"embedding_table": rows})
+        elif cfg.vector_dim:
+            self.y_embedder = embedder(cfg, cfg.vector_dim)
+        if cfg.context_dim:
+            self.context_embedder = nn.Linear(cfg.context_dim, W, cfg.bias)
+        if cfg.modulation == "shared":
+            chunks = {"x_block": 6, "context_block": 6, "single": 3}
+            layers = {name: modulation(cfg, n) for name, n in chunks.items()}
+            self.adaLN_modulation = nn.ModuleDict(layers)
+        self.blocks = nn.ModuleList(Stream(cfg) for _ in range(cfg.blocks))
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(cfg, i < cfg.dual, cfg.last_pre_only and i == last) for i in range(cfg.joint)
+        )
+        self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.single))
+        linear = nn.Linear(W, p * p * cfg.out_channels, cfg.bias)
+        layers = {"linear": linear, "adaLN_modulation": modulation(cfg, 2)}
+        self.final_layer = nn.ModuleDict(layers)
+        for name, weight in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name or name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif name.startswith("t_embedder") or "embedding_table" in name:
+                nn.init.normal_(weight, std=0.02)
+            elif weight.ndim > 1:
+                nn.init.xavier_uniform_(weight.view(len(weight), -1))
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What `features` may name, in the order of the forward pass."""
+        kinds = ("blocks", "joint_blocks", "single_blocks")
+        return tuple(f"{kind}.{i}" for kind in kinds for i in range(len(getattr(self, kind))))
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Maybe = None, context: Maybe = None, guidance: Maybe = None,
+        features: tuple[str, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """x (B, C, H, W); t (B,) float in [0, 1000] -> (B, out, H, W).
+
+        y: class labels (B,), -1 = none; or (B, vector_dim). context: (B, M, context_dim). guidance
+        (B,): a strength, such as 3.5. With `features`, of block_names, also {name: the image after
+        that block (B, width, H / patch, W / patch)}.
+        """
+        self._check(x, y, context, guidance, features or ())
+        cfg, seen = self.cfg, dict.fromkeys(features or ())
+        h, w = (side // cfg.patch for side in x.shape[2:])
+        c = F.silu(self._condition(t, y, guidance, x))  # (B, W)
+        tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2)  # (B, N, W)
+        if cfg.pos_max:
+            top, left = (cfg.pos_max - h) // 2, (cfg.pos_max - w) // 2
+            places = self.pos_embed.view(1, cfg.pos_max, cfg.pos_max, cfg.width)
+            tokens = tokens + places[:, top : top + h, left : left + w].flatten(1, 2)
+        text = self.context_embedder(context.to(x.dtype)) if cfg.joint else None  # (B, M, W)
+        for name, tokens in self._walk(tokens, text, c, h, w):
+            if name in seen:
+                seen[name] = tokens.transpose(1, 2).unflatten(2, (h, w))
+        out = self._pixels(tokens, c, h, w)
+        return out if features is None else (out, seen)
+
+    def _walk(
+        self, x: Tensor, text: Maybe, c: Tensor, h: int, w: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The name of each block, and the image's tokens after it."""
+        cfg, turns, shared = self.cfg, None, (None, None, None)
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, c)
+            yield f"blocks.{i}", x
+        if not cfg.joint:
+            return
+        M = text.shape[1]
+        if cfg.rope:
+            turns = rotations(cfg.rope, cfg.theta, cfg.text_axis, M, h, w, x.device)
+        if cfg.modulation == "shared":
+            shared = [layer[1](c) for layer in self.adaLN_modulation.values()]
+        for i, block in enumerate(self.joint_blocks):
+            x, text = self._run(block, x, text, c, turns, *shared[:2])
+            yield f"joint_blocks.{i}", x
+        if cfg.single:
+            x = torch.cat([text, x], 1)
+        for i, block in enumerate(self.single_blocks):
+            x = self._run(block, x, c, turns, shared[2])
+            yield f"single_blocks.{i}", x[:, M:]
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _condition(self, t: Tensor, y: Maybe, guidance: Maybe, x: Tensor) -> Tensor:
+        """(B, W): all that is told of a sample."""
+        cfg = self.cfg
+        t = 1 - t.float() / 1000 if cfg.reversed_time else t
+        c = self.t_embedder["mlp"](timestep_embedding(t, WAVES).to(x.dtype))
+        if cfg.guidance:
+            waves = timestep_embedding(1000 * guidance.float(), WAVES).to(x.dtype)
+            c = c + self.guidance_embedder["mlp"](waves)
+        if cfg.vector_dim:
+            c = c + self.y_embedder["mlp"](y.to(x.dtype))
+        elif cfg.num_classes:
+            none = torch.full((len(x),), cfg.num_classes, device=x.device)
+            rows = none if y is None else torch.where(y < 0, none, y)
+            c = c + self.y_embedder["embedding_table"](rows)
+        return c
+
+    def _pixels(self, tokens: Tensor, c: Tensor, h: int, w: int) -> Tensor:
+        """(B, N, W) -> (B, out, H, W)."""
+        p, C = self.cfg.patch, self.cfg.out_channels
+        moves = self.final_layer["adaLN_modulation"][1](c)[:, None].chunk(2, -1)
+        out = self.final_layer["linear"](modulate(tokens, *moves))  # (B, N, p · p · out)
+        if self.cfg.tokens == "cpq":
+            out = out.view(-1, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5)
+        else:
+            out = out.view(-1, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(-1, C, h * p, w * p)
+
+    def _check(
+        self, x: Tensor, y: Maybe, context: Maybe, guidance: Maybe, features: tuple[str, ...]
+    ) -> None:
+        cfg, B, (H, W) = self.cfg, len(x), x.shape[2:]
+        if H % cfg.patch or W % cfg.patch:
+            raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.patch}.")
+        if cfg.largest and max(H, W) > cfg.largest:
+            raise ValueError(f"H×W = {H}×{W}: its table of places ends at {cfg.largest}.")
+        takes = {"y": cfg.num_classes or cfg.vector_dim, "context": cfg.context_dim}
+        takes["guidance"] = cfg.guidance
+        for name, given in (("y", y), ("context", context), ("guidance", guidance)):
+            if given is not None and not takes[name]:
+                raise ValueError(f"this transformer takes no {name}: it must be None.")
+        if cfg.context_dim:
+            check_shape("context", context, B, "tokens", cfg.context_dim)
+        if cfg.guidance:
+            check_shape("guidance", guidance, B)
+        if cfg.vector_dim:
+            check_shape("y", y, B, cfg.vector_dim)
+        elif y is not None:
+            check_labels(y, B, cfg.num_classes)
+        for name in features:
+            if name not in self.block_names:
+                near = ", ".join(difflib.get_close_matches(name, self.block_names))
+                raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
+
+
+# ---- presets ------------------------------------------------------------------------------------
+
+# The sizes of DiT's paper, for 256 px: 32×32 latents are 16×16 tokens.
+SIT = MMDiTConfig(patch=2, width=384, heads=6, blocks=12, pos_max=16)
+SD3 = MMDiTConfig(
+    16, 16, 2, 1536, 24, joint=24, last_pre_only=True, pos_max=192, vector_dim=2048,
+    context_dim=4096,
+)  # fmt: skip
+FLUX = MMDiTConfig(
+    16, 16, 2, 3072, 24, joint=19, single=38, qk_norm=True, rope=(16, 56, 56), vector_dim=768,
+    context_dim=4096, tokens="cpq",
+)  # fmt: skip
+FLUX2 = MMDiTConfig(
+    32, 32, 2, 3072, 24, joint=5, single=20, mlp_ratio=3, mlp="swiglu", bias=False, qk_norm=True,
+    modulation="shared", rope=(32, 32, 32, 32), theta=2000, text_axis=3, context_dim=7680,
+    tokens="cpq",
+)  # fmt: skip
+PRESETS: dict[str, MMDiTConfig] = {
+    "sit-nano": MMDiTConfig(width=64, heads=2, blocks=2, pos_max=8),  # for tests of the loop
+    "sit-tiny": MMDiTConfig(width=192, heads=3, blocks=8, pos_max=8),
+    "sit-s": SIT,
+    "sit-b": replace(SIT, width=768, heads=12),
+    "sit-l": replace(SIT, width=1024, heads=16, blocks=24),
+    # Heads of 72 numbers, as released. Our kernels have none of that size: torch serves them.
+    "sit-xl": replace(SIT, width=1152, heads=16, blocks=28),
+    "sd3-medium": SD3,
+    "sd3.5-medium": replace(SD3, qk_norm=True, dual=13, pos_max=384),
+    "sd3.5-large": replace(SD3, width=2432, heads=38, joint=38, qk_norm=True),
+    "flux1-dev": replace(FLUX, guidance=True),
+    "flux1-schnell": FLUX,
+    "flux2-klein-4b": FLUX2,
+    "flux2-dev": replace(
+        FLUX2, width=6144, heads=48, joint=8, single=48, context_dim=15360, guidance=True
+    ),
+}
+
+model.NETWORKS["MMDiT"] = (MMDiT, MMDiTConfig)
+model.PRESETS.update(PRESETS)
