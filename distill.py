@@ -63,13 +63,14 @@ from distillation.teacher import (
     taps,
     teacher_vae,
     v_target,
+    without_variance,
 )
 from distillation.timesteps import TimestepSampler, bins_of, make_sampler
 from harness.cli import UserError, check_flags, cli, closest, dashed, flag, flag_like, parse, shown
 from harness.ranks import Ranks, autocast, join_ranks
 from harness.run import TIME_BINS, checkpoints
 from harness.seeds import torch_seed
-from model import PRESETS, UNet, UNetConfig
+from model import PRESETS, build, network_name
 from objectives import Loss, Net, Objective, make_objective
 from training.checkpoints import beginning
 from training.start import take_weights
@@ -261,8 +262,8 @@ def resolve(cfg: Config) -> Config:
     return replace(cfg, exclude_tags=tags, block_weight=block_weight)
 
 
-def check_student(cfg: Config, teacher: UNetConfig) -> None:
-    """--model: a U-Net that is given what its teacher is given."""
+def check_student(cfg: Config, teacher: Any) -> None:
+    """--model: a network of its teacher's kind, that is given what its teacher is given."""
     if not cfg.model:
         return
     if cfg.model not in PRESETS:
@@ -276,9 +277,11 @@ def check_student(cfg: Config, teacher: UNetConfig) -> None:
             do="Leave --model out for its architecture, or add --init scratch or FILE.",
         )
     student = PRESETS[cfg.model]
-    if not isinstance(student, UNetConfig):
+    if type(student) is not type(teacher):
         raise UserError(
-            f"--model {cfg.model} is no U-Net, and a student is one", do="Choose another preset."
+            f"--model {cfg.model} is a {network_name(student)}, and the teacher a "
+            f"{network_name(teacher)}",
+            do="Choose a preset of its kind.",
         )
     dims, wanted = text_dims(student), text_dims(teacher)
     if dims != wanted:
@@ -289,7 +292,7 @@ def check_student(cfg: Config, teacher: UNetConfig) -> None:
         )
 
 
-def text_dims(cfg: UNetConfig) -> str:
+def text_dims(cfg: Any) -> str:
     """Of what a network is told beside classes: its tokens and its vector."""
     return f"{cfg.context_dim} and {cfg.vector_dim}"
 
@@ -419,7 +422,7 @@ class DistillLoss:
     ranks: Ranks
     vae: AnyVAE
     objective: Objective  # the student's
-    net: UNet  # the student, without what wraps it in training
+    net: torch.nn.Module  # the student, without what wraps it in training
     teacher: Teacher
     weights: Tensor  # (n,) fp32: w, or λ where no assessor weighs
     assessor: Assessor | None = None
@@ -632,7 +635,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     sampler = open_sampler(cfg, assessor, ranks) if cfg.adaptive_t else None
     weights = weights_of(cfg, teacher).to(ranks.device)
     torch.manual_seed(torch_seed(cfg.seed))
-    net = UNet(unet)
+    net = build(unet)
     begun = checkpoints(Path(cfg.out) / cfg.name)
     start = None if begun else begin(cfg, teacher, net, vae, classes, ranks.rank)
     init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None}
@@ -652,7 +655,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, make_loss)
 
 
-def student_like(teacher: Teacher, cfg: Config) -> UNetConfig:
+def student_like(teacher: Teacher, cfg: Config) -> Any:
     """The student's network; its blocks can be compared with the teacher's, if they are to be."""
     unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
     blocks, wanted = tap_channels(unet), tap_channels(teacher.net.cfg)
@@ -732,27 +735,23 @@ def add_heads(cfg: Config, tr: train.Trainer) -> LocalHeads:
     return heads
 
 
-def add_caption(net: UNet, teacher: Teacher) -> None:
+def add_caption(net: torch.nn.Module, teacher: Teacher) -> None:
     """Where nobody says a caption, as in previews, the network gets the first one."""
 
-    def first(net: UNet, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def first(net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, teacher.text(0, None, len(args[0])) | kwargs
 
     net.register_forward_pre_hook(first, with_kwargs=True)
 
 
 def begin(
-    cfg: Config, teacher: Teacher, net: UNet, vae: AnyVAE, classes: list[str], rank: int
+    cfg: Config, teacher: Teacher, net: Any, vae: AnyVAE, classes: list[str], rank: int
 ) -> str | None:
     """Give a new student its first weights; returns where they came from."""
     if cfg.init == "scratch":
         return None
     if not cfg.init:
-        weights = teacher.net.state_dict()
-        for name in weights:
-            if name.startswith("out.2."):  # without a learned variance
-                weights[name] = weights[name][: net.cfg.out_channels]
-        load_strict(net, weights, cfg.teacher)
+        load_strict(net, without_variance(teacher.net, net.cfg.out_channels), cfg.teacher)
         return cfg.teacher
     other, meta = load_unet(cfg.init, dtype=torch.float32)
     if "vae" in meta and vae_from_meta(meta["vae"]).fingerprint != vae.fingerprint:

@@ -135,7 +135,7 @@ def save_unet(
     weights = own if weights is None else {**buffers, **weights}
     tensors = {k: v.detach().cpu() for k, v in weights.items()}
     wrapped = [k for k in tensors if WRAPPERS.match(k)]
-    assert not wrapped and tensors.keys() == own.keys(), f"not its own names: {wrapped[:3]}"
+    assert not wrapped and tensors.keys() == own.keys(), f"not this network's names: {wrapped[:3]}"
     digest = fingerprint(tensors)
     if meta.get("images") and meta.get("base_fingerprint") == digest:
         raise UserError(

@@ -159,6 +159,8 @@ def same_bin_gap(c: Tensor, bins: Tensor, distinct: bool) -> Tensor:
 def block_weights(unet: Any) -> dict[str, float]:
     """The source's base weights of the blocks, {"down_0": 0.7, …}: 0.7 at the ends to 1.2 in the
     middle, read at each level's depth."""
+    if not hasattr(unet, "channel_mult"):
+        return dict.fromkeys(tap_channels(unet), 1.0)  # a transformer has no middle
     marks = (0.7, 0.9, 1.0, 1.1, 1.2)
     levels = len(unet.channel_mult)
     down = []

@@ -1,13 +1,14 @@
-"""The teacher of a distillation: a frozen U-Net under its own noise schedule, asked what it sees at
-a point of the linear path.
+"""The teacher of a distillation: a frozen network under its own noise schedule, asked what it sees
+at a point of the linear path.
 
     teacher = open_teacher("runs/toyfaces-ddpm-standard")
     x0, eps, features = teacher.ask(x, t)    # its opinion at x on the linear path at t (B,)
 
 The features are those of the last block of each level and of the middle one: down_0 … mid … up_0 …,
-as Stable Diffusion's U-Net has nine. A network that is told what to draw by text needs --context
-FILE: safetensors with "context" (n, tokens, dim), the encoder's output for n captions, and for SDXL
-"y" (n, dim). Sample p of a run gets a caption that depends on (seed, p) alone.
+as Stable Diffusion's U-Net has nine; of a transformer those after each quarter, depth_0 … depth_3.
+A network that is told what to draw by text needs --context FILE: safetensors with "context"
+(n, tokens, dim), the encoder's output for n captions, and for SDXL "y" (n, dim). Sample p of a run
+gets a caption that depends on (seed, p) alone.
 """
 
 from collections.abc import Callable
@@ -16,18 +17,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ckpt.configs import check_resolution
 from ckpt.containers import open_weights, unboxed
 from ckpt.hub import data_from_file
-from ckpt.layouts import target_of
+from ckpt.layouts import Config, target_of
 from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.meaning import objective_from, said_table, same_table
 from data.dataset import Dataset, first_of, rng, vae_for
 from data.tags import one_form
 from diffusion.schedules import T, has_rows, norm, shorter, table_time
 from harness.cli import UserError, flag
-from model import UNet, UNetConfig
+from mmdit import MMDiTConfig
+from model import UNetConfig
 from objectives import Net, Objective
 from vae import AnyVAE
 
@@ -39,11 +42,20 @@ LEAVE_IT = "Leave it out."
 # ---- its blocks ----------------------------------------------------------------------------------
 
 
-def taps(cfg: UNetConfig) -> dict[str, str]:
-    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass.
+DEPTHS = 4  # of a transformer that are looked at: after each quarter of its blocks
+
+
+def taps(cfg: Config) -> dict[str, str]:
+    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass; {"depth_0": …}
+    of a transformer.
 
     A level's last block includes its resampling.
     """
+    if isinstance(cfg, MMDiTConfig):
+        counts = {"blocks": cfg.blocks, "joint_blocks": cfg.joint, "single_blocks": cfg.single}
+        names = [f"{kind}.{i}" for kind, n in counts.items() for i in range(n)]
+        parts = min(DEPTHS, len(names))
+        return {f"depth_{i}": names[(i + 1) * len(names) // parts - 1] for i in range(parts)}
     levels = len(cfg.channel_mult)
     each = cfg.num_res_blocks + 1
     blocks = {}
@@ -55,8 +67,10 @@ def taps(cfg: UNetConfig) -> dict[str, str]:
     return blocks
 
 
-def tap_channels(cfg: UNetConfig) -> dict[str, int]:
+def tap_channels(cfg: Config) -> dict[str, int]:
     """{"down_0": C, …}: the channels of each tapped block's output."""
+    if isinstance(cfg, MMDiTConfig):
+        return dict.fromkeys(taps(cfg), cfg.width)
     return dict(zip(taps(cfg), (*cfg.channels, cfg.channels[-1], *reversed(cfg.channels))))
 
 
@@ -90,7 +104,7 @@ def v_target(x_t: Tensor, eps_hat: Tensor, a: Tensor | float, s: Tensor | float)
 class Teacher:
     """A frozen network and how to ask it."""
 
-    net: UNet
+    net: nn.Module
     objective: Objective
     meta: dict[str, Any]  # of its file
     path: Path
@@ -146,13 +160,14 @@ class Teacher:
                 do="Name the autoencoder it was trained with.",
             )
         side = vae.latent_shape(resolution)[1]
-        factor = 2 ** (len(self.net.cfg.channel_mult) - 1)
+        factor = self.net.cfg.multiple
         if side % factor:
             raise UserError(
                 f"--resolution {resolution} gives {side}×{side} latents, which the teacher cannot "
                 f"divide by {factor}",
                 do=f"Use a multiple of {vae.factor * factor}.",
             )
+        check_resolution(self.net.cfg, vae.factor, resolution)
 
     def check_classes(self, classes: list[str]) -> None:
         """Its labels are the student's: as many, and where its file names them, in their order."""
@@ -234,7 +249,7 @@ class TeacherFlags:
 
 def describe_teacher(
     name: str, objective: str = "", table: str = "", zero_snr: bool = False
-) -> tuple[UNetConfig, Objective, dict[str, Any]]:
+) -> tuple[Config, Objective, dict[str, Any]]:
     """A teacher's config, objective and metadata, without reading its weights."""
     if not name:
         raise UserError(
@@ -243,8 +258,12 @@ def describe_teacher(
         )
     source = open_unet(name)
     cfg, meta = source.cfg, source.meta
-    if not isinstance(cfg, UNetConfig):
+    if not isinstance(cfg, Config):
         raise UserError(f"{name} holds no U-Net, and a teacher is one", do="Choose another.")
+    if getattr(cfg, "guidance", False):
+        raise UserError(
+            f"{name} is told how strongly to guide, which no student here is", do="Choose another."
+        )
     recorded = meta.get("objective")
     if isinstance(recorded, dict) and recorded.get("coupling") == "lowres":
         raise UserError(
@@ -366,7 +385,7 @@ def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
     return vae_for(ds, cfg.vae, meta=meta, network="the teacher")
 
 
-def read_texts(cfg: UNetConfig, file: str) -> dict[str, Tensor]:
+def read_texts(cfg: Config, file: str) -> dict[str, Tensor]:
     """The text embeddings a network of this config is fed: {"context": (n, M, D)} and, if it takes
     vectors, "y" (n, D)."""
     if not cfg.context_dim:
@@ -400,14 +419,29 @@ def read_texts(cfg: UNetConfig, file: str) -> dict[str, Tensor]:
 # ---- its student ---------------------------------------------------------------------------------
 
 
-def student_config(teacher: UNetConfig, preset: UNetConfig | None) -> UNetConfig:
+def student_config(teacher: Config, preset: Config | None) -> Config:
     """The student's network: the teacher's without a learned variance, or a preset with its inputs
     and classes."""
     if preset is None:
         return replace(teacher, out_channels=teacher.in_channels)
-    return replace(
-        preset,
-        in_channels=teacher.in_channels,
-        out_channels=teacher.in_channels,
-        num_classes=teacher.num_classes,
-    )
+    same = {"in_channels": teacher.in_channels, "num_classes": teacher.num_classes}
+    if isinstance(teacher, MMDiTConfig):
+        same["pos_max"] = teacher.pos_max
+    return replace(preset, out_channels=teacher.in_channels, **same)
+
+
+def without_variance(net: nn.Module, channels: int) -> dict[str, Tensor]:
+    """A network's weights, with the first `channels` of its outputs: a learned variance comes
+    after them."""
+    weights, cfg = net.state_dict(), net.cfg
+    for name, rows in weights.items():
+        if name.startswith("out.2."):
+            weights[name] = rows[:channels]
+        if not name.startswith("final_layer.linear."):
+            continue
+        order = (cfg.patch**2, cfg.out_channels)  # of a token's rows
+        if cfg.tokens == "pqc":
+            weights[name] = rows.unflatten(0, order)[:, :channels].flatten(0, 1)
+        else:
+            weights[name] = rows.unflatten(0, order[::-1])[:channels].flatten(0, 1)
+    return weights

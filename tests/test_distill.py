@@ -8,14 +8,14 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomize
 from distilling import few_samples, home  # noqa: F401
-from distilling import ALONE, config, go, rows, same, stub, tensors, words
+from distilling import ALONE, FAST, config, go, rows, same, stub, tensors, words
 from safetensors.torch import save_file
 from test_resume import kill_tree, wait_for
 
@@ -28,12 +28,12 @@ from data.dataset import Stream, batches
 from diffusion.schedules import alphas_bar, norm
 from distill import fuse, kd_cosine
 from distillation.assessor import block_weights, load_assessor
-from distillation.teacher import Teacher, tap_channels, taps
+from distillation.teacher import Teacher, tap_channels, taps, without_variance
 from distillation.timesteps import make_sampler
 from harness.cli import UserError
 from harness.files import write_tensors
 from harness.run import checkpoints
-from model import PRESETS, UNet, UNetConfig
+from model import PRESETS, UNet, UNetConfig, build
 from objectives import Objective, make_objective
 from training import precision
 from vae import pixel
@@ -1103,3 +1103,31 @@ def test_a_run_whose_config_still_has_flags_that_were_refused_goes_on(home, tmp_
     go(home, tmp_path, **how)
     with pytest.raises(UserError, match="was made with another config: lr"):
         go(home, tmp_path, **how, lr=1.0)
+
+
+def test_a_transformer_teaches_a_transformer(tmp_path):
+    """From its own weights, but for the variance it had learned; its blocks are read by depth."""
+    objective, vae = make_objective("ddpm", table="scaled_linear", learn_sigma=True), pixel(8)
+    cfg = replace(PRESETS["sit-nano"], in_channels=192, out_channels=384, pos_max=4)
+    net = randomize(build(cfg), 1).eval()
+    meta = {"objective": asdict(objective), "vae": vae.meta(), "resolution": 32, "classes": []}
+    file = tmp_path / "teacher.safetensors"
+    save_unet(file, net, {**meta, "config": {"data": "toyfaces:48"}})
+    how = dict(teacher=str(file), out=str(tmp_path), assessor="none", images=16, log_every=8)
+    distill.run(distill.resolve(distill.Config(**{**FAST, **how, "name": "student"})), ALONE)
+    student, _ = load_unet(tmp_path / "student")
+    assert student.cfg == replace(cfg, out_channels=192)
+    row = rows(tmp_path / "student")[0]
+    assert row["images"] == 8 and row["loss"] > 0
+    assert [name for name in row if "depth" in name] or "depth_1" in str(row)
+    with pytest.raises(UserError, match="--model nano is a UNet, and the teacher a MMDiT"):
+        distill.resolve(distill.Config(**{**FAST, **how, "model": "nano", "init": "scratch"}))
+
+
+@pytest.mark.parametrize("tokens", ["pqc", "cpq"])
+def test_a_learned_variance_is_cut_off_the_right_rows(tokens):
+    cfg = replace(PRESETS["sit-nano"], in_channels=4, out_channels=8, patch=2, tokens=tokens)
+    net, student = randomize(build(cfg), 1), build(replace(cfg, out_channels=4))
+    student.load_state_dict(without_variance(net, 4))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0])
+    torch.testing.assert_close(student(x, t), net(x, t)[:, :4])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import mmdit
+from benchmarks.peer_dit import peer_dit
 from ckpt import load_unet, save_unet
 from diffusion.positions import rotate, rotations, sincos
 from kernels import attention
@@ -87,6 +88,22 @@ def test_every_preset_is_known_to_the_scripts():
 def test_computes_what_diffusers_computes(name, peers):
     cfg = SMALL[name]
     assert distance(answer(filled(cfg), told(cfg)), peers[name][1]) < BOUND
+
+
+def test_a_sit_computes_what_diffusers_dit_computes():
+    cfg = replace(SMALL["sit"], out_channels=8)
+    net, inputs = filled(cfg), told(cfg) | {"y": torch.tensor([1, 3])}
+    inputs["x"] = inputs["x"][..., :8]  # theirs knows squares only
+    with torch.no_grad():
+        # Theirs has a table for its own size, from the first place on.
+        net.pos_embed = sincos(4, cfg.width).double()
+        told_as(net, pos_max=4)
+        peer = peer_dit(net, 8).eval()
+        wanted = peer(inputs["x"], inputs["t"], inputs["y"]).sample
+    inputs["y"] = torch.tensor([1, -1])
+    assert distance(answer(net, inputs), wanted) < BOUND
+    inputs["y"] = torch.tensor([1, 2])
+    assert distance(answer(net, inputs), wanted) > 3 * BOUND
 
 
 def swap_halves(layer: torch.nn.Module) -> None:

@@ -74,7 +74,7 @@ def test_any_safetensors_reader_sees_plain_native_names(net, tmp_path):
             file.metadata()["format"] == "pt"
             and json.loads(file.metadata()["twinpath"])["unet"]["model_channels"] == 32
         )
-    with pytest.raises(AssertionError, match="not this U-Net"):
+    with pytest.raises(AssertionError, match="not this network"):
         save_unet(
             tmp_path / "x.safetensors",
             net,
@@ -560,7 +560,7 @@ def test_another_network_saves_loads_strictly_and_is_refused_when_altered(tmp_pa
         with pytest.raises(UserError, match=message):
             load_unet(tmp_path / "odd")
     save_file(tensors, tmp_path / "odd", metadata=text_meta(meta | {"network": "Other"}))
-    with pytest.raises(UserError, match="network is 'Other': wanted one of UNet, DiT"):
+    with pytest.raises(UserError, match="network is 'Other': wanted one of UNet, MMDiT, DiT"):
         load_unet(tmp_path / "odd")
     spoil(path, "one bit flipped")
     with pytest.raises(UserError, match="do not match their own fingerprint"):
