@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import samplers
 from ckpt import convert, load_like, load_unet, save_unet
 from ckpt.convert import inspect, verify
 from ckpt.diffusers import diffusers_config, from_diffusers_config
@@ -197,6 +198,18 @@ def test_sits_file_points_from_noise_to_data(tmp_path):
         torch.testing.assert_close(net.eval()(**inputs), -sit(**theirs), rtol=0, atol=1e-12)
     dit, _ = load_unet(path, num_heads=2, objective="eps")
     assert same(dit, sit) and not dit.cfg.reversed_time
+
+
+def test_a_sits_file_is_sampled(tmp_path, user):
+    net = filled(replace(FILES["sit"], in_channels=12, out_channels=24), torch.float32)
+    save_file(authors(net), tmp_path / "sit.safetensors")
+    words = ["--ckpt", tmp_path / "sit.safetensors", "--num-heads", "2", "--vae", "pixel:2"]
+    words += ["--resolution", "24", "--n", "2", "--steps", "2", "--labels", "1"]
+    words += ["--out", tmp_path / "s", "--device", "cpu"]
+    code, out, err = user(samplers.main, *words, "--objective", "fm")
+    assert code == 0 and (tmp_path / "s-grid.png").is_file(), err
+    code, _, err = user(samplers.main, *words)
+    assert code == 2 and "Add --objective fm (SiT) or eps (DiT)" in err[-1]
 
 
 @pytest.mark.parametrize("name", FILES)
