@@ -21,6 +21,7 @@ from ckpt.layouts import (
     reorder_attention, target_of, to_foreign,
 )
 from ckpt.meaning import ANOTHER, UNKNOWN, add_schedule, shown_betas
+from ckpt.mmdit_configs import usual_shift
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
 from diffusion.schedules import shorter
 from harness.cli import UserError, printable
@@ -192,6 +193,7 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
         "objective": objective or "not said",
         "betas": shown_betas(noise_of(meta).get("table") or ""),
         "it says": "; ".join(map(str, said)),
+        "sampled": shown_shift(cfg),
         "probe": "none: above 1e9 parameters" if unprobed else "",
         "ema": meta.get("ema"),
         "images": f"{images:,}" if images else "",
@@ -217,6 +219,13 @@ def shown_objective(meta: Mapping[str, Any]) -> str | None:
     shown = ("name", "target", "table", "zero_snr")
     words = {key: value for key, value in objective.items() if key in shown and value}
     return " ".join(f"{key}={shorter(str(value))}" for key, value in words.items())
+
+
+def shown_shift(cfg: Any) -> str:
+    """How the authors of a transformer that reads text sample from it."""
+    if not getattr(cfg, "joint", 0):
+        return ""
+    return f"--shift {usual_shift(cfg, 128, 128, 28):.4g} for 1024 px in 28 steps, by its authors"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

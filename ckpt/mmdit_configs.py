@@ -13,6 +13,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from ckpt.configs import config_from
+from diffusion.schedules import flux2_shift, flux_shift
 from harness.cli import UserError, closest
 from mmdit import FLUX, FLUX2, SD3, SIT, MMDiTConfig
 
@@ -120,6 +121,17 @@ def checked(base: MMDiTConfig, values: dict[str, Any]) -> MMDiTConfig:
     """A config with other values, of which types and sizes are looked at first."""
     whole = {f.name: getattr(base, f.name) for f in fields(base)} | values
     return config_from(MMDiTConfig, whole)
+
+
+def usual_shift(cfg: MMDiTConfig, height: int, width: int, steps: int) -> float:
+    """The shift of times, once, with which its authors sample latents of this size: 1 is none."""
+    tokens = height // cfg.patch * (width // cfg.patch)
+    if cfg.modulation == "shared":
+        return flux2_shift(tokens, steps)
+    if cfg.rope:
+        # schnell, which is told no strength of guidance, has none.
+        return flux_shift(tokens) if cfg.guidance else 1.0
+    return 3.0 if cfg.joint else 1.0
 
 
 # ---- diffusers ----------------------------------------------------------------------------------

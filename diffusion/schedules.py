@@ -204,8 +204,24 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def resolution_shift(height: int, width: int, base: int = 32) -> float:
     """The shift that keeps a larger picture as uncertain as a base × base one: sqrt(m / n) with
     m = height · width latent pixels and n = base² (SD3, eq. 23). 1 for 32×32 latents, 2 for 64×64.
-    (Flux's other convention, exp(mu) with mu affine in the number of tokens, is not used here.)"""
+    Flux has other rules: flux_shift(), flux2_shift()."""
     return math.sqrt(height * width) / base
+
+
+def flux_shift(tokens: int) -> float:
+    """The shift that Flux 1 dev is sampled with, for an image of so many tokens: e^mu, with mu on
+    the line from 0.5 at 256 tokens to 1.15 at 4096 (Black Forest Labs' code)."""
+    return math.exp(0.5 + 0.65 * (tokens - 256) / 3840)
+
+
+def flux2_shift(tokens: int, steps: int) -> float:
+    """The same of Flux 2: mu is on the line between its values for 10 and for 200 steps, which were
+    fitted; for more than 4300 tokens the latter (Black Forest Labs' code)."""
+    at_10 = 8.73809524e-5 * tokens + 1.89833333
+    at_200 = 1.6927e-4 * tokens + 0.45666666
+    if tokens > 4300:
+        return math.exp(at_200)
+    return math.exp(at_200 + (steps - 200) * (at_200 - at_10) / 190)
 
 
 def time_quantile(

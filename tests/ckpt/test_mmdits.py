@@ -1,6 +1,7 @@
 """Transformers' files of other programs: spelled names, exact ways there and back, refusals."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from ckpt import convert, load_like, load_unet, save_unet
 from ckpt.convert import inspect, verify
 from ckpt.diffusers import diffusers_config, from_diffusers_config
 from ckpt.layouts import foreign_names, foreign_shapes, native_shapes, to_foreign, to_native
+from ckpt.mmdit_configs import usual_shift
 from harness.cli import UserError
 from mmdit import MMDiT, PRESETS
 from mmdit_cases import SMALL, filled, told
@@ -217,6 +219,16 @@ def test_inspect_says_what_it_is(name, tmp_path):
     _, path = written(tmp_path, name)
     lines = "\n".join(inspect(str(path), **FLAGS.get(name, {})))
     assert f"family       {name}\n" in lines and "layout       native" in lines
+
+
+def test_inspect_says_with_which_shift_the_authors_sample(tmp_path):
+    _, path = written(tmp_path, "flux1")
+    assert "sampled      --shift 3.158 for 1024 px in 28 steps" in "\n".join(inspect(str(path)))
+    shifts = {name: usual_shift(PRESETS[name], 32, 32, 4) for name in PRESETS}
+    assert shifts["sd3-medium"] == shifts["sd3.5-large"] == 3
+    assert shifts["flux1-schnell"] == shifts["sit-xl"] == 1
+    assert shifts["flux1-dev"] == pytest.approx(math.exp(0.5))
+    assert shifts["flux2-dev"] == pytest.approx(7.14, abs=0.005)
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("sit")])

@@ -13,6 +13,8 @@ from diffusion.schedules import (
     T,
     TABLES,
     alphas_bar,
+    flux2_shift,
+    flux_shift,
     norm,
     resolution_shift,
     sample_t,
@@ -22,6 +24,7 @@ from diffusion.schedules import (
     table_time,
     time_quantile,
 )
+from diffusion.solvers import time_grid
 
 CURVES = [(table, zero) for table in TABLES for zero in (False, True)]
 
@@ -176,6 +179,23 @@ def test_the_shift_for_a_resolution_keeps_the_uncertainty_of_the_mean():
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     moved = shift_time(t, resolution_shift(128, 64))
     assert torch.allclose(moved / (1 - moved) / math.sqrt(128 * 64), t / (1 - t) / 32)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1024, 4096, 5000])
+def test_fluxs_shifts_are_those_of_its_pipelines(tokens):
+    """diffusers keeps them as mu."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    assert math.log(flux_shift(tokens)) == pytest.approx(calculate_shift(tokens), rel=1e-12)
+    for steps in (4, 28, 50, 200):
+        wanted = compute_empirical_mu(tokens, steps)
+        assert math.log(flux2_shift(tokens, steps)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_shift_is_applied_once():
+    """diffusers' grid for SD3 is shifted twice at its low end, and wastes its last step."""
+    assert time_grid(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
 def test_stratified_times_have_one_in_each_stratum_and_keep_the_marginal():
