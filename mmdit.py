@@ -76,7 +76,7 @@ class MMDiTConfig:
             "rope and text_axis": self.text_axis in range(max(len(self.rope), 1)),
             "num_classes and vector_dim": not (self.num_classes and self.vector_dim),
             "joint and dual": self.dual <= self.joint,
-            "single and last_pre_only": not (self.single and self.last_pre_only),
+            "joint, single and last_pre_only": not self.last_pre_only or (text and not self.single),
             "modulation": not shared or (text and not self.dual and not self.last_pre_only),
         }
         for names, fit in fits.items():

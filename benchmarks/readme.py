@@ -169,6 +169,25 @@ def block_speed(up: str) -> str:
     )
 
 
+def block_transformer(up: str) -> str:
+    r = results("transformer")
+    rows = [
+        [name, f"{row['images/s']:.0f}", f"{row['ratio to diffusers']:.2f}×"]
+        for name, row in r["results"].items()
+    ]
+    head = [
+        "one training step on a CPU",
+        "images/s",
+        "against diffusers `DiTTransformer2DModel`",
+    ]
+    return paragraphs(
+        table(head, rows),
+        "Both sides have the same weights, inputs and optimizer, and most of a step is matrix "
+        "products that both do alike.",
+        origin(r, f"seed 0; medians of {r['rounds']} alternating rounds, spread not recorded"),
+    )
+
+
 def block_stages(up: str) -> str:
     r = results("stages")
     n, columns = r["samples a run"], list(r["share of samples"]["fine"])
@@ -663,6 +682,7 @@ BLOCKS = {
     "map": block_map,
     "results": block_results,
     "speed": block_speed,
+    "transformer": block_transformer,
     "stages": block_stages,
     "compare": block_compare,
     "protocol": block_protocol,

@@ -1,4 +1,4 @@
-"""Checkpoints: look into any U-Net's file, turn it into another layout, compare two.
+"""Checkpoints: look into any network's file, turn it into another layout, compare two.
 
     python -m ckpt inspect FILE             # what it is, and what is missing for sampling
     python -m ckpt convert SRC DST --layout diffusers --dtype fp16

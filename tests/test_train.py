@@ -527,6 +527,20 @@ def test_every_objective_trains_and_samples(tmp_path, objective):
     assert rows(run)[-1]["loss"] > 0 and (run / "samples" / "final.png").exists()
 
 
+TRANSFORMER = {
+    "cfm": dict(objective="cfm", lowres=2),
+    "a learned variance": dict(objective="ddpm", learn_sigma=True, table="linear"),
+    "8 bits and bf16": dict(optim="adamw8bit", dtype="bf16", accum=2),
+    "classes": dict(classes=("* hair",), objective="v"),
+}
+
+
+@pytest.mark.parametrize("flags", TRANSFORMER.values(), ids=TRANSFORMER)
+def test_a_transformer_trains_by_every_flag(tmp_path, flags):
+    run = go(tmp_path, model="sit-nano", **flags)
+    assert rows(run)[-1]["loss"] > 0 and (run / "samples" / "final.png").exists()
+
+
 # ---- trouble ------------------------------------------------------------------------------------
 
 

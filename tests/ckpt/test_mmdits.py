@@ -2,20 +2,21 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import samplers
-from ckpt import convert, load_like, load_unet, save_unet
+from ckpt import convert, load_like, load_unet, read_tensors, save_unet
 from ckpt.convert import inspect, verify
 from ckpt.diffusers import diffusers_config, from_diffusers_config
 from ckpt.layouts import foreign_names, foreign_shapes, native_shapes, to_foreign, to_native
 from ckpt.mmdit_configs import usual_shift
 from harness.cli import UserError
-from mmdit import MMDiT, PRESETS
+from harness.files import text_meta
+from mmdit import PRESETS, MMDiT, MMDiTConfig
 from mmdit_cases import SMALL, filled, told
 from model import PRESETS as ALL
 
@@ -290,6 +291,20 @@ def test_a_file_with_a_tensor_less_or_more_is_refused(name, tmp_path):
     flags = FLAGS.get(name, {})
     refused(lambda: load_unet(tmp_path / "less.safetensors", **flags), "missing", last)
     refused(lambda: load_unet(tmp_path / "more.safetensors", **flags), "final_layer.more")
+
+
+# theta is of rotations, of which this one has none.
+@pytest.mark.parametrize("name", [f.name for f in fields(MMDiTConfig) if f.name != "theta"])
+def test_a_damaged_config_is_one_line(name, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_unet(path, filled(SMALL["sit"], torch.float32), {})
+    tensors, meta = read_tensors(path)
+    for value in ("x", -1, 0, 10**12, 1.5, None, [1], [64, 64, 64, 64], True):
+        if meta["unet"][name] == value:
+            continue
+        altered = {**meta, "unet": {**meta["unet"], name: value}}
+        save_file(tensors, path, metadata=text_meta(altered))
+        refused(lambda: load_unet(path), "net.safetensors")
 
 
 def test_another_presets_file_is_refused_by_name(tmp_path):
