@@ -37,10 +37,10 @@ ENDINGS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
     ".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json",
 )  # fmt: skip
-# Where a folder or a repository keeps a U-Net, most specific first.
+# Where a folder or a repository keeps a network, most specific first.
 USUAL = [
     f"{folder}{stem}{end}"
-    for folder in ("", "unet/", "unet_ema/")
+    for folder in ("", "unet/", "transformer/", "unet_ema/")
     for stem in ("diffusion_pytorch_model", "model")
     for end in ENDINGS
 ]
@@ -275,7 +275,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The U-Net's file in a folder of the usual shape."""
+    """The network's file in a folder of the usual shape."""
     return next((folder / name for name in USUAL if (folder / name).is_file()), None)
 
 

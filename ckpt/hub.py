@@ -125,7 +125,7 @@ def resolve(spec: Path | str, usual: Sequence[str] = USUAL) -> Path:
         folder = file.rpartition("/")[0]
         usually = Path(file).name.startswith("diffusion_pytorch_model")
         besides = [f"{folder}/config.json".lstrip("/")]
-        if folder.startswith("unet"):
+        if folder.startswith(("unet", "transformer")):
             besides.append(SCHEDULER)
         for beside in besides:
             if beside in names or (usually and not names):

@@ -236,7 +236,8 @@ def scheduler_beside(path: Path) -> Path | None:
     a pipeline's folder."""
     folder = path.absolute().parent
     places = [folder / "scheduler" / CONFIG, folder / CONFIG]
-    if folder.name.startswith("unet") or (folder.parent / "model_index.json").is_file():
+    own = folder.name.startswith(("unet", "transformer"))
+    if own or (folder.parent / "model_index.json").is_file():
         places.append(folder.parent / "scheduler" / CONFIG)
     return next((file for file in places if file.is_file()), None)
 

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, proof
-from model import PRESETS, build
+from mmdit import PRESETS as TRANSFORMERS
+from model import PRESETS as UNETS
+from model import build
 
+PRESETS = {**UNETS, **TRANSFORMERS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

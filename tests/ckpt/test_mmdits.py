@@ -17,7 +17,7 @@ from ckpt.mmdit_configs import usual_shift
 from harness.cli import UserError
 from harness.files import text_meta
 from mmdit import PRESETS, MMDiT, MMDiTConfig
-from mmdit_cases import SMALL, filled, told
+from mmdit_cases import SMALL, filled, peer_of, told
 from model import PRESETS as ALL
 
 # Small ones whose files say what they are: heads of the families' own sizes.
@@ -187,6 +187,23 @@ def test_diffusers_loads_what_is_converted(name, tmp_path):
     # It keeps the table of places in fp32.
     assert theirs.cfg == net.cfg and same(theirs.bfloat16(), net)
     assert verify(str(path), str(tmp_path / "folder"))[0]
+
+
+def test_a_pipeline_of_shards_is_one_network(tmp_path):
+    """As diffusers keeps SD3 and Flux, its scheduler beside it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    net = filled(FILES["flux1"], torch.float32)
+    peer = peer_of(net)
+    peer.save_pretrained(tmp_path / "transformer", max_shard_size="5MB")
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 1
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
+    again, meta = load_unet(tmp_path)
+    assert again.cfg == net.cfg and same(again, net)
+    assert meta["objective"] == "fm" or meta["objective"]["target"] == "u"
+    assert "scheduler_config.json" in str(meta["said"])
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    refused(lambda: load_unet(tmp_path, objective="eps"), "its objective is fm", "got eps")
 
 
 def test_sits_file_points_from_noise_to_data(tmp_path):
