@@ -4,10 +4,10 @@
     o = objective_from(meta, path, "linear")   # by metadata and, where that is silent, the user
 
 Read are: the empty tensors v_pred and ztsnr (NoobAI and its kin); the header's
-modelspec.prediction_type and predict_key, and kohya's ss_v_parameterization and
-ss_zero_terminal_snr; the buffers betas and alphas_cumprod of LDM; edm_mean and edm_vpred
-(Playground, CosXL: EDM); and the scheduler_config.json of diffusers. A file that contradicts itself
-is refused.
+modelspec.prediction_type and predict_key, a modelspec.architecture that ends in -v, and kohya's
+ss_v_parameterization and ss_zero_terminal_snr; the buffers betas and alphas_cumprod of LDM;
+edm_mean and edm_vpred (Playground, CosXL: EDM); and the scheduler_config.json of diffusers. A file
+that contradicts itself is refused.
 """
 
 import json
@@ -27,7 +27,7 @@ from diffusion.schedules import (
     SCHEDULES, TABLES, T, alphas_bar, betas_of, has_rows, shorter, table_from,
 )
 from harness.cli import UserError, dashed
-from harness.files import Container
+from harness.files import Container, listed
 from harness.reading import read_file
 from objectives import Objective, make_objective
 
@@ -55,6 +55,8 @@ SILENT = {f"{name}Scheduler": BETAS for name in PLAIN.split()} | {
     "DPMSolverSDEScheduler": LIKE_K,
 }
 SPOKEN = ("beta_start", "beta_end", "beta_schedule")
+KNOWN = {"_class_name", "prediction_type", "num_train_timesteps", "trained_betas", *SPOKEN}
+KNOWN |= {"rescale_betas_zero_snr", "timestep_spacing"}
 NEEDS_TABLE = (
     "Add --table linear, cosine or scaled_linear (guided-diffusion: cosine for its 64×64 model, "
     "linear for the others; Stable Diffusion: scaled_linear), or --betas START,END,SCHEDULE."
@@ -163,6 +165,9 @@ def header_says(meta: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             found.append((key, {"target": TARGETS[word]}))
         elif word:
             found.append((f"{key} {ascii(word[:40])}", {"target": ANOTHER}))
+    # stable-diffusion-v2-768-v; a LoRA's name goes on after a slash.
+    if str(meta.get("modelspec.architecture", "")).partition("/")[0].endswith("-v"):
+        found.append(("modelspec.architecture", {"target": "v"}))
     flags = {"ss_v_parameterization": ("target", "v"), "ss_zero_terminal_snr": ("zero_snr", True)}
     for key, (name, value) in flags.items():
         if str(meta.get(key, "")).lower() == "true":
@@ -173,11 +178,11 @@ def header_says(meta: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def table_of(bars: Tensor, coarse: bool = False) -> tuple[str, bool | None]:
     """(table, zero terminal SNR) of the products of alphas of 1000 steps: a known table, else a
     formula's, else these betas themselves. coarse: the file has them in 16 bits, which cannot
-    become betas."""
+    become betas, and may not tell how a table ends (None)."""
     for table in TABLES:
-        for zero_snr in (False, True):
-            if alike(bars, alphas_bar(table, zero_snr), coarse):
-                return table, zero_snr
+        ends = [pure for pure in (False, True) if alike(bars, alphas_bar(table, pure), coarse)]
+        if ends:
+            return table, ends[0] if len(ends) == 1 else None
     betas = 1 - bars / torch.cat([bars.new_ones(1), bars[:-1]])
     text = ",".join(map(repr, betas.tolist()))
     zero_snr = bool(bars[-1] <= 0)
@@ -259,12 +264,15 @@ def scheduler_says(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The same of a dictionary. ValueError or TypeError says what cannot be."""
+    if config and not config.keys() & KNOWN:
+        raise ValueError(f"nothing of it is known: {listed(config)}")
     name = str(config.get("_class_name", "DDPMScheduler"))
-    spacing = config.get("timestep_spacing")
-    notes = [f"timestep spacing {str(spacing)[:40]}"] if spacing else []
+    words = {"timestep_spacing": "timestep spacing", "shift": "shift", "flow_shift": "shift"}
+    notes = [f"{word} {str(config[key])[:40]}" for key, word in words.items() if config.get(key)]
     if name.startswith("FlowMatch"):
         return {"target": "fm"}, notes
-    if name.startswith("EDM"):
+    # Continuous times are EDM's: the network is told ln(sigma) / 4, not the number of a step.
+    if name.startswith("EDM") or config.get("timestep_type") == "continuous":
         return {"target": "edm"}, notes
     if is_strange(name, config):
         word = config.get("prediction_type")
@@ -291,7 +299,9 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 def is_strange(name: str, config: Mapping[str, Any]) -> bool:
     """Does a scheduler's config leave its noise to a class that is not known here, or change it
-    after the betas (CogVideoX)?"""
+    after the betas (CogVideoX), or not use them (flow's sigmas for a network of another target)?"""
+    if config.get("use_flow_sigmas") and config.get("prediction_type") != "flow_prediction":
+        return True
     silent = any(config.get(key) is None for key in SPOKEN) and not config.get("trained_betas")
     shifted = config.get("snr_shift_scale") not in (None, 1)
     return shifted or silent and name not in SILENT

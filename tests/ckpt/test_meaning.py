@@ -66,6 +66,8 @@ def said(path, table="", **known):
 
 
 SPEC = {"modelspec.prediction_type": "v"}
+EPS = {"modelspec.prediction_type": "epsilon"}
+SD2_V = {"modelspec.architecture": "stable-diffusion-v2-768-v"}
 LDM = {"alphas_cumprod": BARS, "betas": (1 - BARS / torch.cat([torch.ones(1), BARS[:-1]]))}
 
 
@@ -92,6 +94,7 @@ LDM = {"alphas_cumprod": BARS, "betas": (1 - BARS / torch.cat([torch.ones(1), BA
             "linear",
             ("v", "linear", True),
         ),
+        ({}, SD2_V, "cosine", ("v", "cosine", False)),
     ],
 )
 def test_markers_headers_and_buffers_say_the_objective(
@@ -168,11 +171,17 @@ def test_betas_are_those_of_diffusers(tmp_path):
 @pytest.mark.parametrize(
     "beside, header, config, message",
     [
-        (V, {"modelspec.prediction_type": "epsilon"}, None, "objective is v by its marker v_pred"),
+        (V, EPS, None, "objective is v by its marker v_pred"),
         (V, {}, {"prediction_type": "epsilon"}, "is v by its marker v_pred, and eps by scheduler"),
         (LDM, {}, {"beta_schedule": "linear"}, "noise schedule is scaled_linear by its buffer"),
         ({**V, **ZERO}, {}, {**SD_BETAS, "prediction_type": "v_prediction"}, "SNR is on by .* off"),
-        (ZERO, {"modelspec.prediction_type": "epsilon"}, None, "cannot be sampled"),
+        (
+            {},
+            SD2_V | EPS,
+            None,
+            "is eps by modelspec.prediction_type, and v by modelspec.architecture",
+        ),
+        (ZERO, EPS, None, "cannot be sampled"),
         ({}, {}, {"prediction_type": "noise"}, "prediction_type is 'noise'"),
         ({}, {}, {"beta_schedule": "round"}, "beta_schedule is 'round'"),
         ({}, {}, {"beta_start": "0.1"}, "betas are from '0.1'"),
@@ -206,6 +215,8 @@ def test_contradictions_and_nonsense_are_refused(tmp_path, beside, header, confi
         ({}, SPEC, {"_class_name": "UnCLIPScheduler", "beta_schedule": "squaredcos_cap_v2"}),
         ({}, SPEC, {"_class_name": "CogVideoXDDIMScheduler"}),
         ({}, SPEC, {**SD_BETAS, "_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}),
+        ({}, SPEC, {**SD_BETAS, "prediction_type": "v_prediction", "use_flow_sigmas": True}),
+        ({}, {}, {**SD_BETAS, "prediction_type": "v_prediction", "timestep_type": "continuous"}),
     ],
 )
 def test_what_this_code_cannot_draw_is_shown_and_not_drawn(tmp_path, beside, header, config):
@@ -224,6 +235,16 @@ def test_what_this_code_cannot_draw_is_shown_and_not_drawn(tmp_path, beside, hea
                 said(file, table)
         with pytest.raises(UserError, match="the code that it was made for"):
             describe_teacher_of(file)
+
+
+@pytest.mark.parametrize("marks, zero_snr", [(V, False), ({**V, **ZERO}, True)])
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_do_not_tell_how_a_cosine_table_ends(tmp_path, marks, zero_snr, pure, dtype):
+    """It ends at 2e-9 or at 0; the markers say at which."""
+    beside = {**marks, "alphas_cumprod": alphas_bar("cosine", pure).to(dtype)}
+    path = file_of(tmp_path / "f.safetensors", beside, cfg=SMALL)
+    assert said(path) == ("v", "cosine", zero_snr)
 
 
 def bars_of(betas):
@@ -304,9 +325,12 @@ def test_betas_of_a_files_own_are_read_shown_kept_and_drawn(tmp_path, places, be
         ("", "nan,0.1,linear", UserError("0 < START, END < 1")),
         ("", "0.5,0.9,linear", UserError("leave nothing of the image")),
         ("", "none.json", UserError("is no scheduler's config")),
+        ("", "run.json", UserError("nothing of it is known: lr")),
     ],
 )  # fmt: skip
-def test_betas_are_said_in_one_spelling(table, betas, wanted):
+def test_betas_are_said_in_one_spelling(table, betas, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.json").write_text('{"lr": 1, "shift": 3}')  # of a run, not of a scheduler
     if isinstance(wanted, str):
         assert said_table(table, betas) == wanted
         return
@@ -389,14 +413,20 @@ def test_flags_that_contradict_a_file_are_refused(tmp_path, user, beside, config
     assert code == 2 and len(errors) == 1 and message in errors[0]
 
 
-def test_the_timestep_spacing_is_shown_and_kept(tmp_path):
-    scheduler(tmp_path, timestep_spacing="trailing", **SD_BETAS)
+@pytest.mark.parametrize(
+    "config, note",
+    [
+        ({"timestep_spacing": "trailing", **SD_BETAS}, "timestep spacing trailing"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "shift 3.0"),
+        ({"prediction_type": "flow_prediction", "flow_shift": 2.5}, "shift 2.5"),
+    ],
+)
+def test_where_a_sampler_puts_its_steps_is_shown_and_kept(tmp_path, config, note):
+    scheduler(tmp_path, **config)
     path = file_of(tmp_path / "f.safetensors", cfg=SMALL)
     convert(path, tmp_path / "out.safetensors", "native", **HEADS)
     for file in (path, tmp_path / "out.safetensors"):
-        assert "timestep spacing trailing (scheduler_config.json)" in "\n".join(
-            inspect(str(file), **HEADS)
-        )
+        assert f"{note} (scheduler_config.json)" in "\n".join(inspect(str(file), **HEADS))
 
 
 def test_converting_keeps_what_a_file_says(tmp_path):
