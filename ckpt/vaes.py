@@ -79,6 +79,8 @@ USUAL_VAE = [
     "vae.safetensors",
 ]
 SCALING = ("scale", "shift", "means", "stds")  # the fields of a Family that a file may say
+# What no tensor shows, and a config.json may say.
+COMPUTED = {"norm_num_groups": (32,), "act_fn": ("silu", "swish")}
 DIFFUSERS_SCALE = 0.18215  # of an AutoencoderKL whose config.json is silent
 EDM_SCALE = 0.5  # of a file with edm_mean and edm_std (Playground 2.5): EDM's sigma_data
 
@@ -218,12 +220,27 @@ def scaling_of(box: Container, z: int, own: Any = None) -> dict[str, Any]:
 def scaling_beside(path: Path) -> dict[str, Any]:
     """What diffusers would read from the config.json beside a file. Diffusers' defaults count only
     where it is an autoencoder's."""
-    try:
-        config = json.loads(read_file(path.parent / "config.json"))
-    except (OSError, ValueError, RecursionError):
+    file = path.parent / "config.json"
+    if not file.exists():
         return {}
+    try:
+        config = json.loads(read_file(file))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        # It may have said how latents are normalised.
+        what = f"{file}, beside an autoencoder, cannot be read ({type(error).__name__})"
+        raise UserError(what, do="Restore it, or move it away.") from None
     if not isinstance(config, dict):
         return {}  # somebody else's
+    if str(config.get("_class_name")).startswith("Autoencoder"):
+        for key, own in COMPUTED.items():
+            if config.get(key, own[0]) not in own:
+                raise UserError(
+                    f"{file} says {key} = {brief(config[key])}; this autoencoder computes "
+                    f"{own[0]!r} only",
+                    do="Use it in diffusers.",
+                )
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     said = {key: config[name] for key, name in zip(SCALING, names) if config.get(name) is not None}
     if config.get("_class_name") == "AutoencoderKL":
@@ -248,7 +265,8 @@ def scaling_inside(box: Container) -> dict[str, Any]:
         said |= {"scale": EDM_SCALE, "shift": 0.0}
     elif "scale_factor" in known:
         scale = values("scale_factor")
-        said = {"scale": scale[0] if len(scale) == 1 else scale}
+        # LDM multiplies by it, and shifts by nothing.
+        said = {"scale": scale[0] if len(scale) == 1 else scale, "shift": 0.0}
     return said
 
 
@@ -322,7 +340,8 @@ def pick_family(
     fits = {k: f for k, f in shaped.items() if same_scaling(said, own_scaling(f))}
     if said and not fits and given in (None, *shaped) and shaped:
         name = given or next(iter(shaped))
-        return name, shaped[name]._replace(**said)
+        # A shift that a family has is none of these constants, unless they name it.
+        return name, shaped[name]._replace(**{"shift": 0.0, **said})
     words = f"{cfg.z} latent channels"
     if cfg.stats:
         words += ", running statistics"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from autoencoders import FULL, SMALL, peer, saved, small, tensors_of
 from ckpt.containers import open_weights
@@ -334,6 +334,31 @@ def test_latents_are_normalised_as_the_file_says(
 
 
 @pytest.mark.parametrize(
+    "config, beside, scale, means, stds",
+    [
+        (None, {"scale_factor": torch.tensor(1.5305)}, 1.5305, 0.0, 1.0),
+        ('{"scaling_factor": 1.5305}', {}, 1.5305, 0.0, 1.0),
+        (KL % ', "scaling_factor": 1.5305, "shift_factor": 0.0609', {}, 1.5305, 0.0609, 1.0),
+        (json.dumps({"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}), {}, 0.3611, 0.5, 2.0),
+    ],
+)
+@torch.no_grad()
+def test_a_shift_that_is_not_said_is_not_that_of_the_shape(
+    tmp_path, config, beside, scale, means, stds
+):
+    """Latents of 16 channels need not be Flux's, whose shift is 0.1159."""
+    net, x = small("flux1"), torch.rand(1, 3, 32, 32) * 2 - 1
+    file = saved(tmp_path / "f.safetensors", net)
+    save_file({**load_file(file), **beside}, file)
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    vae = load_vae(file)
+    torch.testing.assert_close(vae.encode(x), expected(net, x, scale, means, stds))
+    save_vae(tmp_path / "own.safetensors", vae)
+    assert torch.equal(load_vae(tmp_path / "own.safetensors").encode(x), vae.encode(x))
+
+
+@pytest.mark.parametrize(
     "config, beside, message",
     [
         (KL % ', "scaling_factor": 0.13025', EDM, "say different things"),
@@ -344,6 +369,9 @@ def test_latents_are_normalised_as_the_file_says(
         (KL % ', "latents_mean": [1, 2, 3, 4]', {}, "wanted mean and standard deviation"),
         (KL % ', "latents_mean": [1, 2], "latents_std": [1, 2]', {}, "4 numbers, one a channel"),
         (KL % ', "latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 3, 0]', {}, "above 0"),
+        (KL % ', "norm_num_groups": 16', {}, "norm_num_groups = 16; this autoencoder computes 32"),
+        (KL % ', "act_fn": "relu"', {}, "act_fn = 'relu'; this autoencoder computes 'silu'"),
+        ('{"_class_name": "AutoencoderKL", "scaling_fac', {}, "config.json.* cannot be read"),
         (None, {"edm_mean": EDM["edm_mean"]}, "wanted mean and standard deviation"),
         (None, {**EDM, "edm_std": torch.ones(3)}, "4 numbers, one a channel"),
         (None, {"scale_factor": torch.tensor(float("nan"))}, "scale of the latents"),
