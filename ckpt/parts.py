@@ -63,7 +63,9 @@ KINDS = {
     "a ControlNet, which steers a U-Net and is none": re.compile(
         r"(^|[./])(zero_convs|input_hint_block|controlnet_\w+)\."
     ),
-    "a LoRA, which changes a U-Net and is none": re.compile(r"[._](lora_\w+|hada_w\d_\w|lokr_w\d)"),
+    "a LoRA, which changes a U-Net and is none": re.compile(
+        r"((^|[._])lora[._]|[._](hada_w\d_\w|lokr_w\d))"
+    ),
     "half a U-Net, as classifiers are": re.compile(r"(^|[./])input_blocks\.\d+\.\d+\."),
 }
 LONGEST = 300  # letters of a name that may be a network's

@@ -287,6 +287,7 @@ HALF = {k: v for k, v in RAW.items() if not k.startswith("out")}
      "is a ControlNet"),
     ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.ones(1)}, "is a LoRA, which"),
     ({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.ones(1)}, "is a LoRA, which"),
+    ({"down_blocks.0.attn1.processor.to_q_lora.down.weight": torch.ones(1)}, "is a LoRA, which"),
     (HALF | {"out.0.weight": torch.ones(1)}, "is half a U-Net, as classifiers are"),
     ({"optimizer.exp_avg." + k: v for k, v in RAW.items()}, "is half|holds no U-Net, but"),
     ({"first_stage_model.encoder.conv_in.weight": torch.ones(1)}, "no U-Net, but 1 vae tensors"),
