@@ -19,8 +19,8 @@ from harness.whole import check_checkpoint
 from kernels import proof
 from training.trainer import Trainer
 
-# Flags that say where something lies whose contents are compared (check_state, training.start).
-PLACES = {"name", "data", "init", "vae"}
+# Flags that say where something lies whose contents are compared (check_state, check_vae).
+PLACES = {"name", "data", "vae"}
 # Of an autoencoder's metadata: where it lies, and what it is called.
 WHERE = {"source", "sha256", "name", "commit"}
 
@@ -191,11 +191,12 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, meta
 
 
-def check_resume(cfg: Any, run: Path, free: set[str]) -> None:
-    """Before anything is written: a run's newest checkpoint, if it has one, has to be as it was
-    written, and of this config up to `free` fields."""
+def check_resume(cfg: Any, run: Path, free: set[str], goes_on: bool = True) -> None:
+    """Before anything is written: a run's newest checkpoint, if it has one, has to be of this
+    config up to `free` fields, and as it was written, if the run goes on from it."""
     if found := checkpoints(run):
-        check_checkpoint(found[-1])
+        if goes_on:
+            check_checkpoint(found[-1])
         check_same(cfg, recorded_config(found[-1]), found[-1], free | PLACES)
 
 

@@ -42,8 +42,9 @@ def is_finished(cfg: Any, ranks: Ranks, free: set[str]) -> bool:
     run = Path(cfg.out) / cfg.name
     free = free | moved(cfg, run)
     check_config(cfg, run, free, cfg.resume)
-    if not (run / FINAL).exists() or images_seen(run) < cfg.images:
-        ranks.broadcast(partial(check_resume, cfg, run, free))
+    goes_on = not (run / FINAL).exists() or images_seen(run) < cfg.images
+    ranks.broadcast(partial(check_resume, cfg, run, free, goes_on))
+    if goes_on:
         return False
     if ranks.rank == 0:
         print_end(run, cfg.images)
@@ -63,7 +64,9 @@ def moved(cfg: Any, run: Path) -> set[str]:
     config = read_config(run)
     if cfg.data != config.get("data") and Path(cfg.data).exists() and same_data(cfg, run):
         found.add("data")
-    if cfg.init not in ("", "scratch", config.get("init")) and same_init(cfg, run):
+    # The newest checkpoint may have been put there from another run.
+    inits = {config.get("init"), begun_with(run, "init", "")}
+    if cfg.init not in ("", "scratch") and inits != {cfg.init} and same_init(cfg, run):
         found.add("init")
     return found
 

@@ -238,3 +238,31 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_config(begun, run, user):
     shutil.copytree(begun[2] / NEW, run / NEW)
     code, _, err = user(train.main, *flags(run.parent))
     assert code == 2 and f"{run / NEW} was made with another config: seed 1 -> 0" in err[-1]
+
+
+def test_a_finished_run_with_another_runs_checkpoint_is_not_finished(begun, run, user):
+    end = "ckpt/000000000012"
+    shutil.copytree(begun[2] / end, run / end)
+    shutil.copy(begun[2] / "samples/final.png", run / "samples/final.png")
+    code, _, err = user(train.main, *flags(run.parent))
+    assert code == 2 and f"{run / end} was made with another config: seed 1 -> 0" in err[-1]
+
+
+def test_a_checkpoint_that_began_with_other_weights_is_refused_and_a_move_is_not(
+    tmp_path, begun, user
+):
+    """Two runs with the same flags up to --init: the weights decide, wherever they lie."""
+    for name, init in (("one", begun[0]), ("two", begun[2])):
+        assert user(train.main, *flags(tmp_path, name=name, init=init, images=8))[0] == 0
+        (tmp_path / name / "samples/final.png").unlink()
+    moved = shutil.copytree(begun[0], tmp_path / "moved")
+    for init in (begun[0], moved):
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        code, *_ = user(train.main, *flags(tmp_path, name="copy", init=init, images=8))
+        assert code == 0
+        shutil.rmtree(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "one" / NEW)
+    shutil.copytree(tmp_path / "two" / NEW, tmp_path / "one" / NEW)
+    for init in (begun[0], moved):
+        code, _, err = user(train.main, *flags(tmp_path, name="one", init=init, images=8))
+        assert code == 2 and "was made with another config: init " in err[-1], err
