@@ -200,6 +200,7 @@ def take_weights(
     the network as it was begun. Returns a line that says which were taken, new, dropped; "" if
     neither knows classes.
     """
+    check_places(net, other, what)
     key, none = ROWS.get(network_name(net.cfg), ("", 0))
     weights, own = other.state_dict(), net.state_dict().get(key)
     theirs = weights.pop(key, None)
@@ -229,6 +230,17 @@ def take_weights(
     told = [f"{word} {first_of(found, SHOWN) or 'none'}" for word, found in words.items()]
     unnamed = "" if "classes" in meta or theirs is None else " (by number: it names none)"
     return f"classes of {what}{unnamed}: {'; '.join(told)}"
+
+
+def check_places(net: nn.Module, other: nn.Module, what: str) -> None:
+    """Refuse a transformer that has learnt its places by another table."""
+    ours, theirs = (getattr(each.cfg, "pos_max", 0) for each in (net, other))
+    if ours != theirs:
+        raise UserError(
+            f"{what} has places for {theirs}×{theirs} tokens, and this --resolution makes "
+            f"{ours}×{ours}",
+            do="Use the --resolution that it was trained at.",
+        )
 
 
 def names_of(meta: dict[str, Any], rows: int, classes: list[str], what: str) -> list[str]:

@@ -188,6 +188,10 @@ def test_a_transformer_knows_a_place_for_every_token_and_no_more(tmp_path, user)
     assert code == 2 and len(err) == 1
     assert all(word in err[0] for word in ("--resolution 40", "at most 32", "Try --resolution 32"))
     assert user(samplers.main, *words, "--steps", "1", "--resolution", "16")[0] == 0
+    words = ["--model", "sit-nano", "--data", "toyfaces:24", "--resolution", "64", "--init", run]
+    code, _, err = user(train.main, *words, "--name", "larger", "--out", tmp_path)
+    assert code == 2 and "places for 4×4 tokens, and this --resolution makes 8×8" in err[-1]
+    assert not (tmp_path / "larger").exists()
     sizes = ["--model", "sit-s", "--data", "toyfaces:24", "--resolution", "40", "--out", tmp_path]
     code, _, err = user(train.main, *sizes)
     assert code == 2 and "5×5 latents; sit-s needs a side that is divisible by 2" in err[-1]
