@@ -65,23 +65,25 @@ class MMDiTConfig:
     def __post_init__(self):
         """What fits together. Of a config from a file, ckpt/ has checked types and sizes before."""
         D, rest = divmod(self.width, self.heads)
-        text, shared = self.joint > 0, self.modulation == "shared"
+        text, shared, ends = self.joint > 0, self.modulation == "shared", self.last_pre_only
+        more = self.dual or ends  # what no network with shared modulations has
         axes = len(self.rope) > 2 and sum(self.rope) == D and not any(n % 2 for n in self.rope)
         fits = {
-            "width and heads": not rest and D % 2 == 0 and self.width % 4 == 0,
-            "blocks, joint and single": (self.blocks > 0) != text and (text or not self.single),
-            "joint and context_dim": text == (self.context_dim > 0),
-            "pos_max and rope": (self.pos_max > 0) != (len(self.rope) > 0),
-            "joint, heads and rope": not self.rope or (text and axes),
-            "rope and text_axis": self.text_axis in range(max(len(self.rope), 1)),
-            "num_classes and vector_dim": not (self.num_classes and self.vector_dim),
-            "joint and dual": self.dual <= self.joint,
-            "joint, single and last_pre_only": not self.last_pre_only or (text and not self.single),
-            "modulation": not shared or (text and not self.dual and not self.last_pre_only),
+            ("width", "heads"): not rest and D % 2 == 0 and self.width % 4 == 0,
+            ("blocks", "joint", "single"): (self.blocks > 0) != text and (text or not self.single),
+            ("joint", "context_dim"): text == (self.context_dim > 0),
+            ("pos_max", "rope"): (self.pos_max > 0) != (len(self.rope) > 0),
+            ("joint", "width", "heads", "rope"): not self.rope or (text and axes),
+            ("rope", "text_axis"): self.text_axis in range(max(len(self.rope), 1)),
+            ("num_classes", "vector_dim"): not (self.num_classes and self.vector_dim),
+            ("joint", "dual"): self.dual <= self.joint,
+            ("joint", "single", "last_pre_only"): not ends or (text and not self.single),
+            ("joint", "dual", "last_pre_only", "modulation"): not shared or (text and not more),
         }
         for names, fit in fits.items():
             if not fit:
-                raise ValueError(f"{names} do not fit together in {self}.")
+                given = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+                raise ValueError(f"{given} do not fit together.")
 
     @property
     def multiple(self) -> int:
