@@ -138,17 +138,27 @@ def attend(kinds: Sequence[Sequence[Tensor]], turns: Maybe = None) -> Sequence[T
     return h.split([kind[0].shape[2] for kind in kinds], 1)
 
 
-class Part(nn.Module):
-    """What MLPs, and what q, k and v have in common, wherever they stand."""
+def widths(cfg: MMDiTConfig) -> tuple[int, int]:
+    """Of an MLP's hidden layer, before and after activate()."""
+    hidden = cfg.mlp_ratio * cfg.width
+    return hidden * (2 if cfg.mlp == "swiglu" else 1), hidden
+
+
+def activate(cfg: MMDiTConfig, h: Tensor) -> Tensor:
+    if cfg.mlp == "gelu":
+        return F.gelu(h, approximate="tanh")
+    gate, value = h.chunk(2, -1)  # Shazeer 2020
+    return F.silu(gate) * value
+
+
+class Heads(nn.Module):
+    """What splits a projection into heads, and norms them if the network does."""
 
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()
-        self.cfg, self.hidden = cfg, cfg.mlp_ratio * cfg.width
-        self.wide = self.hidden * (2 if cfg.mlp == "swiglu" else 1)  # before activate()
-
-    def add_norms(self) -> None:
-        if self.cfg.qk_norm:
-            D = self.cfg.width // self.cfg.heads
+        self.cfg = cfg
+        if cfg.qk_norm:
+            D = cfg.width // cfg.heads
             self.ln_q, self.ln_k = RMSNorm(D), RMSNorm(D)
 
     def split(self, qkv: Tensor) -> Sequence[Tensor]:
@@ -156,34 +166,18 @@ class Part(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.cfg.heads, -1)).permute(2, 0, 3, 1, 4)
         return (self.ln_q(q), self.ln_k(k), v) if self.cfg.qk_norm else (q, k, v)
 
-    def activate(self, h: Tensor) -> Tensor:
-        """(B, N, wide) -> (B, N, hidden)."""
-        if self.cfg.mlp == "gelu":
-            return F.gelu(h, approximate="tanh")
-        gate, value = h.chunk(2, -1)  # Shazeer 2020
-        return F.silu(gate) * value
 
+class Attention(Heads):
+    """The layers before and after attention."""
 
-class Attention(Part):
     def __init__(self, cfg: MMDiTConfig, out: bool = True):
         super().__init__(cfg)
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width, cfg.bias)
         if out:
             self.proj = nn.Linear(cfg.width, cfg.width, cfg.bias)
-        self.add_norms()
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         return self.split(self.qkv(x))
-
-
-class MLP(Part):
-    def __init__(self, cfg: MMDiTConfig):
-        super().__init__(cfg)
-        self.fc1 = nn.Linear(cfg.width, self.wide, cfg.bias)
-        self.fc2 = nn.Linear(self.hidden, cfg.width, cfg.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activate(self.fc1(x)))
 
 
 # ---- blocks -------------------------------------------------------------------------------------
@@ -197,7 +191,7 @@ class Stream(nn.Module):
 
     def __init__(self, cfg: MMDiTConfig, dual: bool = False, pre_only: bool = False):
         super().__init__()
-        self.dual, self.pre_only = dual, pre_only
+        self.cfg, self.dual, self.pre_only = cfg, dual, pre_only
         self.chunks = 6 + 3 * dual - 4 * pre_only
         if cfg.modulation == "own":
             self.adaLN_modulation = modulation(cfg, self.chunks)
@@ -205,7 +199,9 @@ class Stream(nn.Module):
         if dual:
             self.attn2 = Attention(cfg)
         if not pre_only:
-            self.mlp = MLP(cfg)
+            (wide, hidden), W = widths(cfg), cfg.width
+            layers = {"fc1": nn.Linear(W, wide, cfg.bias), "fc2": nn.Linear(hidden, W, cfg.bias)}
+            self.mlp = nn.ModuleDict(layers)
 
     def begin(self, x: Tensor, c: Tensor, shared: Maybe) -> tuple[Sequence[Tensor], Any]:
         """(q, k, v of x (B, N, W); what moves x: shift, scale, gate (B, 1, W) of attention, of the
@@ -220,7 +216,8 @@ class Stream(nn.Module):
         if self.dual:  # of the same input
             (h,) = attend([self.attn2(modulate(x, *moves[6:8]))])
             out = out + moves[8] * self.attn2.proj(h)
-        return out + moves[5] * self.mlp(modulate(out, *moves[3:5]))
+        h = activate(self.cfg, self.mlp["fc1"](modulate(out, *moves[3:5])))
+        return out + moves[5] * self.mlp["fc2"](h)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         qkv, moves = self.begin(x, c, None)
@@ -247,25 +244,24 @@ class JointBlock(nn.Module):
         return self.x_block.end(x, h_x, moves_x), text
 
 
-class SingleBlock(Part):
+class SingleBlock(Heads):
     """Both as one stream, attention beside MLP."""
 
     def __init__(self, cfg: MMDiTConfig):
         super().__init__(cfg)
-        W = cfg.width
+        (wide, hidden), W = widths(cfg), cfg.width
         if cfg.modulation == "own":
             self.adaLN_modulation = modulation(cfg, 3)
-        self.linear1 = nn.Linear(W, 3 * W + self.wide, cfg.bias)
-        self.linear2 = nn.Linear(W + self.hidden, W, cfg.bias)
-        self.add_norms()
+        self.linear1 = nn.Linear(W, 3 * W + wide, cfg.bias)
+        self.linear2 = nn.Linear(W + hidden, W, cfg.bias)
 
     def forward(self, x: Tensor, c: Tensor, turns: Maybe, shared: Maybe) -> Tensor:
         rows = self.adaLN_modulation[1](c) if shared is None else shared
         shift, scale, gate = rows[:, None].chunk(3, -1)
         h = self.linear1(modulate(x, shift, scale))
-        qkv, h = h.split([3 * self.cfg.width, self.wide], -1)
+        qkv, h = h.tensor_split([3 * self.cfg.width], -1)
         (attended,) = attend([self.split(qkv)], turns)
-        return x + gate * self.linear2(torch.cat([attended, self.activate(h)], -1))
+        return x + gate * self.linear2(torch.cat([attended, activate(self.cfg, h)], -1))
 
 
 # ---- the network --------------------------------------------------------------------------------

@@ -138,13 +138,13 @@ def guidance_not_scaled(net, inputs, monkeypatch):
 def other_activation(net, inputs, monkeypatch):
     """The exact GELU; SwiGLU's halves exchanged."""
 
-    def activate(self, h):
-        if self.cfg.mlp == "gelu":
+    def activate(cfg, h):
+        if cfg.mlp == "gelu":
             return F.gelu(h)
         value, gate = h.chunk(2, -1)
         return F.silu(gate) * value
 
-    monkeypatch.setattr(mmdit.Part, "activate", activate)
+    monkeypatch.setattr(mmdit, "activate", activate)
 
 
 def cropped_at_the_corner(net, inputs, monkeypatch):
@@ -167,7 +167,8 @@ def second_attention_reads_the_moved(net, inputs, monkeypatch):
         if self.dual:
             (h,) = mmdit.attend([self.attn2(mmdit.modulate(out, *moves[6:8]))])
             out = out + moves[8] * self.attn2.proj(h)
-        return out + moves[5] * self.mlp(mmdit.modulate(out, *moves[3:5]))
+        h = mmdit.activate(self.cfg, self.mlp["fc1"](mmdit.modulate(out, *moves[3:5])))
+        return out + moves[5] * self.mlp["fc2"](h)
 
     monkeypatch.setattr(mmdit.Stream, "end", end)
 
