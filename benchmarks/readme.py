@@ -2,8 +2,8 @@
 
 Every block between <!-- name --> and <!-- end --> that is named below is replaced by what the tree
 and benchmarks/results/*.json say. docs/results.md holds all tables of results, README.md the short
-one, `results`; `map`, the list of files, may stand in any page of docs. --check only says whether
-the pages are up to date (exit code 1 if not).
+one, `results`; `map`, the list of files, and `isa` may stand in any page of docs. --check only says
+whether the pages are up to date (exit code 1 if not).
 """
 
 import ast
@@ -34,6 +34,9 @@ MOVED = {
     "benchmarks/stages.py": "experiments/stages.py",
     "benchmarks/protocol.py": "experiments/protocol.py",
 }
+# Of each kernel's machine code: what is shown, and the GPUs that are not shown in full.
+COUNTED = ("instructions", "in_loops", "registers", "shared", "occupancy")
+ISA = ("sm_80", "sm_89", "sm_100", "gfx942")
 ARMS = {
     "A": "no block losses",
     "B": "λ = w",
@@ -576,6 +579,52 @@ def step_table(part: dict[str, Any]) -> str:
     return paragraphs(table(head, rows, left=2), origin(part, how))
 
 
+def block_isa(up: str) -> str:
+    """What is in each kernel's machine code, before and now."""
+    r = results("isa")
+    rows = []
+    for row in r["rows"]:
+        now, before = row["now"], row.get("before", {})
+        others = [share_of_warps(now[gpu]) for gpu in ISA if gpu in now]
+        cells = [then_and_now(before.get("sm_90"), now["sm_90"], name) for name in COUNTED]
+        rows.append([row["kernel"], f"{row['bytes'] / 1e6:,.1f}", *cells, ", ".join(others)])
+    head = [
+        "kernel, on sm_90",
+        "MB at least",
+        "instructions",
+        "in loops",
+        "registers",
+        "shared memory, B",
+        "warps at once",
+        "on other GPUs",
+    ]
+    spilled = {
+        side: sum(n["spilled"] > 0 for row in r["rows"] for n in row.get(side, {}).values())
+        for side in ("before", "now")
+    }
+    return paragraphs(
+        table(head, rows),
+        f"One call in a training step of {r['model']} at batch {r['batch']}. MB are what it has to "
+        "read and write once; warps, the share of a multiprocessor's that registers and shared "
+        f"memory let run at once (other GPUs: {', '.join(ISA)}, without those where the kernel "
+        "does not run). A loop may have been unrolled. What stands before an arrow is commit "
+        f"{r['before'][:9]}. Over all five GPUs, {spilled['before']} of these spilled registers "
+        f"then, {spilled['now']} now.",
+        origin(r, "a count without randomness"),
+    )
+
+
+def share_of_warps(n: dict[str, Any]) -> str:
+    return f"{n['occupancy']:.0%}"
+
+
+def then_and_now(before: dict[str, Any] | None, now: dict[str, Any], name: str) -> str:
+    """ "841 → 575", or one number where nothing changed or nothing was before."""
+    form = share_of_warps if name == "occupancy" else lambda n: f"{n[name]:,}"
+    texts = [form(n) for n in (before, now) if n]
+    return " → ".join(dict.fromkeys(texts))
+
+
 # ---- README's short table ------------------------------------------------------------------------
 
 
@@ -693,6 +742,7 @@ BLOCKS = {
     "adamw8bit": block_adamw8bit,
     "distill": block_distill,
     "kernels": block_kernels,
+    "isa": block_isa,
 }
 
 
@@ -713,7 +763,7 @@ def written(page: Path) -> str:
 def main() -> None:
     tables = (ROOT / "docs" / "results.md").read_text()
     for name in BLOCKS:
-        if name not in ("map", "results") and f"<!-- {name} -->" not in tables:
+        if name not in ("map", "results", "isa") and f"<!-- {name} -->" not in tables:
             sys.exit(f"docs/results.md has no block named {name}.")
     changed = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

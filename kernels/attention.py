@@ -209,19 +209,19 @@ def backward_small_kernel(
     ls = tl.load(lse + bh.to(tl.int64) * N + n, mask=n < N, other=float("inf"))
     dqt = tl.zeros([BN, D], tl.float32)
     k, v = k + b * kb + h * kh, v + b * vb + h * vh
+    dk, dv = dk + b * eb + h * eh, dv + b * eb + h * eh
     for start in range(0, M, BM):
         j = start + tl.arange(0, BM)
         cols = (j < M)[:, None]
         kt = tile(k, j, kn, d, cols)
-        vt = tile(v, j, vn, d, cols)
         p = weights(qt, kt, ls, j, M, scale2)
-        at = b * eb + h * eh + j.to(tl.int64)[:, None] * en + d[None, :]
         dvt = tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision="ieee")
-        tl.store(dv + at, dvt.to(dv.dtype.element_ty), mask=cols)
+        put(dv, j, en, d, cols, dvt)
+        vt = tile(v, j, vn, d, cols)  # not before: registers would spill
         ds = p * (tl.dot(gt, tl.trans(vt), input_precision="ieee") - dl[:, None])
         ds = ds.to(qt.dtype)
         dkt = tl.dot(tl.trans(ds), qt, input_precision="ieee") * scale
-        tl.store(dk + at, dkt.to(dk.dtype.element_ty), mask=cols)
+        put(dk, j, en, d, cols, dkt)
         dqt += tl.dot(ds, kt, input_precision="ieee")
     put(dq + b * ob + h * oh, n, on, d, rows, dqt * scale)
 
@@ -236,7 +236,7 @@ CONFIG = {
     # wgmma wants 64 rows of accumulator
     "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
     # one program does a head's whole backward pass for up to BN queries
-    "small": {32: (256, 64, 8, 1), 64: (256, 32, 8, 1), 128: (128, 32, 8, 1)},
+    "small": {32: (256, 32, 8, 1), 64: (256, 32, 8, 1), 128: (64, 32, 8, 1)},
 }
 DELTA_ROWS = 64
 
@@ -255,7 +255,8 @@ def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
 def roomy(device: torch.device) -> bool:
     """Can a program hold a whole head?
 
-    Data-centre GPUs can (164 KB of shared memory and up), consumer ones cannot (100 KB).
+    NVIDIA's for data centres can (164 KB of shared memory and up), consumer ones (100 KB) and AMD's
+    (64 KB) cannot.
     """
     if device.type != "cuda":
         return True

@@ -62,6 +62,12 @@ def group_norm_silu_ref(
 
 # One configuration so far; chosen by ahead-of-time compilation, not on a GPU.
 CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4
+# Rows and channels of a tile of the kernels that sum, by NHWC or not. They keep one sum a lane
+# until their loop ends: with 32 rows a quarter of sm_90's warps would have registers for that; with
+# 16 it is 0.44 (sums) and 0.62 (moments) of them, at the same instructions an element and fewer
+# than with lanes added up in the loop. apply and dx have no loop: 16 rows would cost them a third
+# more.
+SUM_TILE = {True: (16, 64), False: (64, 16)}
 FINISH_ROWS, FINISH_COLS = 16, 64
 SMALL = 4096  # elements of a padded (sample, group) tile up to which one program does it whole
 
@@ -131,16 +137,16 @@ def forward(
             CG, film, silu, HWP, CGP, num_warps=WARPS,
         )  # fmt: skip
         return out
-    slabs = cdiv(C, COLS)
     means, m2 = a.new_empty(B, K, C), a.new_empty(B, K, C)
-    moments_kernel[slabs * K * B,](
-        x, means, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, ROWS, COLS, num_warps=WARPS
+    summed = SUM_TILE[nhwc]
+    moments_kernel[cdiv(C, summed[1]) * K * B,](
+        x, means, m2, HW, C, K, sb, sp, sc, nhwc, CHUNK, *summed, num_warps=WARPS
     )
     forward_coefficients_kernel[B, groups](
         means, m2, *affine_of, a, d, mean, rstd, HW, C, groups, K, eps, *rows_of,
         film, CHUNK, CG, CGP, num_warps=1,
     )  # fmt: skip
-    apply_kernel[slabs * cdiv(HW, ROWS) * B,](
+    apply_kernel[cdiv(C, COLS) * cdiv(HW, ROWS) * B,](
         x, a, d, mean, y, HW, C, groups, sb, sp, sc, CG, nhwc, silu, ROWS, COLS, num_warps=WARPS
     )
     return out
@@ -209,17 +215,17 @@ def launch_backward(dy, x, a, d, mean, rstd, dx, P, Q, nhwc: bool, silu: bool) -
             CG, silu, HWP, CGP, num_warps=WARPS,
         )  # fmt: skip
         return
-    slabs, CGP = cdiv(C, COLS), power_of_2(CG)
+    CGP, summed = power_of_2(CG), SUM_TILE[nhwc]
     ps, qs = a.new_empty(B, K, C), a.new_empty(B, K, C)
     c0, c1 = torch.empty_like(mean), torch.empty_like(mean)
-    sums_kernel[slabs * K * B,](
+    sums_kernel[cdiv(C, summed[1]) * K * B,](
         x, dy, a, d, mean, rstd, ps, qs, HW, C, G, K, sb, sp, sc,
-        CG, nhwc, silu, CHUNK, ROWS, COLS, num_warps=WARPS,
+        CG, nhwc, silu, CHUNK, *summed, num_warps=WARPS,
     )  # fmt: skip
     backward_coefficients_kernel[B, G](
         ps, qs, a, P, Q, c0, c1, HW, C, G, K, CG, CGP, num_warps=1
     )  # fmt: skip
-    dx_kernel[slabs * cdiv(HW, ROWS) * B,](
+    dx_kernel[cdiv(C, COLS) * cdiv(HW, ROWS) * B,](
         x, dy, a, d, mean, rstd, c0, c1, dx, HW, C, G, sb, sp, sc,
         CG, nhwc, silu, ROWS, COLS, num_warps=WARPS,
     )  # fmt: skip
