@@ -1,4 +1,4 @@
-"""What does it take to convert a large checkpoint?   python benchmarks/convert.py [PRESET]
+"""What does it take to convert a large checkpoint?   python benchmarks/convert.py [--preset NAME]
 
 A file of random fp16 weights of `sdxl` (5 GB; any preset of model.py) is converted to diffusers'
 layout and verified, each in a process of its own: seconds, and peak memory above what the process
@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -20,8 +22,14 @@ import torch
 from ckpt import convert, layouts, save_unet
 from ckpt.convert import verify
 from harness import record
+from harness.cli import cli, flag, parse
 from harness.files import stream_tensors
 from model import PRESETS, UNet
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal[*PRESETS] = flag("sdxl", "network of the checkpoint")
 
 
 def memory(which: str) -> int:
@@ -44,7 +52,12 @@ def child(step: str, src: str, dst: str) -> None:
     print(json.dumps({"seconds": seconds, "extra bytes": memory("VmHWM") - before}))
 
 
-def main(preset: str) -> None:
+def main() -> None:
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(cfg)
+        return
+    preset = cfg.preset
     shapes = layouts.foreign_shapes(PRESETS[preset], "native")
     largest = max(2 * torch.Size(shape).numel() for shape in shapes.values())
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +78,7 @@ def main(preset: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if sys.argv[1:2] in (["convert"], ["verify"]):
         child(*sys.argv[1:])
     else:
-        main(*sys.argv[1:] or ["sdxl"])
+        cli(main)

@@ -1,6 +1,6 @@
 """What does it cost that a checkpoint's files are compared with its list?
 
-    python benchmarks/digests.py [PRESET]
+    python benchmarks/digests.py [--preset NAME]
 
 A checkpoint of `toy-281m` (or any preset of model.py): weights, one EMA, AdamW's moments. Seconds
 per GB of hashing it (all files at once, a thread each), beside those of writing and loading it.
@@ -9,7 +9,9 @@ per GB of hashing it (all files at once, a thread each), beside those of writing
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -17,9 +19,15 @@ import torch
 
 from ckpt import load_unet, read_tensors, save_checkpoint
 from harness import files, record
+from harness.cli import cli, flag, parse
 from harness.run import checkpoints
 from harness.whole import broken
 from model import PRESETS, UNet
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal[*PRESETS] = flag("toy-281m", "network of the checkpoint")
 
 
 def seconds(work) -> float:
@@ -37,7 +45,12 @@ def load(folder: Path) -> None:
             load_unet(path)
 
 
-def main(preset: str) -> None:
+def main() -> None:
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(cfg)
+        return
+    preset = cfg.preset
     net = UNet(PRESETS[preset])
     params = dict(net.named_parameters())
     moments = {
@@ -66,4 +79,4 @@ def main(preset: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["toy-281m"])
+    cli(main)
