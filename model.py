@@ -209,13 +209,13 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         h = norm_act(self.norm, x, silu=False)
         h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
-        qkv = F.linear(h, self.qkv.weight[..., 0], self.qkv.bias)  # (B, N, 3C)
+        qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)  # (B, N, 3C)
         if self.legacy:
             q, k, v = qkv.view(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
         else:
             q, k, v = qkv.view(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         h = attention(q, k, v).transpose(1, 2).flatten(2)  # q, k, v (B, heads, N, D)
-        h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
