@@ -37,6 +37,10 @@ COMMANDS = {
     "benchmarks.solvers": [],
     "benchmarks.kernels": [],
     "benchmarks.bf16": [],
+    "benchmarks.startup": [],
+    "benchmarks.convert": [],
+    "benchmarks.digests": [],
+    "benchmarks.isa": [],
 }
 # What is no number, no whole one, or none that any of these flags takes.
 IMPOSSIBLE = ("1e30", "-1", "nan", "inf", "-inf", "9" * 50, "9" * 5000, "1.5e", "²", "")
