@@ -28,6 +28,7 @@ COMMANDS = {
     "experiments.ablate": ["--teacher", "none"],
     "experiments.protocol": ["--runs", "none"],
     "experiments.stages": [],
+    "experiments.compare": [],
     "ckpt.__main__": ["inspect", "none"],
     "data.__main__": [],
     "data.encode": ["--out", "none"],
@@ -109,7 +110,9 @@ def test_every_command_is_here():
         parts = path.relative_to(root).with_suffix("").parts
         if parts[0].startswith((".", "tests", "runs", "venv")) or parts == ("harness", "cli"):
             continue
-        if " = parse(" in (text := path.read_text()) or " = read_flags(" in text:
+        text = path.read_text()
+        reads = " = parse(" in text or " = read_flags(" in text
+        if reads and '__name__ == "__main__"' in text:
             found.add(".".join(parts))
     assert found == {command.split()[0] for command in COMMANDS}
 
