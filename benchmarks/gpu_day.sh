@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Everything that awaits a GPU, in parts of under ten minutes:
 #
-#     benchmarks/gpu_day.sh [PART …]          (default: tests bench step encode train)
+#     benchmarks/gpu_day.sh [PART …]          (default: selfcheck host tests bench step encode train)
 #
+#   selfcheck  python -m kernels.selfcheck: every kind of call of a training step of toy-281m-attn,
+#           against torch in fp32 and against its time
+#           needs nothing more
+#   host    python benchmarks/host.py: what a step costs this machine's CPU
+#           needs safetensors tqdm
 #   tests   numeric kernel tests on compiled kernels, CUDA graphs, compile, DDP, a short run; also
 #           one by one: gpu, kernels, adamw
 #           needs pytest numpy safetensors pillow tqdm
@@ -28,7 +33,7 @@
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench
 # finishes a section that was cut off, row by row. Where minutes are few, take them in this order:
-# kernels groupnorm attention optimizer step encode train.
+# selfcheck kernels groupnorm attention optimizer step encode train.
 # PYTHON names the interpreter (default python3). OUT receives runs, logs and results;
 # OUT/kernels-<device>.json is also copied to benchmarks/results. Without a GPU, DRY=1 goes through
 # the same commands in miniature, to show that they run.
@@ -37,9 +42,9 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
-PARTS=" tests gpu kernels adamw bench groupnorm attention optimizer step encode train distill \
-compare "
-[ $# -gt 0 ] || set -- tests bench step encode train
+PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step encode \
+train distill compare "
+[ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
     if [[ $PARTS != *" $name "* ]]; then
@@ -90,6 +95,18 @@ run_kernels() {  # run_kernels NAME SECTIONS
     [ -n "$DRY" ] || cp "$file" benchmarks/results/
 }
 
+run_selfcheck() {
+    local size=()
+    [ -z "$DRY" ] || size=(--model nano --batch 1 --side 4 --dtype fp32)
+    part selfcheck 300 env ${DRY:+TRITON_INTERPRET=1} "$PYTHON" -m kernels.selfcheck "${size[@]}"
+}
+
+run_host() {
+    local size=()
+    [ -z "$DRY" ] || size=(--model nano)
+    part host 300 "$PYTHON" benchmarks/host.py "${size[@]}" --out "$OUT/host.json"
+}
+
 run_encode() {
     local data=robohash:20000 side=256
     if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("robohash")' 2>/dev/null; then
@@ -128,7 +145,7 @@ run_compare() {
 
 for name in "$@"; do
     case $name in
-        encode | train | distill | compare) "run_$name" ;;
+        selfcheck | host | encode | train | distill | compare) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

@@ -64,7 +64,7 @@ def main_of(script: str):
 
 @pytest.mark.parametrize("page, script, args", COMMANDS)
 def test_every_flag_of_a_command_exists_and_its_value_parses(page, script, args):
-    own = ("tests/aot.py", "tests/test_text.py", "benchmarks/kernels.py", "benchmarks/host.py")
+    own = ("tests/aot.py", "tests/test_text.py", "benchmarks/kernels.py")
     if script in ("-m pytest", *own):
         assert script == "-m pytest" or (ROOT / script).is_file()
         return

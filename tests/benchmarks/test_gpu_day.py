@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = (ROOT / "benchmarks" / "gpu_day.sh").read_text()
 MODULES = {
+    "selfcheck": "kernels.selfcheck",
+    "host": "benchmarks.host",
     "bench": "benchmarks.kernels",
     "step": "benchmarks.kernels",
     "encode": "data.encode",
