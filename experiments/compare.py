@@ -28,10 +28,11 @@ from data.sources import embedded_tags
 from experiments import hypotheses, runs
 from experiments.answers import summary
 from experiments.arms import PLANS, STAGES, Part, Plan, facts, read_arms
+from experiments.cards import read_cards
 from experiments.costs import check_space, cost
 from experiments.page import build
-from experiments.parts import Bench, Stopped, images_behind, rates_card, read_cards, references
-from experiments.parts import run_card, tune
+from experiments.parts import Bench, Stopped, images_behind, rates_card, references, run_card
+from experiments.parts import tune
 from experiments.report import write
 from harness.cli import UserError, cli, flag, parse, shown
 from harness.files import strict_json, write_text

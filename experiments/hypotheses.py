@@ -105,7 +105,10 @@ def last(card: Card, sampler: str) -> Card:
     for found in card["sets"]:
         if found["images"] == end and found["sampler"] == sampler:
             return found
-    raise KeyError(f"{card['arm']} of seed {card['seed']} has no samples by {sampler}")
+    raise UserError(
+        f"the card of {card['arm']}, seed {card['seed']}, has no samples by {sampler}",
+        do="Remove it: that part is then made again.",
+    )
 
 
 def points(card: Card) -> list[Card]:
@@ -224,13 +227,15 @@ def stage2_curve(cards: Cards, arm: str, seed: int) -> list[Card] | None:
     base, run = cards.of(arm, "fine").get(seed), cards.of(arm, "stage2").get(seed)
     if base is None or run is None:
         return None
-    return [{**points(base)[-1], "images": 0}, *points(run)]
+    curve = [{**points(base)[-1], "images": 0}, *points(run)]
+    return curve if all(each.get("excluded") and each.get("rest") for each in curve) else None
 
 
 def subset_floor(cards: Cards, arms: tuple[str, ...]) -> float:
     """What the gap is counted from: real against real; 0 where that, of fewer images, lies above
     any of the curves."""
-    floor = cards.references["floor"]["excluded"]["fd"]
+    excluded = cards.references["floor"].get("excluded")
+    floor = excluded["fd"] if excluded else 0.0
     for arm in arms:
         for seed in cards.seeds:
             for found in stage2_curve(cards, arm, seed) or []:
@@ -275,7 +280,7 @@ def robust(cards: Cards, one: str, other: str) -> Endpoint:
         if None in runs:
             continue
         sweeps = [[each["all"] for each in swept(card)] for card in runs]
-        if any("precision" not in each for sweep in sweeps for each in sweep):
+        if any(each.get("recall") is None for sweep in sweeps for each in sweep):
             continue
         level = min(max(each["precision"] for each in sweep) for sweep in sweeps)
         for sweep, into in zip(sweeps, recalls):

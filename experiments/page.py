@@ -56,8 +56,9 @@ def bands(
     for color, arm in enumerate(cards.arms):
         runs = [rows(card) for card in cards.of(arm, stage, base).values()]
         if runs and all(runs):
-            places = [row[x] for row in runs[0]]
-            columns = [[y(run[i]) for run in runs] for i in range(len(places))]
+            shortest = min(map(len, runs))
+            places = [row[x] for row in runs[0][:shortest]]
+            columns = [[y(run[i]) for run in runs] for i in range(shortest)]
             found.append(band(arm, places, columns, color))
     return found
 
@@ -159,7 +160,7 @@ def swept_panel(cards: Cards, stage: str, name: str) -> Panel:
 
 
 def copies(found: Card) -> float | None:
-    return found["copies"]["copies"] if "copies" in found else None
+    return found["copies"]["copies"] if found.get("copies") else None
 
 
 def sharp(cards: Cards, card: Card) -> float | None:
@@ -195,7 +196,8 @@ def losses(cards: Cards) -> Section:
     for stage in STAGES:
         series = []
         for color, arm in enumerate(cards.arms):
-            runs = [card["held_out"]["all"]["loss_by_t"] for card in cards.of(arm, stage).values()]
+            held = [card["held_out"].get("all") for card in cards.of(arm, stage).values()]
+            runs = [found["loss_by_t"] for found in held if found]
             if runs:
                 times = [(i + 0.5) / len(runs[0]) for i in range(len(runs[0]))]
                 series.append(band(arm, times, [list(column) for column in zip(*runs)], color))
@@ -251,12 +253,16 @@ def speed(cards: Cards) -> list[str]:
     return text
 
 
+def fd_to(found: Card, group: str) -> float | None:
+    return found[group]["fd"] if found.get(group) else None
+
+
 def stage2(cards: Cards) -> Section:
     """Acquisition and forgetting."""
     kinds: list[tuple[str, str, Number, str]] = [
         ("Acquisition", "share of samples with an excluded tag", lambda row: row["acquired"], "x"),
-        ("FD to the excluded images", "FD", lambda row: row["excluded"]["fd"], "xy"),
-        ("Forgetting: FD to the other images", "FD", lambda row: row["rest"]["fd"], "xy"),
+        ("FD to the excluded images", "FD", lambda row: fd_to(row, "excluded"), "xy"),
+        ("Forgetting: FD to the other images", "FD", lambda row: fd_to(row, "rest"), "xy"),
     ]
     panels = [
         Panel(title, "images of stage2", y, bands(cards, "stage2", points, "images", value), log)
@@ -280,8 +286,8 @@ def stage2(cards: Cards) -> Section:
 
 
 def cross_text(cards: Cards) -> list[str]:
-    found = cards.references.get("reader", {})
-    if not found:
+    found = cards.references["reader"]
+    if None in (found["found"], found["false"]):
         return []
     return [
         "Tags of samples are read from their features by a linear reader; on held-out images it "
@@ -301,13 +307,13 @@ def cross_table(cards: Cards) -> list[Table]:
                 rows.append([
                     f"{arm} from {base}'s base",
                     str(len(runs)),
-                    *(cell(run[k]["excluded"]["fd"] for run in ends) for k in (0, -1)),
+                    *(cell(fd_to(run[k], "excluded") for run in ends) for k in (0, -1)),
                     *(cell(run[k]["acquired"] for run in ends) for k in (0, -1)),
-                    cell(run[-1]["rest"]["fd"] for run in ends),
+                    cell(fd_to(run[-1], "rest") for run in ends),
                 ])
     if len(rows) < 3:
         return []
-    first = points(next(iter(cards.of(rule.FLOW, "stage2").values())))
+    first = ends[0]
     early, late = f"{first[0]['images']:,}", f"{first[-1]['images']:,}"
     head = ["stage2", "seeds", f"FD excluded at {early}", f"at {late}", f"acquired at {early}",
             f"at {late}", f"FD rest at {late}"]

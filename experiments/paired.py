@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
@@ -115,6 +116,7 @@ def equivalent(interval: tuple[float, float], margin: float) -> bool:
     return -math.log1p(margin) <= low and high <= math.log1p(margin)
 
 
+@lru_cache
 def detectable(n: int) -> float:
     """The true difference, in standard deviations of the pairs, that a one-sided t test at ALPHA
     finds with the chance POWER: n = 3 2.30, 5 1.36, 8 0.98. From the noncentral t."""

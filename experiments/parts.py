@@ -6,14 +6,13 @@ completed on another day or machine: a part whose card is there is neither train
 again, and needs no checkpoint, unless stage2 starts from it.
 """
 
-import json
 import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 
 import train
@@ -21,6 +20,7 @@ from ckpt.hub import data_from_file
 from data.cache import is_cache
 from data.dataset import Dataset, open_dataset
 from experiments.arms import ARMS, Part, Plan, Sampler, train_config
+from experiments.cards import VERSION, differences, plain, read_card
 from experiments.measures import References, held_out_u, in_u, open_references, sampled
 from experiments.measures import sampling, sharpness
 from harness.cli import UserError
@@ -30,138 +30,21 @@ from harness.ranks import Ranks
 from harness.record import machine
 from harness.rows import read_log
 from harness.run import checkpoints, versions
-from harness.typed import Count, Open, read_json
 from metrics.features import cached_data
 from objectives import Objective
 from samplers import open_generator
 from training.precision import without_race
 
-# Of the measures: a card of another version answers another question.
-VERSION = 1
 # Sampling seeds of training seed s begin at FIRST + APART · s: no two share any.
 FIRST, APART = 1_000_000, 100_000
 # Images that are looked at, and of which sharpness is taken.
 SHOWN, SHARP = 8, 64
 # Flags of a run that do not change what is computed, or say where something lies.
 FREE = train.FREE | {"name", "init"}
-BROKEN = "Remove it: that part is then made again."
 
 
 class Stopped(Exception):
     """A signal asked a training to stop; what it had is saved."""
-
-
-# ---- cards ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class CardFile(Open):
-    """What every card says."""
-
-    kind: Literal["run", "tuning", "rates", "references"]
-    asked: dict[str, Any]
-    made: dict[str, Any]
-
-
-@dataclass
-class SetOfSamples(Open):
-    """What was measured of the samples of one checkpoint."""
-
-    images: Count
-    sampler: str
-    nfe: float
-    all: dict[str, float | None]
-    acquired: float
-    tags: dict[str, float]
-    excluded: dict[str, float | None] = ()
-    rest: dict[str, float | None] = ()
-
-
-@dataclass
-class HeldOut(Open):
-    images: Count
-    loss_by_t: list[float | None]
-
-
-@dataclass
-class RunCard(CardFile):
-    """Of one run."""
-
-    arm: str
-    seed: int
-    stage: Literal["standard", "fine", "stage2"]
-    base: str
-    data_hash: str
-    vae: str
-    best: str
-    sets: list[SetOfSamples]
-    held_out: dict[str, Any]
-    curve: list[HeldOut]
-    sharpness: float | None
-
-
-@dataclass
-class Tried(Open):
-    """A learning rate, or a sampler, and the distance it came to."""
-
-    name: str
-    fd: float | None
-
-
-@dataclass
-class TuningCard(CardFile):
-    arm: str
-    rates: list[Tried]
-    samplers: list[Tried]
-    lr: float
-    sampler: list[Any]
-
-
-@dataclass
-class RatesCard(CardFile):
-    arm: str
-    seed: int
-    rates: list[Tried]
-
-
-@dataclass
-class ReferencesCard(CardFile):
-    data: str
-    data_hash: str
-    floor: dict[str, Any]
-    reader: dict[str, float | None]
-    tags: dict[str, float]
-    excluded: list[str]
-
-
-KINDS = {
-    "run": RunCard, "tuning": TuningCard, "rates": RatesCard, "references": ReferencesCard
-}
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    """A card, checked."""
-    kind = read_json(path, CardFile, BROKEN)["kind"]
-    return read_json(path, KINDS[kind], BROKEN)
-
-
-def read_cards(folder: Path) -> list[dict[str, Any]]:
-    """All cards of a comparison, in the order of their names."""
-    return [read_card(path) for path in sorted(folder.glob("*.json"))]
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(strict_json(value))
-
-
-def differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
-    """Where two JSON values differ: "train.lr 0.002 and 0.004"."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            yield from differences(one.get(key), other.get(key), f"{place}.{key}".strip("."))
-    elif one != other:
-        yield f"{place} {json.dumps(one)} and {json.dumps(other)}"
 
 
 # ---- the comparison that is being made -----------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from ckpt import find_checkpoint, open_unet
 from data.sources import embedded_tags
 from experiments.arms import PLANS, Sampler
-from experiments.parts import FIRST, VERSION, Bench, described, references
+from experiments.cards import VERSION
+from experiments.parts import FIRST, Bench, described, references
 from experiments.protocol import read_configs
 from harness.cli import UserError, flag
 from harness.files import safe_name

@@ -7,6 +7,7 @@ from typing import Any
 CURVE, BEST = "dpmpp_2m-16", "heun-32"
 TAGS = {"smile": 0.34, "red hair": 0.2, "glasses": 0.15, "character:nova": 0.04}
 POINTS = {"standard": (4_000, 40_000), "fine": (40_000,), "stage2": (500, 1_000, 2_000, 10_000)}
+MADE = {"commit": "0" * 40, "machine": {"cpu": "a CPU", "threads": 1, "gpu": None}}
 # How much better an arm is at everything: its distances are divided by that.
 SKILL = {"D": 1.0, "V": 1.1, "F": 1.25}
 
@@ -68,7 +69,7 @@ def run_card(
     return {
         "kind": "run",
         "asked": {"version": 1, "n": 512, "features": "pca", "points": POINTS[stage], **asked},
-        "made": {"commit": "0" * 40, "machine": {"cpu": "a CPU", "threads": 1, "gpu": None}},
+        "made": MADE,
         "arm": arm,
         "seed": seed,
         "stage": stage,
@@ -85,7 +86,7 @@ def run_card(
 
 def rates_card(arm: str, seed: int, spread: float) -> dict[str, Any]:
     rates = [{"name": "0.001", "fd": 10.0}, {"name": "0.002", "fd": 10.0 * spread}]
-    return {"kind": "rates", "asked": {}, "made": {}, "arm": arm, "seed": seed, "rates": rates}
+    return {"kind": "rates", "asked": {}, "made": MADE, "arm": arm, "seed": seed, "rates": rates}
 
 
 def references_card() -> dict[str, Any]:
@@ -93,7 +94,7 @@ def references_card() -> dict[str, Any]:
     return {
         "kind": "references",
         "asked": {},
-        "made": {},
+        "made": MADE,
         "data": "toyfaces",
         "data_hash": "data",
         "features": {"features": "pca"},
@@ -111,7 +112,7 @@ def tuning_card(arm: str) -> dict[str, Any]:
     chosen = {"lr": 0.002, "sampler": ["heun", 32, None]}
     asked: dict[str, Any] = {}
     return {
-        "kind": "tuning", "asked": asked, "made": {}, "arm": arm, "rates": rates,
+        "kind": "tuning", "asked": asked, "made": MADE, "arm": arm, "rates": rates,
         "samplers": samplers, **chosen,
     }
 

@@ -21,6 +21,7 @@ from ckpt.convert import convert
 from conftest import ROOT
 from data.stamps import Stamp, Stamps, write_stamps
 from distillation.assessor import Assessor, AssessorConfig
+from experiments import report
 from harness import record
 from harness.cli import UserError, cli
 from harness.pictures import save_grid, save_npz
@@ -76,6 +77,7 @@ WRITERS = {
     "npz": lambda path: save_npz(PICTURES, path),
     "statistics": lambda path: save_statistics(path, Statistics.of(torch.randn(9, 3)), {}),
     "a figure": figure,
+    "a page's picture": lambda path: report.write_bytes(path, b"x"),
     "a result": lambda path: record.save(path, {"a": 1}),
     "a bad batch": lambda path: keep_batches(run_of(path), [{"a": torch.ones(9)}]),
     "a line of the log": lambda path: append(path.parent, {"a": 1}),
@@ -167,6 +169,7 @@ def test_every_writer_of_the_house_is_in_the_table():
         "harness/plot.py": 1,
         "harness/rows.py": 1,
         "harness/run.py": 3,  # lock, append, the log that is taken up
+        "experiments/report.py": 2,  # savefig into memory; a picture
         "experiments/verdict.py": 1,
         "kernels/proof.py": 1,  # a memory that may be lost: measured again
         "metrics/distances.py": 2,  # npz with its file

@@ -4,6 +4,7 @@ forms, and the whole of it in miniature."""
 import csv
 import json
 import math
+import random
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ import torch
 
 import train
 from conftest import ROOT
+import experiments.cards as cards_py
 from experiments import answers, compare, costs, hypotheses, measures, page, parts, report
 from experiments.arms import PLANS, read_arms
 from experiments.hypotheses import endpoints, sort_cards, verdicts
@@ -23,6 +25,8 @@ from harness.cli import UserError
 from harness.run import checkpoints
 from metrics.distances import frechet_from_features, precision_recall
 from objectives import make_objective
+from test_own_json import LOST, WRONG, places
+from test_own_json import changed as changed_at
 from specimen_cards import all_cards, rates_card, references_card, run_card
 
 CONTROL = PLANS["cpu"].control_seed
@@ -316,6 +320,17 @@ def test_a_reader_reads_tags_it_never_saw_an_image_of():
     assert not reader.shows(features)[:, 3].any()
 
 
+def test_a_reader_errs_as_often_in_either_way():
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.rand(4_000, 3, generator=draw) < 0.2
+    ways = torch.randn(3, 20, generator=draw)
+    features = truth.double() @ ways.double() + 1.5 * torch.randn(4_000, 20, generator=draw)
+    reader = measures.fit_reader(features[:2_000], truth[:2_000], ("a", "b", "c"))
+    shown, truth = reader.shows(features[2_000:]), truth[2_000:]
+    seen, missed = shown[~truth].double().mean(), (~shown[truth]).double().mean()
+    assert 0.05 < seen < 0.1 and abs(seen - missed) < 0.015
+
+
 def test_sharpness_is_known_of_stripes_and_of_nothing():
     stripes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     stripes[..., ::2] = 255
@@ -472,6 +487,32 @@ def test_a_card_of_another_question_is_refused(made, user, tmp_path):
     out, _ = made
     code, _, errors = user(compare.main, *arguments(out), "--n", "25")
     assert code == 2 and len(errors) == 1 and "n 24 and 25" in errors[0], errors
+
+
+def test_whatever_a_card_says_is_refused_in_one_line_or_makes_a_page(tmp_path):
+    """Each card of a small comparison with something else at a place of it."""
+    whole = all_cards(seeds=(0, 1), arms=("D", "F"))
+    path, draw = tmp_path / "card.json", random.Random(0)
+    every = [(i, place) for i, card in enumerate(whole) for place in places(card)]
+    refused = 0
+    for _ in range(300):
+        i, place = draw.choice(every)
+        wrong = draw.choice([*WRONG, LOST])
+        path.write_text(json.dumps(changed_at(whole[i], place, wrong)))
+        try:
+            read = [*whole[:i], cards_py.read_card(path), *whole[i + 1 :]]
+            page.build(sort_cards(read, CONTROL), compare.RULE, tmp_path)
+        except UserError:
+            refused += 1
+    assert 60 < refused < 300
+
+
+def test_samples_out_of_order_are_refused(tmp_path):
+    card = run_card("F", 0, "stage2")
+    card["sets"][0]["images"] = 5_000
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="out of order"):
+        cards_py.read_card(tmp_path / "card.json")
 
 
 def test_a_folder_without_cards_is_one_line(made, user, tmp_path):
