@@ -16,9 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from scipy.optimize import brentq
-from scipy.special import stdtr, stdtrit
-from scipy.stats import nct
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
@@ -123,8 +121,7 @@ def detectable(n: int) -> float:
     if n < 2:
         return math.inf
     line = float(stdtrit(n - 1, 1 - ALPHA))
-    missing = lambda effect: nct.sf(line, n - 1, effect * math.sqrt(n)) - POWER  # noqa: E731
-    return float(brentq(missing, 0.0, 60.0))
+    return float(nctdtrinc(n - 1, 1 - POWER, line)) / math.sqrt(n)
 
 
 # ---- curves --------------------------------------------------------------------------------------
