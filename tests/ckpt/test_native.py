@@ -475,11 +475,14 @@ def test_loading_our_own_file_takes_five_calls(net, tmp_path):
 
 
 def test_a_checkpoint_of_before_loads_and_computes_what_it_did():
-    """tests/fixtures/834bb60 was written before the code was rebuilt: to the last bit."""
+    """tests/fixtures/834bb60 was written before the code was rebuilt, on another processor: up to
+    the rounding of fp32."""
     folder = ROOT / "tests/fixtures/834bb60/run/ckpt/000000000080"
     for name in ("model", "ema-0.100"):
         net, meta = load_unet(folder / f"{name}.safetensors")
-        assert probe(net.cfg, net.state_dict()) == meta["probe"] and "network" not in meta
+        now = torch.tensor(probe(net.cfg, net.state_dict()))
+        torch.testing.assert_close(now, torch.tensor(meta["probe"]), rtol=1e-5, atol=1e-6)
+        assert "network" not in meta
     assert find_checkpoint(folder.parents[1]) == folder / "ema-0.100.safetensors"
 
 
