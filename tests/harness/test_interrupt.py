@@ -16,10 +16,16 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def start(command: str) -> subprocess.Popen:
+    """As from a terminal: tests that run in the background may be deaf to Ctrl-C, and what they
+    start would be, too."""
     words = [sys.executable, *command.split(), "--help"]
-    return subprocess.Popen(
-        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def seconds(process: subprocess.Popen) -> float:
