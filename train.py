@@ -50,6 +50,7 @@ from objectives import Density, Loss, LossType, Objective, Table, Target, Upsamp
 from objectives import make_objective
 from training.casts import cast_together
 from training.checkpoints import load_state, save
+from training.graph import repeater
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
 from training.optimizer import make_optimizer
 from training.precision import as_begun, settle_dtype
@@ -88,6 +89,7 @@ class Optim:
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths; none = off", low=0.01, high=0.25)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
     compile: bool = flag(False, "the network, with torch.compile")
+    graph: bool = flag(False, "a step's passes as one CUDA graph, if that is exact")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 
 
@@ -138,8 +140,9 @@ class Config(Run, Optim, Task, Data):
 
 # Fields that may change when a run is resumed: they do not change what is computed.
 FREE = {
-    *("accum", "compile", "out", "resume", "log", "log_every", "eval_every", "preview_every"),
-    *("save_every", "fid_every", "fid_features", "keep", "keep_every", "workers", "device"),
+    *("accum", "compile", "graph", "out", "resume", "log", "log_every", "eval_every", "keep"),
+    *("preview_every", "save_every", "fid_every", "fid_features", "keep_every", "workers"),
+    "device",
 }
 # Flags that an Objective has under the same name.
 OBJECTIVE_FLAGS = (
@@ -356,7 +359,7 @@ def assemble(
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
-    tr.late = reads_late(tr)
+    tr.late, tr.repeat = reads_late(tr), repeater(tr)
     if checkpoints(run):
         load_state(tr)
     return tr
@@ -389,9 +392,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
         if getattr(tr.net.cfg, "dropout", 0):
             # Masks too are a function of position.
             torch.manual_seed(step_seed(cfg.seed, int(batch["position"][0])))
-        loss = tr.loss(tr.model, batch)
-        (loss.loss / cfg.accum).backward()
-        losses.append((loss.t, loss.per_sample.detach()))
+        losses.append(tr.repeat(partial(gradients, tr), batch))
         batches.append(batch)
     # Of the step before: on a GPU it is not known earlier whether that was finite.
     conclude(tr)
@@ -406,6 +407,13 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
         conclude(tr)
     tr.optimizer.zero_grad(set_to_none=True)
     return norms[0]
+
+
+def gradients(tr: Trainer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a micro-batch; its times and losses, (B,) each."""
+    loss = tr.loss(tr.model, batch)
+    (loss.loss / tr.cfg.accum).backward()
+    return loss.t, loss.per_sample.detach()
 
 
 def update(tr: Trainer, norm: Tensor) -> None:

@@ -22,6 +22,9 @@
 #           needs numpy safetensors pillow tqdm
 #   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
 #           needs numpy safetensors pillow tqdm
+#   graph   train.py on these for 400 steps of 64 images, without --graph and with it: what it gains
+#           (images_per_s in graph-off.log and graph-on.log), and that the losses are the same
+#           needs numpy safetensors pillow tqdm
 #   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID,
 #           progressive halving; again = further, many times
 #           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
@@ -33,7 +36,7 @@
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench
 # finishes a section that was cut off, row by row. Where minutes are few, take them in this order:
-# selfcheck kernels groupnorm attention optimizer step encode train.
+# selfcheck kernels groupnorm attention optimizer step encode graph train.
 # PYTHON names the interpreter (default python3). OUT receives runs, logs and results;
 # OUT/kernels-<device>.json is also copied to benchmarks/results. Without a GPU, DRY=1 goes through
 # the same commands in miniature, to show that they run.
@@ -43,7 +46,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
 PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step encode \
-train distill compare "
+train graph distill compare "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -129,6 +132,17 @@ run_train() {
     cp "$OUT"/train/log.jsonl "$OUT"/train-log.jsonl 2>/dev/null
 }
 
+run_graph() {
+    local size=(--model toy-281m-attn --resolution 256 --batch 64 --lr 2e-4 --images 25_600
+                --ema 0.05 --log-every 2_560 --eval-every 0 --preview-every 0 --save-every 0)
+    [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0
+                           --preview-every 0)
+    part graph-off 290 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" \
+        --name graph-off
+    part graph-on 290 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" \
+        --name graph-on --graph
+}
+
 run_distill() {
     local size=gpu
     [ -z "$DRY" ] || size=dry
@@ -145,7 +159,7 @@ run_compare() {
 
 for name in "$@"; do
     case $name in
-        selfcheck | host | encode | train | distill | compare) "run_$name" ;;
+        selfcheck | host | encode | train | graph | distill | compare) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

@@ -412,7 +412,7 @@ def usage(classes: list[type], doc: str | None) -> str:
     for cls in classes:
         for field in dataclasses.fields(cls):
             fields.setdefault(field.name, field)
-    lines = [(doc or "").strip().split("\n\n")[0], ""]
+    lines = [(doc or "").strip().split("\n\n")[0]]
     width = max(map(len, [*map(dashed, fields), "--dry-run"]))
     for field in fields.values():
         if head := field.metadata.get("head"):

@@ -47,6 +47,8 @@ class Trainer:
     bad: int = 0
     taken: Any = None
     late: bool = False
+    # What runs the forward and backward pass of a step (training/graph.py).
+    repeat: Any = None
     meter: Meter = field(init=False)
     # net's, by name: to walk its modules takes a while.
     params: dict[str, torch.nn.Parameter] = field(init=False)

@@ -16,6 +16,7 @@ MODULES = {
     "step": "benchmarks.kernels",
     "encode": "data.encode",
     "train": "train",
+    "graph": "train",
     "distill": "benchmarks.distill, experiments.ablate",
     "compare": "experiments.compare",
 }

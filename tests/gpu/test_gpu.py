@@ -18,11 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import train
 from conftest import randomize
 from kernels.adamw8bit import AdamW8bit
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu
 from model import PRESETS, UNet
+from training.nonfinite import conclude
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TWINPATH_GPU") != "1",
@@ -211,6 +213,49 @@ def test_attention_on_packed_views_is_as_exact_as_sdpa(monkeypatch, side, heads)
     sdpa = run(F.scaled_dot_product_attention, torch.clone)
     for o, s, e in zip(ours, sdpa, exact):
         assert distance(o, e) <= max(1.5 * distance(s, e), 4e-3)
+
+
+def first_steps(out, n=12, poison=(), **fields):
+    """(trainer, gradient norms) of the first steps of nano in bf16; those of `poison` are NaN."""
+    small = dict(model="nano", data="toyfaces:64", resolution=32, batch=16, images=10_000)
+    cfg = train.resolve(train.Config(**{**small, "device": "cuda", "out": str(out), **fields}))
+    tr = train.setup(cfg, train.join_ranks("cuda"))
+    loader, norms = train.load(tr), []
+    for i in range(n):
+        batch = next(loader)
+        if i in poison:
+            batch = {**batch, "eps": batch["eps"] * float("nan")}
+        norms.append(train.step(tr, iter([batch])))
+    conclude(tr)
+    return tr, torch.stack(norms)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+def test_replayed_steps_are_the_same_to_the_bit(monkeypatch, tmp_path, capsys, optim):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    plain, norms = first_steps(tmp_path / "plain", poison=(8,), optim=optim)
+    said = capsys.readouterr().out
+    graph, replayed = first_steps(tmp_path / "graph", poison=(8,), optim=optim, graph=True)
+    assert "run as one CUDA graph" in capsys.readouterr().out and "CUDA graph" not in said
+    assert torch.equal(norms.nan_to_num(-1.0), replayed.nan_to_num(-1.0)) and norms[7] > 0
+    assert all(torch.equal(plain.params[name], p) for name, p in graph.params.items())
+    assert torch.equal(plain.meter.sums, graph.meter.sums)
+    assert plain.skipped == graph.skipped == 1
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_no_step_waits_for_the_gpu(tmp_path, optim, graph):
+    tr, _ = first_steps(tmp_path, optim=optim, graph=graph, workers=0)
+    assert tr.late
+    batches = [next(train.load(tr)) for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            train.step(tr, iter([batch]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    conclude(tr)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
