@@ -10,8 +10,8 @@ Time, everywhere in this project:  t in [0, 1],  t = 0 is data,  t = 1 is noise.
     VP path (ddpm, v)    xt = a x0 + s eps,  a² + s² = 1   row k of a table of 1000, or gvp
 
 Both mix the same x0 and eps; they differ by a factor. With t = s / (a + s) the VP point is the
-linear point divided by sqrt((1-t)² + t²), so an objective is three things: the t it trains at, what
-it feeds the network (a factor on x and a number for t), and what it asks for (u, eps, v or x0).
+linear point divided by sqrt((1-t)² + t²), so an objective is three things: the t it trains at,
+what it feeds the network (a factor on x, a number for t), and what it asks for (u, eps, v or x0).
 Losses at equal t are losses at equal signal-to-noise ratio.
 
 An eps or v network becomes a flow in one of two ways. Native: train "fm" on its weights; it is fed

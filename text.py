@@ -448,8 +448,9 @@ class Texts:
         return wanted
 
     def null(self, negative: str | None, *, chunks: int = 1, skip: int = 0) -> Told:
-        """What guidance leads away from: the negative prompt, or where there is none (None) the
-        null text (1, …): zeros for SDXL, as in its own code and diffusers; else the encoded ""."""
+        """What guidance leads away from (1, …): the negative prompt, or where there is none
+        (None) the null text. That is zeros for SDXL, as in its own code and diffusers, and the
+        encoded "" for the others."""
         told = self.tell([negative or ""], chunks=chunks, skip=skip)
         if negative is None and self.zeros:
             return Told(torch.zeros_like(told.context), torch.zeros_like(told.pooled))

@@ -632,8 +632,8 @@ def vae_from_meta(meta: dict[str, Any], where: str = "") -> AnyVAE:
 def read_name(
     name_or_path: Path | str, family: str | None, latents: str | None
 ) -> tuple[str, dict[str, str]]:
-    """Split "flux2:packed128:FILE" into FILE and what it says: {"family": …, "latents": …}, which
-    must not differ from the other two arguments. A family alone is its place on the Hub."""
+    """Split "flux2:packed128:FILE" into FILE and what it says, {"family": …, "latents": …}.
+    That must not differ from the other two arguments. A family alone is its place on the Hub."""
     name = str(name_or_path)
     given: dict[str, str] = {}
     head, _, rest = name.partition(":")

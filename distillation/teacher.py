@@ -4,8 +4,9 @@ at a point of the linear path.
     teacher = open_teacher("runs/toyfaces-ddpm-standard")
     x0, eps, features = teacher.ask(x, t)    # its opinion at x on the linear path at t (B,)
 
-The features are those of the last block of each level and of the middle one: down_0 … mid … up_0 …,
-as Stable Diffusion's U-Net has nine; of a transformer those after each quarter, depth_0 … depth_3.
+The features are those of the last block of each level and of the middle one, from down_0 over mid
+to the last up: nine in Stable Diffusion's U-Net. Of a transformer they are those after each quarter
+of its depth, depth_0 to depth_3.
 A network that is told what to draw by text needs --context FILE: safetensors with "context"
 (n, tokens, dim), the encoder's output for n captions, and for SDXL "y" (n, dim). Sample p of a run
 gets a caption that depends on (seed, p) alone.
@@ -46,8 +47,8 @@ DEPTHS = 4  # of a transformer that are looked at: after each quarter of its blo
 
 
 def taps(cfg: Config) -> dict[str, str]:
-    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass; {"depth_0": …}
-    of a transformer.
+    """{"down_0": a name of UNet.block_names, …} in the order of the forward pass; of a
+    transformer {"depth_0": …}.
 
     A level's last block includes its resampling.
     """

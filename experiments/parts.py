@@ -290,6 +290,12 @@ def curve_of(objective: Objective, run: Path) -> list[dict[str, Any]]:
 # ---- choosing what each arm is at its best with --------------------------------------------------
 
 
+def but_for_rate(flags: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's flags those that decide what it comes to, without the learning rate, which is
+    what a card of several rates is about."""
+    return {key: value for key, value in flags.items() if key not in FREE | {"lr"}}
+
+
 def tune(bench: Bench, arm: str) -> dict[str, Any]:
     """Choose an arm's learning rate and sampler on the tuning seed, and remember them."""
     plan = bench.plan
@@ -299,7 +305,7 @@ def tune(bench: Bench, arm: str) -> dict[str, Any]:
     flags = asdict(bench.config(whole))
     asked = {
         "version": VERSION,
-        "train": {key: value for key, value in flags.items() if key not in FREE | {"lr"}},
+        "train": but_for_rate(flags),
         "rates": plan.rates,
         "rate_share": plan.rate_share,
         "n": plan.tuning_n,
@@ -349,7 +355,7 @@ def rates_card(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
     flags = asdict(bench.config(Part(arm, seed, "standard", rate=plan.rates[0])))
     asked = {
         "version": VERSION,
-        "train": {key: value for key, value in flags.items() if key not in FREE | {"lr"}},
+        "train": but_for_rate(flags),
         "rates": plan.rates,
         "n": plan.n,
         "features": plan.features,

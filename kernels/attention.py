@@ -44,10 +44,10 @@ def attention_ref(
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and contiguous D, which
-# is a power of two; lse and delta are (B, heads, N), fp32. b and h are a program's sample and
-# head, n are its queries, j its keys, d the columns. q, k, v … are read as tiles qt, kt, vt …; gt
-# is the one of do.
+# Pointers are to (B, heads, N or M, D) tensors with strides (…b, …h, …n) and contiguous D,
+# which is a power of two; lse and delta are (B, heads, N), fp32. b and h are a program's sample
+# and head, n are its queries, j its keys, d the columns. q, k, v … are read as tiles qt, kt, vt
+# …; gt is the one of do.
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
     n = (x - mean_g) rstd_g · w + b            statistics per sample and group of C/G channels
     z = (1 + scale) n + shift,  y = z σ(z)     scale, shift (B, C) from the time embedding
-Backward, with dz = dy σ(z)(1 + z(1 - σ(z))), x̂ = (x - mean) rstd, γ = w (1 + scale), m = HW·C/G,
-P = Σ_hw dz and Q = Σ_hw dz x̂ per (sample, channel), S1 = Σ_group γP, S2 = Σ_group γQ:
+Backward, with dz = dy σ(z)(1 + z(1 - σ(z))), x̂ = (x - mean) rstd, γ = w (1 + scale),
+m = HW·C/G, P = Σ_hw dz and Q = Σ_hw dz x̂ per (sample, channel), S1 = Σ_group γP and
+S2 = Σ_group γQ:
     dshift = P    dscale = w Q + b P    dw = Σ_n (1 + scale) Q    db = Σ_n (1 + scale) P
     dx = rstd (γ dz - (S1 + x̂ S2) / m)
 Only x, mean and rstd are kept; z is computed again. Every sum has one fixed order: no atomics,

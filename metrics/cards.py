@@ -1,8 +1,8 @@
 """Metric cards: what was measured, of what, how it was sampled, and what the numbers are.
 
 A card is JSON: {"kind": "metric card", "metrics": {name: {"value", "error", "floor", …}},
-"measured", "sampled", "subject", …, "sha256": of the rest}. Several stand in one table if what was
-measured and how it was sampled agree.
+"measured", "sampled", "subject", …, "sha256": of the rest}. Several stand in one table if what
+was measured and how it was sampled agree.
 """
 
 import json

@@ -172,8 +172,8 @@ def matrix_root(sigma: Tensor) -> Tensor:
 
 
 def frechet_distance(mu1: Features, sigma1: Features, mu2: Features, sigma2: Features) -> float:
-    """|mu1 - mu2|² + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^½  (Dowson & Landau 1982); FID of
-    Inception's features.
+    """|mu1 - mu2|² + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^½  (Dowson & Landau 1982). It
+    is FID for Inception's features.
 
     mu (d,), sigma (d, d). With sigma1 = L Lᵀ the last trace is Σ √eigenvalue(Lᵀ sigma2 L):
     symmetric and real, unlike the square root of a product. Never negative; of equal moments
