@@ -86,7 +86,7 @@ class Plan:
     tuning_n: int
     # Learning rates that are tried, over which D's and F's spread is measured too.
     rates: tuple[float, ...]
-    # Of the images of standard, for a try of a rate.
+    # Of the images of standard, for a run that the spread is measured of; a tuning run is whole.
     rate_share: float
     tuning_seed: int
     # First seed of the second of two arms that are one.
@@ -229,7 +229,8 @@ def train_config(
     """The run that a part is, resolved. tags: what fine leaves out."""
     images, points = plan.images_of(part.stage), plan.points_of(part.stage)
     if part.rate:
-        images = max(round(plan.rate_share * images), 1)
+        share = 1.0 if part.seed == plan.tuning_seed else plan.rate_share
+        images = max(round(share * images), 1)
         points = [images]
     every = math.gcd(*points)
     init = ""

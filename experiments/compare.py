@@ -44,9 +44,9 @@ Written down before the first run; changed after it, it would be worth nothing.
     time, held-out images and the noise that samples start from. What differs is the arm: path,
     target, density of times, the numbers fed as time, and where sampling starts (D at t = 0.9937).
 2.  Learning rate (of three) and sampler (of seven, at most 64 evaluations an image) are chosen for
-    each arm on a tuning seed that is used for nothing else, by FD to the training images: the rate
-    by runs of 20 % of the images, the sampler on a whole run. The rate is constant after a warm-up
-    of 5 %, and all that is measured is measured of one EMA (width 0.1).
+    each arm on a tuning seed that is used for nothing else, by FD to the training images of whole
+    runs. The rate is constant after a warm-up of 5 %, and all that is measured is measured of one
+    EMA (width 0.1).
 3.  Primary endpoints, as log ratios of F to D by seed, turned so that below 0 is what the source
     says: H1, FD to the training images after `standard`, each at its best; H2, the area under the
     FD to the excluded tags' images over log images of `stage2`, from each arm's own `fine` base,

@@ -75,13 +75,13 @@ def cost(plan: Plan, parts: list[Part], tuned: int) -> Cost:
         own = run_cost(plan, part)
         images, evaluations = images + own[0], evaluations + own[1]
     whole = plan.images_of("standard")
-    images += tuned * round(whole * (1 + len(plan.rates) * plan.rate_share))
+    images += tuned * len(plan.rates) * whole
     tries = len(plan.rates) * plan.curve.steps + sum(steps.steps for steps in plan.candidates)
     evaluations += tuned * plan.tuning_n * tries
     forward = forward_flops(plan.train["model"], plan.resolution)
     # What a run keeps until it is measured, and the last checkpoint of every run.
     kept = [plan.images_of(s) // math.gcd(*plan.points_of(s)) + 1 for s in STAGES]
-    runs = len(parts) + tuned * (1 + len(plan.rates))
+    runs = len(parts) + tuned * len(plan.rates)
     disk = (max(kept) + runs) * checkpoint_bytes(plan) if runs else 0
     return Cost(runs, images, evaluations, forward * (TRAINING * images + evaluations), disk)
 

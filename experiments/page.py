@@ -386,7 +386,7 @@ def choices(cards: Cards) -> Section:
         rows.append([named(arm), chosen, rates, tried])
     if not rows:
         return Section("Choices")
-    head = ["arm", "chosen", "FD by learning rate (short runs)", "FD by sampler"]
+    head = ["arm", "chosen", "FD by learning rate", "FD by sampler"]
     return Section("Each at its best: chosen on the tuning seed", [], [Table(head, rows)])
 
 

@@ -301,13 +301,11 @@ def tune(bench: Bench, arm: str) -> dict[str, Any]:
     plan = bench.plan
     # Of the questions that follow, the rate is left out.
     bench.chosen[arm] = (plan.rates[0], plan.curve)
-    whole = Part(arm, plan.tuning_seed, "standard")
-    flags = asdict(bench.config(whole))
+    flags = asdict(bench.config(Part(arm, plan.tuning_seed, "standard", rate=plan.rates[0])))
     asked = {
         "version": VERSION,
         "train": but_for_rate(flags),
         "rates": plan.rates,
-        "rate_share": plan.rate_share,
         "n": plan.tuning_n,
         "features": plan.features,
         "samplers": [sampler.label for sampler in plan.candidates],
@@ -316,23 +314,22 @@ def tune(bench: Bench, arm: str) -> dict[str, Any]:
     if not card:
         rates = tries(bench, arm, plan.tuning_seed, plan.tuning_n)
         lr = best_of(rates, plan.rates)
-        bench.chosen[arm] = (lr, plan.curve)
-        folder = checkpoints(trained(bench, whole))[-1]
+        best = Part(arm, plan.tuning_seed, "standard", rate=lr)
+        folder = checkpoints(trained(bench, best))[-1]
         samplers = []
         for sampler in plan.candidates:
-            features, nfe = bench.features(whole, folder, sampler, plan.tuning_n)
+            features, nfe = bench.features(best, folder, sampler, plan.tuning_n)
             found = bench.refs.measure(features, "all")["all"]["fd"]
             samplers.append({"name": sampler.label, "nfe": nfe, "fd": found})
         sampler = best_of(samplers, plan.candidates)
         found = {"arm": arm, "rates": rates, "lr": lr, "samplers": samplers, "sampler": sampler}
         card = bench.keep(f"tuning-{arm}", "tuning", asked, found)
-        prune(bench.runs / whole.name)
     bench.chosen[arm] = (card["lr"], Sampler(*card["sampler"]))
     return card
 
 
 def tries(bench: Bench, arm: str, seed: int, n: int) -> list[dict[str, Any]]:
-    """Short runs of every learning rate, and the distance of their samples."""
+    """Runs of every learning rate, and the distance of their samples."""
     found = []
     for rate in bench.plan.rates:
         part = Part(arm, seed, "standard", rate=rate)
