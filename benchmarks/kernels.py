@@ -269,7 +269,7 @@ def bench_attention(
             continue
         q, grad = (torch.randn(B, heads, N, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
         k, v = (torch.randn(B, heads, M, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
-        fns = {"ours": attention}
+        fns = {"ours": attention, "as torch chooses": F.scaled_dot_product_attention}
         for name, backend in SDPA.items():
             if CUDA or name in ("flash", "math"):
                 fns[name] = forced(backend)
@@ -432,16 +432,18 @@ def bench_step(
     comes first.
     """
     side = 32 if CUDA else 8
-    sides = {"ours compiled, adamw8bit": (False, "adamw8bit", "auto", True)}
+    sides = {
+        "ours eager, adamw8bit": (False, "adamw8bit", "auto", False),
+        "diffusers eager, torch fused": (True, "torch fused", "auto", False),
+        "ours eager, torch fused": (False, "torch fused", "auto", False),
+        "ours eager, torch fused, KERNELS=torch": (False, "torch fused", "torch", False),
+        "ours compiled, adamw8bit": (False, "adamw8bit", "auto", True),
+    }
     sides |= {
         f"diffusers compiled, {optim}": (True, optim, "auto", True)
         for optim in ("torch fused", *EIGHT_BIT)
     }
-    sides |= {
-        "ours compiled, torch fused": (False, "torch fused", "auto", True),
-        "ours eager, torch fused": (False, "torch fused", "auto", False),
-        "ours eager, torch fused, KERNELS=torch": (False, "torch fused", "torch", False),
-    }
+    sides |= {"ours compiled, torch fused": (False, "torch fused", "auto", True)}
     for preset, batch in STEPS[:1] if cfg.quick else STEPS:
         flops = forward_flops(preset, side)
         for name, how in sides.items():

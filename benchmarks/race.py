@@ -101,6 +101,8 @@ class Run:
         for _ in range(3):
             call()
         self.call, self.how, self.sleep = call, "clock", 0
+        # A captured graph reads what this keeps: the output, and what its backward pass needs.
+        self.captured = call
         if CUDA:
             finish()
             self.how = "queued"

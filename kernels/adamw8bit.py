@@ -558,7 +558,7 @@ class AdamW8bit(torch.optim.Optimizer):
             for rate, group in zip(fixed, self.param_groups)
         ]
         hyper = self._cached("hyper", key, lambda: key, torch.float64, device)
-        if fixed != rates:
+        if any(isinstance(rate, Tensor) for rate in rates):
             lr = [torch.as_tensor(rate, dtype=torch.float64, device=device) for rate in rates]
             hyper = torch.cat([torch.stack(lr)[:, None], hyper[:, 1:]], 1)
         groups = [job.group for job in plan.jobs]

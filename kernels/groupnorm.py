@@ -326,7 +326,10 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor, *film: Tensor, how: tuple)
     if film:
         scale, shift = (t.to(wide)[..., None, None] for t in film)
         n = n * (1 + scale) + shift
-    return (F.silu(n) if silu else n).to(x.dtype)
+    # CUDA's group_norm answers in NCHW.
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if nhwc else torch.preserve_format
+    return (F.silu(n) if silu else n).to(x.dtype, memory_format=form)
 
 
 def near_zero(x: Tensor, groups: int) -> Tensor:

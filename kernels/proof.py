@@ -41,6 +41,8 @@ ROUNDING = {
     torch.bfloat16: 4e-3,
 }  # no error below it counts
 REPEATS = 7
+# Where the drivers of NVIDIA and AMD say their version.
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 choices: dict[str, str] = {}  # of this process
 known: dict[tuple, bool] = {}  # the same, by what is quickly asked: is it the kernel?
@@ -286,12 +288,19 @@ def here() -> str:
     text = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text.update(path.read_bytes())
-    gpu, driver = "no GPU", ""
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        driver = str(torch._C._cuda_getDriverVersion()) if torch.version.cuda else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = (torch.__version__, getattr(triton, "__version__", ""))
-    return " | ".join([gpu, driver, *versions, text.hexdigest()])
+    return " | ".join([gpu, driver(), *versions, text.hexdigest()])
+
+
+def driver() -> str:
+    """The version of the GPU's driver, as Linux tells it; "" elsewhere."""
+    for path in DRIVERS:
+        try:
+            return path.read_text().splitlines()[0]
+        except (OSError, IndexError):
+            continue
+    return ""
 
 
 def remembered() -> dict[str, str]:

@@ -33,6 +33,15 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.fixture(autouse=True)
+def tensors_begin_on_the_cpu():
+    """As for users; the kernels' tests, in the same process, let them begin on the GPU."""
+    device = torch.get_default_device()
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(device)
+
+
 def test_a_unet_step_can_be_captured_in_a_cuda_graph(monkeypatch):
     net, x, t = nano(monkeypatch)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -523,6 +523,24 @@ def test_runs_are_deterministic_and_lr_may_be_a_tensor():
     assert all_equal(runs[0], runs[1]) and all_equal(runs[0], runs[2])
 
 
+def test_a_rate_on_the_device_is_never_read(monkeypatch):
+    """Nothing waits for it, so that a CUDA graph can be captured; it is seen when it changes."""
+
+    def read(self, *_):
+        raise AssertionError("read on the host")
+
+    p = nn.Parameter(torch.ones(64, 64))
+    optimizer = AdamW8bit([p], lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0)
+    p.grad = torch.ones_like(p)
+    for name in ("__ne__", "__eq__", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].zero_()
+    optimizer.step()
+    monkeypatch.undo()
+    assert torch.allclose(p, torch.full_like(p, 0.9))
+
+
 def test_schedulers_and_closures_work():
     p = nn.Parameter(torch.ones(64, 64))
     optimizer = AdamW8bit([p], lr=0.1, weight_decay=0)

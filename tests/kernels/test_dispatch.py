@@ -156,8 +156,10 @@ def test_the_network_compiles_whole_and_equals_eager(monkeypatch, path, backend,
         y = model(x, second)
         y.square().mean().backward()
         results.append([y.detach(), *(p.grad.clone() for p in net.parameters())])
+    # A gradient that is zero in exact arithmetic (of a bias that a norm takes away) is rounding.
+    rounding = 1e-6 * max(eager.abs().max() for eager in results[0])
     for eager, fast in zip(*results):
-        assert (eager - fast).abs().max() < 2e-4 * eager.abs().max()
+        assert (eager - fast).abs().max() < 2e-4 * eager.abs().max() + rounding
 
 
 def test_backward_makes_no_zeros_for_outputs_that_nobody_used():

@@ -126,6 +126,20 @@ def test_decisions_are_remembered_for_these_conditions_only(monkeypatch):
     assert len(checks) == 1
 
 
+@pytest.mark.parametrize("name", ["NVRM version: 580.1\nGCC\n", "", None])
+def test_what_a_decision_depends_on_is_found_on_a_gpu(monkeypatch, tmp_path, name):
+    """Its name, and its driver where Linux says one; of torch only what is public is asked."""
+    path = tmp_path / "version"
+    if name is not None:
+        path.write_text(name)
+    monkeypatch.setattr(proof, "DRIVERS", (path,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    driver = "NVRM version: 580.1" if name else ""
+    assert proof.here.__wrapped__().startswith(f"a GPU | {driver} | {torch.__version__} | ")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "HERE []", 'HERE {"x": "cuda"}']
 )
