@@ -89,7 +89,7 @@ class Optim:
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths; none = off", low=0.01, high=0.25)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
     compile: bool = flag(False, "the network, with torch.compile")
-    graph: bool = flag(False, "a step's passes as one CUDA graph, if that is exact")
+    graph: bool = flag(True, "a step's passes as one CUDA graph, if that is exact")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 
 

@@ -163,15 +163,17 @@ def whole_norm_cases() -> list[Case]:
         per |= {name: value for name, value in forms.items() if name != "NHWC"}
         tag = f"C/G={CG} HW={HWP} {layout}{'' if film else ' plain'}"
         ahead = {**per, "FILM": film}
+        warps = {"num_warps": g.small_warps(HWP * per["CGP"])}
         found += [
-            Case(f"gn small {tag}", g.small_forward_kernel, ahead, WARPS, "bf16"),
-            Case(f"gn small bwd {tag}", g.small_backward_kernel, per, WARPS, "bf16"),
+            Case(f"gn small {tag}", g.small_forward_kernel, ahead, warps, "bf16"),
+            Case(f"gn small bwd {tag}", g.small_backward_kernel, per, warps, "bf16"),
         ]
     one = {"HW": 1, "CG": 48, "SILU": True, "HWP": 1, "CGP": 64, "sc": 1}
     ahead = {**one, "FILM": True}
+    warps = {"num_warps": g.small_warps(64)}
     found += [
-        Case("gn small one pixel", g.small_forward_kernel, ahead, WARPS, "bf16"),
-        Case("gn small bwd one pixel", g.small_backward_kernel, one, WARPS, "bf16"),
+        Case("gn small one pixel", g.small_forward_kernel, ahead, warps, "bf16"),
+        Case("gn small bwd one pixel", g.small_backward_kernel, one, warps, "bf16"),
     ]
     return found
 
@@ -197,11 +199,19 @@ def attention_cases() -> list[Case]:
     }
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for (kind, kernel), D, dtype in product(kernels.items(), a.HEAD_DIMS, types):
-        most, BM, warps, stages = a.config(kind, D, types[dtype])
-        # the op rounds N up to a power of two
-        fewer = {n for n in (16, 32, 64, 128) if n < most} if kind == "small" else set()
-        for BN in sorted({most} | fewer):
-            label = f"attention {kind} D={D}{f' N={BN}' if kind == 'small' else ''}"
+        queries = [a.FEW, 2 * a.FEW] if kind == "forward" else [2 * a.FEW]
+        if kind == "small":
+            # the op rounds N up to a power of two
+            most = a.largest(D, types[dtype])
+            queries = [n for n in (16, 32, 64, 128, 256) if n <= most]
+        for N in queries:
+            BN, BM, warps, stages = a.config(kind, D, types[dtype], N)
+            label = f"attention {kind} D={D}"
+            if kind == "small":
+                BN = N
+                label += f" N={N}"
+            elif N <= a.FEW:
+                label += " few"
             label += " fp32" if dtype == "fp32" else ""
             options = {"num_warps": warps, "num_stages": stages}
             found.append(Case(label, kernel, {"D": D, "BN": BN, "BM": BM}, options, dtype))

@@ -22,7 +22,7 @@
 #           needs numpy safetensors pillow tqdm
 #   train   toy-281m-attn on these in bf16, for as long as the part lasts; again = further
 #           needs numpy safetensors pillow tqdm
-#   graph   train.py on these for 400 steps of 64 images, without --graph and with it: what it gains
+#   graph   train.py on these for 400 steps of 64 images, with --no-graph and --graph: what it gains
 #           (images_per_s in graph-off.log and graph-on.log), and that the losses are the same
 #           needs numpy safetensors pillow tqdm
 #   distill benchmarks/distill.py --size gpu: a teacher, an assessor, the ablation by FID,
@@ -138,7 +138,7 @@ run_graph() {
     [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0
                            --preview-every 0)
     part graph-off 290 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" \
-        --name graph-off
+        --name graph-off --no-graph
     part graph-on 290 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" \
         --name graph-on --graph
 }

@@ -285,7 +285,7 @@ def kernels_of(name: str, args: tuple) -> int:
         return launches_of_a_list(args[0])
     if name == "attention_backward":
         q = args[1]
-        whole = q.shape[2] <= attention.config("small", q.shape[3], q.dtype)[0]
+        whole = q.shape[2] <= attention.largest(q.shape[3], q.dtype)
         return 1 if whole else 3
     return 1
 

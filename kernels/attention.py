@@ -228,28 +228,41 @@ def backward_small_kernel(
 
 # ---- the op --------------------------------------------------------------------------------------
 
-# (BN, BM, warps, stages) by kernel and head dim; chosen by ahead-of-time compilation (no spills),
-# not yet on a GPU.
+# (BN, BM, warps, stages) by kernel and head dim, the fastest on an H100 of those that spill no
+# register on any GPU that tests/aot.py knows. (Two of "small" spill a few, and are faster for it:
+# there is the list.)
 CONFIG = {
     "forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)},
-    "backward_kv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 1)},
+    "backward_kv": {32: (64, 64, 4, 2), 64: (32, 64, 4, 3), 128: (32, 64, 4, 1)},
     # wgmma wants 64 rows of accumulator
-    "backward_q": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
+    "backward_q": {32: (64, 64, 4, 2), 64: (128, 64, 8, 3), 128: (64, 32, 4, 2)},
     # one program does a head's whole backward pass for up to BN queries
-    "small": {32: (256, 32, 8, 1), 64: (256, 32, 8, 1), 128: (64, 32, 8, 1)},
+    "small": {32: (256, 64, 8, 1), 64: (256, 64, 8, 1), 128: (64, 32, 8, 1)},
+    # the same two for up to FEW queries
+    "forward few": {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2)},
+    "small few": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 8, 1)},
 }
+FEW = 64
 DELTA_ROWS = 64
 
 
-def config(kind: str, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """The row of CONFIG. fp32 takes a small tile, or it would spill.
+def config(kind: str, D: int, dtype: torch.dtype, N: int = FEW + 1) -> tuple[int, int, int, int]:
+    """The row of CONFIG for N queries. fp32 takes a small tile, or it would spill.
 
     (fp32 in Triton is for checking: in auto, SDPA serves it.)
     """
+    few = f"{kind} few"
+    if N <= FEW and few in CONFIG:
+        kind = few
     BN, BM, warps, stages = CONFIG[kind][D]
     if dtype.itemsize == 2:
         return BN, BM, warps, stages
     return max(BN // 8, 16), max(BM // 4, 16), 4 if D < 128 else 8, 1
+
+
+def largest(D: int, dtype: torch.dtype) -> int:
+    """Queries up to which one program may do a head's whole backward pass."""
+    return config("small", D, dtype)[0]
 
 
 def roomy(device: torch.device) -> bool:
@@ -289,7 +302,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     lse = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
     if not o.numel():
         return o, lse
-    BN, BM, warps, stages = config("forward", D, q.dtype)
+    BN, BM, warps, stages = config("forward", D, q.dtype, N)
     sizes = (*strides(q, k, v, o), heads, N, M, scale * LOG2E, D, BN, BM)
     grid = (cdiv(N, BN), B * heads)
     forward_kernel[grid](q, k, v, o, lse, *sizes, num_warps=warps, num_stages=stages)
@@ -309,7 +322,7 @@ def backward(
     dq, dk, dv = like(q), like(k), like(v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    if N <= config("small", D, q.dtype)[0] and roomy(q.device):
+    if N <= largest(D, q.dtype) and roomy(q.device):
         launch_small(q, k, v, o, do, lse, dq, dk, dv, scale)
     else:
         launch_blocks(q, k, v, o, do, lse, dq, dk, dv, scale)
@@ -319,8 +332,8 @@ def backward(
 def launch_small(q, k, v, o, do, lse, dq, dk, dv, scale: float) -> None:
     """Fill dq, dk and dv with one program per head."""
     B, heads, N, D = q.shape
-    BN, BM, warps, stages = config("small", D, q.dtype)
-    BN = min(BN, max(16, power_of_2(N)))
+    _, BM, warps, stages = config("small", D, q.dtype, N)
+    BN = max(16, power_of_2(N))
     sizes = (heads, N, k.shape[2], scale, scale * LOG2E, D, BN, BM)
     backward_small_kernel[B * heads,](
         q, k, v, o, do, lse, dq, dk, dv, *strides(q, k, v, do, o, dk), *sizes,

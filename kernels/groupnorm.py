@@ -61,7 +61,7 @@ def group_norm_silu_ref(
 
 # ---- the op --------------------------------------------------------------------------------------
 
-# One configuration so far; chosen by ahead-of-time compilation, not on a GPU.
+# Chosen on an H100, among tiles that ahead-of-time compilation had found to be lean.
 CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4
 # Rows and channels of a tile of the kernels that sum, by NHWC or not. They keep one sum a lane
 # until their loop ends: with 32 rows a quarter of sm_90's warps would have registers for that; with
@@ -71,6 +71,7 @@ CHUNK, ROWS, COLS, WARPS = 128, 32, 64, 4
 SUM_TILE = {True: (16, 64), False: (64, 16)}
 FINISH_ROWS, FINISH_COLS = 16, 64
 SMALL = 4096  # elements of a padded (sample, group) tile up to which one program does it whole
+FEW = 1024  # elements of such a tile up to which two warps are faster than four
 
 
 def dense(x: Tensor, nhwc: bool | None = None) -> tuple[Tensor, bool]:
@@ -105,6 +106,11 @@ def is_small(HW: int, CG: int) -> bool:
     return power_of_2(HW) * power_of_2(CG) <= SMALL
 
 
+def small_warps(elements: int) -> int:
+    """Warps for a (sample, group) of so many padded elements: more only wait for each other."""
+    return 2 if elements <= FEW else WARPS
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -135,7 +141,7 @@ def forward(
     if is_small(HW, CG):
         small_forward_kernel[B, groups](
             x, *affine_of, *out, HW, C, groups, eps, sb, sp, sc, *rows_of,
-            CG, film, silu, HWP, CGP, num_warps=WARPS,
+            CG, film, silu, HWP, CGP, num_warps=small_warps(HWP * CGP),
         )  # fmt: skip
         return out
     means, m2 = a.new_empty(B, K, C), a.new_empty(B, K, C)
@@ -213,7 +219,7 @@ def launch_backward(dy, x, a, d, mean, rstd, dx, P, Q, nhwc: bool, silu: bool) -
         HWP, CGP = power_of_2(HW), power_of_2(CG)
         small_backward_kernel[B, G](
             x, dy, a, d, mean, rstd, dx, P, Q, HW, C, G, sb, sp, sc,
-            CG, silu, HWP, CGP, num_warps=WARPS,
+            CG, silu, HWP, CGP, num_warps=small_warps(HWP * CGP),
         )  # fmt: skip
         return
     CGP, summed = power_of_2(CG), SUM_TILE[nhwc]

@@ -2,11 +2,13 @@
 
 The first call of a kind (GPU, op, dtype, shape, layout) runs both paths on random tensors like its
 own, forward and backward. A kernel whose error against fp32 is above 1.5 times that of torch in the
-same dtype is not used, and one line asks for a report; of two that are right the faster is used.
+same dtype is not used, and one line asks for a report; of two that are right the faster is used:
+by the clock, or, where passes are replayed as a CUDA graph, by the GPU's time alone.
 (With several ranks every right kernel is used: a clock does not tell all of them the same.)
 
     choices                 what was decided here: {kind: "triton" or "torch"}
     pin(choices)            a run that is resumed keeps what it began with
+    with for_replay():      what is decided here will be replayed, so launching costs nothing
     python -m kernels.selfcheck    the table of a whole network
 
 Decisions are kept in ~/.cache/twinpath/kernels.json, by GPU, driver, versions and the text of this
@@ -41,6 +43,7 @@ ROUNDING = {
     torch.bfloat16: 4e-3,
 }  # no error below it counts
 REPEATS = 7
+RECORDED = 10  # calls in a graph, so that its launch does not count
 # Where the drivers of NVIDIA and AMD say their version.
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
@@ -48,6 +51,7 @@ choices: dict[str, str] = {}  # of this process
 known: dict[tuple, bool] = {}  # the same, by what is quickly asked: is it the kernel?
 verdicts: dict[str, "Verdict"] = {}  # of what was measured in this process
 busy = False  # the calls of a check are not checked themselves
+replayed = False  # are passes CUDA graphs?
 
 
 class Verdict(NamedTuple):
@@ -78,7 +82,7 @@ def trusted(
     """
     if busy or chosen() != "auto":
         return True
-    signature = (op, details, *((t.shape, t.dtype, t.stride()) for t in tensors))
+    signature = (op, details, replayed, *((t.shape, t.dtype, t.stride()) for t in tensors))
     if signature not in known:
         kind = kind_of(op, details, tensors)
         path = decide(kind, partial(examine, kernel, plain, tensors))
@@ -116,6 +120,17 @@ def pin(pinned: Mapping[str, str]) -> None:
     known.clear()
 
 
+@contextlib.contextmanager
+def for_replay(is_so: bool = True) -> Iterator[None]:
+    """Inside, calls are of passes that become a CUDA graph, if that is so."""
+    global replayed
+    before, replayed = replayed, is_so
+    try:
+        yield
+    finally:
+        replayed = before
+
+
 def summary() -> dict[str, dict[str, int]]:
     """For a log: how many kinds of call each path serves; {} where nothing had to be decided."""
     if not choices:
@@ -140,7 +155,8 @@ def kind_of(op: str, details: object, tensors: Sequence[Tensor]) -> str:
         shape = (1 << (batch - 1).bit_length() if batch else 0, *rest)
         shapes.append(f"{shape} {str(t.dtype).removeprefix('torch.')}")
     form = "nhwc" if first.ndim == 4 and first.stride(1) == 1 else "nchw"
-    return f"{op} {details} {form} {'; '.join(shapes)}"
+    how = " replayed" if replayed else ""
+    return f"{op} {details} {form} {'; '.join(shapes)}{how}"
 
 
 def capturing() -> bool:
@@ -253,15 +269,38 @@ def worst(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def timed(fn: Callable, tensors: Sequence[Tensor], gradient: Tensor) -> float:
-    """Median seconds of forward and backward on the GPU, after a warm-up."""
+    """Median seconds of forward and backward on the GPU, after a warm-up; infinity for what is to
+    be replayed and cannot be recorded."""
+    call = partial(run, fn, tensors, gradient)
+    calls = 1
+    if replayed:
+        calls = RECORDED
+        try:
+            call = recorded(call)
+        except RuntimeError:
+            return float("inf")
     times = []
     for _ in range(REPEATS):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        run(fn, tensors, gradient)
+        call()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append((time.perf_counter() - begun) / calls)
     return statistics.median(times[2:])
+
+
+def recorded(call: Callable) -> Callable:
+    """RECORDED calls, one after the other, as the replay of a CUDA graph."""
+    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(main)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(RECORDED):
+                call()
+    main.wait_stream(stream)
+    return graph.replay
 
 
 def complain(kind: str, verdict: Verdict) -> None:

