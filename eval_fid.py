@@ -727,9 +727,9 @@ def evaluate(cfg: Config, ranks: Ranks) -> Card:
     if least < LOW:
         warn(
             ranks,
-            f"{least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards there, "
-            "and compares only with others at the same number.  Look at the floor and at the "
-            "kernel distance.",
+            f"{least:,} images are fewer than {LOW:,}: a Fréchet distance is biased upwards "
+            "there, and compares only with others at the same number.  Look at the floor and at "
+            "the kernel distance.",
         )
     extractor = task.extractor
     if cfg.save_stats and ranks.rank == 0:

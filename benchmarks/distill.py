@@ -6,8 +6,8 @@ cost         a step's time by arm, the arms in turns: what the assessor costs
 ablation     arms A, B, C, D, E and S, three seeds each, students that start as the teacher
              (experiments/ablate.py)
 scratch      arms A to D again, students that start from nothing
-progressive  a flow-matching teacher halved, 8 → 4 → 2 → 1 steps; FD of teacher and students at
-             each number of steps
+progressive  a flow-matching teacher of 8 steps halved to 4, 2 and 1; FD of teacher and students
+             at each number of steps
 
 Reports and numbers go to benchmarks/results/distill/SIZE. What has been done is not done again:
 the same command goes on where it stopped. Size gpu trains a larger network for longer and measures

@@ -17,6 +17,8 @@
 #   step    python benchmarks/kernels.py --parts step: whole training steps of toy-281m
 #           needs safetensors tqdm; diffusers (with what it needs), and bitsandbytes or torchao,
 #           take part where installed
+#   tiles   python benchmarks/tiles.py: which tiles of attention and GroupNorm are fastest here
+#           needs safetensors tqdm
 #   encode  20,000 robohash kittens at 256 px to 32×32×32 latents; toy faces if robohash is not
 #           installed
 #           needs numpy safetensors pillow tqdm
@@ -45,7 +47,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
-PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step encode \
+PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step tiles encode \
 train graph distill compare "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
@@ -110,6 +112,12 @@ run_host() {
     part host 300 "$PYTHON" benchmarks/host.py "${size[@]}" --out "$OUT/host.json"
 }
 
+run_tiles() {
+    local dry=()
+    [ -z "$DRY" ] || dry=(--dry-run)
+    part tiles 590 "$PYTHON" benchmarks/tiles.py --out "$OUT" "${dry[@]}"
+}
+
 run_encode() {
     local data=robohash:20000 side=256
     if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("robohash")' 2>/dev/null; then
@@ -159,7 +167,7 @@ run_compare() {
 
 for name in "$@"; do
     case $name in
-        selfcheck | host | encode | train | graph | distill | compare) "run_$name" ;;
+        selfcheck | host | tiles | encode | train | graph | distill | compare) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

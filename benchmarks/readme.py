@@ -761,8 +761,8 @@ def block_results(up: str) -> str:
             commit(cache),
         ],
     ]
-    if is_measured("compare/verdict"):
-        found = results("compare/verdict")
+    found = results("compare/verdict") if is_measured("compare/verdict") else {"tests": []}
+    if any(each["word"] != "open" for each in found["tests"]):
         words = ", ".join(f"{each['key']} {each['word']}" for each in found["tests"])
         seeds = f"{len(found['seeds'])} seeds"
         rows[-1] = ["[FM against DDPM](docs/results.md)", words, seeds, found["commits"][0]]

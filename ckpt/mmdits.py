@@ -4,8 +4,8 @@
                          SiT's output is of the opposite sign
     layout "diffusers"   SD3Transformer2DModel, FluxTransformer2DModel, Flux2Transformer2DModel
 
-    pieces(cfg, layout)  -> {native: (Piece(foreign, …), …)}, in state-dict order; a tensor's rows
-                            lie in its pieces, one after another; foreign names are unique
+    pieces(cfg, layout)  -> {native: tuple of Piece}, in state-dict order; a tensor's rows lie in
+                            its pieces, one after another; foreign names are unique
     to_foreign(parts, tensor), to_native(parts, shape, tensors)     one tensor, each way
 """
 

@@ -2,8 +2,8 @@
 
     strip = read_strip(path, 64, wide=1)   # uint8 (64, 64, 3): shorter side resized (Lanczos),
                                            # the middle of the longer
-    strip = read_strip(path, 64, wide=4)   # (64, 64 … 256, 3) or (64 … 256, 64, 3): what a random
-                                           # crop chooses from
+    strip = read_strip(path, 64, wide=4)   # what a random crop chooses from: the longer side may
+                                           # have up to 256 pixels
     cut(strip, 0.25)                       # (64, 64, 3), a quarter of the way along
 
 What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Files without an

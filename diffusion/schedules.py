@@ -203,8 +203,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 def resolution_shift(height: int, width: int, base: int = 32) -> float:
     """The shift that keeps a larger picture as uncertain as a base × base one: sqrt(m / n) with
-    m = height · width latent pixels and n = base² (SD3, eq. 23). 1 for 32×32 latents, 2 for 64×64.
-    Flux has other rules: flux_shift(), flux2_shift()."""
+    m = height · width latent pixels and n = base² (SD3, eq. 23): 1 for latents of side 32, 2 for
+    side 64. Flux has other rules: flux_shift(), flux2_shift()."""
     return math.sqrt(height * width) / base
 
 

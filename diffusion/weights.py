@@ -21,7 +21,10 @@ def x0_share(t: Tensor, target: str) -> Tensor:
 
 
 def ends(t: Tensor) -> tuple[Tensor, Tensor]:
-    """((1-t)², t²), float64, whose ratio is the SNR. The floor makes 0/0 its limit at both ends."""
+    """((1-t)², t²), float64, whose ratio is the SNR.
+
+    The floor makes 0/0 its limit at both ends.
+    """
     t = t.double()
     return (1 - t).square().clamp(min=1e-30), t.square().clamp(min=1e-30)
 

@@ -107,10 +107,10 @@ def cantor(x: Tensor, alpha: Tensor | float = 0.5, tau: float = 0.25, levels: in
 
 
 def simplex(points: Tensor) -> tuple[Tensor, Tensor]:
-    """4-simplices (…, 5, D) -> volume (…) by Cayley and Menger, V² = -det / 9216, and the variation
-    (std / mean) of their ten squared edges (…).
+    """Of 4-simplices (…, 5, D) the volume and the variation of their ten squared edges, (…) each.
 
-    A flat one has volume 0 and finite gradients.
+    The volume is Cayley's and Menger's, V² = -det / 9216; the variation is std / mean. A flat one
+    has volume 0 and finite gradients.
     """
     # Squared edges from a Gram matrix: a quarter of the time of differences.
     centred = points - points[..., :1, :]

@@ -42,7 +42,8 @@ def tests(cards: Cards, found: list[rule.Endpoint], verdicts: list[rule.Verdict]
             null if own.n > 1 else "one pair says nothing",
         ])
         series.append(of_seeds("control", own, len(found)))
-    head = ["endpoint", "seeds", "F / D", "90% interval", "p", "visible", "guards (≤ 0 holds)", ""]
+    numbers = ["F / D", "90% interval", "p", "visible"]
+    head = ["endpoint", "seeds", *numbers, "guards (≤ 0 holds)", ""]
     note = (
         "Ratios of F to D, a geometric mean over seeds; below 1 is what the source says. p: "
         "one-sided, Holm's for three (control: two-sided). visible: the smallest change that these "

@@ -12,8 +12,8 @@ before anything believes it.
 
 Types are those of JSON: bool, int, float (finite, or whole), str, None, Any, Literal[…], list[X],
 dict[str, X], X | Y, dataclasses; and tuple[X, ...] of values that do not come from JSON. A field
-may have its range by flag(low=…, high=…), as those of a Config. Fields that a dataclass does not
-name are refused, unless it is an Open.
+may have its range by flag(low=1, high=9), as those of a Config. Fields that a dataclass does
+not name are refused, unless it is an Open.
 """
 
 import json

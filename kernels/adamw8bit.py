@@ -546,9 +546,9 @@ class AdamW8bit(torch.optim.Optimizer):
         return torch.cat([torch.stack([factor, norm.isfinite().float()]), control[2:]])
 
     def _scalars(self, plan: Plan) -> Tensor:
-        """(jobs, 8) fp32: 1 - lr·wd, lr / (1 - β1^t), (1 - β2^t)^-½, eps, β1, 1 - β1, β2, 1 - β2.
+        """What each job's update multiplies by, (jobs, 8) fp32; in fp64 inside, on the device.
 
-        fp64 inside, on the device.
+        1 - lr·wd, lr / (1 - β1^t), (1 - β2^t)^-½, eps, β1, 1 - β1, β2 and 1 - β2.
         """
         device = plan.steps.device
         rates = [group["lr"] for group in self.param_groups]

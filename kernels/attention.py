@@ -228,9 +228,9 @@ def backward_small_kernel(
 
 # ---- the op --------------------------------------------------------------------------------------
 
-# (BN, BM, warps, stages) by kernel and head dim, the fastest on an H100 of those that spill no
-# register on any GPU that tests/aot.py knows. (Two of "small" spill a few, and are faster for it:
-# there is the list.)
+# (BN, BM, warps, stages) by kernel and head dim, chosen on an H100 (benchmarks/tiles.py) among
+# those that spill no register on any GPU that tests/aot.py knows. Two of "small" spill a few and
+# are faster for it: tests/aot.py lists them. "small few" was not timed.
 CONFIG = {
     "forward": {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 2)},
     "backward_kv": {32: (64, 64, 4, 2), 64: (32, 64, 4, 3), 128: (32, 64, 4, 1)},

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import chosen, reference, triton
+from kernels.recording import beside, record
 
 try:
     from triton.errors import TritonError
@@ -291,16 +292,16 @@ def timed(fn: Callable, tensors: Sequence[Tensor], gradient: Tensor) -> float:
 
 def recorded(call: Callable) -> Callable:
     """RECORDED calls, one after the other, as the replay of a CUDA graph."""
-    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(main)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+
+    def calls() -> list:
+        for _ in range(RECORDED):
+            call()
+        return []
+
+    with beside(torch.device("cuda")):
         call()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(RECORDED):
-                call()
-    main.wait_stream(stream)
-    return graph.replay
+        replay, _ = record(calls)
+    return replay
 
 
 def complain(kind: str, verdict: Verdict) -> None:

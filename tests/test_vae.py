@@ -401,7 +401,7 @@ def test_an_autoencoder_of_an_earlier_version_opens_unchanged():
 
 @pytest.fixture
 def places(tmp_path):
-    """Files of autoencoders: {"pca": …, "flux2": …, "moved": the same flux2, "other": another}."""
+    """Files of autoencoders by name: pca, flux2, "moved" (the same flux2), "other" (another)."""
     folder = {k: tmp_path / f"{k}.safetensors" for k in ("pca", "flux2", "moved", "other")}
     save_vae(folder["pca"], fit_pca(images(64, 32, 32)))
     save_vae(folder["flux2"], small("flux2"))

@@ -6,9 +6,8 @@ counters and checkpoints are those of any run. Before a graph is used, a replay 
 pass that it replaces, on images that it was not recorded with; if it is not exact, nothing changes.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import proof
+from kernels.recording import beside, record
 from training.trainer import Trainer
 
 Batch = dict[str, Tensor]
@@ -169,25 +169,3 @@ def crowded(device: torch.device) -> bool:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free < total / 4
-
-
-def record(run: Callable[[], list]) -> tuple[Callable[[], Any], list]:
-    """(replay, the tensors that it writes) of a function without arguments."""
-    graph = torch.cuda.CUDAGraph()
-    # On the stream that is current: what ran there before is what warmed it up.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        outcome = run()
-    return graph.replay, outcome
-
-
-@contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """On another stream than the default one, which cannot be recorded."""
-    if device.type != "cuda":
-        yield
-        return
-    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        yield
-    main.wait_stream(stream)

@@ -311,8 +311,10 @@ def test_coherence_of_data_is_by_pairs_of_one_bin():
 
 
 def test_the_assessor_is_a_small_part_of_a_steps_arithmetic():
-    """At the default size (tiny, 8×8×32 latents) and the source's K, P and D: multiplications, for
-    a clock would measure the machine."""
+    """At the default size (tiny, latents of side 8) and the source's K, P and D.
+
+    Multiplications are counted, for a clock would measure the machine.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     net, x, t = UNet(PRESETS["tiny"]), torch.zeros(4, 32, 8, 8), torch.zeros(4)

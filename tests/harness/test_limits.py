@@ -37,6 +37,7 @@ COMMANDS = {
     "metrics.inception": [],
     "benchmarks.solvers": [],
     "benchmarks.kernels": [],
+    "benchmarks.tiles": [],
     "benchmarks.bf16": [],
     "benchmarks.startup": [],
     "benchmarks.convert": [],

@@ -125,6 +125,16 @@ def test_what_is_replayed_is_decided_apart():
     assert replayed == f"{by_clock} replayed" and not proof.replayed
 
 
+def test_what_cannot_be_recorded_is_not_for_a_graph(monkeypatch):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(proof, "recorded", refuse)
+    x = torch.ones(1)
+    with proof.for_replay():
+        assert proof.timed(torch.square, [x], x) == float("inf")
+
+
 def test_decisions_are_remembered_for_these_conditions_only(monkeypatch):
     norm()
     checks = counted(monkeypatch, "examine")

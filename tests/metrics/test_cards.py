@@ -65,7 +65,8 @@ def test_numbers_of_a_table():
     card = {"measured": {"n": 32}}
     assert cards.number({}) == cards.number({"value": None, "error": 1.0}) == ""
     assert cards.number({"value": 1.0}) == "1.0000"
-    assert cards.number({"value": 1.0, "error": 0.25, "flagged": True}) == "1.0000 ± 0.2500 FLAGGED"
+    flagged = {"value": 1.0, "error": 0.25, "flagged": True}
+    assert cards.number(flagged) == "1.0000 ± 0.2500 FLAGGED"
     assert cards.floor_of({}, card) == ""
     assert cards.floor_of({"floor": 2.0, "floor n": 32}, card) == "2.0000"
     assert cards.floor_of({"floor": 2.0, "floor n": 11}, card) == "2.0000 at 11"

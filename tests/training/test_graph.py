@@ -190,6 +190,29 @@ def test_what_stands_against_a_graph(device, fields, own, reason):
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
+def test_on_a_gpu_it_is_said_what_stands_against_it(monkeypatch, capsys):
+    monkeypatch.setattr(graph, "obstacle", lambda tr: "a reason")
+    for device, rank, lines in (("cuda", 0, 1), ("cuda", 1, 0), ("cpu", 0, 0)):
+        ranks = SimpleNamespace(device=torch.device(device), rank=rank)
+        tr = SimpleNamespace(cfg=SimpleNamespace(graph=True), ranks=ranks)
+        assert graph.repeater(tr) is graph.at_once
+        assert capsys.readouterr().out.count("a reason") == lines
+
+
+@pytest.mark.parametrize("free, used", [(19, False), (20, True)])
+def test_a_graph_leaves_memory_to_the_rest(tmp_path, monkeypatch, recorder, capsys, free, used):
+    """At least 20 of 80 GB."""
+    plain = steps(tmp_path / "plain")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    left = graph.crowded(torch.device("cuda"))
+    monkeypatch.setattr(graph, "crowded", lambda device: left)
+    same(plain, steps(tmp_path / "graph", graph=True))
+    said = capsys.readouterr().out
+    assert ("run as one CUDA graph" in said) == used
+    assert ("less than a quarter of the GPU's memory" in said) != used
+
+
 def test_on_a_cpu_it_is_the_same_run_without_a_word(tmp_path, capsys):
     plain = steps(tmp_path / "plain", 2)
     capsys.readouterr()
