@@ -242,8 +242,13 @@ def sweep(run: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes that removing a folder sets free."""
-    return sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+    """Bytes that removing a file or folder sets free. What is gone by then counts as nothing: it
+    was being written by another rank, which has put it in its place."""
+    total = 0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -345,6 +345,13 @@ def test_a_new_run_that_cannot_fit_is_told_what_would(tmp_path, monkeypatch):
     check_disk(tmp_path / "r", net, flags(keep=1, keep_every=1, save_every=101))
 
 
+def test_what_another_rank_is_writing_meanwhile_is_no_obstacle(tmp_path, monkeypatch):
+    """Rank 0 may already write while rank 1 still looks for room: a half file is gone by then."""
+    gone = tmp_path / f".vae.safetensors.{os.getpid()}.tmp"
+    monkeypatch.setattr(run_module, "leftovers", lambda run: [gone])
+    check_disk(tmp_path, torch.nn.Linear(1, 1), flags())
+
+
 def test_a_run_that_has_begun_is_told_only_what_it_can_still_change(tmp_path, monkeypatch):
     net = torch.nn.Linear(1000, 250, bias=False)
     run = begin(tmp_path / "r")
