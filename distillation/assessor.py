@@ -107,7 +107,7 @@ def cantor(x: Tensor, alpha: Tensor | float = 0.5, tau: float = 0.25, levels: in
 
 
 def simplex(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Of 4-simplices (…, 5, D) the volume and the variation of their ten squared edges, (…) each.
+    """(volume, variation of the ten squared edges), (…) each, of 4-simplices (…, 5, D).
 
     The volume is Cayley's and Menger's, V² = -det / 9216; the variation is std / mean. A flat one
     has volume 0 and finite gradients.
