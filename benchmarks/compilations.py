@@ -56,6 +56,7 @@ OTHER_POINTERS = {
     "table": "*i64",
     "owner": "*i32",
     "scalars": "*fp32",
+    "keys": "*i32",
     "control": "*fp32",
     "levels": "*fp32",
     "buckets": "*u8",
@@ -183,9 +184,12 @@ def optimizer_cases() -> list[Case]:
     found = []
     for quant, emas, gradient in product((True, False), (0, 2), (tl.float32, tl.bfloat16)):
         constants = {"P": tl.float32, "G": gradient, "QUANT": quant, "E": emas}
-        constants |= {"ROWS": adamw8bit.ROWS, "BLOCK": adamw8bit.BLOCK}
+        constants |= {"ROWS": adamw8bit.ROWS, "BLOCK": adamw8bit.BLOCK, "STOCHASTIC": False}
         label = f"adamw8bit {'8-bit' if quant else 'fp32'} {emas} EMAs g={gradient}"
         found.append(Case(label, kernel, constants, options, "fp32"))
+        if gradient == tl.bfloat16:
+            rounded = {**constants, "P": tl.bfloat16, "STOCHASTIC": True}
+            found.append(Case(f"{label} p=bf16", kernel, rounded, options, "fp32"))
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels import proof
 from kernels.codec8bit import BLOCK, codec, dequantize, quantize
 from kernels.dispatch import DTYPES, cdiv, tl, triton, use_triton
+from kernels.rounding import base_key, stochastic, stochastic_tile
 
 SMALLEST = 4096  # tensors of fewer elements, and vectors (norms, biases), keep fp32 moments
 PLAIN = (Tensor, torch.nn.Parameter)  # no DTensor: asking costs host time
@@ -66,11 +67,14 @@ def update_torch(
     emas: Sequence[Tensor],
     scalars: list[float],
     control: list[float],
+    keys: list[int] | None = None,
+    first: int = 0,
 ) -> None:
     """One step in place.
 
     p, g, emas: (n,) in memory order; m, v: codes with absmax, or fp32 without;
-    scalars: a row of `_scalars`; control: `_control`.
+    scalars: a row of `_scalars`; control: `_control`; keys: a row of `_keys`, with the index of
+    p[0] in its tensor, or None: to nearest.
     """
     decay, rate, rsqrt, eps, b1, c1, b2, c2 = scalars
     m32 = m if m_absmax is None else dequantize(m, m_absmax, False)
@@ -80,7 +84,8 @@ def update_torch(
     v32 = v32.mul_(b2).add_(g.mul_(g).mul_(c2))
     # correctly rounded: fp32 sqrt is an ulp off where a vector library does it
     root = v32.double().sqrt_().float()
-    p.copy_((p.float() * decay).sub_((m32 * rate).div_(root.mul_(rsqrt).add_(eps))))
+    new = (p.float() * decay).sub_((m32 * rate).div_(root.mul_(rsqrt).add_(eps)))
+    p.copy_(new if keys is None else stochastic(new, keys, first))
     for e, w in zip(emas, control[2:]):
         e.add_((p.float() - e).mul_(w))
     if m_absmax is not None:  # one after the other: fewer temporaries
@@ -112,9 +117,9 @@ def encode(x, absmax, levels, buckets):
 
 @triton.jit
 def update_tile(
-    row, start, s, control, levels, buckets,
+    row, start, s, key, control, levels, buckets,
     P: tl.constexpr, G: tl.constexpr, QUANT: tl.constexpr, E: tl.constexpr,
-    FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """The step on a program's tile; FAST: it is whole and aligned, and needs no mask."""
     left = tl.load(row) - start  # elements from here to the tensor's end
@@ -140,6 +145,10 @@ def update_tile(
     m = m * tl.load(s + 4) + g * tl.load(s + 5)
     v = v * tl.load(s + 6) + g * g * tl.load(s + 7)
     p = p * tl.load(s) - m * tl.load(s + 1) / (tl.sqrt(v) * tl.load(s + 2) + tl.load(s + 3))
+    if STOCHASTIC:
+        key0 = tl.load(key).to(tl.uint32, bitcast=True)
+        key1 = tl.load(key + 1).to(tl.uint32, bitcast=True)
+        p = stochastic_tile(p, (start + i).to(tl.int32), key0, key1)
     p = p.to(P)
     tl.store(p_at, p, mask=inside)
     for k in tl.static_range(E):
@@ -160,19 +169,26 @@ def update_tile(
 
 @triton.jit
 def update_kernel(
-    table, owner, scalars, control, levels, buckets,
+    table, owner, scalars, keys, control, levels, buckets,
     P: tl.constexpr, G: tl.constexpr, QUANT: tl.constexpr, E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """table (T, 10 + E), owner (programs,), scalars (jobs, 8), control (2 + E,), the codec's."""
+    """table (T, 10 + E), owner (programs,), scalars (jobs, 8), keys (jobs, 2), control (2 + E,), codec's."""
     if tl.load(control + 1) != 0:  # a non-finite gradient norm: nothing is read, nothing changes
         row = table + tl.load(owner + tl.program_id(0)) * (10 + E)
         start = (tl.program_id(0) - tl.load(row + 1)) * (ROWS * BLOCK)
         s = scalars + tl.load(row + 2) * 8
+        key = keys + tl.load(row + 2) * 2
         if (start + ROWS * BLOCK <= tl.load(row)) & (tl.load(row + 3) != 0):
-            update_tile(row, start, s, control, levels, buckets, P, G, QUANT, E, True, ROWS, BLOCK)
+            update_tile(
+                row, start, s, key, control, levels, buckets,
+                P, G, QUANT, E, True, ROWS, BLOCK, STOCHASTIC,
+            )  # fmt: skip
         else:
-            update_tile(row, start, s, control, levels, buckets, P, G, QUANT, E, False, ROWS, BLOCK)
+            update_tile(
+                row, start, s, key, control, levels, buckets,
+                P, G, QUANT, E, False, ROWS, BLOCK, STOCHASTIC,
+            )  # fmt: skip
 
 
 ROWS, WARPS = 8, 8  # one configuration so far; chosen by ahead-of-time compilation, not on a GPU
@@ -352,6 +368,8 @@ class AdamW8bit(torch.optim.Optimizer):
     Into a CUDA graph: first one step outside it on the very .grad tensors of the graph (their
     addresses are part of the table that step uploads), with lr as a tensor on the GPU; a float
     would be frozen.
+    rounding: a seed; bf16 weights are then rounded stochastically (kernels/rounding.py), by a hash
+    of the seed, the parameter's place, its step count and the element. Not part of the state.
     state[p]: `step` (), `m` and `v` (n,) in memory order, `order`, and for uint8 moments
     `m_absmax`, `v_absmax` (ceil(n/256),).
     """
@@ -363,6 +381,7 @@ class AdamW8bit(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        rounding: int | None = None,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
@@ -371,10 +390,17 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"betas are {betas}: wanted two numbers in [0, 1).")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        self.__setstate__({})
+        self.__setstate__({"rounding": rounding})
+        if rounding is not None:
+            check_rounded(self._params())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rounding": self.rounding}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "rounding" in state:  # load_state_dict gives none: it is the new optimizer's
+            self.rounding = state["rounding"]
         self._plan, self._cache = Plan([], [], [], None, {}), {}
 
     def _params(self) -> list[tuple[Tensor, int]]:
@@ -433,7 +459,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 e.copy_(torch.where(control[1] != 0, e + (p.float() - e) * w, e))
         if jobs:
             plan.steps.add_(control[1])
-            self._run(plan, grads, self._scalars(plan), control)
+            self._run(plan, grads, self._scalars(plan), self._keys(plan), control)
         return loss
 
     def _planned(self, ema: Sequence[tuple[Sequence[Tensor], float]]) -> tuple[Plan, list[Tensor]]:
@@ -568,28 +594,58 @@ class AdamW8bit(torch.optim.Optimizer):
         rate, rsqrt = lr / (1 - b1**t), (1 - b2**t).rsqrt()
         return torch.stack([1 - lr * wd, rate, rsqrt, eps, b1, 1 - b1, b2, 1 - b2], 1).float()
 
+    def _keys(self, plan: Plan) -> Tensor | None:
+        """(jobs, 2) int32 for stochastic rounding: seed with the parameter's place; step."""
+        if self.rounding is None:
+            return None
+        places = {id(p): i for i, (p, _) in enumerate(self._params())}
+        base = [base_key(self.rounding, places[id(job.whole)]) for job in plan.jobs]
+        fixed = self._cached("keys", base, lambda: base, torch.int32, plan.steps.device)
+        return torch.stack([fixed, plan.steps.int()], 1)
+
     def _is_right(self, job: Job) -> bool:
         """With KERNELS=auto: does the kernel do here what torch does?"""
         return proof.trusted_steps("adamw8bit", partial(AdamW8bit, lr=0.1), job.p, len(job.emas))
 
-    def _run(self, plan: Plan, grads: list[Tensor], scalars: Tensor, control: Tensor) -> None:
+    def _run(
+        self,
+        plan: Plan,
+        grads: list[Tensor],
+        scalars: Tensor,
+        keys: Tensor | None,
+        control: Tensor,
+    ) -> None:
         """One launch for all jobs of a kind, or in torch one job after the other."""
         jobs = plan.jobs
         if use_triton("adamw8bit", jobs[0].p, grads[0]) and self._is_right(jobs[0]):
             if not plan.launches:
                 plan.launches.update(tables(jobs, grads))
+            # not read without rounding: any int32
+            key_table = plan.steps.int() if keys is None else keys
             for (quant, P, G), (programs, emas, table, owner) in plan.launches.items():
                 update_kernel[programs,](
-                    table[1], owner[1], scalars, control, *codec(scalars.device),
-                    P, G, quant, emas, ROWS, BLOCK, num_warps=WARPS,
+                    table[1], owner[1], scalars, key_table, control, *codec(scalars.device),
+                    P, G, quant, emas, ROWS, BLOCK, keys is not None, num_warps=WARPS,
                 )  # fmt: skip
             return
         factors = control.tolist()
         if not factors[1]:
             return
-        for job, g, row in zip(jobs, grads, scalars.tolist()):
+        own_keys = repeat(None) if keys is None else keys.tolist()
+        for job, g, row, key in zip(jobs, grads, scalars.tolist(), own_keys):
+            first = 0
             for part in pieces(job, g):
-                update_torch(*part, row, factors)
+                update_torch(*part, row, factors, key, first)
+                first += part[0].numel()
+
+
+def check_rounded(params: list[tuple[Tensor, int]]) -> None:
+    """Stochastic rounding is of whole bf16 parameters."""
+    for p, _ in params:
+        if hasattr(p, "to_local"):
+            raise ValueError("rounding with a sharded parameter: wanted whole ones.")
+        if p.dtype != torch.bfloat16:
+            raise ValueError(f"rounding with a parameter of {p.dtype}: wanted bf16.")
 
 
 def in_layout(g: Tensor, p: Tensor) -> Tensor:

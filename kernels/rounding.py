@@ -30,8 +30,16 @@ def mix(x: Tensor) -> Tensor:
     return x ^ shifted(x, 16)
 
 
+def base_key(seed: int, place: int) -> int:
+    """The first key, as int32, of parameter number `place`: all 64 bits of the seed count."""
+    word = torch.tensor(signed(seed % 2**32), dtype=torch.int32, device="cpu")
+    for part in (seed // 2**32 % 2**32, place):
+        word = mix(word) ^ signed(part)
+    return int(mix(word))
+
+
 def noise(keys: tuple[int, int], element: Tensor) -> Tensor:
-    """Uniform on 0 … 65535, int32, of two keys of 32 bits and the element's index (int32)."""
+    """Uniform on 0 … 65535, int32, of two keys (int32 or words) and the element's index (int32)."""
     return shifted(mix(mix(element ^ signed(keys[0])) ^ signed(keys[1])), 16)
 
 

@@ -284,6 +284,7 @@ def test_the_kernel_reaches_beyond_31_bits():
             torch.tensor([row]),
             torch.zeros(3, dtype=torch.int32),
             scalars,
+            torch.zeros(1, 2, dtype=torch.int32),
             control,
             *kernel.codec(control.device),
             tl.float32,
@@ -292,6 +293,7 @@ def test_the_kernel_reaches_beyond_31_bits():
             0,
             kernel.ROWS,
             kernel.BLOCK,
+            False,
         )
     cut = [t[base:] for t in far[:4]] + [t[base // kernel.BLOCK :] for t in far[4:]]
     assert all_equal(cut, near) and not torch.equal(near[4], torch.full((17,), 0.5))

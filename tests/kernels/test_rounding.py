@@ -2,11 +2,14 @@
 
 from tests import interpreter  # noqa: F401, I001  before any kernel
 
+import copy
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from kernels.adamw8bit import AdamW8bit
 from kernels.rounding import noise, round_up_by, stochastic, stochastic_tile
 
 KEYS = (0xDEADBEEF, 0x12345678)
@@ -71,3 +74,68 @@ def test_the_kernel_writes_the_same_bits():
     rounding_kernel[(1,)](x, out, *KEYS, N=4096)
     wanted = stochastic(x, KEYS)
     assert torch.equal(out.view(torch.int32), wanted.view(torch.int32))
+
+
+# ---- in AdamW8bit --------------------------------------------------------------------------------
+
+
+def steps(ps, optimizer, numbers):
+    """bf16 gradients that are a function of the step's number and the parameter's place."""
+    for t in numbers:
+        for place, p in enumerate(ps):
+            g = torch.Generator().manual_seed(100 * t + place)
+            p.grad = torch.randn(p.shape, generator=g).bfloat16()
+        optimizer.step(clip=1.0)
+    return ps
+
+
+def weights():
+    g = torch.Generator().manual_seed(0)
+    shapes = ((70, 2000), (5000,), (64, 65))  # one is cut into chunks on a CPU
+    return [torch.nn.Parameter(torch.randn(s, generator=g).bfloat16()) for s in shapes]
+
+
+def test_adamw8bit_writes_the_same_bits_on_both_paths(monkeypatch):
+    made = []
+    for path in ("torch", "triton"):
+        monkeypatch.setenv("KERNELS", path)
+        ps = weights()
+        made.append(steps(ps, AdamW8bit(ps, lr=1e-3, rounding=2**40 + 7), range(2)))
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
+def test_adamw8bit_resumes_exactly_and_a_copy_goes_on_alike(monkeypatch):
+    monkeypatch.setenv("KERNELS", "torch")
+    whole = weights()
+    steps(whole, AdamW8bit(whole, rounding=3), range(4))
+    ps = weights()
+    optimizer = AdamW8bit(ps, rounding=3)
+    steps(ps, optimizer, range(2))
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in ps]
+    later = AdamW8bit(resumed, rounding=3)
+    later.load_state_dict(optimizer.state_dict())
+    steps(resumed, later, range(2, 4))
+    copied, its_optimizer = copy.deepcopy((ps, optimizer))
+    steps(copied, its_optimizer, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(whole, copied))
+
+
+def test_updates_below_half_a_spacing_are_kept_on_average(monkeypatch):
+    monkeypatch.setenv("KERNELS", "torch")
+    moved = {}
+    for rounding in (None, 0):
+        p = torch.nn.Parameter(torch.ones(200, 1000, dtype=torch.bfloat16))
+        optimizer = AdamW8bit([p], lr=1e-4, weight_decay=0, rounding=rounding)
+        for _ in range(10):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[rounding] = 1 - p.detach().double().mean().item()
+    assert moved[None] == 0
+    # Each of 10 steps is 1e-4 of a spacing of 2^-8: sd of the mean 1.9e-3 · sqrt(0.0256·10 / 2e5)
+    assert moved[0] == pytest.approx(1e-3, abs=2e-5)
+
+
+def test_rounding_is_of_bf16_only():
+    with pytest.raises(ValueError, match="float32: wanted bf16"):
+        AdamW8bit([torch.nn.Parameter(torch.ones(3))], rounding=0)
