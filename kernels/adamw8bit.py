@@ -173,7 +173,8 @@ def update_kernel(
     P: tl.constexpr, G: tl.constexpr, QUANT: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """table (T, 10 + E), owner (programs,), scalars (jobs, 8), keys (jobs, 2), control (2 + E,), codec's."""
+    """table (T, 10 + E), owner (programs,), scalars (jobs, 8), keys (jobs, 2) int32,
+    control (2 + E,), the codec's."""
     if tl.load(control + 1) != 0:  # a non-finite gradient norm: nothing is read, nothing changes
         row = table + tl.load(owner + tl.program_id(0)) * (10 + E)
         start = (tl.program_id(0) - tl.load(row + 1)) * (ROWS * BLOCK)
