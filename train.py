@@ -52,7 +52,7 @@ from training.casts import cast_together
 from training.checkpoints import load_state, save
 from training.graph import repeater
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
-from training.optimizer import make_optimizer
+from training.optimizer import FUSED, make_optimizer
 from training.precision import as_begun, settle_dtype
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
@@ -80,7 +80,7 @@ class Optim:
     )
     batch: int = flag(16, "images a step, over all ranks and --accum", low=1, high=1e6)
     accum: int = flag(1, "micro-batches a step", low=1, high=1e6)
-    optim: Literal["adamw", "adamw8bit"] = flag("adamw", "the latter keeps moments in 8 bits")
+    optim: Literal["adamw", *FUSED] = flag("adamw", "8-bit moments, or clip and EMAs in one pass")
     lr: float = flag(2e-3, "learning rate at its peak", low=0, high=1e3)
     decay: Literal["constant", "cosine"] = flag("cosine", "of --lr, after the warm-up")
     warmup: float = flag(0.05, "share of --images in which --lr rises", low=0, high=1)

@@ -36,7 +36,8 @@ from torch import Tensor
 import train
 from harness import record
 from harness.ranks import Ranks
-from kernels.adamw8bit import flat, quantized
+from kernels.adamw8bit import quantized
+from kernels.adamw_update import flat
 from kernels.codec8bit import BLOCK, dequantize, quantize
 from training.trainer import Trainer
 

@@ -38,7 +38,7 @@ from harness.ranks import autocast
 from kernels import adamw8bit as adamw8bit_file
 from kernels import attention as attention_file
 from kernels import groupnorm as groupnorm_file
-from kernels.adamw8bit import AdamW8bit
+from kernels.adamw8bit import AdamW8bit, AdamW32bit
 from kernels.attention import attention, attention_ref
 from kernels.groupnorm import group_norm_silu, group_norm_silu_ref
 from model import PRESETS, UNet
@@ -315,6 +315,7 @@ def bench_optimizer(
 
     makers = {
         "ours": AdamW8bit,
+        "ours in 32 bits": AdamW32bit,
         "torch fused": lambda p: torch.optim.AdamW(p, fused=True, capturable=CUDA),
     }
     if CUDA:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.adamw8bit import flat, new_state, quantized
+from kernels.adamw8bit import new_state, quantized
+from kernels.adamw_update import flat
 from kernels.codec8bit import blocks, dequantize, dynamic_map, quantize
 
 

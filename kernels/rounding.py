@@ -68,8 +68,10 @@ def mix_tile(x):
 
 
 @triton.jit
-def stochastic_tile(x, element, key0, key1):
-    """stochastic() of a tile: x fp32, element int32, keys uint32."""
+def stochastic_tile(x, element, keys):
+    """stochastic() of a tile: x fp32, element int32, keys a pointer to two int32."""
+    key0 = tl.load(keys).to(tl.uint32, bitcast=True)
+    key1 = tl.load(keys + 1).to(tl.uint32, bitcast=True)
     word = mix_tile(mix_tile(element.to(tl.uint32, bitcast=True) ^ key0) ^ key1)
     cut = (x.to(tl.uint32, bitcast=True) + (word >> 16)) & 0xFFFF0000
     return tl.where(x != x, x, cut.to(tl.float32, bitcast=True))

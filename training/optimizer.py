@@ -5,14 +5,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.adamw8bit import AdamW8bit, in_layout
+from kernels.adamw8bit import AdamW8bit, AdamW32bit, in_layout
+
+# What --optim names beside torch's own AdamW.
+FUSED = {"adamw8bit": AdamW8bit, "adamw32bit": AdamW32bit}
 
 
 def make_optimizer(net: nn.Module, cfg: Any) -> torch.optim.Optimizer:
-    """AdamW on net's weights, in 32 or 8 bits as cfg (train.Optim) says."""
+    """AdamW on net's weights, torch's or one of ours, as cfg (train.Optim) says."""
     how = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    if cfg.optim == "adamw8bit":
-        return AdamW8bit(net.parameters(), **how)
+    if cfg.optim in FUSED:
+        return FUSED[cfg.optim](net.parameters(), **how)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True, **how)
     optimizer.register_step_pre_hook(lay_out_gradients)
     return optimizer

@@ -20,7 +20,8 @@ from kernel_cases import GPU
 import triton.language as tl
 
 import kernels.adamw8bit as kernel
-from kernels.adamw8bit import AdamW8bit, adamw_ref, new_state
+import kernels.adamw_update as adamw_update
+from kernels.adamw8bit import AdamW8bit, AdamW32bit, adamw_ref, new_state
 from kernels.bitsandbytes import from_bitsandbytes, moments, to_bitsandbytes
 from kernels.codec8bit import boundaries, dequantize, dynamic_map, quantize
 
@@ -220,11 +221,44 @@ def test_small_tensors_are_adamw_and_so_is_the_reference():
         assert ours.state[p]["m"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_32_bits_are_torchs_adamw_with_clipping_and_averages(monkeypatch, path):
+    monkeypatch.setenv("KERNELS", path)
+    ps, twins = params(), params()
+    ours = AdamW32bit(ps, lr=3e-3, weight_decay=0.1)
+    theirs = torch.optim.AdamW(twins, lr=3e-3, weight_decay=0.1)
+    emas, averages = ([p.detach().clone() for p in ps] for _ in range(2))
+    for t in range(4):
+        train(ps, ours, [t], clip=2.0, ema=[(emas, 0.9)])
+        for p in twins:
+            p.grad = gradient(p, t)
+        norm = torch.nn.utils.clip_grad_norm_(twins, 2.0)
+        assert norm > 4  # it clips
+        theirs.step()
+        torch._foreach_lerp_(averages, [p.detach() for p in twins], 0.1)
+    for p, twin, e, average in zip(ps, twins, emas, averages):
+        torch.testing.assert_close(p.detach(), twin.detach(), rtol=3e-6, atol=3e-7)
+        torch.testing.assert_close(e, average, rtol=3e-6, atol=3e-7)
+        assert ours.state[p]["m"].dtype == ours.state[p]["v"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("one, other", [(AdamW8bit, AdamW32bit), (AdamW32bit, AdamW8bit)])
+def test_8_and_32_bits_do_not_continue_each_other(one, other):
+    ps = params([(64, 64)])
+    first = one(ps)
+    train(ps, first, [0])
+    second = other(ps)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="optimizer state 'm' .* wanted"):
+        train(ps, second, [1])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
 def test_the_kernel_writes_the_bits_of_the_torch_path(monkeypatch, dtype):
-    monkeypatch.setattr(kernel, "CHUNK", 2**14)  # so that the torch path cuts what is small enough
+    # so that the torch path cuts what is small enough
+    monkeypatch.setattr(adamw_update, "CHUNK", 2**14)
     shapes = SHAPES[1:5:3] + SHAPES[5:]
     if dtype == torch.float32:
         shapes = SHAPES + [(2**14 + 300, 1)]

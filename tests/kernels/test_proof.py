@@ -210,6 +210,27 @@ def test_the_optimizer_is_checked_too(monkeypatch, wrong):
     assert "adamw8bit" in next(iter(proof.choices))
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_stochastic_rounding_is_checked_by_itself(monkeypatch, wrong):
+    """An element that is rounded by its neighbour's noise, say."""
+    right = AdamW8bit._keys
+
+    def keys(self, plan):
+        table = right(self, plan)
+        if table is not None and wrong and not dispatch.inside_reference:
+            table = table + 1
+        return table
+
+    monkeypatch.setattr(AdamW8bit, "_keys", keys)
+    for rounding in (None, 7):
+        p = torch.nn.Parameter(torch.randn(64, 64).bfloat16())
+        p.grad = torch.randn(64, 64).bfloat16()
+        AdamW8bit([p], rounding=rounding).step()
+    kinds = list(proof.choices)
+    assert len(kinds) == 2 and "rounded" in kinds[1] and "rounded" not in kinds[0]
+    assert proof.choices[kinds[1]] == ("torch" if wrong else "triton")
+
+
 def test_a_compiled_network_takes_what_was_decided(monkeypatch):
     """fullgraph: the question breaks no graph."""
     x, weight = torch.randn(1, 32, 2, 2), torch.randn(32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.adamw8bit import AdamW8bit
-from kernels.rounding import noise, round_up_by, stochastic, stochastic_tile
+from kernels.rounding import noise, round_up_by, signed, stochastic, stochastic_tile
 
 # These tensors are on the CPU: the kernel is compared in the interpreter.
 pytestmark = pytest.mark.skipif(GPU, reason="on CPU tensors, in the interpreter")
@@ -63,17 +63,17 @@ def test_each_key_changes_the_noise():
 
 
 @triton.jit
-def rounding_kernel(x, out, key0, key1, N: tl.constexpr):
+def rounding_kernel(x, out, keys, N: tl.constexpr):
     i = tl.arange(0, N)
-    rounded = stochastic_tile(tl.load(x + i), i, key0.to(tl.uint32), key1.to(tl.uint32))
-    tl.store(out + i, rounded)
+    tl.store(out + i, stochastic_tile(tl.load(x + i), i, keys))
 
 
 def test_the_kernel_writes_the_same_bits():
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     x[:5] = torch.tensor([torch.inf, -torch.inf, 1e-40, -0.0, 3.4e38])
     out = torch.empty_like(x)
-    rounding_kernel[(1,)](x, out, *KEYS, N=4096)
+    keys = torch.tensor([signed(key) for key in KEYS], dtype=torch.int32)
+    rounding_kernel[(1,)](x, out, keys, N=4096)
     wanted = stochastic(x, KEYS)
     assert torch.equal(out.view(torch.int32), wanted.view(torch.int32))
 

@@ -78,7 +78,9 @@ def same(a, b):
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
-@pytest.mark.parametrize("optim, accum", [("adamw", 1), ("adamw", 2), ("adamw8bit", 1)])
+@pytest.mark.parametrize(
+    "optim, accum", [("adamw", 1), ("adamw", 2), ("adamw8bit", 1), ("adamw32bit", 1)]
+)
 def test_late_or_at_once_is_the_same_run(tmp_path, monkeypatch, trouble, capsys, optim, accum):
     at_once, lines = go(tmp_path / "now", optim=optim, accum=accum)
     told = capsys.readouterr().out.replace("/now/", "/")
