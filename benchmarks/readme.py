@@ -548,11 +548,13 @@ def halving() -> str:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
+CUT_SHORT = "Some parts were stopped before their last shape."
+
+
 def block_kernels(up: str) -> str:
-    """Kernels against their peers and whole steps; nothing before a GPU has been measured."""
-    if not is_measured("kernels-cuda"):
-        return ""
-    parts = {name: part for name, part in results("kernels-cuda").items() if part["complete"]}
+    """Kernels against their peers and whole steps, as far as a GPU has measured them."""
+    name = "kernels-cuda" if is_measured("kernels-cuda") else "h100/kernels"
+    parts = results(name)
     shown = [
         kernel_table(name, parts[name])
         for name in ("groupnorm", "attention", "optimizer")
@@ -563,7 +565,8 @@ def block_kernels(up: str) -> str:
     return paragraphs(
         *shown,
         "Floors are a copy and a matmul measured in the same run; times are the GPU's, with cold "
-        "caches; errors are relative, to fp64; MFU is the share of that matmul's rate.",
+        "caches; errors are relative, to fp64; MFU is the share of that matmul's rate. "
+        + ("" if all(part["complete"] for part in parts.values()) else CUT_SHORT),
     )
 
 
@@ -706,6 +709,17 @@ def cpu_rows(train: dict[str, Any], default: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def block_begin(up: str) -> str:
+    """How long README's first command takes."""
+    default = results("default_run")
+    return paragraphs(
+        f"**See it work.** {default['seconds'] / 60:.1f} minutes of training in {default['dtype']} "
+        f"on {default['machine']['threads']} cores of an {default['machine']['cpu']} draw faces "
+        "like the upper ones (Python 3.11 or 3.12; on a bare Debian or Ubuntu first `apt install "
+        "git python3-venv`):"
+    )
+
+
 def block_results(up: str) -> str:
     """Some numbers, each with its seeds or rounds and its commit."""
     train, loops, convert = results("train_cpu"), results("samplers"), results("convert")
@@ -774,6 +788,7 @@ def block_results(up: str) -> str:
 
 BLOCKS = {
     "map": block_map,
+    "begin": block_begin,
     "results": block_results,
     "speed": block_speed,
     "transformer": block_transformer,
@@ -796,7 +811,7 @@ def written(page: Path) -> str:
     in_readme = page.name == "README.md"
     up = "" if in_readme else "../"
     text = page.read_text()
-    for name in ("results",) if in_readme else BLOCKS:
+    for name in ("begin", "results") if in_readme else BLOCKS:
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         if start in text:
             before, _, rest = text.partition(start)
@@ -808,7 +823,7 @@ def written(page: Path) -> str:
 def main() -> None:
     tables = (ROOT / "docs" / "results.md").read_text()
     for name in BLOCKS:
-        if name not in ("map", "results", "isa") and f"<!-- {name} -->" not in tables:
+        if name not in ("map", "begin", "results", "isa") and f"<!-- {name} -->" not in tables:
             sys.exit(f"docs/results.md has no block named {name}.")
     changed = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
