@@ -141,7 +141,8 @@ def counted(kernels: Path, labels: list[str]) -> dict[str, Any]:
 
 
 def unpack(commit: str, folder: str) -> str:
-    """Write a commit's kernels/ into a folder; the commit's full name."""
+    """Write a commit's kernels/, and what lists their configurations, into a folder; the commit's
+    full name."""
 
     def git(*words: str) -> bytes:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True)
@@ -154,7 +155,7 @@ def unpack(commit: str, folder: str) -> str:
         return done.stdout
 
     name = git("rev-parse", "--verify", "--end-of-options", f"{commit}^{{commit}}")
-    archive = git("archive", name.decode().strip(), "kernels")
+    archive = git("archive", name.decode().strip(), "kernels", "benchmarks")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
     return name.decode().strip()
