@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import triton
 
 from benchmarks.compilations import (
+    SPILLS,
     TARGETS,
     VARIANTS,
     Case,
@@ -32,9 +33,6 @@ from benchmarks.compilations import (
 from kernels import adamw8bit
 
 Job = tuple[Case, str, str]  # with its target and variant
-# Bytes of stack that may be spilled, on NVIDIA's: on an H100 these are 27% and 43% faster than the
-# tiles that spill none.
-SPILLS = {"attention small D=64 N=256": 128, "attention small D=32 N=256": 16}
 
 
 def jobs() -> list[Job]:

@@ -93,6 +93,9 @@ def test_a_commit_that_is_not_there_is_told_in_one_line():
     assert done.stderr.count("\n") == 1 and "--before nowhere" in done.stderr
 
 
-def test_the_table_says_that_nothing_spills():
+def test_the_table_says_that_nothing_spills_but_what_may():
     rows = json.loads((ROOT / "benchmarks/results/isa.json").read_text())["rows"]
-    assert [row["kernel"] for row in rows if any(n["spilled"] for n in row["now"].values())] == []
+    for row in rows:
+        allowed = compilations.SPILLS.get(row["kernel"], 0)
+        spilled = {target: n["spilled"] for target, n in row["now"].items()}
+        assert all(bytes_ <= allowed for bytes_ in spilled.values()), (row["kernel"], spilled)
