@@ -258,6 +258,21 @@ def block_compare(up: str) -> str:
     )
 
 
+def block_peer(up: str) -> str:
+    """What diffusers' schedulers draw with the comparison's DDPM network, and what ours do."""
+    if not is_measured("compare/peer-schedulers"):
+        return ""
+    r = results("compare/peer-schedulers")
+    rows = []
+    for row in r["rows"]:
+        apart = row.get("largest difference")
+        rows.append([row["way"], f"{row['std']:.2f}", number(apart, ".0e")])
+    return paragraphs(
+        table(["latents of", "deviation", "largest difference to the row above"], rows),
+        origin(r, f"{r['n']} images, seeds from 0"),
+    )
+
+
 def block_convert(up: str) -> str:
     r = results("convert")
     c = r["convert"]
@@ -794,6 +809,7 @@ BLOCKS = {
     "transformer": block_transformer,
     "stages": block_stages,
     "compare": block_compare,
+    "peer": block_peer,
     "protocol": block_protocol,
     "latents": block_latents,
     "solvers": block_solvers,
