@@ -121,7 +121,7 @@ def main() -> None:
 def training_images(meta: dict[str, Any], side: int) -> Tensor:
     """64 of them, (64, 3, side, side) in [-1, 1]."""
     data = open_dataset(meta["config"]["data"], resolution=side)
-    return torch.stack([data[i][0] for i in range(64)])
+    return torch.stack([data[i][0] for i in range(64)]).float() / 127.5 - 1
 
 
 def picture(strips: list[Tensor]) -> Image.Image:
