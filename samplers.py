@@ -36,12 +36,12 @@ from ckpt.meaning import objective_from, said_table
 from data.images import EXTENSIONS, read_mask, read_picture
 from data.tags import find_class
 from diffusion.coupling import enlarged
+from diffusion.editing import begin, edit
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
     DETERMINISTIC,
     METHODS,
     NonFinite,
-    Predict,
     Sample,
     check_finite,
     draw,
@@ -50,7 +50,7 @@ from diffusion.sampling import (
     sample,
     slerp,
 )
-from diffusion.solvers import norm64, time_grid
+from diffusion.solvers import time_grid
 from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown
 from harness.files import safe_name
 from harness.memory import check_drawing
@@ -61,12 +61,6 @@ from vae import AnyVAE, choose
 
 # The last three are rows of a network's own table.
 GRIDS = ("", "uniform", "karras", "logsnr", "trailing", "leading", "linspace")
-
-
-def begin(objective: Objective, noise: Tensor, t: float) -> Tensor:
-    """Unit noise as the state at the time t where plain sampling begins, at or a little below
-    objective.t_max."""
-    return objective.prior(noise) * (norm64(t) / norm64(objective.t_max))
 
 
 # ---- from seeds to images -----------------------------------------------------------------------
@@ -573,53 +567,6 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "guide": guide,
     }
     return sampled | {key: value for key, value in more.items() if value}
-
-
-# ---- editing ------------------------------------------------------------------------------------
-
-
-def edit(
-    objective: Objective,
-    predict: Predict,
-    z: Tensor,
-    noise: Tensor,
-    grid: Tensor,
-    *,
-    strength: float = 1.0,
-    mask: Tensor | None = None,
-    cond: dict[str, Tensor] | None = None,
-    **how: Any,
-) -> Sample:
-    """Image to image and inpainting. z (B, C, H, W) is the data to start from, noise unit noise of
-    its shape, grid a time_grid() with t_start = strength · objective.t_max; `how` is sample()'s.
-
-    strength 0 returns z itself; 1 forgets it, and is plain sampling. Where the bool mask
-    (B or 1, 1 or C, H, W) is False, z is kept: the network is shown z on its own straight way from
-    this noise, at whatever time a method asks, and the result is z.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(
-            f"strength is {strength}: wanted 0 (the input itself) to 1 (nothing of it)."
-        )
-    if strength == 0:
-        return Sample(z.clone(), 0, torch.zeros(len(z), dtype=torch.long))
-    t0 = float(grid[0])
-    x = begin(objective, noise, t0) if strength == 1 else (1 - t0) * z + t0 * noise
-    if mask is None:
-        return sample(predict, x, grid=grid, cond=cond, **how)
-    mask = mask.expand(len(z), *mask.shape[1:])
-
-    def painted(
-        x: Tensor, t: Tensor, *, mask: Tensor, z: Tensor, noise: Tensor, **cond: Tensor
-    ) -> tuple:
-        w = t.view(-1, 1, 1, 1)
-        x0, eps, u, *v = predict(torch.where(mask, x, (1 - w) * z + w * noise), t, **cond)
-        kept = torch.where(mask, x0, z), torch.where(mask, eps, noise)
-        return (*kept, torch.where(mask, u, noise - z), *v)
-
-    rows = {**(cond or {}), "mask": mask, "z": z, "noise": noise}
-    s = sample(painted, x, grid=grid, cond=rows, **how)
-    return s._replace(x=torch.where(mask, s.x, z))
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from ckpt import load_unet
 from data import open_dataset
+from diffusion.editing import begin
 from diffusion.sampling import sample
 from harness import record
 from harness.cli import UserError, cli, flag, parse
 from harness.pictures import to_uint8
-from samplers import Generator, Sampling, begin, open_generator, walk_of
+from samplers import Generator, Sampling, open_generator, walk_of
 
 TABLES = {
     "linear": {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},

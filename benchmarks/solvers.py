@@ -19,13 +19,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from eval_fid import default_ref
+from diffusion.editing import begin
 from harness import record
 from harness.cli import cli, flag, parse
 from harness.pictures import to_uint8
 from harness.ranks import pick_device
 from metrics.distances import frechet_from_features
 from metrics.features import fit_extractor, open_images
-from samplers import Sampling, begin, open_generator, sample, time_grid
+from samplers import Sampling, open_generator, sample, time_grid
 
 CALLS = (6, 12, 24, 48)  # network calls a sample
 PER_STEP = {"heun": 2, "midpoint": 2, "rk4": 4}
