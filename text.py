@@ -420,17 +420,30 @@ class Texts:
         """tell() of one batch of distinct texts."""
         contexts, pooled = [], None
         for net in self.encoders:
-            ids = torch.cat([pieces_of(text, net.cfg.pad, chunks)[0] for text in texts])
-            ids = ids.to(self.device)
-            states = net.states(ids)
-            state = states[self.state(net, skip or self.skip)]
-            if not self.double:
-                state = net.final_layer_norm(state)
+            state, pooled = self.states(net, texts, chunks, skip)
             contexts.append(state.reshape(len(texts), chunks * CONTEXT, -1))
-            if self.double:
-                # Of a text's first piece; the second encoder's stays.
-                pooled = net.pool(net.final_layer_norm(states[-1]), ids)[::chunks]
-        return Told(torch.cat(contexts, dim=2), pooled)
+        # Of a text's first piece; the second encoder's stays.
+        return Told(torch.cat(contexts, dim=2), pooled[::chunks] if self.double else None)
+
+    def states(
+        self, net: TextEncoder, texts: Sequence[str], chunks: int, skip: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """encode() of texts by one encoder: (n · chunks, 77, D), (n · chunks, P)."""
+        ids = [self.cut(text, net.cfg.pad, chunks)[0] for text in texts]
+        return self.encode(net, torch.cat(ids), skip)
+
+    def cut(self, text: str, pad: int, chunks: int) -> tuple[Tensor, str]:
+        """A text as pieces_of() cuts it."""
+        return pieces_of(text, pad, chunks)
+
+    def encode(self, net: TextEncoder, ids: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
+        """What a U-Net sees of one encoder's ids (n, 77): (n, 77, D), and SDXL's pooled (n, P)."""
+        ids = ids.to(self.device)
+        states = net.states(ids)
+        state = states[self.state(net, skip or self.skip)]
+        if not self.double:
+            return net.final_layer_norm(state), None
+        return state, net.pool(net.final_layer_norm(states[-1]), ids)
 
     def state(self, net: TextEncoder, skip: int) -> int:
         """Which of net.states() is `skip` layers from the end of the whole encoder."""
@@ -458,7 +471,7 @@ class Texts:
 
     def warn(self, texts: Sequence[str], chunks: int) -> None:
         """Say for which texts there is no room."""
-        rests = [rest for text in texts if (rest := pieces_of(text, EOS, chunks)[1])]
+        rests = [rest for text in texts if (rest := self.cut(text, EOS, chunks)[1])]
         if rests:
             print(
                 f"warning: {len(rests)} of {len(texts)} texts are longer than {chunks} × {ROOM} "
