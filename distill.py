@@ -639,7 +639,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     begun = checkpoints(Path(cfg.out) / cfg.name)
     start = None if begun else begin(cfg, teacher, net, vae, classes, ranks.rank)
     init = {"path": start, "fingerprint": fingerprint(net.state_dict()) if start else None}
-    init |= contents_of(cfg, teacher.fingerprint, teacher.texts)
+    init |= contents_of(cfg, teacher.fingerprint, teacher.texts) | {"text": teacher.told_by}
 
     def make_loss(tr: train.Trainer) -> DistillLoss:
         judges = cfg.block_weight and cfg.assessor in READS

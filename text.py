@@ -567,6 +567,7 @@ def encode(cfg: Encode) -> Path:
         "size": list(size) if encoders.double else [],
         "dtype": cfg.dtype,
     }
+    source = ",".join(map(absolute, cfg.text.split(",")))
     out, distinct = Path(cfg.out), list(dict.fromkeys(texts))
     kept = kept_rows(out, how)
     new = [text for text in distinct if text_id(text) not in kept]
@@ -580,10 +581,16 @@ def encode(cfg: Encode) -> Path:
             kept[text_id(text)] = {name: value[i] for name, value in rows.items()}
     names = kept[text_id(texts[0])]
     tensors = {name: torch.stack([kept[text_id(text)][name] for text in texts]) for name in names}
-    write_tensors(out, tensors, {**how, "texts": [text_id(text) for text in texts]})
+    more = {"source": source, "texts": [text_id(text) for text in texts]}
+    write_tensors(out, tensors, {**how, **more})
     print(f"{len(texts):,} prompts, {len(distinct):,} of them distinct, {len(new):,} encoded now")
     print(out)
     return out
+
+
+def absolute(name: str) -> str:
+    """A file's name that holds in any folder; one on the Hub as it is."""
+    return name if name.startswith("hf:") else str(Path(name).absolute())
 
 
 def text_id(text: str) -> str:
@@ -608,6 +615,7 @@ def kept_rows(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     box = open_weights(out)
     meta = read_meta(box) if is_ours(box) else {}
     texts = meta.pop("texts", [])
+    meta.pop("source", None)  # the same encoders, wherever they lay
     if meta != how or any(box.shape(name)[0] != len(texts) for name in box):
         return {}
     tensors = dict(box)

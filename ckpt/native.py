@@ -51,6 +51,16 @@ TARGETS = (None, "fm", "u", "eps", "ddpm", "v", "x0", "edm", ANOTHER)
 
 
 @dataclass
+class ToldBy(Open):
+    """The text encoders by which a network was told what to draw."""
+
+    encoders: Hash
+    source: str = ""  # what --text would be given; "" = not known
+    chunks: Annotated[int, Range(1, 64)] = 1
+    skip: Annotated[int, Range(0, 64)] = 0
+
+
+@dataclass
 class Init(Open):
     """What a run started from."""
 
@@ -59,6 +69,7 @@ class Init(Open):
     teacher: str | None = None
     assessor: str | None = None
     context: str | None = None
+    text: ToldBy | None = None
 
 
 @dataclass

@@ -26,10 +26,13 @@ from ckpt.hub import data_from_file
 from ckpt.layouts import Config, target_of
 from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.meaning import objective_from, said_table, same_table
+from ckpt.native import ToldBy
 from data.dataset import Dataset, first_of, rng, vae_for
 from data.tags import one_form
 from diffusion.schedules import T, has_rows, norm, shorter, table_time
 from harness.cli import UserError, flag
+from harness.files import is_ours, read_meta
+from harness.typed import check
 from mmdit import MMDiTConfig
 from model import UNetConfig
 from objectives import Net, Objective
@@ -110,6 +113,7 @@ class Teacher:
     meta: dict[str, Any]  # of its file
     path: Path
     texts: dict[str, Tensor]  # "context" (n, M, D), "y" (n, D); {} of one that takes no text
+    told_by: dict[str, Any] | None = None  # the encoders of these, as ckpt.native.ToldBy
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -377,7 +381,8 @@ def open_teacher(
     path = find_checkpoint(name)
     net, meta = load_unet(path, dtype=torch.float32)
     texts = {k: v.to(device) for k, v in read_texts(cfg, context).items()}
-    return Teacher(net.to(device).eval().requires_grad_(False), described, meta, path, texts)
+    net = net.to(device).eval().requires_grad_(False)
+    return Teacher(net, described, meta, path, texts, told_by(context))
 
 
 def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
@@ -415,6 +420,17 @@ def read_texts(cfg: Config, file: str) -> dict[str, Tensor]:
             f"{file} holds {found}", wanted=form, do="Write the text encoder's output so."
         )
     return {name: box[name].float() for name in wanted}
+
+
+def told_by(file: str) -> dict[str, Any] | None:
+    """The text encoders whose embeddings a file holds, if text.py encode wrote it and says so."""
+    box = open_weights(file) if file else None
+    if box is None or not is_ours(box):
+        return None
+    meta = read_meta(box)
+    names = {"encoders": "encoders", "source": "source", "chunks": "chunks", "skip": "clip skip"}
+    found = {name: meta[key] for name, key in names.items() if key in meta}
+    return check(found, ToldBy, file) if "encoders" in found else None
 
 
 # ---- its student ---------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import torch
 from conftest import randomize
 from distilling import few_samples, home  # noqa: F401
 from distilling import ALONE, FAST, config, go, rows, same, stub, tensors, words
-from safetensors.torch import save_file
 from test_resume import kill_tree, wait_for
 
 import distill
@@ -612,7 +611,9 @@ def test_sd_shaped_teacher_in_diffusers_layout_to_a_student_that_diffusers_loads
     )
     theirs = randomize(diffusers.UNet2DConditionModel(in_channels=48, out_channels=48, **shape))
     theirs.save_pretrained(tmp_path / "sd")
-    save_file({"context": torch.randn(5, 7, 24)}, tmp_path / "text.safetensors")
+    encoded = {"kind": "texts", "encoders": "ab" * 32, "source": "clip", "chunks": 1}
+    context = {"context": torch.randn(5, 7, 24)}
+    write_tensors(tmp_path / "text.safetensors", context, {**encoded, "clip skip": 2})
     flags = words(images=16, log_every=16)
     code, _, err = user(
         distill.main,
@@ -648,7 +649,9 @@ def test_sd_shaped_teacher_in_diffusers_layout_to_a_student_that_diffusers_loads
     changed = {block(k) for k in before if not torch.equal(before[k], after[k])}
     assert changed == {block(k) for k in before} and len(changed) > 40
     x, text = torch.randn(1, 48, 8, 8), torch.randn(1, 7, 24)
-    own, _ = load_unet(checkpoints(tmp_path / "student")[-1] / "model.safetensors")
+    own, meta = load_unet(checkpoints(tmp_path / "student")[-1] / "model.safetensors")
+    told = {"encoders": "ab" * 32, "source": "clip", "chunks": 1, "skip": 2}
+    assert meta["init"]["text"] == told  # a prompt to the student needs the same encoders
     with torch.no_grad():
         ours, out = own(x, torch.tensor([37.0]), context=text), again(x, 37, text).sample
     assert torch.allclose(ours, out, atol=1e-4 * float(out.abs().max()))

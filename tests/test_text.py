@@ -7,6 +7,7 @@ import hashlib
 import gzip
 import json
 import random
+import shutil
 import sys
 import unicodedata
 from dataclasses import replace
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 
 import text as text_py
 from ckpt.texts import encoders, foreign_text
-from distillation.teacher import read_texts
+from distillation.teacher import read_texts, told_by
 from harness.cli import UserError
 from kernels.attention import attention_ref
 from model import UNetConfig
@@ -584,6 +585,17 @@ def test_encode_writes_what_distillation_reads_and_encodes_a_text_once(
     assert asked == [["a bird", ""], ["a dog", "a bird", ""]]
     rows = read_texts(cfg, str(out))
     assert rows["context"].shape == (3, 154, 128)
+    wanted = {"encoders": texts.fingerprint, "source": str(clip), "chunks": 2, "skip": 2}
+    assert told_by(str(out)) == wanted
+    monkeypatch.chdir(tmp_path)
+    words[2] = "clip"
+    assert "0 encoded now" in user(text_py.main, *words, "--chunks", 2)[1]
+    shutil.copytree(clip, "copy")
+    words[2] = "copy"  # the same encoders in another place
+    assert "0 encoded now" in user(text_py.main, *words, "--chunks", 2)[1]
+    assert told_by(str(out)) == {**wanted, "source": str(tmp_path / "copy")}
+    save_file({"context": torch.zeros(1, 7, 24)}, "theirs.safetensors")
+    assert told_by("theirs.safetensors") is None and told_by("") is None
 
 
 def test_captions_beside_pictures_are_prompts(tmp_path, clip, user):
