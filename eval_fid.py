@@ -70,7 +70,7 @@ from metrics.features import (
     split_spec,
 )
 from metrics.inception import FIDInception, cache_folder, load_inception
-from samplers import Drawn, Generator, Sampling, open_generator, pick_labels
+from samplers import Drawn, Generator, Sampling, asked, open_generator
 from vae import AnyVAE
 
 __all__ = [
@@ -228,7 +228,7 @@ def open_checkpoint(cfg: Sampling, device: torch.device) -> Checkpoint:
             f"{cfg.ckpt} was trained to enlarge pictures (cfm), so what it draws depends on theirs",
             do="Enlarge them with samplers.py, then give the folder as --fake.",
         )
-    labels = pick_labels(cfg.labels, gen.classes, len(cfg.labels))
+    labels = asked(cfg, gen)
     trained = gen.meta.get("config", {})
     subject = {
         "checkpoint": str(gen.path),

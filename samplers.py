@@ -31,10 +31,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
-from ckpt.configs import check_resolution
+from ckpt.configs import Space, check_resolution, space_of
 from ckpt.meaning import objective_from, said_table
+from data import prompts
 from data.images import EXTENSIONS, read_mask, read_picture
-from data.tags import find_class
+from data.tags import pick_labels
 from diffusion.coupling import enlarged
 from diffusion.editing import begin, edit
 from diffusion.guidance import EVERYWHERE, guided
@@ -51,12 +52,13 @@ from diffusion.sampling import (
     slerp,
 )
 from diffusion.solvers import time_grid
-from harness.cli import UserError, check_flags, cli, closest, dashed, field_of, flag, parse, shown
+from harness.cli import UserError, check_flags, cli, dashed, field_of, flag, parse, shown
 from harness.files import safe_name
 from harness.memory import check_drawing
 from harness.pictures import check_set, grid_of, progress, save_all, to_uint8
 from harness.ranks import Ranks, autocast, pick_device, precision
 from objectives import Net, Objective
+from text import parse_size
 from vae import AnyVAE, choose
 
 # The last three are rows of a network's own table.
@@ -100,16 +102,22 @@ class Generator:
         rescale: float = 0.0,
         interval: tuple[float, float] = EVERYWHERE,
         guide: tuple[Objective, Net] | None = None,
+        told: prompts.Conditions | None = None,
     ):
         self.objective, self.vae, self.latent_shape = objective, vae, latent_shape
         self.device, self.dtype, self.classes = device, dtype, list(classes)
-        self.resolution = latent_shape[1] * vae.factor
+        self.told = told and told.to(device)
+        self.size = tuple(side * vae.factor for side in latent_shape[1:])
+        self.resolution = self.size[0]
         self.evaluations = 0  # of networks, since it was made
         self.how = self.solver  # what sample() is given, if a call says nothing else
         net = self.counted(net)
         weak = guided(guide[0], self.counted(guide[1])) if guide else None
         self.plain = guided(objective, net)  # without guidance, for inversion
-        self.predict = guided(objective, net, cfg, rescale=rescale, interval=interval, guide=weak)
+        null = None if told is None else self.told.null
+        self.predict = guided(
+            objective, net, cfg, rescale=rescale, interval=interval, guide=weak, null=null
+        )
 
     def counted(self, net: Net) -> Net:
         """The network in its precision (what surrounds it stays fp32), with its calls counted."""
@@ -128,9 +136,12 @@ class Generator:
     def cond(
         self, labels: Tensor | list[int] | None, low: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What a network is told beside x: labels (B,), -1 = none, and for cfm low (B, C, h, w)."""
+        """What a network is told beside x: labels (B,), -1 = none, and for cfm low (B, C, h, w).
+        Of a network that reads text they are numbers of prompts."""
         cond = {}
-        if labels is not None:
+        if self.told is not None:
+            cond = self.told.rows(torch.as_tensor(labels).to(self.device))
+        elif labels is not None:
             cond["y"] = torch.as_tensor(labels).to(self.device)
         if low is not None:
             cond["concat"] = low
@@ -180,7 +191,7 @@ class Generator:
         What images() raises, every rank raises.
         """
         share = slice(ranks.rank, None, ranks.world)
-        size = len(seeds), 3, self.resolution, self.resolution
+        size = len(seeds), 3, *self.size
         images = torch.zeros(size, dtype=torch.int32, device=self.device)
         # Where a network broke, 1 + t.
         broken = torch.zeros(len(seeds), device=self.device)
@@ -229,10 +240,25 @@ class Sampling:
     labels: tuple[str, ...] = flag(
         (), "class names or numbers, cycled over the images; none = unconditional"
     )
+    prompt: str = flag("", "what to draw, in words, or @FILE: a line each, cycled over the images")
     batch: int = flag(64, "images at a time", low=1, high=1e6)
     device: str = flag("auto", "auto | cpu | cuda | cuda:1")
     dtype: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "of the network; states and times stay fp32"
+    )
+
+    negative: str | None = flag(
+        None,
+        "what --cfg leads away from; default the text of nothing",
+        of="--prompt",
+        head="prompts",
+    )
+    text: str = flag(
+        "", "text encoders: FILE, FILE,FILE or a folder; default those of --ckpt", of="--prompt"
+    )
+    chunks: int = flag(1, "pieces of 75 tokens of a prompt", low=1, high=64, of="--prompt")
+    clip_skip: int = flag(
+        0, "1 = the last state, 2 = the one before; 0 = own", low=0, high=64, of="--prompt"
     )
 
     method: Literal[("", *METHODS)] = flag("", head="solver")
@@ -316,6 +342,7 @@ class Sampling:
         "3 channels are pixels",
     )
     resolution: int = flag(0, "pixels; default as trained", low=0, high=8192)
+    size: str = flag("", "WIDTHxHEIGHT, of pictures that are no squares")
     num_heads: int = flag(0, "attention heads …", low=0, high=1e4)
     num_head_channels: int = flag(0, "… or channels a head", low=0, high=1e4)
     attention_order: Literal["", "legacy", "new"] = flag("", "of the qkv rows")
@@ -379,23 +406,23 @@ def describe(
 ) -> tuple[Objective, AnyVAE, tuple[int, int, int]]:
     """How to sample from a network of config `net`: objective, autoencoder, latent shape; from its
     file's metadata, and from flags where that is silent."""
-    if getattr(net, "context_dim", 0) or getattr(net, "vector_dim", 0):
-        raise UserError(
-            f"{what} holds a network that is told what to draw by text, and text encoders are not "
-            "part of this code yet",
-            do="It can be inspected, converted and verified: python -m ckpt --help",
-        )
+    meta = prompts.usual_objective(meta, bool(cfg.table or cfg.betas))
     objective = objective_of(cfg, meta, what)
     vae = vae_of(cfg, net, meta, objective, what)
-    unit = vae.factor * net.multiple
-    resolution = cfg.resolution or meta.get("resolution", 0)
-    if not resolution:
+    if cfg.size and cfg.resolution:
+        raise UserError("--size and --resolution", wanted="one of them", do="Leave one out.")
+    sides = parse_size(cfg.size) if cfg.size else ()
+    side = cfg.resolution or meta.get("resolution", 0) or prompts.usual_side(meta, objective.target)
+    sides = sides or (side, side)
+    if not all(sides):
         raise UserError(
             f"{what} does not say its own resolution",
-            do=f"Add --resolution N, a multiple of {unit}.",
+            do=f"Add --resolution N, a multiple of {vae.factor * net.multiple}.",
         )
-    check_resolution(net, vae.factor, resolution)
-    return objective, vae, vae.latent_shape(resolution)
+    for side in sides:
+        check_resolution(net, vae.factor, side)
+    h, w = (vae.latent_shape(side)[1] for side in sides)
+    return objective, vae, (vae.channels, h, w)
 
 
 def objective_of(cfg: Sampling, meta: dict[str, Any], what: str) -> Objective:
@@ -412,7 +439,7 @@ def vae_of(
     cfg: Sampling, net: Any, meta: dict[str, Any], objective: Objective, what: str
 ) -> AnyVAE:
     """The autoencoder whose latents a network knows."""
-    name = cfg.vae
+    name = cfg.vae or prompts.own_vae(cfg.ckpt, Path(what), meta)
     if not name and not {"vae", "latent"} & set(meta) and net.in_channels == 3:
         name = "pixel"
     vae = choose(name, meta=meta, network=what)
@@ -425,20 +452,6 @@ def vae_of(
             do="Name the autoencoder that it was trained with.",
         )
     return vae
-
-
-class Space(NamedTuple):
-    """What two networks share if one can guide the other, as far as their files say."""
-
-    channels: int
-    vae: dict[str, Any]
-    classes: tuple[int, Any]
-
-
-def space_of(net: Any, meta: dict[str, Any]) -> Space:
-    places = ("source", "sha256", "name")
-    vae = {k: v for k, v in meta.get("vae", {}).items() if k not in places}
-    return Space(net.cfg.in_channels, vae, (net.cfg.num_classes, meta.get("classes")))
 
 
 def load_guide(
@@ -463,30 +476,9 @@ def load_guide(
     return objective, net, meta["fingerprint"]
 
 
-def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor | None:
-    """Names or numbers to labels (n,), cycled; None when nothing is wanted."""
-    if not wanted:
-        return None
-    if not classes:
-        raise UserError(
-            "--labels given, but this checkpoint was trained without classes",
-            do="Leave --labels out.",
-        )
-    ids = []
-    for word in wanted:
-        ids.append(find_class(word, classes))
-        if ids[-1] < 0:
-            known = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
-            raise UserError(
-                f"--labels: no class {word!r} among {len(classes)}",
-                do=f"{closest(word, classes)}  Known: {known}.",
-            )
-    return torch.tensor([ids[i % len(ids)] for i in range(n)])
-
-
 def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, what: str) -> None:
     """Refuse flags that a network of config `net` cannot answer; warn of what it may not know."""
-    if cfg.cfg != 1.0 and not cfg.labels and not cfg.guide_ckpt:
+    if cfg.cfg != 1.0 and not (cfg.labels or cfg.guide_ckpt or cfg.prompt):
         none = "" if net.num_classes else ", and this checkpoint was trained without classes"
         raise UserError(
             f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
@@ -516,12 +508,14 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     heads = ("num_heads", "num_head_channels", "attention_order", "objective")
     known = {name: getattr(cfg, name) for name in heads if getattr(cfg, name)}
     net, meta = load_unet(path, dtype=torch.float32, **known)
+    prompts.check_asked(net.cfg, cfg.prompt, str(path))
     objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
     made = meta.get("config", {})
     if not cfg.method and made.get("mode") == "progressive":
         # It knows the times of its own steps only (distill.py).
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
+    told = tell(cfg, net.cfg, vae, latent_shape, str(path)) if cfg.prompt else None
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
         other = load_guide(cfg, space_of(net, meta), objective, known)
@@ -538,11 +532,32 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         rescale=cfg.cfg_rescale,
         interval=cfg.cfg_interval or EVERYWHERE,
         guide=guide,
+        told=told,
     )
     gen.path, gen.meta, gen.solver = path, meta, solver_of(cfg)
     gen.how = walk_of(gen.solver, objective)
     gen.sampled = sampled_of(cfg, gen, guide_fingerprint)
     return gen
+
+
+def tell(
+    cfg: Sampling, net: Any, vae: AnyVAE, shape: tuple[int, int, int], what: str
+) -> prompts.Conditions:
+    """What --prompt and --negative say to a network of config `net`."""
+    texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what)
+    asked = prompts.read_prompts(cfg.prompt)
+    size = shape[1] * vae.factor, shape[2] * vae.factor
+    how = {"chunks": cfg.chunks, "skip": cfg.clip_skip}
+    return prompts.conditions(texts, asked, cfg.negative, size, **how)
+
+
+def asked(cfg: Sampling, gen: Generator, n: int | None = None) -> Tensor | None:
+    """The label or prompt of each of n images (n,), cycled; of one image each, if n is not given;
+    None where nothing is asked for."""
+    if gen.told is None:
+        return pick_labels(cfg.labels, gen.classes, len(cfg.labels) if n is None else n)
+    k = len(gen.told)
+    return torch.arange(k if n is None else n) % k
 
 
 def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
@@ -565,6 +580,11 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "cfg interval": list(cfg.cfg_interval),
         "cfg rescale": cfg.cfg_rescale,
         "guide": guide,
+        "size": cfg.size,
+        "prompts": prompts.read_prompts(cfg.prompt) if cfg.prompt else [],
+        "negative": [] if cfg.negative is None else [cfg.negative],
+        "clip skip": cfg.clip_skip,
+        "chunks": cfg.chunks - 1,
     }
     return sampled | {key: value for key, value in more.items() if value}
 
@@ -775,7 +795,7 @@ def main() -> None:
         return
     gen = open_generator(cfg, device)
     check_drawing(gen, cfg.batch, cfg.n)
-    labels = pick_labels(cfg.labels, gen.classes, cfg.n)
+    labels = asked(cfg, gen, cfg.n)
     init = read_init(cfg, gen)
     how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)
     out = Path(cfg.out or default_folder(cfg, gen.path, gen.meta))

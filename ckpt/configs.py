@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from reprlib import repr as brief
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 
@@ -157,3 +157,17 @@ def same_heads(cfg: Any, given: dict[str, Any]) -> bool:
         return False
     same = all(wanted.head_channels(C) == cfg.head_channels(C) for C in cfg.channels)
     return same and order == cfg.attention_order
+
+
+class Space(NamedTuple):
+    """What two networks share if one can guide the other, as far as their files say."""
+
+    channels: int
+    vae: dict[str, Any]
+    classes: tuple[int, Any]
+
+
+def space_of(net: Any, meta: dict[str, Any]) -> Space:
+    places = ("source", "sha256", "name")
+    vae = {k: v for k, v in meta.get("vae", {}).items() if k not in places}
+    return Space(net.cfg.in_channels, vae, (net.cfg.num_classes, meta.get("classes")))

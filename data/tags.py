@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from harness.cli import UserError, closest
 from harness.reading import open_file
@@ -388,6 +390,27 @@ def find_class(word: str, classes: Sequence[str]) -> int:
     # isdigit() would let "²" through, which int() does not read.
     number = int(word) if word.isdecimal() and len(word) < 10 else -1
     return number if number < len(classes) else -1
+
+
+def pick_labels(wanted: tuple[str, ...], classes: list[str], n: int) -> Tensor | None:
+    """Names or numbers to labels (n,), cycled; None when nothing is wanted."""
+    if not wanted:
+        return None
+    if not classes:
+        raise UserError(
+            "--labels given, but this checkpoint was trained without classes",
+            do="Leave --labels out.",
+        )
+    ids = []
+    for word in wanted:
+        ids.append(find_class(word, classes))
+        if ids[-1] < 0:
+            known = ", ".join(classes[:20]) + (" …" if len(classes) > 20 else "")
+            raise UserError(
+                f"--labels: no class {word!r} among {len(classes)}",
+                do=f"{closest(word, classes)}  Known: {known}.",
+            )
+    return torch.tensor([ids[i % len(ids)] for i in range(n)])
 
 
 def tags_of(value: object) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ def guided(
     rescale: float = 0.0,
     interval: tuple[float, float] = EVERYWHERE,
     guide: Predict | None = None,
+    null: dict[str, Tensor] | None = None,
 ) -> Predict:
     """predict(x, t, y=None) -> (x0, eps, u, v) with guidance: weak + cfg · (conditional - weak).
 
@@ -40,16 +41,18 @@ def guided(
     are guided (Kynkäänniemi et al. 2024); for the others nothing weak is evaluated. rescale in
     [0, 1]: see rescaled().
     y (B,) holds labels, -1 = none; what else is given goes to the objective as it is (concat of
-    cfm). v is what a network with twice the channels says of the variance, unguided; else None.
+    cfm). null: where no label says nothing, one row (1, …) of what does: of texts, context and y.
+    v is what a network with twice the channels says of the variance, unguided; else None.
     """
 
     def predict(x: Tensor, t: Tensor, y: Tensor | None = None, **cond: Tensor) -> tuple:
         cond = cond if y is None else {"y": y, **cond}
         rows = within(t, interval)
-        if cfg == 1.0 or (guide is None and y is None) or not len(rows):
+        says_nothing = y is None and null is None
+        if cfg == 1.0 or (guide is None and says_nothing) or not len(rows):
             return ask(objective, net, x, t, cond)
         if guide is None:
-            strong, weak = ask_both(objective, net, x, t, cond, rows)
+            strong, weak = ask_both(objective, net, x, t, cond, rows, null)
         else:
             strong = ask(objective, net, x, t, cond)
             weak = guide(x[rows], t[rows], **{k: v[rows] for k, v in cond.items()})
@@ -91,10 +94,14 @@ def ask_both(
     t: Tensor,
     cond: dict[str, Tensor],
     rows: Tensor,
+    null: dict[str, Tensor] | None,
 ) -> tuple[tuple, tuple]:
-    """The predictions with labels, and without for `rows`, from one call."""
+    """The predictions with labels or texts, and without for `rows`, from one call."""
     weak = {k: v[rows] for k, v in cond.items()}
-    weak["y"] = torch.full_like(weak["y"], -1)
+    if null is None:
+        weak["y"] = torch.full_like(weak["y"], -1)
+    else:
+        weak |= {k: v.expand(len(rows), *v.shape[1:]) for k, v in null.items()}
     together = {k: torch.cat([cond[k], weak[k]]) for k in cond}
     x, t = torch.cat([x, x[rows]]), torch.cat([t, t[rows]])
     *out, v = ask(objective, net, x, t, together)

@@ -18,6 +18,7 @@ from harness.cli import UserError
 from conftest import randomize
 from fields import exact, gaussian, mixture, noise, rows_grid
 from data.images import decode
+from data.tags import pick_labels
 from vae import pixel
 from model import UNet, UNetConfig
 from diffusion.schedules import T, alphas_bar
@@ -37,7 +38,6 @@ from samplers import (
     guided,
     invert,
     open_generator,
-    pick_labels,
     sample,
     slerp,
     time_grid,

@@ -1,0 +1,197 @@
+"""Prompts: what a user asks for in words, and what a network is told in their place.
+
+    texts = open_tellers(spec)                        # CLIP's encoders of a checkpoint
+    told = conditions(texts, ["a cat", "a dog"], None, size=(512, 512))
+    told.cond                  # {"context": (2, 77, D)}, of SDXL also {"y": (2, 2816)}
+    told.null                  # the same of one row: what guidance leads away from
+
+A teller is anything with tell(texts) and null(negative), as text.Texts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ckpt.hub import HUB
+from ckpt.texts import INDEX, inside, pipeline_of
+from harness.cli import UserError
+from harness.reading import read_file
+from model import UNetConfig
+from text import Told, open_texts, size_vector, vector
+
+# What Stable Diffusion's networks draw if nobody says another size.
+SIDES = {"sd1": 512, "sdxl": 1024}
+SIDES_OF_2 = {"eps": 512, "v": 768}
+# Families whose files say nothing of their objective where it is this one: what they were all
+# trained with, until somebody marks another (ckpt/meaning.py).
+USUAL = {"sd1": ("eps", "scaled_linear"), "sdxl": ("eps", "scaled_linear")}
+VAES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+
+
+class Teller(Protocol):
+    """What turns texts into what a network is told."""
+
+    context_dim: int
+    vector_dim: int
+    fingerprint: str
+
+    def tell(self, texts: Sequence[str], *, chunks: int = 1, skip: int = 0) -> Told: ...
+
+    def null(self, negative: str | None, *, chunks: int = 1, skip: int = 0) -> Told: ...
+
+
+class Conditions(NamedTuple):
+    """What a network is told, a row for each prompt; and of one row, what guidance leaves."""
+
+    cond: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.cond["context"])
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """What the prompts of index (B,) say; -1 is the null text."""
+        return {name: torch.cat([x, self.null[name]])[index] for name, x in self.cond.items()}
+
+    def to(self, device: torch.device) -> "Conditions":
+        moved = ({name: x.to(device) for name, x in part.items()} for part in self[:])
+        return Conditions(*moved)
+
+
+def is_told_by_text(net: Any) -> bool:
+    """Does a network of this config draw what a text says?"""
+    return bool(getattr(net, "context_dim", 0) or getattr(net, "vector_dim", 0))
+
+
+def check_asked(net: Any, prompt: str, what: str) -> None:
+    """Refuse a prompt for a network that reads none, and such a network without one."""
+    reads = is_told_by_text(net)
+    if reads and not isinstance(net, UNetConfig):
+        raise UserError(
+            f"{what} holds a transformer that reads the embeddings of encoders which are not part "
+            "of this code (T5, or a language model)",
+            do="It can be inspected, converted and verified: python -m ckpt --help",
+        )
+    if reads and not prompt:
+        raise UserError(f"{what} draws what a text says", do='Add --prompt "a photo of a cat".')
+    if prompt and not reads:
+        raise UserError(f"--prompt: the network of {what} reads no text", do="Leave it out.")
+
+
+def read_prompts(prompt: str) -> list[str]:
+    """TEXT itself, or of @FILE every line."""
+    if not prompt.startswith("@"):
+        return [prompt]
+    path = Path(prompt[1:])
+    try:
+        lines = read_file(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt {prompt}: not UTF-8 (byte {error.start:,})", do="Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise UserError(f"--prompt {prompt}: {error.strerror}", do="Name a text file.") from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f"--prompt {prompt} has no prompts", do="Write one a line.")
+    return lines
+
+
+def conditions(
+    texts: Teller,
+    prompts: Sequence[str],
+    negative: str | None,
+    size: tuple[int, int],
+    *,
+    chunks: int = 1,
+    skip: int = 0,
+) -> Conditions:
+    """What prompts say. negative: None is the family's null text, which "" need not be.
+    size: (height, width) of the pictures, of which SDXL is told; the null text has it too."""
+    told = texts.tell(prompts, chunks=chunks, skip=skip)
+    null = texts.null(negative, chunks=chunks, skip=skip)
+    if told.pooled is None:
+        return Conditions({"context": told.context}, {"context": null.context})
+    sizes = size_vector(size)
+    return Conditions(
+        {"context": told.context, "y": vector(told, sizes)},
+        {"context": null.context, "y": vector(null, sizes)},
+    )
+
+
+def check_told(texts: Teller, net: UNetConfig, spec: str, what: str) -> None:
+    """Refuse encoders of another width than a network reads."""
+    if (texts.context_dim, texts.vector_dim) == (net.context_dim, net.vector_dim):
+        return
+    raise UserError(
+        f"the text encoders of {spec} tell {numbers(texts.context_dim, texts.vector_dim)}, but the "
+        f"network of {what} reads {numbers(net.context_dim, net.vector_dim)}",
+        do=f"Name its own with --text: {wanted_encoders(net)}.",
+    )
+
+
+def numbers(context: int, vector: int) -> str:
+    return f"{context} numbers a token" + (f" and {vector} an image" if vector else "")
+
+
+def wanted_encoders(net: UNetConfig) -> str:
+    """The encoders that a network was trained with, by how wide its context is."""
+    known = {
+        768: "CLIP ViT-L (clip_l.safetensors, or any Stable Diffusion 1.x)",
+        1024: "OpenCLIP ViT-H (any Stable Diffusion 2.x)",
+        2048: "CLIP ViT-L and OpenCLIP ViT-bigG (clip_l.safetensors,clip_g.safetensors)",
+    }
+    return known.get(net.context_dim, f"encoders {net.context_dim} wide")
+
+
+def open_tellers(spec: str, ckpt: str, net: UNetConfig, what: str) -> Teller:
+    """The encoders of --text, or those that lie in or beside a checkpoint."""
+    try:
+        texts = open_texts(spec or ckpt)
+    except UserError as error:
+        if spec:
+            raise
+        raise UserError(
+            f"{what} has no text encoders for its network: {error}",
+            do=f"Add --text FILE: {wanted_encoders(net)}.",
+        ) from None
+    check_told(texts, net, spec or what, what)
+    return texts
+
+
+# ---- what else lies with a network ---------------------------------------------------------------
+
+
+def own_vae(ckpt: str, path: Path, meta: dict[str, Any]) -> str:
+    """The name, for --vae, of the autoencoder in or beside the file of a Stable Diffusion; "" if
+    there is none. ckpt: what the user named; path: the network's file."""
+    family = VAES.get(meta.get("family", ""))
+    if not family or not meta.get("latent"):
+        return ""
+    on_hub = HUB.fullmatch(ckpt)
+    if on_hub and not on_hub[2]:
+        return f"{family}:{inside(ckpt, 'vae')}"
+    folder = pipeline_of(path)
+    if folder is not None and (folder / INDEX).is_file():
+        return f"{family}:{folder / 'vae'}"
+    return f"{family}:{path}"
+
+
+def usual_objective(meta: dict[str, Any], has_table: bool) -> dict[str, Any]:
+    """Metadata of a Stable Diffusion whose file does not say its objective or its schedule, with
+    what all of its family have; other metadata as it is. has_table: the user names one."""
+    usual = USUAL.get(meta.get("family", ""))
+    if not usual or isinstance(meta.get("objective"), dict):
+        return meta
+    schedule = dict(meta.get("schedule", {}))
+    if not has_table:
+        schedule.setdefault("table", usual[1])
+    return {**meta, "objective": meta.get("objective") or usual[0], "schedule": schedule}
+
+
+def usual_side(meta: dict[str, Any], target: str) -> int:
+    """The side that a Stable Diffusion was trained at; 0 if that is not known."""
+    family = meta.get("family", "")
+    return SIDES_OF_2.get(target, 0) if family == "sd2" else SIDES.get(family, 0)
