@@ -94,7 +94,7 @@ def test_the_sampler_says_what_a_network_still_needs(tmp_path, user):
     torch.save(UNet(SD).state_dict(), tmp_path / "sd.ckpt")
     torch.save(UNet(CFG).state_dict(), tmp_path / "latent.pt")
     for name, flags, message in (
-        ("sd.ckpt", ["--num-heads", 2], "told what to draw by text"),
+        ("sd.ckpt", ["--num-heads", 2], "draws what a text says"),
         ("latent.pt", [], "does not say which latents its network knows"),
         ("latent.pt", ["--vae", "pixel:2"], "makes 12 channels, but"),
         ("latent.pt", ["--table", "linear"], "is fm, which has none"),
