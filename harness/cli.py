@@ -184,12 +184,17 @@ def parse(cls: type, doc: str | None = "", argv: list[str] | None = None) -> tup
     where None means not given. `--help` prints one screen and exits.
     """
     given, dry_run = read_flags([cls], doc, argv)
+    return made(cls, given), dry_run
+
+
+def made(cls: type, given: dict[str, Any]) -> Any:
+    """A Config of the flags that were given, checked."""
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in given:
             raise UserError(f"{dashed(field.name)} is required", do="See --help.")
     cfg = cls(**given)
     check_flags(cfg)
-    return cfg, dry_run
+    return cfg
 
 
 def read_flags(

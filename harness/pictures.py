@@ -70,13 +70,23 @@ def progress(bar: tqdm, n: int) -> Callable[[float, Tensor], None]:
 # ---- a folder of samples: the set of the images of one command -----------------------------------
 
 
-def save_all(images: Tensor, folder: Path, first: int, npz: str = "", grid: bool = True) -> None:
+def save_all(
+    images: Tensor,
+    folder: Path,
+    first: int,
+    npz: str = "",
+    grid: bool = True,
+    said: Callable[[int], dict[str, str]] = lambda seed: {},
+) -> None:
     """uint8 images (n, 3, H, W) as 000000.png … in a folder, by their seeds from `first` on, in
-    place of those of an earlier command; and, if asked for, as an npz and as a grid."""
+    place of those of an earlier command; and, if asked for, as an npz and as a grid. said: what
+    the text chunks of a seed's picture say, {key: text}."""
     old = set(drawn_before(folder))
     for seed, image in enumerate(map(to_image, images), first):
         path, info = folder / f"{seed:06d}.png", PngInfo()
         info.add_text(SEAL, seal_of(image, folder))
+        for key, text in said(seed).items():
+            info.add_text(key, text)
         save_png(image, path, info)
         old.discard(path)
     for path in old:
