@@ -14,19 +14,17 @@ it (objectives.py), so one Heun serves flow matching, DDPM and v-prediction alik
 if __name__ == "__main__":
     import harness.interrupt  # noqa: F401
 
-import hashlib
 import inspect
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,9 +32,10 @@ from ckpt import find_checkpoint, load_unet
 from ckpt.configs import Space, check_resolution, space_of
 from ckpt.meaning import objective_from, said_table
 from data import prompts
-from data.images import EXTENSIONS, read_mask, read_picture
+from data.emphasis import weighted
+from data.images import EXTENSIONS
+from data.inits import Init, read_init
 from data.tags import pick_labels
-from diffusion.coupling import enlarged
 from diffusion.editing import begin, edit
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
@@ -52,7 +51,8 @@ from diffusion.sampling import (
     slerp,
 )
 from diffusion.solvers import time_grid
-from harness.cli import UserError, check_flags, cli, dashed, field_of, flag, parse, shown
+from harness import likeness
+from harness.cli import UserError, check_flags, cli, field_of, flag, shown
 from harness.files import safe_name
 from harness.memory import check_drawing
 from harness.pictures import check_set, grid_of, progress, save_all, to_uint8
@@ -257,6 +257,9 @@ class Sampling:
         "", "text encoders: FILE, FILE,FILE or a folder; default those of --ckpt", of="--prompt"
     )
     chunks: int = flag(1, "pieces of 75 tokens of a prompt", low=1, high=64, of="--prompt")
+    weights: Literal["none", "a1111", "comfy"] = flag(
+        "none", "as whose program (word:1.3) is read", of="--prompt"
+    )
     clip_skip: int = flag(
         0, "1 = the last state, 2 = the one before; 0 = own", low=0, high=64, of="--prompt"
     )
@@ -544,7 +547,7 @@ def tell(
     cfg: Sampling, net: Any, vae: AnyVAE, shape: tuple[int, int, int], what: str
 ) -> prompts.Conditions:
     """What --prompt and --negative say to a network of config `net`."""
-    texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what)
+    texts = weighted(prompts.open_tellers(cfg.text, cfg.ckpt, net, what), cfg.weights)
     asked = prompts.read_prompts(cfg.prompt)
     size = shape[1] * vae.factor, shape[2] * vae.factor
     how = {"chunks": cfg.chunks, "skip": cfg.clip_skip}
@@ -583,6 +586,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "size": cfg.size,
         "prompts": prompts.read_prompts(cfg.prompt) if cfg.prompt else [],
         "negative": [] if cfg.negative is None else [cfg.negative],
+        "weights": cfg.weights.replace("none", ""),
         "clip skip": cfg.clip_skip,
         "chunks": cfg.chunks - 1,
     }
@@ -595,6 +599,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Config(Sampling):
     n: int = flag(16, "images", low=1, high=1e9, head="what to draw")
+    like: str = flag("", "a PNG that this drew: its settings, where no flag says others")
     init: tuple[str, ...] = flag((), "images to start from, cycled; a cfm network enlarges them")
     strength: float | None = flag(
         None,
@@ -646,65 +651,6 @@ def check_command(cfg: Config) -> None:
             f"--method {method}{' --eta' if cfg.eta else ''} cannot be inverted",
             do=f"Use one of {', '.join(DETERMINISTIC)}, with eta 0.",
         )
-
-
-class Init(NamedTuple):
-    """What --init and --mask hold, and how far from it to start."""
-
-    z: Tensor  # (k, C, h, w) latents, cycled over the images
-    strength: float = 1.0
-    pixels: Tensor | None = None  # (k, 3, R, R) uint8
-    mask: Tensor | None = None  # (1, 1, R, R) bool: white, which is painted anew
-    cells: Tensor | None = None  # (1, 1, h, w) the latent cells with any white
-
-
-def read_init(cfg: Config, gen: Generator) -> Init | None:
-    """Read what there is to start from; None: noise."""
-    if gen.objective.coupling == "lowres":
-        return Init(enlarge(cfg, gen))
-    if not cfg.init:
-        return None
-    pixels = torch.stack([read_picture(path, gen.resolution) for path in cfg.init])
-    z = gen.vae.encode(pixels.to(gen.device) / 127.5 - 1)
-    whole = cfg.mask or cfg.invert or cfg.interpolate
-    strength = (1.0 if whole else 0.6) if cfg.strength is None else cfg.strength
-    if not cfg.mask:
-        return Init(z, strength, pixels)
-    mask = read_mask(cfg.mask, cfg.init, gen.resolution)
-    cells = F.max_pool2d(mask.float(), gen.vae.factor).bool().to(gen.device)
-    return Init(z, strength, pixels, mask, cells)
-
-
-def enlarge(cfg: Config, gen: Generator) -> Tensor:
-    """What the small pictures of --init say of large ones to a cfm network, (k, C, h, w)."""
-    objective, R = gen.objective, gen.resolution
-    side = R // objective.lowres
-    if not cfg.init:
-        raise UserError(
-            f"{cfg.ckpt} was trained to enlarge pictures {objective.lowres} times",
-            do=f"Add --init A.png,B.png: they become {side} px.",
-        )
-    for name in ("strength", "mask", "invert", "interpolate"):
-        if getattr(cfg, name) != field_of(Config, name).default:
-            raise UserError(
-                f"{dashed(name)}: {cfg.ckpt} was trained to enlarge pictures (cfm), which is all "
-                "it can do with --init",
-                do="Leave it out.",
-            )
-    if gen.solver.get("eta") or gen.solver["method"] == "ddpm":
-        raise UserError(
-            f"--method {cfg.method}{' --eta' if cfg.eta else ''} adds noise as if the path began "
-            f"in noise, and that of {cfg.ckpt} (cfm) begins in a picture",
-            do="Use an ODE solver, such as heun.",
-        )
-    if R % objective.lowres or (objective.upsample != "psu" and side % gen.vae.factor):
-        raise UserError(
-            f"--resolution {R} cannot be enlarged from {objective.lowres} times smaller pictures",
-            do="Leave it out.",
-        )
-    small = torch.stack([read_picture(path, side) for path in cfg.init])
-    small = small.to(gen.device) / 127.5 - 1
-    return enlarged(small, (R, R), gen.vae.encode, objective.upsample)
 
 
 def draw_images(
@@ -762,30 +708,28 @@ def edited(
     return drawn._replace(images=torch.where(init.mask, drawn.images.cpu(), init.pixels[rows]))
 
 
-def settings(cfg: Config) -> str:
-    """What makes an image of a seed, as far as it is not the default: two different images never
-    share a default folder."""
-    silent = ("ckpt", "n", "seed", "out", "batch", "device", "npz", "grid_image")
-    text = ""
-    for field in fields(Config):
-        value = getattr(cfg, field.name)
-        if field.name not in silent and value != field.default:
-            text += f"-{field.name}={shown(value).replace(',', '+')}"
-    text = re.sub(r"[^\w=.+-]+", "_", text)
-    # A folder's name has an end.
-    return text if len(text) < 150 else "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
     """Where samples of a file go if nobody says: what it is, its weights, the settings."""
     same = path.name.startswith("diffusion_pytorch_model.")  # all of diffusers' have that name
     stem = path.resolve().parent.name if same else path.stem
     parts = [safe_name(meta[key]) for key in ("run", "images") if key in meta]
-    return f"samples/{'-'.join([*parts, stem, meta['fingerprint'][:6]])}{settings(cfg)}"
+    return f"samples/{'-'.join([*parts, stem, meta['fingerprint'][:6]])}{likeness.settings(cfg)}"
+
+
+def said(cfg: Config, gen: Generator, seed: int) -> dict[str, str]:
+    """The texts in a seed's PNG."""
+    i, own = seed - cfg.seed, {}
+    if cfg.labels:
+        own["labels"] = (cfg.labels[i % len(cfg.labels)],)
+    if cfg.prompt:
+        lines = prompts.read_prompts(cfg.prompt)
+        own["prompt"] = lines[i % len(lines)]
+    one = replace(cfg, n=1, seed=seed, **own)
+    return likeness.chunks(one, gen.solver, gen.size, gen.path.stem, gen.meta["fingerprint"])
 
 
 def main() -> None:
-    cfg, dry_run = parse(Config, __doc__)
+    cfg, dry_run = likeness.parse_like(Config, __doc__)
     check_command(cfg)
     device = pick_device(cfg.device)
     if dry_run:
@@ -794,6 +738,7 @@ def main() -> None:
         print(json.dumps(resolved, indent=1))
         return
     gen = open_generator(cfg, device)
+    likeness.check_same(cfg.like, gen.meta["fingerprint"])
     check_drawing(gen, cfg.batch, cfg.n)
     labels = asked(cfg, gen, cfg.n)
     init = read_init(cfg, gen)
@@ -803,7 +748,7 @@ def main() -> None:
     start = time.perf_counter()
     images, nfe = draw_images(cfg, gen, labels, init, how)
     seconds = time.perf_counter() - start
-    save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image)
+    save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image, partial(said, cfg, gen))
     line = f"{cfg.n} images  {gen.solver['method']}  NFE/image {nfe / cfg.n:g}"
     if gen.evaluations != nfe:
         line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"

@@ -19,7 +19,7 @@ fewer than 8 tokens for which there is no room.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -269,6 +269,10 @@ class Weighted(Texts):
         return applied(z, weights, self.dialect, empty[0]), pooled
 
 
-def weighted(texts: Texts, dialect: Dialect) -> Texts:
+def weighted(texts: Any, dialect: Dialect) -> Any:
     """Text encoders that read prompts by a dialect; "none" leaves them as they are."""
-    return texts if dialect == "none" else Weighted(texts, dialect)
+    if dialect == "none":
+        return texts
+    if not isinstance(texts, Texts):
+        raise UserError(f"--weights {dialect} is for CLIP's text encoders", do="Leave it out.")
+    return Weighted(texts, dialect)

@@ -7,7 +7,9 @@
 but for those that name files: a file that came from somewhere opens no other.
 """
 
+import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -105,6 +107,20 @@ def quoted(value: Any) -> str:
     """A value of the line; as JSON where it has a sign of the line's own."""
     text = str(value)
     return json.dumps(text) if set(text) & set(',:"\n') else text
+
+
+def settings(cfg: Any) -> str:
+    """What makes an image of a seed, as far as it is not the default: two different images never
+    share a default folder."""
+    silent = (*COMMAND, "n", "seed")
+    text = ""
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name not in silent and value != field.default:
+            text += f"-{field.name}={shown(value).replace(',', '+')}"
+    text = re.sub(r"[^\w=.+-]+", "_", text)
+    # A folder's name has an end.
+    return text if len(text) < 150 else "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy import integrate
 
+import harness.likeness as likeness
 import harness.pictures as pictures
 import samplers
 from ckpt import load_unet, save_unet
@@ -1187,10 +1188,10 @@ def test_a_dry_run_says_what_the_method_will_use(tmp_path, user):
 
 def test_default_folders_of_long_settings_are_short_and_differ():
     names = {
-        samplers.settings(samplers.Config("F", init=(f"{'x' * 200}{i}.png",))) for i in range(3)
+        likeness.settings(samplers.Config("F", init=(f"{'x' * 200}{i}.png",))) for i in range(3)
     }
     names |= {
-        samplers.settings(samplers.Config("F", cfg=2.0, cfg_interval=interval))
+        likeness.settings(samplers.Config("F", cfg=2.0, cfg_interval=interval))
         for interval in ((), (0.5, 4.0))
     }
     assert len(names) == 5 and all(len(name) < 150 for name in names)

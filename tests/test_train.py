@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import harness.run as run_module
+import harness.likeness as likeness
 import samplers
 import train
 import training.previews
@@ -202,7 +203,7 @@ def test_the_sampler_gives_the_same_image_for_a_seed_at_any_batch_size(tmp_path,
 def test_default_sample_folders_differ_where_images_differ():
     base = samplers.Config(ckpt="x")
     names = {
-        samplers.settings(replace(base, **change))
+        likeness.settings(replace(base, **change))
         for change in (
             {},
             {"steps": 10},
@@ -215,7 +216,7 @@ def test_default_sample_folders_differ_where_images_differ():
         )
     }
     assert len(names) == 8 and all("/" not in n for n in names)
-    assert samplers.settings(replace(base, n=99, batch=3, out="y", seed=4)) == ""
+    assert likeness.settings(replace(base, n=99, batch=3, out="y", seed=4)) == ""
 
 
 def test_held_out_loss_is_fixed(tmp_path):

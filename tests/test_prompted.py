@@ -1,0 +1,75 @@
+"""Commands that draw from prompts: what their PNGs say, weights, and students of prompts."""
+
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+import samplers
+from data.emphasis import weighted
+from text import open_texts
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+import pipelines  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    """A pipeline's folder."""
+    folder = tmp_path_factory.mktemp("pipelines") / "sd1"
+    pipelines.pipeline("sd1").save_pretrained(folder)
+    return folder
+
+
+def pictures(folder):
+    """[(pixels (H, W, 3), texts)] of a folder's PNGs."""
+    found = []
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            found.append((np.asarray(image).astype(int), image.info))
+    return found
+
+
+def test_a_png_says_how_it_was_drawn_and_is_drawn_again(sd1, tmp_path, user):
+    (tmp_path / "prompts.txt").write_text("a cat, (red:1.3)\na dog\n")
+    a, b = tmp_path / "a", tmp_path / "b"
+    words = ["--ckpt", sd1, "--prompt", f"@{tmp_path / 'prompts.txt'}", "--negative", "blurry"]
+    words += ["--cfg", 4, "--steps", 2, "--n", 3, "--seed", 5, "--size", "64x96", "--out", a]
+    code, _, err = user(samplers.main, *words, "--weights", "comfy")
+    assert code == 0, err
+    drawn = pictures(a)
+    lines = drawn[1][1]["parameters"].split("\n")
+    assert lines[:2] == ["a dog", "Negative prompt: blurry"]
+    assert "Steps: 2, Sampler: Heun, " in lines[2]
+    assert "CFG scale: 4, Seed: 6, Size: 64x96" in lines[2]
+    assert drawn[0][1]["parameters"] == drawn[2][1]["parameters"].replace("Seed: 7", "Seed: 5")
+    for i in range(3):
+        like = a / f"{5 + i:06d}.png"
+        code, _, err = user(samplers.main, "--ckpt", sd1, "--like", like, "--out", b)
+        assert code == 0 and not [line for line in err if "warning" in line], err
+        (again,) = pictures(b)
+        assert abs(again[0] - drawn[i][0]).max() <= 1  # in a batch of another size
+        assert again[1]["parameters"] == drawn[i][1]["parameters"]
+    words = ["--ckpt", sd1, "--like", a / "000005.png", "--weights", "none", "--out", b]
+    assert user(samplers.main, *words)[0] == 0
+    assert abs(pictures(b)[0][0] - drawn[0][0]).max() > 1
+
+
+@pytest.mark.parametrize("dialect", ["none", "a1111", "comfy"])
+def test_a_network_is_told_what_a_dialect_reads(sd1, dialect):
+    flags = {"prompt": "a (red:1.3) cat", "negative": "[dog]", "weights": dialect, "resolution": 64}
+    gen = samplers.open_generator(samplers.Sampling(str(sd1), **flags), torch.device("cpu"))
+    texts = weighted(open_texts(sd1), dialect)
+    assert torch.equal(gen.told.cond["context"], texts.tell(["a (red:1.3) cat"]).context)
+    assert torch.equal(gen.told.null["context"], texts.null("[dog]").context)
+    assert gen.sampled.get("weights", "none") == dialect
+
+
+def test_a_picture_to_start_from_is_square(sd1, tmp_path, user):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    words = ["--ckpt", sd1, "--prompt", "a cat", "--size", "64x96", "--init", tmp_path / "a.png"]
+    code, _, err = user(samplers.main, *words)
+    assert code == 2 and "--init with --size 64x96: wanted a square.  Name its side" in err[-1]
