@@ -518,7 +518,8 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         # It knows the times of its own steps only (distill.py).
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
-    told = tell(cfg, net.cfg, vae, latent_shape, str(path)) if cfg.prompt else None
+    size = latent_shape[1] * vae.factor, latent_shape[2] * vae.factor
+    told = tell(cfg, net.cfg, meta, size, str(path)) if cfg.prompt else None
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
         other = load_guide(cfg, space_of(net, meta), objective, known)
@@ -544,13 +545,15 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
 
 
 def tell(
-    cfg: Sampling, net: Any, vae: AnyVAE, shape: tuple[int, int, int], what: str
+    cfg: Sampling, net: Any, meta: dict[str, Any], size: tuple[int, int], what: str
 ) -> prompts.Conditions:
-    """What --prompt and --negative say to a network of config `net`."""
-    texts = weighted(prompts.open_tellers(cfg.text, cfg.ckpt, net, what), cfg.weights)
+    """What --prompt and --negative say to a network of config `net`, for images of size (height,
+    width)."""
+    told = meta.get("init", {}).get("text") or {}
+    texts = weighted(prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told), cfg.weights)
     asked = prompts.read_prompts(cfg.prompt)
-    size = shape[1] * vae.factor, shape[2] * vae.factor
-    how = {"chunks": cfg.chunks, "skip": cfg.clip_skip}
+    chunks = cfg.chunks if cfg.chunks > 1 else told.get("chunks", 1)
+    how = {"chunks": chunks, "skip": cfg.clip_skip or told.get("skip", 0)}
     return prompts.conditions(texts, asked, cfg.negative, size, **how)
 
 

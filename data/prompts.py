@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ckpt.hub import HUB
+from ckpt.hub import HUB, from_file
 from ckpt.texts import INDEX, inside, pipeline_of
 from harness.cli import UserError
 from harness.reading import read_file
@@ -146,8 +146,13 @@ def wanted_encoders(net: UNetConfig) -> str:
     return known.get(net.context_dim, f"encoders {net.context_dim} wide")
 
 
-def open_tellers(spec: str, ckpt: str, net: UNetConfig, what: str) -> Teller:
-    """The encoders of --text, or those that lie in or beside a checkpoint."""
+def open_tellers(
+    spec: str, ckpt: str, net: UNetConfig, what: str, told: dict[str, Any] | None = None
+) -> Teller:
+    """The encoders of --text, or those that lie in or beside a checkpoint. told: those by which it
+    was trained, where it says so (ckpt.native.ToldBy)."""
+    if told:
+        return open_again(spec, told, what)
     try:
         texts = open_texts(spec or ckpt)
     except UserError as error:
@@ -158,6 +163,27 @@ def open_tellers(spec: str, ckpt: str, net: UNetConfig, what: str) -> Teller:
             do=f"Add --text FILE: {wanted_encoders(net)}.",
         ) from None
     check_told(texts, net, spec or what, what)
+    return texts
+
+
+def open_again(spec: str, told: dict[str, Any], what: str) -> Teller:
+    """The encoders by which a network was trained, from where they were then, or where --text says
+    that they are now."""
+    names = spec or told.get("source", "")
+    try:
+        found = names.split(",") if spec else [from_file(n, "--text") for n in names.split(",")]
+        texts = open_texts(",".join(found))
+    except (UserError, OSError) as error:
+        words = str(error) if isinstance(error, UserError) else f"{names}: {error.strerror}"
+        raise UserError(
+            f"cannot load the text encoders by which {what} was trained: {words}",
+            do="Put them back, or say where they are with --text.",
+        ) from None
+    if texts.fingerprint != told["encoders"]:
+        raise UserError(
+            f"{names} has other text encoders than those by which {what} was trained",
+            do="Restore them, or say where they are with --text.",
+        )
     return texts
 
 

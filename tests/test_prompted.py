@@ -1,13 +1,18 @@
 """Commands that draw from prompts: what their PNGs say, weights, and students of prompts."""
 
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 
+import distill
 import samplers
+import text
+from ckpt import find_checkpoint, load_unet
 from data.emphasis import weighted
 from text import open_texts
 
@@ -73,3 +78,61 @@ def test_a_picture_to_start_from_is_square(sd1, tmp_path, user):
     words = ["--ckpt", sd1, "--prompt", "a cat", "--size", "64x96", "--init", tmp_path / "a.png"]
     code, _, err = user(samplers.main, *words)
     assert code == 2 and "--init with --size 64x96: wanted a square.  Name its side" in err[-1]
+
+
+# ---- a student ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(sd1, tmp_path_factory):
+    """A run's folder: a student of the miniature, told by the embeddings of three prompts."""
+    home = tmp_path_factory.mktemp("student")
+    (home / "prompts.txt").write_text("a cat\na dog, sitting\n\n")
+    context = home / "texts.safetensors"
+    words = f"encode --text {sd1} --prompts {home / 'prompts.txt'} --out {context} --chunks 2"
+    run(text.main, words)
+    words = f"--teacher {sd1} --vae sd:{sd1 / 'vae'} --context {context} --data toyfaces:24"
+    words += f" --resolution 64 --images 16 --batch 8 --holdout 0 --out {home} --name student"
+    words += " --preview-every 0 --save-every 0 --lr 1e-3 --ema 0.05"
+    run(distill.main, words)
+    return home / "student"
+
+
+def run(main, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script.py", *words.split()])
+        main()
+
+
+def test_a_student_of_prompts_draws_from_prompts(student, sd1):
+    flags = {"prompt": "a cat", "resolution": 64, "steps": 2}
+    cpu = torch.device("cpu")
+    gen = samplers.open_generator(samplers.Sampling(str(student), **flags), cpu)
+    texts = open_texts(sd1)
+    assert torch.equal(gen.told.cond["context"], texts.tell(["a cat"], chunks=2).context)
+    assert torch.equal(gen.told.null["context"], texts.null(None, chunks=2).context)
+    flags["prompt"] = "a dog"
+    other = samplers.open_generator(samplers.Sampling(str(student), **flags), cpu)
+    cat, dog = (g.images([0], [0]).images.int() for g in (gen, other))
+    assert (cat - dog).abs().max() > 1
+
+
+def test_a_student_is_told_by_no_other_encoder(student, sd1, tmp_path, user):
+    words = ["--ckpt", student, "--prompt", "a cat", "--steps", 1, "--n", 1]
+    words += ["--out", tmp_path / "out"]
+    meta = load_unet(find_checkpoint(student))[1]["init"]["text"]
+    assert meta["source"] == str(sd1)
+    own, moved = sd1 / "text_encoder", tmp_path / "moved"
+    shutil.move(own, moved)
+    try:
+        code, _, err = user(samplers.main, *words)
+        assert code == 2 and "cannot load the text encoders by which" in err[-1]
+        assert "say where they are with --text" in err[-1]
+        code, _, err = user(samplers.main, *words, "--text", moved)
+        assert code == 0, err
+    finally:
+        shutil.move(moved, own)
+    torch.manual_seed(1)
+    pipelines.encoder(768, "quick_gelu").save_pretrained(tmp_path / "other")
+    code, _, err = user(samplers.main, *words, "--text", tmp_path / "other")
+    assert code == 2 and "has other text encoders than those by which" in err[-1]
