@@ -31,6 +31,7 @@ from tqdm import tqdm
 from ckpt import find_checkpoint, load_unet
 from ckpt.configs import Space, check_resolution, space_of
 from ckpt.meaning import objective_from, said_table
+from ckpt.usual import as_usual, usual_side
 from data import prompts
 from data.emphasis import weighted
 from data.images import EXTENSIONS
@@ -409,13 +410,15 @@ def describe(
 ) -> tuple[Objective, AnyVAE, tuple[int, int, int]]:
     """How to sample from a network of config `net`: objective, autoencoder, latent shape; from its
     file's metadata, and from flags where that is silent."""
-    meta = prompts.usual_objective(meta, bool(cfg.table or cfg.betas))
+    meta, unsaid = as_usual(meta, cfg.table or cfg.betas)
+    if unsaid:
+        print(f"note: {what} does not say its {unsaid}: as all of its family", file=sys.stderr)
     objective = objective_of(cfg, meta, what)
     vae = vae_of(cfg, net, meta, objective, what)
     if cfg.size and cfg.resolution:
         raise UserError("--size and --resolution", wanted="one of them", do="Leave one out.")
     sides = parse_size(cfg.size) if cfg.size else ()
-    side = cfg.resolution or meta.get("resolution", 0) or prompts.usual_side(meta, objective.target)
+    side = cfg.resolution or meta.get("resolution", 0) or usual_side(meta, objective.target)
     sides = sides or (side, side)
     if not all(sides):
         raise UserError(

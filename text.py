@@ -336,7 +336,8 @@ def save_encoder(path: Path, net: TextEncoder, layout: str = "hf", prefix: str =
 def open_texts(spec: str | Path, dtype: torch.dtype | None = torch.float32) -> "Texts":
     """All the text encoders of a checkpoint: of a file (Stable Diffusion's, or an encoder's own), a
     folder or a repository of diffusers. FILE,FILE: two of SDXL's that lie apart, in any order."""
-    names, found, zeros = str(spec).split(","), [], True
+    names = [str(spec)] if isinstance(spec, Path) else spec.split(",")
+    found, zeros = [], True
     for name in names:
         paths, index = files.text_files(name)
         zeros = zeros and index.get("force_zeros_for_empty_prompt", True) is not False

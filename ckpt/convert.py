@@ -4,6 +4,7 @@ the same weights under other names, and whether two files hold the same network.
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckpt.configs import differences, written
 from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, has_part, open_guessing, open_unet
+from ckpt.hub import HUB
 from ckpt.layouts import (
     MARKERS, Config, family, foreign_names, foreign_shapes, modelspec, native_shapes,
     reorder_attention, target_of, to_foreign,
@@ -23,8 +25,10 @@ from ckpt.layouts import (
 from ckpt.meaning import ANOTHER, UNKNOWN, add_schedule, shown_betas
 from ckpt.mmdit_configs import usual_shift
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
+from ckpt.texts import encoders_with
+from ckpt.usual import VAES, WIDTHS, as_usual, encoder_files, shown_encoders, usual_side
 from diffusion.schedules import shorter
-from harness.cli import UserError, printable
+from harness.cli import UserError, dashed, printable
 from harness.files import (
     Container, fingerprint, fsync, make_dir, raw_bytes, stream_tensors, text_meta, write_text,
 )
@@ -174,13 +178,16 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
             do="Copy it again, or use an older one.",
         )
     add_schedule(meta, table, zero_snr, path)
+    meta, unsaid_too = as_usual(meta, table)
+    source = source._replace(meta=meta)
     objective, said = shown_objective(meta), meta.get("said", [])
+    said = [*said, *([f"nothing of its {unsaid_too}: as all of its family"] if unsaid_too else [])]
     if isinstance(meta.get("objective"), dict) and not said:
         said = ["objective and noise schedule by its own metadata"]
     unprobed = parameters(box) > PROBE_LIMIT and "probe" not in meta
     images = meta.get("images")
     dtypes = [dtype_name(entry.dtype) for entry in box.table.values()]
-    missing = "; ".join(what_is_missing(source, unsaid, objective))
+    flags = {**known, "table": table, "zero_snr": zero_snr}
     lines = {
         "file": f"{box.path} ({box.path.stat().st_size:,} bytes, {box.kind})",
         "network": source.taken,
@@ -200,7 +207,7 @@ def inspect(path: str, *, table: str = "", zero_snr: bool = False, **known: Any)
         "source": meta.get("source"),
         "sha256": meta.get("sha256"),
         "fingerprint": digest,
-        "missing": missing or "nothing, samplers.py can draw from it",
+        **how_to_draw(source, path, what_is_missing(source, unsaid, objective), flags),
     }
     return [f"{key:<12} {printable(str(value))}" for key, value in lines.items() if value]
 
@@ -258,13 +265,78 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
     if more > 0 and not enlarges:
         what = {1: ": depth", 4: ": another image", 5: ": inpainting's mask and image"}
         missing.append(f"code for its {more} further input channels{what.get(more, '')}")
-    if "vae" not in meta and (cfg.in_channels != 3 or meta.get("latent")):
+    latent = cfg.in_channels != 3 or meta.get("latent")
+    if "vae" not in meta and latent and meta.get("family") not in VAES:
         missing.append("autoencoder (--vae)")
-    if getattr(cfg, "context_dim", 0):
-        missing.append("text encoders (not part of this code yet)")
-    if "resolution" not in meta:
+    if getattr(cfg, "context_dim", 0) and not isinstance(cfg, UNetConfig):
+        missing.append("code for its text encoders: no flag gives it")
+    if "resolution" not in meta and not usual_side(meta, objective or ""):
         missing.append("size of the images (--resolution)")
     return missing
+
+
+def lies_elsewhere(source: Source, path: str) -> dict[str, str]:
+    """{flag with a value: what it gives} of what belongs to a Stable Diffusion, but does not lie in
+    or beside its file."""
+    meta, found = source.meta, {}
+    family, context = meta.get("family"), getattr(source.cfg, "context_dim", 0)
+    if family in VAES and "vae" not in meta and not meta.get("latent"):
+        found[f"--vae {VAES[family]}"] = "autoencoder (--vae)"
+    widths = [width for width, _ in encoders_of(source, path)]
+    is_told = "text" in meta.get("init", {}) or is_repository(path)
+    if isinstance(source.cfg, UNetConfig) and sum(widths) != context and not is_told:
+        found[f"--text {encoder_files(context) or 'FILE'}"] = (
+            f"text encoders (--text): {shown_encoders(context)}"
+        )
+    return found
+
+
+def encoders_of(source: Source, path: str) -> list[tuple[int, str]]:
+    """(width, place) of the text encoders that lie with a network which is told by them."""
+    reads = isinstance(source.cfg, UNetConfig) and source.cfg.context_dim
+    return encoders_with(source.weights.path) if reads and not is_repository(path) else []
+
+
+def is_repository(path: str) -> bool:
+    """A whole one on the Hub: of its encoders nothing is known until they are fetched."""
+    match = HUB.fullmatch(str(path))
+    return bool(match and not match[2])
+
+
+def told_by(source: Source, path: str) -> str:
+    """The text encoders that lie with a network, or by which it was trained."""
+    told = source.meta.get("init", {}).get("text")
+    if told:
+        return f"the text encoders of {told.get('source', 'an unknown place')}, by its training"
+    found = encoders_of(source, path)
+    return ", ".join(f"{WIDTHS.get(width, f'{width} wide')} ({place})" for width, place in found)
+
+
+def flags_as_typed(flags: Mapping[str, Any]) -> list[str]:
+    """What the user said of a file, for another command."""
+    words = []
+    for name, value in flags.items():
+        if value and name != "ema":
+            words.append(dashed(name) if value is True else f"{dashed(name)} {value}")
+    return words
+
+
+def how_to_draw(
+    source: Source, path: str, missing: list[str], flags: Mapping[str, Any]
+) -> dict[str, str]:
+    """The lines of inspect() about drawing: by what a network is told, what is missing, and where
+    flags can give that, the command."""
+    elsewhere = lies_elsewhere(source, path)
+    words = ["python samplers.py --ckpt", shlex.quote(str(path)), *flags_as_typed(flags)]
+    words += elsewhere
+    if getattr(source.cfg, "context_dim", 0):
+        words.append('--prompt "a photo of a cat" --cfg 7')
+    wanted = "; ".join([*missing, *elsewhere.values()])
+    return {
+        "told by": told_by(source, path),
+        "missing": wanted or "nothing, samplers.py can draw from it",
+        "draw": "" if missing or "part" in flags else " ".join(words),
+    }
 
 
 def shown_config(cfg: Any, unsaid: set[str]) -> str:

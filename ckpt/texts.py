@@ -281,6 +281,18 @@ def text_files(name: str) -> tuple[list[Path], dict[str, Any]]:
     return files, index
 
 
+def encoders_with(path: Path) -> list[tuple[int, str]]:
+    """(width, place) of every text encoder in a network's file, or in the pipeline around it."""
+    found = []
+    for file in text_files(str(path))[0]:
+        box = open_weights(file)
+        for part in encoders(box):
+            view = native_text(box, part)
+            width = view.shape("embeddings.token_embedding.weight")[1]
+            found.append((width, part.prefix.rstrip("./") or file.parent.name))
+    return sorted(found)
+
+
 def inside(name: str, place: str) -> str:
     """hf:org/name@revision -> hf:org/name/PLACE@revision"""
     repo, at, revision = name.partition("@")

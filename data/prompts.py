@@ -17,18 +17,11 @@ from torch import Tensor
 
 from ckpt.hub import HUB, from_file
 from ckpt.texts import INDEX, inside, pipeline_of
+from ckpt.usual import VAES, shown_encoders
 from harness.cli import UserError
 from harness.reading import read_file
 from model import UNetConfig
 from text import Told, open_texts, size_vector, vector
-
-# What Stable Diffusion's networks draw if nobody says another size.
-SIDES = {"sd1": 512, "sdxl": 1024}
-SIDES_OF_2 = {"eps": 512, "v": 768}
-# Families whose files say nothing of their objective where it is this one: what they were all
-# trained with, until somebody marks another (ckpt/meaning.py).
-USUAL = {"sd1": ("eps", "scaled_linear"), "sdxl": ("eps", "scaled_linear")}
-VAES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
 
 
 class Teller(Protocol):
@@ -128,22 +121,12 @@ def check_told(texts: Teller, net: UNetConfig, spec: str, what: str) -> None:
     raise UserError(
         f"the text encoders of {spec} tell {numbers(texts.context_dim, texts.vector_dim)}, but the "
         f"network of {what} reads {numbers(net.context_dim, net.vector_dim)}",
-        do=f"Name its own with --text: {wanted_encoders(net)}.",
+        do=f"Name its own with --text: {shown_encoders(net.context_dim)}.",
     )
 
 
 def numbers(context: int, vector: int) -> str:
     return f"{context} numbers a token" + (f" and {vector} an image" if vector else "")
-
-
-def wanted_encoders(net: UNetConfig) -> str:
-    """The encoders that a network was trained with, by how wide its context is."""
-    known = {
-        768: "CLIP ViT-L (clip_l.safetensors, or any Stable Diffusion 1.x)",
-        1024: "OpenCLIP ViT-H (any Stable Diffusion 2.x)",
-        2048: "CLIP ViT-L and OpenCLIP ViT-bigG (clip_l.safetensors,clip_g.safetensors)",
-    }
-    return known.get(net.context_dim, f"encoders {net.context_dim} wide")
 
 
 def open_tellers(
@@ -154,13 +137,14 @@ def open_tellers(
     if told:
         return open_again(spec, told, what)
     try:
-        texts = open_texts(spec or ckpt)
+        # A path may have a comma, where names of several files are parted.
+        texts = open_texts(spec or (ckpt if ckpt.startswith("hf:") else Path(ckpt)))
     except UserError as error:
         if spec:
             raise
         raise UserError(
             f"{what} has no text encoders for its network: {error}",
-            do=f"Add --text FILE: {wanted_encoders(net)}.",
+            do=f"Add --text FILE: {shown_encoders(net.context_dim)}.",
         ) from None
     check_told(texts, net, spec or what, what)
     return texts
@@ -203,21 +187,3 @@ def own_vae(ckpt: str, path: Path, meta: dict[str, Any]) -> str:
     if folder is not None and (folder / INDEX).is_file():
         return f"{family}:{folder / 'vae'}"
     return f"{family}:{path}"
-
-
-def usual_objective(meta: dict[str, Any], has_table: bool) -> dict[str, Any]:
-    """Metadata of a Stable Diffusion whose file does not say its objective or its schedule, with
-    what all of its family have; other metadata as it is. has_table: the user names one."""
-    usual = USUAL.get(meta.get("family", ""))
-    if not usual or isinstance(meta.get("objective"), dict):
-        return meta
-    schedule = dict(meta.get("schedule", {}))
-    if not has_table:
-        schedule.setdefault("table", usual[1])
-    return {**meta, "objective": meta.get("objective") or usual[0], "schedule": schedule}
-
-
-def usual_side(meta: dict[str, Any], target: str) -> int:
-    """The side that a Stable Diffusion was trained at; 0 if that is not known."""
-    family = meta.get("family", "")
-    return SIDES_OF_2.get(target, 0) if family == "sd2" else SIDES.get(family, 0)

@@ -1,6 +1,7 @@
 """Commands that draw from prompts: what their PNGs say, weights, and students of prompts."""
 
 
+import shlex
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ import distill
 import samplers
 import text
 from ckpt import find_checkpoint, load_unet
+from ckpt.convert import inspect
 from data.emphasis import weighted
 from text import open_texts
 
@@ -71,6 +73,20 @@ def test_a_network_is_told_what_a_dialect_reads(sd1, dialect):
     assert torch.equal(gen.told.cond["context"], texts.tell(["a (red:1.3) cat"]).context)
     assert torch.equal(gen.told.null["context"], texts.null("[dog]").context)
     assert gen.sampled.get("weights", "none") == dialect
+
+
+def test_the_command_of_inspect_draws(sd1, tmp_path, user):
+    one = pipelines.single_file(sd1, "sd1", tmp_path / "one file.safetensors")
+    for path, heads in ((sd1, {}), (one, {"num_heads": 8})):
+        shown = {line[:12].strip(): line[13:] for line in inspect(str(path), **heads)}
+        assert shown["told by"].startswith("ViT-L (")
+        python, script, *words = shlex.split(shown["draw"])
+        assert (python, script) == ("python", "samplers.py")
+        words += ["--resolution", 64, "--steps", 1, "--n", 1, "--out", tmp_path / "out"]
+        code, _, err = user(samplers.main, *words)
+        assert code == 0, err
+        # A single file has no scheduler beside it: what is taken for it is said.
+        assert ("does not say its objective eps" in "\n".join(err)) == (path == one)
 
 
 def test_a_picture_to_start_from_is_square(sd1, tmp_path, user):
