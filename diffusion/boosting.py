@@ -1,7 +1,7 @@
 """Boosting: small pictures made large by networks of coupling flow matching, one after the other.
 
     stage = Stage(cfm.source, guided(cfm, net), vae.encode, vae.decode, factor=2)
-    large, costs = boost([stage], small, seeds)             # (B, 3, h, w) -> (B, 3, 2h, 2w)
+    boost([stage], small, seeds).pixels                     # (B, 3, h, w) -> (B, 3, 2h, 2w)
 
 Fischer et al. 2023, "Boosting latent diffusion with flow matching". Between two stages pictures
 stay fp32 pixels: no rounding to 8 bits.
@@ -40,6 +40,12 @@ class Cost(NamedTuple):
     decode: float
 
 
+class Boosted(NamedTuple):
+    pixels: Tensor  # (B, 3, H, W) in [-1, 1]
+    costs: list[Cost]  # of each stage
+    lost: Tensor  # (B,) the time at which an image ceased to be finite in any stage; NaN = never
+
+
 def boost_generators(seeds: Sequence[int], stage: int) -> list[np.random.Generator]:
     """One generator a sample for the noise of stage 0, 1, …: streams apart from the base's, which
     has the seed itself, and the same in any batch."""
@@ -56,8 +62,8 @@ def boost(
     *,
     method: str = "dopri5",
     **how: Any,
-) -> tuple[Tensor, list[Cost]]:
-    """Pixels (B, 3, h, w) in [-1, 1] through all stages, and what each cost.
+) -> Boosted:
+    """Pixels small (B, 3, h, w) in [-1, 1], fp32, through all stages.
 
     labels (B,) go to the stages that were trained with classes. method and how: sample()'s, an
     ODE's only (eta 0): a step that adds noise takes the path to begin in unit noise, and this one
@@ -66,6 +72,7 @@ def boost(
     if method not in (*DETERMINISTIC, "dpmpp_2m", "dopri5") or how.get("eta"):
         raise ValueError(f"boosting wants an ODE solver with eta 0, not {method}.")
     pixels, costs = small.float(), []
+    lost = torch.full((len(small),), torch.nan).double()
     for number, stage in enumerate(stages):
         began = clock(pixels)
         size = pixels.shape[-2] * stage.factor, pixels.shape[-1] * stage.factor
@@ -80,7 +87,8 @@ def boost(
         pixels = stage.decode(s.x).float()
         seconds = encoded - began, sampled - encoded, clock(pixels) - sampled
         costs.append(Cost(s.nfe_each, *seconds))
-    return pixels, costs
+        lost = torch.where(lost.isnan(), s.lost, lost)
+    return Boosted(pixels, costs, lost)
 
 
 def clock(x: Tensor) -> float:

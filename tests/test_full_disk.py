@@ -18,8 +18,10 @@ import data.reuse as reuse
 import harness.files as files
 from ckpt import save_unet
 from ckpt.convert import convert
+from ckpt.posteriors import save_posterior
 from conftest import ROOT
 from data.stamps import Stamp, Stamps, write_stamps
+from diffusion.laplace import Posterior
 from distillation.assessor import Assessor, AssessorConfig
 from experiments import report
 from harness import record
@@ -38,6 +40,7 @@ from vae import pixel, save_vae
 ONE = Ranks(0, 1, torch.device("cpu"))
 CFG = UNetConfig(4, 4, 32, (1,), num_res_blocks=1, attention=(1,), num_heads=2)
 PICTURES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+POSTERIOR = Posterior(torch.eye(2).double(), 1.0, torch.ones(2).double(), 9, (1, 1), (0, 0))
 LATENTS = torch.zeros(3, 1, 4, 2, 2, dtype=torch.float16)
 
 
@@ -73,6 +76,7 @@ WRITERS = {
     "an autoencoder": lambda path: save_vae(path, pixel(8)),
     "a text encoder": lambda path: save_encoder(path, TextEncoder(TextConfig(8, 1, 1, "gelu"))),
     "an assessor": lambda path: Assessor(AssessorConfig({"mid": 32}, bins=4)).save(path, {}),
+    "a posterior": lambda path: save_posterior(path, POSTERIOR, "ab" * 32),
     "a grid": lambda path: save_grid(PICTURES, path),
     "npz": lambda path: save_npz(PICTURES, path),
     "statistics": lambda path: save_statistics(path, Statistics.of(torch.randn(9, 3)), {}),

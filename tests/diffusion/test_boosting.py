@@ -33,25 +33,26 @@ def small():
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
 def test_two_networks_that_do_nothing_are_two_resizes(method):
-    large, costs = boost([stage(still, 0.0)] * 2, small(), SEEDS, method=method)
+    large, costs, _ = boost([stage(still, 0.0)] * 2, small(), SEEDS, method=method)
     torch.testing.assert_close(large, resize(resize(small(), (8, 8)), (16, 16)), rtol=0, atol=0)
     assert len(costs) == 2
 
 
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m", "dopri5"])
 def test_a_constant_velocity_is_taken_off_once(method):
-    large, _ = boost([stage(lambda x, t: still(x, t) + 0.5, 0.0)], small(), SEEDS, method=method)
+    large, *_ = boost([stage(lambda x, t: still(x, t) + 0.5, 0.0)], small(), SEEDS, method=method)
     torch.testing.assert_close(large, resize(small(), (8, 8)) - 0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_is_the_same_alone_and_its_stages_have_noises_of_their_own():
-    whole, _ = boost([stage(still, 1.0)] * 2, small(), SEEDS, method="euler", steps=2)
-    alone, _ = boost([stage(still, 1.0)] * 2, small()[1:2], SEEDS[1:2], method="euler", steps=2)
+    whole, *_ = boost([stage(still, 1.0)] * 2, small(), SEEDS, method="euler", steps=2)
+    alone, *_ = boost([stage(still, 1.0)] * 2, small()[1:2], SEEDS[1:2], method="euler", steps=2)
     assert torch.equal(whole[1:2], alone)
-    first, _ = boost([stage(still, 1.0)], torch.zeros(1, 3, 8, 8), [3], method="euler", steps=2)
+    first, *_ = boost([stage(still, 1.0)], torch.zeros(1, 3, 8, 8), [3], method="euler", steps=2)
     assert not torch.equal(first[0], whole[0])  # the second stage's, of the same size
     like = torch.empty(1, 3, 16, 16)
-    apart, _ = boost([stage(still, 1.0)], small().new_zeros(2, 3, 8, 8), [3, 2**40], method="euler")
+    grey = torch.zeros(2, 3, 8, 8)
+    apart, *_ = boost([stage(still, 1.0)], grey, [3, 2**40], method="euler")
     for image, base in zip(apart, draw(generators([3, 2**40]), like)):
         assert not torch.equal(image, base)
     assert not torch.equal(apart[0], apart[1])
@@ -66,13 +67,30 @@ def test_labels_reach_only_networks_that_know_them():
 
     stages = [stage(net, 0.0), stage(net, 0.0, labelled=True)]
     y = torch.tensor([2, 0, 1])
-    _, costs = boost(stages, small(), SEEDS, y, method="euler", steps=1)
+    _, costs, _ = boost(stages, small(), SEEDS, y, method="euler", steps=1)
     assert seen[0] is None and torch.equal(seen[1], y)
     assert [c.nfe_each.tolist() for c in costs] == [[1, 1, 1]] * 2
 
 
 def test_a_method_that_adds_noise_is_refused():
-    with pytest.raises(ValueError, match="ODE"):
-        boost([stage(still, 0.0)], small(), SEEDS, method="ddpm")
+    for method in ("ddpm", "sde", "euler_ancestral", "dpmpp_2m_sde"):
+        with pytest.raises(ValueError, match="ODE"):
+            boost([stage(still, 0.0)], small(), SEEDS, method=method)
     with pytest.raises(ValueError, match="ODE"):
         boost([stage(still, 0.0)], small(), SEEDS, method="ddim", eta=1.0)
+
+
+def test_an_image_that_is_lost_in_one_stage_is_named_and_spoils_no_other():
+    def breaks(x, t):
+        marked = x[:, 3:].flatten(1).mean(1) > 50
+        return (still(x, t) + 0.5).masked_fill(marked.view(-1, 1, 1, 1), torch.nan)
+
+    begun = small()
+    begun[1] += 100
+
+    for method in ("euler", "dopri5"):
+        two = [stage(breaks, 0.0), stage(still, 0.0)]
+        large, _, lost = boost(two, begun, SEEDS, method=method)
+        assert lost.isnan().tolist() == [True, False, True]
+        whole, *_ = boost([stage(lambda x, t: still(x, t) + 0.5, 0.0)], small(), SEEDS)
+        torch.testing.assert_close(large[::2], resize(whole, (16, 16))[::2], rtol=1e-5, atol=1e-5)

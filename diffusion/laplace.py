@@ -1,0 +1,275 @@
+"""How sure a network is of what it says: the exact posterior of its last convolution.
+
+    curvature = Curvature(layer, noise)             # noise: the target's squared error by time
+    with watching(layer) as seen:                   # for every batch of training pairs
+        objective.loss(net, x0, eps=eps, t=t)
+        curvature.add(seen[-1], t)
+    posterior = curvature.posterior()
+    posterior.variance(features)                    # (B, H, W), of each output channel
+    shared(walk, layer, posterior, 8).var(0)        # of whole samples: walk() draws them
+
+Daxberger et al. 2021, "Laplace redux". With squared errors, the last convolution out = W * phi + b
+has a quadratic loss, so its Laplace approximation is exact: with u (K) the patch of phi at a place
+and a 1, each output channel's weights are N(those of the network, P), all with the same
+
+    P = (A + prior I)^-1,   A = sum over pairs and places of u u^T / noise(t),
+
+the mean of an output is the output, and its variance is u^T P u. No samples are needed.
+
+Of a finished sample they are not to be added up step by step as if the weights were drawn anew at
+each: there is one network, and its error has one sign along the way. The sum of steps vanishes with
+their number (tests/diffusion/test_laplace.py has the table). Three ways that keep one network:
+
+    shared      K networks drawn, each kept for its whole trajectory: the reference, at K times
+                the cost
+    tangent     K directions drawn, each pushed along the network's own trajectory (forward mode)
+    integrated  the features summed up as the solver sums velocities, then u^T P u: no network call
+                more, but what an error does to later steps is left out
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffusion.guidance import EVERYWHERE, combine, within
+from diffusion.sampling import DETERMINISTIC, Predict, Sample, sample
+from diffusion.weights import x0_share
+
+# Methods along which features are summed up: no noise on the way, and no steps that depend on x.
+SUMMED = (*DETERMINISTIC, "dpmpp_2m")
+
+
+# ---- a layer and what reaches it -----------------------------------------------------------------
+
+
+def check_layer(layer: nn.Module) -> None:
+    """ValueError, if it is none of those whose patches are known here."""
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is not None
+    if not (plain and layer.stride == (1, 1) and layer.dilation == (1, 1)):
+        raise ValueError("the posterior is known of a plain convolution with a bias.")
+
+
+@contextmanager
+def watching(layer: nn.Conv2d) -> Iterator[list[Tensor]]:
+    """A list that holds, last, what the layer was given (B, C, H, W) in the network's last call."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[:] = [inputs[0].detach()]
+
+    hook = layer.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def moved(layer: nn.Conv2d, by: Tensor, scale: Tensor | float = 1.0) -> Iterator[None]:
+    """The layer with other weights: by (out, K), times scale, is added. What it holds is not
+    touched, so there is nothing to be put back."""
+    weight = by[:, :-1].unflatten(1, layer.weight.shape[1:])
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        phi = inputs[0].float()
+        more = F.conv2d(phi, weight.to(phi), by[:, -1].to(phi), padding=layer.padding)
+        return out + (scale * more).to(out.dtype)
+
+    hook = layer.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def patches(phi: Tensor, layer: nn.Conv2d) -> Tensor:
+    """(B, C, H, W) -> float64 (K, B·H·W): what each output is a weighted sum of; last, the 1."""
+    columns = F.unfold(phi.double(), layer.kernel_size, padding=layer.padding)
+    flat = columns.transpose(0, 1).flatten(1)
+    return torch.cat([flat, flat.new_ones(1, flat.shape[1])])
+
+
+# ---- the posterior -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Of the weights of each output channel of a convolution; equal for all, and independent."""
+
+    root: Tensor  # (K, K) float64, lower: A + prior I = root root^T
+    prior: float  # precision of the weights before any data
+    noise: Tensor  # (bins,) the target's squared error in equal bins of time
+    rows: int  # places that A was summed over
+    kernel: tuple[int, int]
+    padding: tuple[int, int]
+
+    def whiten(self, like: Tensor) -> Tensor:
+        """(K, K) M with P = M^T M: the squares of M u add up to u^T P u."""
+        eye = torch.eye(len(self.root), dtype=self.root.dtype)
+        return torch.linalg.solve_triangular(self.root, eye, upper=False).to(like)
+
+    def variance(self, phi: Tensor, ones: Tensor | float = 1.0) -> Tensor:
+        """u^T P u at each place, (B, H, W), from features phi (B, C, H, W). ones: what stands in
+        the 1's place, (B, 1, H, W), where features are sums."""
+        phi = phi.float()
+        whiten = self.whiten(phi)
+        kernels = whiten[:, :-1].unflatten(1, (phi.shape[1], *self.kernel))
+        out = F.conv2d(phi, kernels, padding=self.padding)
+        return (out + ones * whiten[:, -1].view(1, -1, 1, 1)).square().sum(1)
+
+    def diagonal(self, phi: Tensor) -> Tensor:
+        """The same, (B, H, W), if weights were independent: what is often computed in its place. It
+        is another thing, and ranks outliers as certain; it is here to be compared."""
+        precision = self.root.square().sum(1)
+        v = (1 / precision).to(phi.float())
+        kernels = v[:-1].unflatten(0, (1, phi.shape[1], *self.kernel))
+        return F.conv2d(phi.float().square(), kernels, v[-1:], padding=self.padding)[:, 0]
+
+    def draws(self, n: int, out: int, seed: int = 0) -> Tensor:
+        """n differences (n, out, K) of a network drawn from the posterior to the network."""
+        g = torch.Generator().manual_seed(seed)
+        z = torch.randn(n, out, len(self.root), generator=g, dtype=self.root.dtype)
+        return (z @ self.whiten(z)).float()
+
+
+class Curvature:
+    """A, summed up batch by batch; those of ranks or of halves of the data may be added."""
+
+    def __init__(self, layer: nn.Conv2d, noise: Tensor):
+        check_layer(layer)
+        self.layer, self.noise = layer, noise.double().cpu()
+        K = layer.weight[0].numel() + 1
+        self.A = torch.zeros(K, K, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, phi: Tensor, t: Tensor) -> None:
+        """Features (B, C, H, W) of pairs at times t (B,)."""
+        u = patches(phi, self.layer).cpu()
+        bins = (t.double().cpu() * len(self.noise)).long().clamp(0, len(self.noise) - 1)
+        weight = (1 / self.noise[bins]).repeat_interleave(u.shape[1] // len(t))
+        self.A += (u * weight) @ u.T
+        self.rows += u.shape[1]
+
+    def posterior(self, prior: float | None = None) -> Posterior:
+        """prior: None = the one that makes the network's weights most likely (evidence)."""
+        if prior is None:
+            prior = self.likeliest()
+        eye = torch.eye(len(self.A), dtype=torch.float64)
+        root = torch.linalg.cholesky(self.A + prior * eye)
+        size = tuple(self.layer.kernel_size), tuple(self.layer.padding)
+        return Posterior(root, prior, self.noise, self.rows, *size)
+
+    def likeliest(self, rounds: int = 100) -> float:
+        """The fixed point of prior = gamma / |w|², gamma the number of weights that the data
+        determine (MacKay 1992, eq. 4.9)."""
+        a = torch.linalg.eigvalsh(self.A).clamp(min=0)
+        layer = self.layer
+        w = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).detach().double().cpu()
+        if not bool(w.any()):
+            raise ValueError("the last layer is all zeros: this network was never trained.")
+        prior = w.numel() / float(w.square().sum())
+        for _ in range(rounds):
+            prior = len(w) * float((a / (a + prior)).sum()) / float(w.square().sum())
+        return prior
+
+
+# ---- from a network's output to the sample -------------------------------------------------------
+
+
+def shared(
+    walk: Callable[[], Tensor], layer: nn.Conv2d, posterior: Posterior, n: int, seed: int = 0
+) -> Tensor:
+    """What walk(), which draws samples (B, C, H, W) from a start and noise that stay the same,
+    comes to with each of n networks drawn: (n, B, C, H, W). Its variance over n has the relative
+    error sqrt(2 / (n - 1))."""
+    found = []
+    for by in posterior.draws(n, layer.out_channels, seed):
+        with moved(layer, by.to(layer.weight.device)):
+            found.append(walk())
+    return torch.stack(found)
+
+
+def tangent(
+    walk: Callable[[], Tensor], layer: nn.Conv2d, posterior: Posterior, n: int, seed: int = 0
+) -> Tensor:
+    """The derivative of walk() along each of n differences drawn, (n, B, C, H, W): the mean of
+    their squares is the variance, to first order; the samples stay those of the network."""
+    found = []
+    for by in posterior.draws(n, layer.out_channels, seed):
+        by = by.to(layer.weight.device)
+        with forward_ad.dual_level():
+            scale = forward_ad.make_dual(by.new_zeros(()), by.new_ones(()))
+            with moved(layer, by, scale):
+                primal, along = forward_ad.unpack_dual(walk())
+            found.append(torch.zeros_like(primal) if along is None else along)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def integrated(
+    predict: Predict,
+    layer: nn.Conv2d,
+    posterior: Posterior,
+    x: Tensor,
+    gain: Callable[[Tensor], Tensor] = torch.ones_like,
+    *,
+    cfg: float = 1.0,
+    interval: tuple[float, float] = EVERYWHERE,
+    method: str = "heun",
+    **how: Any,
+) -> tuple[Sample, Tensor]:
+    """(the sample of x (B, C, H, W), the variance of each of its channels (B, H, W)).
+
+    The features are carried beside x and summed up by the solver itself. gain(t (B,)): by how much
+    the velocity moves with the network's output, 1 if that is the velocity. cfg and interval: those
+    that predict is guided with, by the same network. how: as sample() takes it. Raises ValueError
+    for methods that add noise or choose their steps by x.
+    """
+    if method not in SUMMED or how.get("eta"):
+        raise ValueError(f"features are summed up along {', '.join(SUMMED)}, not {method}.")
+    channels = x.shape[1]
+    wide = torch.cat([x, x.new_zeros(len(x), layer.in_channels + 1, *x.shape[2:])], 1)
+
+    with watching(layer) as seen:
+
+        def both(z: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            u = predict(z[:, :channels], t, **cond)[2]
+            phi = mixed(seen[-1].to(z), t, cfg, interval)
+            phi = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
+            w = t.view(-1, 1, 1, 1)
+            u = torch.cat([u, gain(t).to(z).view(-1, 1, 1, 1) * phi], 1)
+            return z - w * u, z + (1 - w) * u, u
+
+        s = sample(both, wide, method=method, **how)
+    x, phi, ones = s.x.split([channels, layer.in_channels, 1], 1)
+    return s._replace(x=x), posterior.variance(phi, ones)
+
+
+def mixed(
+    phi: Tensor, t: Tensor, cfg: float = 1.0, interval: tuple[float, float] = EVERYWHERE
+) -> Tensor:
+    """The features (B, C, H, W) that stand for a guided output at times t (B,), of those of its
+    call: both halves are of the same weights, so their errors are not independent, and it is
+    features that are to be mixed, not variances."""
+    if len(phi) == len(t):
+        return phi
+    strong, weak = phi[: len(t)], phi[len(t) :]
+    return combine((strong, None), (weak,), within(t, interval), strong, t, cfg, 0.0)[0]
+
+
+def gain_of(target: str) -> Callable[[Tensor], Tensor]:
+    """By how much the velocity moves with the output of a network that was trained to say `target`
+    (diffusion/weights.py), at times t (B,)."""
+    return lambda t: (x0_share(t, target) / x0_share(t, "u")).sqrt()
+
+
+def score(variance: Tensor) -> Tensor:
+    """(B,) one number an image: the mean logarithm of its variance (B, …)."""
+    return variance.flatten(1).log().mean(1)
