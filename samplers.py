@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ckpt import find_checkpoint, load_unet
 from ckpt.configs import Space, check_resolution, space_of
+from ckpt.lora import LoRA, merge_texts, merge_unet, read_loras
 from ckpt.meaning import objective_from, said_table
 from ckpt.usual import as_usual, usual_side
 from data import prompts
@@ -51,7 +52,8 @@ from diffusion.sampling import (
     sample,
     slerp,
 )
-from diffusion.solvers import time_grid
+from diffusion.schedules import has_rows
+from diffusion.solvers import ROWS, time_grid
 from harness import likeness
 from harness.cli import UserError, check_flags, cli, field_of, flag, shown
 from harness.files import safe_name
@@ -62,8 +64,10 @@ from objectives import Net, Objective
 from text import parse_size
 from vae import AnyVAE, choose
 
-# The last three are rows of a network's own table.
-GRIDS = ("", "uniform", "karras", "logsnr", "trailing", "leading", "linspace")
+GRIDS = ("", "uniform", "karras", "logsnr", *ROWS)
+# What a method does if nobody says more.
+USUAL = {"steps": 25, "grid": "uniform", "shift": 1.0}
+USUAL_OF = {"lcm": {"steps": 4, "grid": ""}}  # "": rows of its table, if it has one
 
 
 # ---- from seeds to images -----------------------------------------------------------------------
@@ -88,6 +92,7 @@ class Generator:
     meta: dict[str, Any] = {}
     solver: dict[str, Any] = {"method": "heun", "steps": 25}
     sampled: dict[str, Any] = {}
+    loras: list[str] = []  # what changed its weights, and how strongly
 
     def __init__(
         self,
@@ -268,13 +273,13 @@ class Sampling:
     method: Literal[("", *METHODS)] = flag("", head="solver")
     steps: int | None = flag(
         None,
-        "25 of heun if neither is given; a progressive student brings both",
+        "25 of heun if neither is given; lcm 4; a progressive student brings both",
         low=1,
         high=1e6,
         of="not --method dopri5",
     )
     grid: Literal[GRIDS] = flag(
-        "", "times; the last three: rows of a VP table", of="not --method dopri5"
+        "", "times; the last four: rows of a VP table", of="not --method dopri5"
     )
     shift: float | None = flag(
         None,
@@ -326,6 +331,9 @@ class Sampling:
     cfg_rescale: float = flag(
         0.0, "draw the standard deviation back to the conditional one's", low=0, high=1, of="--cfg"
     )
+    lora: tuple[str, ...] = flag(
+        (), "FILE[:STRENGTH] that changes the network and its encoders", of="--prompt"
+    )
     guide_ckpt: str = flag(
         "", "autoguidance: a worse network of the same latents instead of null", of="--cfg"
     )
@@ -371,7 +379,7 @@ def options_of(method: str) -> dict[str, Any]:
         for name, parameter in inspect.signature(METHODS[method]).parameters.items()
         if parameter.default not in (parameter.empty, None)
     }
-    return own if method == "dopri5" else {"steps": 25, "grid": "uniform", "shift": 1.0, **own}
+    return own if method == "dopri5" else {**USUAL, **USUAL_OF.get(method, {}), **own}
 
 
 def solver_of(cfg: Sampling) -> dict[str, Any]:
@@ -391,7 +399,8 @@ def walk_of(solver: dict[str, Any], objective: Objective, strength: float = 1.0)
     how = dict(solver)
     steps = how.pop("steps", 1)
     shift = how.pop("shift", 1.0)
-    kind = how.pop("grid", "uniform")
+    own = "lcm" if has_rows(objective.table) else "uniform"
+    kind = how.pop("grid", "uniform") or own
     start = strength * objective.t_max
     if not strength:
         return {**how, "grid": torch.zeros(2)}
@@ -511,10 +520,13 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     """A checkpoint and the flags, as what draws. Refuses what does not fit, before it draws."""
     check(cfg)
     path = find_checkpoint(cfg.ckpt)
+    loras = read_loras(cfg.lora)
     heads = ("num_heads", "num_head_channels", "attention_order", "objective")
     known = {name: getattr(cfg, name) for name in heads if getattr(cfg, name)}
     net, meta = load_unet(path, dtype=torch.float32, **known)
     prompts.check_asked(net.cfg, cfg.prompt, str(path))
+    for lora, strength in loras:
+        merge_unet(net, lora, strength)
     objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
     made = meta.get("config", {})
     if not cfg.method and made.get("mode") == "progressive":
@@ -522,7 +534,7 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
     size = latent_shape[1] * vae.factor, latent_shape[2] * vae.factor
-    told = tell(cfg, net.cfg, meta, size, str(path)) if cfg.prompt else None
+    told = tell(cfg, net.cfg, meta, size, str(path), loras) if cfg.prompt else None
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
         other = load_guide(cfg, space_of(net, meta), objective, known)
@@ -543,17 +555,26 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     )
     gen.path, gen.meta, gen.solver = path, meta, solver_of(cfg)
     gen.how = walk_of(gen.solver, objective)
+    gen.loras = [f"{lora.fingerprint} {strength:g}" for lora, strength in loras]
     gen.sampled = sampled_of(cfg, gen, guide_fingerprint)
     return gen
 
 
 def tell(
-    cfg: Sampling, net: Any, meta: dict[str, Any], size: tuple[int, int], what: str
+    cfg: Sampling,
+    net: Any,
+    meta: dict[str, Any],
+    size: tuple[int, int],
+    what: str,
+    loras: list[tuple[LoRA, float]],
 ) -> prompts.Conditions:
     """What --prompt and --negative say to a network of config `net`, for images of size (height,
     width)."""
     told = meta.get("init", {}).get("text") or {}
-    texts = weighted(prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told), cfg.weights)
+    texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told)
+    for lora, strength in loras:
+        merge_texts(texts.encoders, lora, strength)
+    texts = weighted(texts, cfg.weights)
     asked = prompts.read_prompts(cfg.prompt)
     chunks = cfg.chunks if cfg.chunks > 1 else told.get("chunks", 1)
     how = {"chunks": chunks, "skip": cfg.clip_skip or told.get("skip", 0)}
@@ -594,6 +615,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "negative": [] if cfg.negative is None else [cfg.negative],
         "weights": cfg.weights.replace("none", ""),
         "clip skip": cfg.clip_skip,
+        "lora": gen.loras,
         "chunks": cfg.chunks - 1,
     }
     return sampled | {key: value for key, value in more.items() if value}

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.solvers import METHODS, dopri5, finite_rows, time_grid
+from diffusion.dopri5 import dopri5, finite_rows
+from diffusion.solvers import METHODS, time_grid
 
 # (x (B, C, H, W), t (B,), **cond) -> (x0, eps, u[, v]); v: a learned variance, or None
 Predict = Callable[..., tuple]

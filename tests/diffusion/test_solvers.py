@@ -3,6 +3,8 @@ our own grids."""
 
 import inspect
 import math
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,12 +16,15 @@ from diffusion.schedules import T, alphas_bar, norm, table_row, table_time
 from diffusion.guidance import guided
 from objectives import make_objective
 from samplers import draw, generators, invert, sample
-from diffusion.solvers import DOPRI_A, METHODS, log_snr, norm64, table_rows, time_grid
+from diffusion.dopri5 import DOPRI_A
+from diffusion.editing import begin
+from diffusion.solvers import METHODS, lcm, log_snr, norm64, table_rows, time_grid
 
 FIXED = tuple(m for m in METHODS if m != "dopri5")
 NOISY = {
     "ddim": {"eta": 0.7},
     "ddpm": {},
+    "lcm": {},
     "euler_ancestral": {},
     "dpmpp_2m_sde": {},
     "sde": {},
@@ -223,7 +228,8 @@ def test_the_sde_converges_weakly_with_order_one():
 @pytest.mark.parametrize(
     "method, options",
     [
-        *NOISY.items(),
+        # An LCM's jumps are its distillation's, not the posterior mean's.
+        *((method, options) for method, options in NOISY.items() if method != "lcm"),
         ("ddim", {"eta": 1.0}),
         ("ddpm", {"variance": "large"}),
         ("sde", {"eta": 0.3}),
@@ -918,7 +924,7 @@ def test_dopri5_integrates_polynomials_of_degree_four_in_t_exactly():
 
 
 def test_the_tableau_is_consistent():
-    from diffusion.solvers import DOPRI_C, DOPRI_E
+    from diffusion.dopri5 import DOPRI_C, DOPRI_E
 
     assert all(sum(a) == pytest.approx(c, abs=1e-14) for a, c in zip(DOPRI_A, DOPRI_C))
     assert sum(DOPRI_E) == pytest.approx(0, abs=1e-15)
@@ -1112,3 +1118,70 @@ def test_dopri5_stops_at_the_first_prediction_that_is_no_number(whole_batch, cap
 def test_an_inversion_says_when_it_broke():
     s = invert(breaks(1, 0.5), noise(3), time_grid(8), cond={"row_of": torch.arange(3)})
     assert s.lost.isnan().tolist() == [True, False, True] and 0 <= float(s.lost[1]) < 0.5
+
+
+# ---- latent consistency models -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, rows",
+    [
+        (1, [999]),
+        (2, [999, 499]),
+        (4, [999, 759, 499, 259]),
+        (8, [999, 879, 759, 639, 499, 379, 259, 139]),
+    ],
+)
+def test_lcm_is_diffusers(steps, rows):
+    """The same rows, and from the same noise the same samples, of an eps network that is wrong."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    scheduler = diffusers.LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == rows == table_rows(steps, "lcm").tolist()
+    objective = make_objective("ddpm", table="scaled_linear")
+    z = noise(3).float()
+    draws = [noise(3, seed=1 + i).float() for i in range(steps)]
+
+    def net(x, k):
+        return (0.6 * x + 0.1 * torch.sin(3 * x)) * (1 + k.view(-1, 1, 1, 1) / 2000)
+
+    grid = time_grid(steps, 1.0, objective.t_max, "lcm", "scaled_linear")
+    x = begin(objective, z, float(grid[0]))
+    left = iter(draws)
+    ours = [*lcm(partial(predict_at, objective, net), x, grid, lambda like: next(left))][-1]
+    theirs, given = z.clone(), iter(draws)
+    for k in scheduler.timesteps:
+        out = net(theirs, k.float().expand(3))
+        with mock.patch(
+            "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(given)
+        ):
+            theirs = scheduler.step(out, k, theirs).prev_sample
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def predict_at(objective, net, x, t):
+    """The triple at one time for all."""
+    return objective.predict(net, x, torch.full((len(x),), t))
+
+
+def test_lcm_adds_noise_but_at_the_end():
+    """From exact data predictions it draws data plus nothing; with one step no noise is asked."""
+    asked = []
+
+    def draw(like):
+        asked.append(len(like))
+        return torch.zeros_like(like)
+
+    predict = lambda x, t: (torch.full_like(x, 0.25), x, x)  # noqa: E731
+    steps = [*lcm(predict, noise(2), time_grid(3), draw)]
+    assert [float(x[0, 0, 0, 0]) for x in steps] == pytest.approx([0.25 / 3, 0.5 / 3, 0.25])
+    assert asked == [2, 2]
+    asked.clear()
+    assert len([*lcm(predict, noise(2), time_grid(1), draw)]) == 1 and not asked
+
+
+def test_more_steps_than_an_lcm_knows_are_refused():
+    with pytest.raises(ValueError, match="51 steps are more than the 50"):
+        time_grid(51, 1.0, 0.93, "lcm", "scaled_linear")

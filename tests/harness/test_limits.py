@@ -114,7 +114,7 @@ def test_every_command_is_here():
         if parts[0].startswith((".", "tests", "runs", "venv")) or parts == ("harness", "cli"):
             continue
         text = path.read_text()
-        reads = " = parse(" in text or " = read_flags(" in text
+        reads = " = parse(" in text or " = read_flags(" in text or "parse_like(Config" in text
         if reads and '__name__ == "__main__"' in text:
             found.add(".".join(parts))
     assert found == {command.split()[0] for command in COMMANDS}
