@@ -29,11 +29,12 @@ from torch import Tensor
 import data.dataset as data
 from ckpt import fingerprint, load_like
 from ckpt.meaning import said_table
+from data.captions import Captions
 from data.dataset import Dataset, Stream, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
-from harness.cli import UserError, check_flags, cli, closest, flag, parse
+from harness.cli import UserError, check_flags, cli, flag, parse
 from harness.ema import EMA, check_widths
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
@@ -44,7 +45,7 @@ from harness.run import print_unfinished, run_name
 from harness.seeds import step_seed, torch_seed
 from kernels import dispatch, proof
 from kernels.adamw8bit import AdamW8bit
-from model import PRESETS, build
+from model import build
 from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
@@ -57,6 +58,7 @@ from training.precision import as_begun, settle_dtype
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
 from training.start import network_config, take_weights, vae_name
+from training.texts import preset_of, texts_of
 from training.trainer import Trainer
 from vae import AnyVAE, save_vae, vae_from_meta
 
@@ -98,6 +100,7 @@ class Task:
     """Which network learns to say what."""
 
     model: str = flag("tiny", "tiny | toy-281m | sit-tiny | sit-b …", head="model and objective")
+    text: Literal["", "bytes"] = flag("", "bytes: captions and tags say what to draw")
     vae: str = flag(
         "pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
     )
@@ -134,7 +137,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Config(Run, Optim, Task, Data):
+class Config(Run, Optim, Captions, Task, Data):
     """The flags of this script. --help shows the last base first."""
 
 
@@ -154,16 +157,7 @@ OBJECTIVE_FLAGS = (
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on other flags; refuse what cannot run, before anything is touched."""
     cfg = settle(cfg, cfg.objective, cfg.stage)
-    if cfg.model not in PRESETS:
-        raise UserError(
-            f"--model {cfg.model!r} is not a preset",
-            do=f"{closest(cfg.model, PRESETS)}  Known: {', '.join(PRESETS)}.",
-        )
-    if getattr(PRESETS[cfg.model], "context_dim", 0):
-        raise UserError(
-            f"--model {cfg.model} is told what to draw by text, and data sets here have none yet",
-            do="Choose another --model.",
-        )
+    preset_of(cfg.model, cfg.text)
     check_objective(cfg)
     tags = cfg.exclude_tags
     if not tags and cfg.stage == "stage2" and not cfg.init:
@@ -211,7 +205,8 @@ def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) 
 
 def fine_run(cfg: Config) -> Path:
     """The run that stage2 starts from: a fine one that is like this one."""
-    alike = {key: getattr(cfg, key) for key in ("data", "objective", "model", "resolution")}
+    same = ["data", "objective", "model", "resolution"] + ["text"] * bool(cfg.text)
+    alike = {key: getattr(cfg, key) for key in same}
     return find_fine(cfg.out, cfg.exclude_tags, alike)
 
 
@@ -261,7 +256,7 @@ class ObjectiveLoss:
     def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
         """The loss of a collated batch, which brings everything random with it."""
         batch = {key: x.to(self.ranks.device, non_blocking=True) for key, x in batch.items()}
-        cond = {"y": batch["y"]} if "y" in batch else {}
+        cond = {key: batch[key] for key in ("y", "context") if key in batch}
         # Outside autocast: only the network runs in bf16.
         x0 = latents_of(self.vae, batch)
         if self.objective.coupling == "lowres":
@@ -298,7 +293,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if not checkpoints(run):
         start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     if start:
-        other, meta = load_like(start, PRESETS[cfg.model], cfg.model)
+        other, meta = load_like(start, preset_of(cfg.model, cfg.text), cfg.model)
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
@@ -308,7 +303,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    unet = network_config(cfg.model, vae, objective, cfg.resolution, len(classes))
+    like = preset_of(cfg.model, cfg.text)
+    unet = network_config(like, cfg.model, vae, objective, cfg.resolution, len(classes))
     torch.manual_seed(torch_seed(cfg.seed))
     net = build(unet)
     init = {"path": None, "fingerprint": None}
@@ -343,6 +339,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     check_room(run, net, vae, cfg, ranks)
+    texts = texts_of(cfg, ds, net.cfg, ranks)
     cfg = settle_dtype(cfg, ranks, net, vae.latent_shape(cfg.resolution))
     if ranks.rank == 0:
         make_dir(run)
@@ -358,6 +355,7 @@ def assemble(
         model = cast_together(net)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
+    tr.texts = texts
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     tr.late, tr.repeat = reads_late(tr), repeater(tr)
     if checkpoints(run):
@@ -465,7 +463,7 @@ def train(
         "config": asdict(tr.cfg),
         "params": sum(p.numel() for p in tr.net.parameters()),
         "init": tr.init,
-        "data_hash": tr.ds.source.hash,
+        "data_hash": tr.data_hash,
         "used": len(tr.ds),
         "held_out": len(tr.ds.heldout),
     }
@@ -503,7 +501,8 @@ def is_due(tr: Trainer, every: int) -> bool:
 def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
     """The batches of this rank from here to the end of the run."""
     cfg, ranks = tr.cfg, tr.ranks
-    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop)
+    texts = tr.texts and tr.texts.drawn
+    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop, texts)
     workers = cfg.workers
     if workers < 0:
         workers = data.workers_for(tr.ds, ranks.world, ranks.device)

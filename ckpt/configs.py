@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 
+from ckpt.byteunet import ByteUNetConfig
 from harness.cli import UserError
 from harness.typed import Range, faults, field_kinds
 from mmdit import MMDiTConfig
@@ -25,7 +26,13 @@ OF_MMDIT = {
     "mlp_ratio": (1, 64), "dual": (0, 256), "pos_max": (0, 2048), "theta": (1, 10**9),
     "num_classes": (0, 2**24),
 }  # fmt: skip
-LIMITS: dict[type, dict[str, tuple[float, float]]] = {UNetConfig: OF_UNET, MMDiTConfig: OF_MMDIT}
+OF_BYTES = OF_UNET | {
+    "context_dim": (1, 65536), "text_layers": (1, 256), "text_heads": (1, 4096),
+    "text_places": (1, 65536),
+}  # fmt: skip
+LIMITS: dict[type, dict[str, tuple[float, float]]] = {
+    UNetConfig: OF_UNET, MMDiTConfig: OF_MMDIT, ByteUNetConfig: OF_BYTES,
+}  # fmt: skip
 MAX_LEVELS, MAX_BLOCKS = 16, 1024
 
 
@@ -40,7 +47,7 @@ def config_from(cls: type, values: dict[str, Any]) -> Any:
     """cls(**values) of values that may be anything. ValueError or TypeError says what is wrong,
     before anything is built."""
     check_fields(cls, values)
-    if cls is UNetConfig:
+    if issubclass(cls, UNetConfig):
         check_size({**{f.name: f.default for f in fields(cls)}, **values})
     return cls(**values)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt.byteunet import ByteUNetConfig
 from ckpt.configs import differences, written
 from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
@@ -284,7 +285,8 @@ def lies_elsewhere(source: Source, path: str) -> dict[str, str]:
         found[f"--vae {VAES[family]}"] = "autoencoder (--vae)"
     widths = [width for width, _ in encoders_of(source, path)]
     is_told = "text" in meta.get("init", {}) or is_repository(path)
-    if isinstance(source.cfg, UNetConfig) and sum(widths) != context and not is_told:
+    reads = isinstance(source.cfg, UNetConfig) and not isinstance(source.cfg, ByteUNetConfig)
+    if reads and sum(widths) != context and not is_told:
         found[f"--text {encoder_files(context) or 'FILE'}"] = (
             f"text encoders (--text): {shown_encoders(context)}"
         )
@@ -306,6 +308,8 @@ def is_repository(path: str) -> bool:
 def told_by(source: Source, path: str) -> str:
     """The text encoders that lie with a network, or by which it was trained."""
     told = source.meta.get("init", {}).get("text")
+    if isinstance(source.cfg, ByteUNetConfig):
+        return "the bytes of a text, by an encoder that was trained with it"
     if told:
         return f"the text encoders of {told.get('source', 'an unknown place')}, by its training"
     found = encoders_of(source, path)
@@ -330,7 +334,8 @@ def how_to_draw(
     words = ["python samplers.py --ckpt", shlex.quote(str(path)), *flags_as_typed(flags)]
     words += elsewhere
     if getattr(source.cfg, "context_dim", 0):
-        words.append('--prompt "a photo of a cat" --cfg 7')
+        own = isinstance(source.cfg, ByteUNetConfig)
+        words.append('--prompt "…" --cfg 2' if own else '--prompt "a photo of a cat" --cfg 7')
     wanted = "; ".join([*missing, *elsewhere.values()])
     return {
         "told by": told_by(source, path),

@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, Literal
 
+from ckpt.byteunet import ByteUNetConfig
 from ckpt.configs import check_known, config_from, differences
 from ckpt.mmdit_configs import CLASSES, from_transformer_config, transformer_config
 from harness.cli import UserError, closest
@@ -85,7 +86,9 @@ def diffusers_config(
     plain = "DownBlock2D" if conv else "ResnetDownsampleBlock2D"
     down = [f"{kind}DownBlock2D" if depth else plain for depth in cfg.attention]
     problem = ""
-    if cfg.channels[0] != cfg.model_channels:
+    if isinstance(cfg, ByteUNetConfig):
+        problem = "a text encoder inside it"
+    elif cfg.channels[0] != cfg.model_channels:
         problem = f"channel_mult[0] = {cfg.channel_mult[0]:g}, not 1"
     if conv and not cfg.conv_resample and len(down) > 1:
         problem = "average pooling between levels (conv_resample=False)"

@@ -16,7 +16,7 @@ import hashlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -346,6 +346,8 @@ class Stream:
     seed: int
     flip: bool = False  # mirror half of the images
     label_drop: float = 0.0  # share of labels replaced by -1, for classifier-free guidance
+    # What a network that reads is told of image i (training/texts.py).
+    texts: Callable[[int, np.random.Generator], Tensor] | None = None
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         i = index_at(self.seed, len(self.ds), position)
@@ -359,6 +361,8 @@ class Stream:
         sample = {**view, "q": q, "position": position, "eps": eps}
         if self.labels is not None:
             sample["y"] = -1 if drop < self.label_drop else int(self.labels[i])
+        if self.texts is not None:
+            sample["context"] = self.texts(i, rng(self.seed, "caption", position))
         return sample
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | UserError:

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ckpt.byteunet import ByteUNetConfig
 from ckpt.hub import HUB, from_file
 from ckpt.texts import INDEX, inside, pipeline_of
 from ckpt.usual import VAES, shown_encoders
+from data.captions import ByteTexts
 from harness.cli import UserError
 from harness.reading import read_file
 from model import UNetConfig
@@ -134,6 +136,13 @@ def open_tellers(
 ) -> Teller:
     """The encoders of --text, or those that lie in or beside a checkpoint. told: those by which it
     was trained, where it says so (ckpt.native.ToldBy)."""
+    if isinstance(net, ByteUNetConfig):
+        if spec:
+            raise UserError(
+                f"--text {spec}: {what} has an encoder of its own, which was trained with it",
+                do="Leave it out.",
+            )
+        return ByteTexts(net)
     if told:
         return open_again(spec, told, what)
     try:

@@ -33,6 +33,7 @@ import data.robohash as robohash
 import data.toyfaces as toyfaces
 from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
 from ckpt.patience import watched
+from data.captions import ENDING, read_captions
 from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
 from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
 from data.tags import read_tags, tags_of
@@ -67,6 +68,8 @@ class Source:
     crop: str = "center"  # "random": strips are longer than a square, for positions to choose from
     notes: list[str] = field(default_factory=list)
     contents: list[str] = field(default_factory=list)  # a hash of each image, if it was read
+    # The caption of each image, "" where there is none; read when a network is told of them.
+    captions: Callable[[], list[str]] | None = None
 
     def __post_init__(self) -> None:
         self.tags = [of_one_form(tags) for tags in self.tags]
@@ -195,6 +198,7 @@ class Found:
     names: list[str] = field(default_factory=list)  # images
     tables: list[Path] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)  # names of .txt files
+    captions: set[str] = field(default_factory=set)  # names of .caption files
     parquet: list[Path] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -216,6 +220,8 @@ class Found:
             self.tables.append(path)
         elif end == ".txt":
             self.texts.add(name)
+        elif end == ENDING:
+            self.captions.add(name)
         elif end == ".parquet":
             self.parquet.append(path)
         elif path.name.lower().endswith(ARCHIVES):
@@ -314,6 +320,7 @@ def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
         crop,
         notes,
         seen.hashes,
+        partial(read_captions, root, kept, found.tables, found.captions),
     )
 
 
@@ -351,7 +358,7 @@ def fetch_dataset(spec: str) -> Path:
         ) from None
     repo, folder, revision = match.groups()
     below = f"{folder.rstrip('/')}/" if folder else ""
-    endings = [*EXTENSIONS, ".parquet", ".txt"]
+    endings = [*EXTENSIONS, ".parquet", ".txt", ENDING]
     patterns = [f"{below}*{e}" for end in endings for e in (end, end.upper())]
     patterns += [f"{below}*{table}" for table in TABLES]
     how = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}

@@ -325,17 +325,11 @@ def read_tags(
     tags: dict[str, tuple[str, ...]] = {}
     named, texts = Spellings(names), Spellings(sidecars)
     for table in sorted(tables):
-        rows = csv_rows if table.suffix == ".csv" else json_rows
-        for number, row in rows(table):
+        for number, key, row in table_rows(root, table):
             try:
-                key = image_key(root, table, row["file_name"])
-                tags[named.find(key) or key] = caption_of(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f'{table}:{number}: wanted a "file_name" below the folder and "tags", '
-                    f"got {str(row)[:60]!r} ({type(error).__name__}: {error})",
-                    do="Mend this line.",
-                ) from None
+                tags[named.find(key) or key] = tags_in(row)
+            except ValueError as error:
+                raise not_a_row(table, number, row, error) from None
     absent = sorted(tags.keys() - set(names))
     if absent:
         print(
@@ -349,6 +343,25 @@ def read_tags(
         if sidecar:
             tags[name] = split_tags(read_text(root / sidecar))
     return tags
+
+
+def table_rows(root: Path, table: Path) -> Iterator[tuple[int, str, dict]]:
+    """(line, image's name relative to root, row) of a table's rows."""
+    rows = csv_rows if table.suffix == ".csv" else json_rows
+    for number, row in rows(table):
+        try:
+            key = image_key(root, table, row["file_name"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise not_a_row(table, number, row, error) from None
+        yield number, key, row
+
+
+def not_a_row(table: Path, number: int, row: object, error: Exception) -> UserError:
+    return UserError(
+        f'{table}:{number}: wanted a "file_name" below the folder and "tags", '
+        f"got {str(row)[:60]!r} ({type(error).__name__}: {error})",
+        do="Mend this line.",
+    )
 
 
 def image_key(root: Path, table: Path, name: str) -> str:
@@ -374,7 +387,7 @@ class Spellings:
         return name if name in self.names else self.by_form.get(one_form(name), "")
 
 
-def caption_of(row: dict) -> tuple[str, ...]:
+def tags_in(row: dict) -> tuple[str, ...]:
     """The tags of a table's row; none where no column says anything."""
     values = (row.get(column) for column in COLUMNS)
     value = next((value for value in values if value is not None), ())

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ckpt.byteunet import ByteUNetConfig
 from ckpt.configs import check_resolution
 from ckpt.containers import open_weights, unboxed
 from ckpt.hub import data_from_file
@@ -265,6 +266,11 @@ def describe_teacher(
     cfg, meta = source.cfg, source.meta
     if not isinstance(cfg, Config):
         raise UserError(f"{name} holds no U-Net, and a teacher is one", do="Choose another.")
+    if isinstance(cfg, ByteUNetConfig):
+        raise UserError(
+            f"{name} reads texts by an encoder of its own, which no student here has",
+            do="Choose another.",
+        )
     if getattr(cfg, "guidance", False):
         raise UserError(
             f"{name} is told how strongly to guide, which no student here is", do="Choose another."

@@ -127,11 +127,11 @@ def save(tr: Trainer) -> None:
             "latent_shape": tr.latent_shape,
             "resolution": tr.cfg.resolution,
             "init": tr.init,
-            "data_hash": tr.ds.source.hash,
+            "data_hash": tr.data_hash,
             **versions(),
         }
         parts = tr.ranks.world * tr.cfg.accum
-        counts = {"skipped": tr.skipped, "data_hash": tr.ds.source.hash, "parts": parts}
+        counts = {"skipped": tr.skipped, "data_hash": tr.data_hash, "parts": parts}
         counts["kernels"] = dict(proof.choices)
         save_checkpoint(
             tr.run,
@@ -228,7 +228,7 @@ def check_moments(net: nn.Module, state: Mapping[str, Tensor], folder: Path) -> 
 
 def check_state(tr: Trainer, meta: dict[str, Any]) -> None:
     """Refuse to go on where the rest of the run would be another one."""
-    if meta["data_hash"] != tr.ds.source.hash:
+    if meta["data_hash"] != tr.data_hash:
         raise UserError(
             f"the images or tags of {tr.cfg.data} changed since {tr.run} began; "
             "its order of samples is gone",

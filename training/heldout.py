@@ -23,16 +23,17 @@ def loss_of(
     latent_shape: tuple[int, int, int],
     seed: int,
     ranks: Ranks,
+    texts: Callable[[int], Tensor] | None = None,
 ) -> dict[str, Any]:
     """{"n": images, "loss": mean, "loss_by_t": TIMES means}. Every rank takes its share.
 
     loss(batch) returns an objectives.Loss of a collated batch like those of training, but with
-    t (B,) instead of q.
+    t (B,) instead of q. texts(i): what is said of image i of `held`.
     """
     labels = classes_of(held, classes)[1] if classes else None
     share = slice(ranks.rank, None, ranks.world)
     sums = torch.zeros(TIMES, dtype=torch.float64)
-    for batch in batches(held, labels, latent_shape, seed, share):
+    for batch in batches(held, labels, latent_shape, seed, share, texts):
         per_sample = loss(batch).per_sample.double().cpu()
         sums.index_add_(0, (batch["t"] * TIMES).long(), per_sample)
     n = min(len(held), IMAGES)
@@ -46,6 +47,7 @@ def batches(
     latent_shape: tuple[int, int, int],
     seed: int,
     share: slice,
+    texts: Callable[[int], Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Fixed (image, t, noise): the first IMAGES at TIMES times each, 64 pairs a batch; of them
     the `share` of a rank."""
@@ -59,4 +61,6 @@ def batches(
         batch["t"] = torch.tensor([(k + 0.5) / TIMES for _, k in chunk])
         if labels is not None:
             batch["y"] = torch.from_numpy(labels[[i for i, _ in chunk]])
+        if texts is not None:
+            batch["context"] = torch.stack([texts(i) for i, _ in chunk])
         yield batch

@@ -38,8 +38,10 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
         # It would pair by who else is in the batch.
         loss = replace(loss, objective=replace(tr.objective, coupling="none"))
     tr.net.eval()
+    held = tr.ds.heldout
+    texts = tr.texts and tr.texts.of(held).plain
     row = heldout.loss_of(
-        partial(loss, net), tr.ds.heldout, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks
+        partial(loss, net), held, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks, texts
     )
     tr.net.train()
     return {"event": "held-out", "images": tr.seen, "of": name, **row}
@@ -54,10 +56,15 @@ def draw_samples(
     network gives no finite numbers, else say so.
     """
     device, dtype = tr.ranks.device, tr.cfg.dtype
-    generator = Generator(tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype)
+    told = tr.texts and tr.texts.told(seeds)
+    generator = Generator(
+        tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype, told=told
+    )
     how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
     tr.net.eval()
     labels = [seed % len(tr.classes) for seed in seeds] if tr.classes else None
+    if told is not None:
+        labels = list(range(len(seeds)))
     low = None
     if tr.objective.coupling == "lowres":
         low, labels = enlarged(tr, seeds)

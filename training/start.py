@@ -24,6 +24,7 @@ from harness.run import print_end, read_config
 from model import PRESETS, network_name
 from objectives import Objective
 from training.checkpoints import beginning, check_resume
+from training.texts import data_hash, preset_of
 from vae import AnyVAE, choose, read_name
 
 
@@ -76,26 +77,26 @@ def same_data(cfg: Any, run: Path) -> bool:
     resumed, and not opened twice."""
     if images_seen(run) < cfg.images:
         return True
-    return cfg.open_data().source.hash == beginning(run).get("data_hash")
+    return data_hash(cfg, cfg.open_data().source) == beginning(run).get("data_hash")
 
 
 def same_init(cfg: Any, run: Path) -> bool:
     """Does --init hold the weights that the run began with?"""
     before = beginning(run)["init"]
     if cfg.model in PRESETS:
-        net, _ = load_like(cfg.init, PRESETS[cfg.model], cfg.model)
+        net, _ = load_like(cfg.init, preset_of(cfg.model, cfg.text), cfg.model)
     else:
         net, _ = load_unet(cfg.init, dtype=torch.float32)
     return fingerprint(net.state_dict()) == before["fingerprint"]
 
 
 def network_config(
-    model: str, vae: AnyVAE, objective: Objective, resolution: int, classes: int
+    like: Any, model: str, vae: AnyVAE, objective: Objective, resolution: int, classes: int
 ) -> Any:
-    """The config of --model, with the channels, classes and sizes that it meets here."""
+    """The config of --model, `like`, with the channels, classes and sizes that it meets here."""
     enlarges = objective.coupling == "lowres"
     cfg = replace(
-        PRESETS[model],
+        like,
         in_channels=vae.channels * (2 if enlarges else 1),
         out_channels=vae.channels * (2 if objective.learn_sigma else 1),
         num_classes=classes,
@@ -186,7 +187,11 @@ def check_aligned(objective: Objective, meta: dict[str, Any], name: str) -> None
 
 # The embedding of classes of each network, and how many rows it has beside theirs: a U-Net adds
 # nothing for "no class", for which a transformer has a last row.
-ROWS = {"UNet": ("label_emb.weight", 0), "MMDiT": ("y_embedder.embedding_table.weight", 1)}
+ROWS = {
+    "UNet": ("label_emb.weight", 0),
+    "ByteUNet": ("label_emb.weight", 0),
+    "MMDiT": ("y_embedder.embedding_table.weight", 1),
+}
 BIAS = "t_embedder.mlp.2.bias"  # of a transformer: added to whatever it is told
 SHOWN = 20  # classes of a line
 

@@ -40,6 +40,8 @@ class Trainer:
     held: Any
     # loss(net, batch) -> Loss; see ObjectiveLoss.
     loss: Any = None
+    # What the network is told in words (training/texts.py).
+    texts: Any = None
     seen: int = 0
     # Non-finite steps, in all and in a row; the last step, until it is known whether it was one,
     # and whether that is asked only in the next (training/nonfinite.py).
@@ -56,6 +58,11 @@ class Trainer:
     def __post_init__(self):
         self.meter = Meter(self.ranks)
         self.params = dict(self.net.named_parameters())
+
+    @property
+    def data_hash(self) -> str:
+        """Of the images, and of what the network is told of them."""
+        return self.texts.hash if self.texts else self.ds.source.hash
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

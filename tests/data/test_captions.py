@@ -11,7 +11,7 @@ N = 4000
 
 def texts(caption: str, tags: list[str], **flags: object) -> list[str]:
     captions = Captions(**{"caption_empty": 0.0, **flags})
-    return [captions.text(caption, tags, np.random.default_rng([7, p])) for p in range(N)]
+    return [captions.say(caption, tags, np.random.default_rng([7, p])) for p in range(N)]
 
 
 def near(count: int, share: float) -> bool:
