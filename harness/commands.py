@@ -12,6 +12,7 @@ COMMANDS = (
     "experiments/compare.py",
     "experiments/protocol.py",
     "experiments/stages.py",
+    "experiments/uncertainty.py",
     "-m ckpt",
     "-m data",
     "-m data.encode",
