@@ -34,6 +34,7 @@ from ckpt.lora import LoRA, merge_texts, merge_unet, read_loras
 from ckpt.meaning import objective_from, said_table
 from ckpt.usual import as_usual, usual_side
 from data import prompts
+from data.boosts import Enlarger, open_enlarger
 from data.emphasis import weighted
 from data.images import EXTENSIONS
 from data.inits import Init, read_init
@@ -77,6 +78,7 @@ class Drawn(NamedTuple):
     images: Tensor  # uint8 (B, 3, H, W)
     nfe: float  # calls of predict that an image took part in, on average
     evaluations: float  # evaluations of networks, an image: guidance asks two a call
+    pixels: Tensor  # (B, 3, H, W) in [-1, 1], as they were decoded
 
 
 class Generator:
@@ -224,7 +226,7 @@ class Generator:
         images = to_uint8(pixels)
         check_finite(s, pixels, images, seeds)
         nfe = float(s.nfe_each.double().mean())
-        return Drawn(images, nfe, (self.evaluations - before) / len(images))
+        return Drawn(images, nfe, (self.evaluations - before) / len(images), pixels)
 
 
 def takers(option: str) -> str:
@@ -651,6 +653,13 @@ class Config(Sampling):
         "n images between the two of --init: their noise by inversion, along a great circle",
         of="--init",
     )
+    boost: tuple[str, ...] = flag(
+        (), "cfm networks that enlarge what was drawn, one after the other", of="not --mask"
+    )
+    boost_method: Literal[("dopri5", *DETERMINISTIC)] = flag(
+        "dopri5", "solver of each", of="--boost"
+    )
+    boost_steps: int = flag(10, "of each", low=1, high=1e6, of="not --boost-method dopri5")
     out: str = flag("", "folder; default samples/<run>-<settings>", writes="folder", head="output")
     npz: str = flag(
         "", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator", writes="file"
@@ -682,9 +691,14 @@ def check_command(cfg: Config) -> None:
 
 
 def draw_images(
-    cfg: Config, gen: Generator, labels: Tensor | None, init: Init | None, how: dict[str, Any]
+    cfg: Config,
+    gen: Generator,
+    labels: Tensor | None,
+    init: Init | None,
+    how: dict[str, Any],
+    enlarger: Enlarger | None = None,
 ) -> tuple[Tensor, int]:
-    """All images, uint8 (n, 3, R, R), and the NFE of all together."""
+    """All images, uint8 (n, 3, R, R), and the NFE of all together, without --boost's."""
     images, nfe, ends = [], 0, None
     with tqdm(total=cfg.n, unit="img", disable=None) as bar:
         if cfg.interpolate:
@@ -702,7 +716,8 @@ def draw_images(
                 drawn = gen.images(seeds, y, low=init.z[index % len(init.z)], **how)
             else:
                 drawn = edited(cfg, gen, index, y, init, ends, how)
-            images.append(drawn.images.cpu())
+            large = enlarger(drawn.pixels, seeds, y) if enlarger else drawn.images
+            images.append(large.cpu())
             nfe += round(drawn.nfe * len(index))
     return torch.cat(images), nfe
 
@@ -770,17 +785,20 @@ def main() -> None:
     check_drawing(gen, cfg.batch, cfg.n)
     labels = asked(cfg, gen, cfg.n)
     init = read_init(cfg, gen)
+    enlarger = open_enlarger(cfg, gen)
     how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)
     out = Path(cfg.out or default_folder(cfg, gen.path, gen.meta))
     check_set(out, EXTENSIONS, cfg.grid_image)  # all that can be refused, before hours of work
     start = time.perf_counter()
-    images, nfe = draw_images(cfg, gen, labels, init, how)
+    images, nfe = draw_images(cfg, gen, labels, init, how, enlarger)
     seconds = time.perf_counter() - start
     save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image, partial(said, cfg, gen))
     line = f"{cfg.n} images  {gen.solver['method']}  NFE/image {nfe / cfg.n:g}"
     if gen.evaluations != nfe:
         line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"
     print(f"{line}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
+    if enlarger:
+        print(enlarger.card())
     print(grid_of(out) if cfg.grid_image else cfg.npz or out)
 
 
