@@ -204,12 +204,12 @@ class Encoded(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Causal self-attention and an MLP on x (B, N, D), each normed before and residual."""
+    """Self-attention, causal for texts, and an MLP: x (B, N, D), each normed before, residual."""
 
-    def __init__(self, cfg: TextConfig):
+    def __init__(self, cfg: TextConfig, causal: bool = True):
         super().__init__()
         D, hidden = cfg.width, cfg.hidden or 4 * cfg.width
-        self.heads, self.quick = cfg.heads, cfg.act == "quick_gelu"
+        self.causal, self.heads, self.quick = causal, cfg.heads, cfg.act == "quick_gelu"
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in names})
@@ -219,7 +219,7 @@ class Layer(nn.Module):
         h, proj = self.layer_norm1(x), self.self_attn
         rows = [proj[name](h) for name in ("q_proj", "k_proj", "v_proj")]
         q, k, v = [row.unflatten(2, (self.heads, -1)).transpose(1, 2) for row in rows]
-        h = attention(q, k, v, causal=True)  # (B, heads, N, D / heads)
+        h = attention(q, k, v, causal=self.causal)  # (B, heads, N, D / heads)
         x = x + proj["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
         h = h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h)

@@ -17,5 +17,6 @@ COMMANDS = (
     "-m data",
     "-m data.encode",
     "-m metrics.inception",
+    "-m metrics.clip_score",
     "-m harness.plot",
 )

@@ -35,6 +35,7 @@ COMMANDS = {
     "harness.plot": ["none"],
     "text encode": ["--text", "none", "--out", "none.safetensors"],
     "metrics.inception": [],
+    "metrics.clip_score": ["--images", "none", "--clip", "none"],
     "benchmarks.solvers": [],
     "benchmarks.kernels": [],
     "benchmarks.tiles": [],
