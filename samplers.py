@@ -536,7 +536,7 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
     size = latent_shape[1] * vae.factor, latent_shape[2] * vae.factor
-    told = tell(cfg, net.cfg, meta, size, str(path), loras) if cfg.prompt else None
+    told = tell(cfg, net.cfg, meta, size, str(path), loras, device) if cfg.prompt else None
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
         other = load_guide(cfg, space_of(net, meta), objective, known)
@@ -569,6 +569,7 @@ def tell(
     size: tuple[int, int],
     what: str,
     loras: list[tuple[LoRA, float]],
+    device: torch.device,
 ) -> prompts.Conditions:
     """What --prompt and --negative say to a network of config `net`, for images of size (height,
     width)."""
@@ -576,7 +577,7 @@ def tell(
     texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told)
     for lora, strength in loras:
         merge_texts(texts.encoders, lora, strength)
-    texts = weighted(texts, cfg.weights)
+    texts = weighted(texts.to(device), cfg.weights)
     asked = prompts.read_prompts(cfg.prompt)
     chunks = cfg.chunks if cfg.chunks > 1 else told.get("chunks", 1)
     how = {"chunks": chunks, "skip": cfg.clip_skip or told.get("skip", 0)}

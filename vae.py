@@ -364,7 +364,7 @@ class VAE(Autoencoder):
         bad = ~out.isfinite().flatten(1).all(1) & given.isfinite().flatten(1).all(1)
         if not bad.any():
             return out
-        do = "Are its weights damaged, or another family's?"
+        do = "Are its weights damaged, or another family's?  Name another file with --vae."
         if self.dtype == torch.float16:
             do = "Use bf16 or fp32."
         samples = f"{int(bad.sum())} of {len(bad)} samples"

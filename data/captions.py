@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ckpt.byteunet import ByteUNetConfig, byte_ids
 from data.tags import Spellings, read_text, split_tags, table_rows
@@ -87,6 +88,10 @@ class ByteTexts:
     def null(self, negative: str | None, *, chunks: int = 1, skip: int = 0) -> Told:
         """The ids (1, places) of the negative prompt; None is "", as in training."""
         return self.tell([negative or ""], chunks=chunks, skip=skip)
+
+    def to(self, device: torch.device) -> "ByteTexts":
+        """Itself: it has no weights of its own."""
+        return self
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ from model import UNetConfig
 from text import Told, open_texts, size_vector, vector
 
 
+REFINER = (1280, 2560)  # SDXL's: it goes on with another's picture, and is told a score of it
+
+
 class Teller(Protocol):
     """What turns texts into what a network is told."""
 
@@ -36,6 +39,8 @@ class Teller(Protocol):
     def tell(self, texts: Sequence[str], *, chunks: int = 1, skip: int = 0) -> Told: ...
 
     def null(self, negative: str | None, *, chunks: int = 1, skip: int = 0) -> Told: ...
+
+    def to(self, device: torch.device) -> "Teller": ...
 
 
 class Conditions(NamedTuple):
@@ -56,14 +61,15 @@ class Conditions(NamedTuple):
         return Conditions(*moved)
 
 
-def is_told_by_text(net: Any) -> bool:
-    """Does a network of this config draw what a text says?"""
-    return bool(getattr(net, "context_dim", 0) or getattr(net, "vector_dim", 0))
-
-
 def check_asked(net: Any, prompt: str, what: str) -> None:
     """Refuse a prompt for a network that reads none, and such a network without one."""
-    reads = is_told_by_text(net)
+    reads, vector = getattr(net, "context_dim", 0), getattr(net, "vector_dim", 0)
+    if vector and not reads or (reads, vector) == REFINER:
+        raise UserError(
+            f"{what} is told {vector} numbers that do not come from a text alone",
+            wanted="a network that reads a context, of Stable Diffusion 1.x, 2.x or XL",
+            do="Sample it with the code that it was made for.",
+        )
     if reads and not isinstance(net, UNetConfig):
         raise UserError(
             f"{what} holds a transformer that reads the embeddings of encoders which are not part "

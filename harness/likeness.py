@@ -25,7 +25,7 @@ OWN = "twinpath flags"
 # Of the command, not of an image.
 COMMAND = ("ckpt", "like", "out", "npz", "grid_image", "device", "batch")
 # What may name a file, or lead to the network.
-PLACES = ("text", "vae", "guide_ckpt", "init", "mask", "boost")
+PLACES = ("text", "vae", "guide_ckpt", "init", "mask", "boost", "lora")
 # Our methods as A1111 calls them; others have their own name.
 SAMPLERS = {
     "euler": "Euler",

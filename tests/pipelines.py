@@ -5,7 +5,12 @@ The encoders are as wide as CLIP's, since a file says no more of them than their
 layers (the second half of ViT-H's three is what Stable Diffusion 2 reads).
 """
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -132,8 +137,11 @@ ENCODERS = {
 HEADS = {"sd1": 8, "sd2": 1, "sdxl": 1}
 
 
-def single_file(folder: Path, family: str, path: Path) -> Path:
-    """A pipeline's folder as one file of LDM's (sgm's) names."""
+@cache
+def single_file(family: str) -> Path:
+    """A pipeline as one file of LDM's (sgm's) names, made once."""
+    folder = made(family)[1]
+    path = folder.with_name(f"{family}.safetensors")
     net, _ = load_unet(folder)
     vae = load_vae(f"{'sdxl' if family == 'sdxl' else 'sd'}:{folder / 'vae'}")
     parts = {"model.diffusion_model.": net.state_dict(), "first_stage_model.": vae.state_dict()}
@@ -145,3 +153,14 @@ def single_file(folder: Path, family: str, path: Path) -> Path:
         tensors |= {prefix + name: tensor.contiguous() for name, tensor in part.items()}
     save_file(tensors, path)
     return path
+
+
+@cache
+def made(family: str) -> tuple[Any, Path]:
+    """(a pipeline of diffusers, its folder), made once for all files of tests."""
+    home = Path(tempfile.mkdtemp(prefix="pipelines-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    pipe = pipeline(family)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(home / family)
+    return pipe, home / family

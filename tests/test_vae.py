@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 import torch.nn.functional as F
 
 import samplers
@@ -553,12 +554,12 @@ def test_train_and_sample_through_a_convolutional_autoencoder(tmp_path, user):
     sampling = ["--ckpt", run, "--n", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "s"]
     code, _, err = user(samplers.main, *sampling)
     assert code == 0 and (tmp_path / "s-grid.png").exists(), err
-    before = (tmp_path / "s/000001.png").read_bytes()
+    before = Image.open(tmp_path / "s/000001.png").tobytes()
     file.rename(tmp_path / "moved.safetensors")
     code, _, err = user(samplers.main, *sampling)
     assert code == 2 and "say where it is with --vae" in err[-1]
     code, _, err = user(samplers.main, *sampling, "--vae", tmp_path / "moved.safetensors")
-    assert code == 0 and (tmp_path / "s/000001.png").read_bytes() == before, err
+    assert code == 0 and Image.open(tmp_path / "s/000001.png").tobytes() == before, err
     moved = tmp_path / "moved.safetensors"
     for name, args, code, message in (
         ("b", ["--vae", f"flux2:packed128:{moved}"], 2, "got latents packed128, wanted unpacked32"),

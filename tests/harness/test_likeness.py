@@ -31,6 +31,7 @@ class Config:
     vae: str = flag("")
     init: tuple[str, ...] = flag(())
     betas: str = flag("")
+    lora: tuple[str, ...] = flag(())
     n: int = flag(16)
     out: str = flag("", writes="folder")
     like: str = flag("")
@@ -93,11 +94,12 @@ def test_other_programs_read_what_a1111_writes(tmp_path):
 
 def test_files_are_not_named_but_missed(tmp_path, monkeypatch, capsys):
     cfg = replace(DRAWN, vae="secret.safetensors", init=("a.png",), betas="secret.json")
+    cfg = replace(cfg, lora=("secret.safetensors:0.8",))
     path = png(tmp_path / "a", cfg)
     assert b"secret" not in path.read_bytes()
     found = like(monkeypatch, path, "--init", "b.png")
     assert (found.vae, found.init, found.betas) == ("", ("b.png",), "")
-    assert "was drawn with --vae, --betas, too, which it" in capsys.readouterr().err
+    assert "was drawn with --vae, --betas, --lora, too, which it" in capsys.readouterr().err
 
 
 def test_a_line_of_a_file_that_begins_with_the_sign_of_files_stays_text(tmp_path, monkeypatch):
@@ -127,6 +129,7 @@ def strange(value):
         (json.dumps({"flags": [1], "withheld": []}), "flags"),
         (strange(["--ckpt=hf:some/where"]), "says '--ckpt=hf:some/where': wanted a setting"),
         (strange(["--vae=hf:some/where"]), "says '--vae=hf:some/where'"),
+        (strange(["--lora=a.safetensors"]), "says '--lora=a.safetensors'"),
         (strange(["--out=/"]), "says '--out=/'"),
         (strange(["--prompt=@/etc/passwd"]), "says '--prompt=@/etc/passwd'"),
         (strange(["--betas=/a.json"]), "says '--betas=/a.json'"),
