@@ -30,6 +30,7 @@ from harness.ranks import Ranks
 from metrics.distances import compact, frechet, kernel_distance, memorisation, precision_recall
 from metrics.features import SIDE, Images, Pca, extract, fit_extractor, open_images, pooled
 from metrics.inception import load_inception
+from metrics.paired import roughness
 from samplers import Generator, Sampling
 from training import heldout
 
@@ -302,6 +303,4 @@ def sampled(
 def sharpness(images: Tensor) -> float:
     """Mean squared difference of neighbouring pixels of images uint8 (n, 3, H, W): divided by that
     of real images, 1 is right, less is blurred, more is grain."""
-    x = images.double() / 255
-    across, down = x.diff(dim=-1), x.diff(dim=-2)
-    return float(across.square().mean() + down.square().mean())
+    return roughness(images.double() / 255)
