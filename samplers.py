@@ -760,8 +760,8 @@ def default_folder(cfg: Config, path: Path, meta: dict[str, Any]) -> str:
     return f"samples/{'-'.join([*parts, stem, meta['fingerprint'][:6]])}{likeness.settings(cfg)}"
 
 
-def said(cfg: Config, gen: Generator, seed: int) -> dict[str, str]:
-    """The texts in a seed's PNG."""
+def said(cfg: Config, gen: Generator, size: tuple[int, int], seed: int) -> dict[str, str]:
+    """The texts in a seed's PNG of size (height, width)."""
     i, own = seed - cfg.seed, {}
     if cfg.labels:
         own["labels"] = (cfg.labels[i % len(cfg.labels)],)
@@ -769,7 +769,7 @@ def said(cfg: Config, gen: Generator, seed: int) -> dict[str, str]:
         lines = prompts.read_prompts(cfg.prompt)
         own["prompt"] = lines[i % len(lines)]
     one = replace(cfg, n=1, seed=seed, **own)
-    return likeness.chunks(one, gen.solver, gen.size, gen.path.stem, gen.meta["fingerprint"])
+    return likeness.chunks(one, gen.solver, size, gen.path.stem, gen.meta["fingerprint"])
 
 
 def main() -> None:
@@ -793,7 +793,8 @@ def main() -> None:
     start = time.perf_counter()
     images, nfe = draw_images(cfg, gen, labels, init, how, enlarger)
     seconds = time.perf_counter() - start
-    save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image, partial(said, cfg, gen))
+    texts = partial(said, cfg, gen, images.shape[2:])
+    save_all(images, out, cfg.seed, cfg.npz, cfg.grid_image, texts)
     line = f"{cfg.n} images  {gen.solver['method']}  NFE/image {nfe / cfg.n:g}"
     if gen.evaluations != nfe:
         line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"
