@@ -207,6 +207,22 @@ def block_transformer(up: str) -> str:
     )
 
 
+def block_text(up: str) -> str:
+    r = results("text")
+    rows = []
+    for name, row in r["results"].items():
+        for key, value in row.items():
+            if key.startswith("ratio"):
+                continue
+            peer = next((k for k in row if k.startswith("ratio")), "")
+            against = f"{row[peer]:.2f}× {peer.removeprefix('ratio to ')}" if peer else "–"
+            rows.append([name, key, f"{value:,.1f}", against])
+    return paragraphs(
+        table(["on a CPU", "", "", "against"], rows, left=2),
+        origin(r, f"seed 0; medians of {r['rounds']} alternating rounds"),
+    )
+
+
 def block_stages(up: str) -> str:
     r = results("stages")
     n, columns = r["samples a run"], list(r["share of samples"]["fine"])
@@ -807,6 +823,7 @@ BLOCKS = {
     "results": block_results,
     "speed": block_speed,
     "transformer": block_transformer,
+    "text": block_text,
     "stages": block_stages,
     "compare": block_compare,
     "peer": block_peer,
