@@ -31,7 +31,7 @@ from objectives import make_objective
 from text import BOS, EOS, TEXT_PRESETS, TextEncoder, tokenize, vocabulary, word_ids
 
 ROUNDS, PROMPTS, STRINGS, STEPS = 9, 8, 4_000, 5
-WORDS = "a photo of the red blue green cat dog house tree hair glasses by painting 1girl solo ,".split()
+WORDS = "a photo of the red blue green cat dog house tree hair glasses painting 1girl solo ,".split()
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:
@@ -72,7 +72,8 @@ def encoders() -> dict[str, dict[str, float]]:
         apart = float((net(ids).last - peer.text_model(ids).last_hidden_state).abs().max())
         assert apart < 1e-3, f"not the same function: {apart}"
         sides = {"ours": lambda: net(ids), "transformers": lambda: peer.text_model(ids)}
-        found[name] = ratio(alternate(in_peace(sides), ROUNDS), "transformers", PROMPTS, "prompts/s")
+        times = alternate(in_peace(sides), ROUNDS)
+        found[name] = ratio(times, "transformers", PROMPTS, "prompts/s")
     return found
 
 
