@@ -31,7 +31,7 @@ from objectives import make_objective
 from text import BOS, EOS, TEXT_PRESETS, TextEncoder, tokenize, vocabulary, word_ids
 
 ROUNDS, PROMPTS, STRINGS, STEPS = 9, 8, 4_000, 5
-WORDS = "a photo of the red blue green cat dog house tree hair glasses painting 1girl solo ,".split()
+WORDS = "a photo of the red blue green cat dog house tree hair glasses 1girl solo ,".split()
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:
