@@ -282,14 +282,17 @@ def text_files(name: str) -> tuple[list[Path], dict[str, Any]]:
 
 
 def encoders_with(path: Path) -> list[tuple[int, str]]:
-    """(width, place) of every text encoder in a network's file, or in the pipeline around it."""
-    found = []
-    for file in text_files(str(path))[0]:
+    """(width, place) of every text encoder in a network's file, or in the pipeline around it, of
+    which parts may not be there."""
+    root, found = pipeline_of(path), []
+    folders = [root / kind for kind in KINDS] if root else []
+    files = [own_file(folder) for folder in folders if any((folder / n).is_file() for n in OWN)]
+    for file in files if root else [path]:
         box = open_weights(file)
         for part in encoders(box):
-            view = native_text(box, part)
-            width = view.shape("embeddings.token_embedding.weight")[1]
-            found.append((width, part.prefix.rstrip("./") or file.parent.name))
+            shape = native_text(box, part).shape("embeddings.token_embedding.weight")
+            if len(shape) == 2:
+                found.append((shape[1], part.prefix.rstrip("./") or file.parent.name))
     return sorted(found)
 
 

@@ -1,5 +1,7 @@
 """What inspect says of drawing: which text encoders a file has or lacks, and the command."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,6 +69,26 @@ def test_inspect_says_which_encoders_a_file_has_and_the_command(
     assert shown["draw"] == BARE.format(f"'{path}'") + own + flags + PROMPT
     said = "nothing of its objective eps and noise schedule scaled_linear: as all of its family"
     assert shown["it says"] == said
+
+
+def test_a_pipeline_without_all_of_its_encoders_is_inspected_too(tmp_path):
+    (tmp_path / "unet").mkdir()
+    index = {"text_encoder": ["transformers", "A"], "text_encoder_2": ["transformers", "B"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    shown = lines(path, SDXL, {}, **WIDE)
+    assert "told by" not in shown and "ViT-L and ViT-bigG" in shown["missing"]
+    (tmp_path / "text_encoder").mkdir()
+    words = {L.partition("transformer.")[2]: torch.zeros(9, 768)}
+    save_file(words, tmp_path / "text_encoder" / "model.safetensors")
+    shown = lines(path, SDXL, {}, **WIDE)
+    assert shown["told by"] == "ViT-L (text_encoder)" and "--text clip_l" in shown["draw"]
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (9, 768, 1)])
+def test_an_encoder_of_a_strange_shape_is_none(tmp_path, shape):
+    shown = lines(tmp_path / "a.safetensors", SD1, {L: torch.zeros(shape)}, num_heads=8)
+    assert "told by" not in shown and "ViT-L (clip_l.safetensors)" in shown["missing"]
 
 
 def test_what_has_no_usual_answer_is_missing_and_there_is_no_command(tmp_path):
