@@ -157,7 +157,7 @@ OBJECTIVE_FLAGS = (
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on other flags; refuse what cannot run, before anything is touched."""
     cfg = settle(cfg, cfg.objective, cfg.stage)
-    preset_of(cfg.model, cfg.text)
+    preset_of(cfg)
     check_objective(cfg)
     tags = cfg.exclude_tags
     if not tags and cfg.stage == "stage2" and not cfg.init:
@@ -293,7 +293,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if not checkpoints(run):
         start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     if start:
-        other, meta = load_like(start, preset_of(cfg.model, cfg.text), cfg.model)
+        other, meta = load_like(start, preset_of(cfg), cfg.model)
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
@@ -303,7 +303,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    like = preset_of(cfg.model, cfg.text)
+    like = preset_of(cfg)
     unet = network_config(like, cfg.model, vae, objective, cfg.resolution, len(classes))
     torch.manual_seed(torch_seed(cfg.seed))
     net = build(unet)

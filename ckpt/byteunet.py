@@ -21,6 +21,11 @@ from kernels.attention import attention
 from model import NETWORKS, UNet, UNetConfig
 
 PAD = 256  # behind the 256 bytes
+# Bytes that end at a place and are known there at once, as one: hash n-gram embeddings (Pagnoni et
+# al. 2024, "Byte Latent Transformer", section 3.2.1). Without them a small network trains for long
+# before letters become words.
+GRAMS = (3, 4, 6, 8)
+PRIME, MODULUS = 1_000_003, 2**31 - 1  # of the polynomial hash
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,12 @@ class ByteUNetConfig(UNetConfig):
     text_layers: int = 2
     text_heads: int = 2
     text_places: int = 128
+    text_rows: int = 2048  # of the table for each length of GRAMS
 
     def __post_init__(self):
         super().__post_init__()
+        if self.vector_dim != self.context_dim:
+            raise ValueError(f"vector_dim is {self.vector_dim}: wanted {self.context_dim}.")
         if not self.context_dim or self.context_dim % self.text_heads:
             split = f"{self.context_dim} channels do not split into {self.text_heads} heads"
             raise ValueError(f"context_dim: {split}.")
@@ -41,7 +49,7 @@ class ByteUNetConfig(UNetConfig):
 def byte_config(cfg: UNetConfig, width: int = 64) -> ByteUNetConfig:
     """A U-Net's config with an encoder so wide."""
     values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    return ByteUNetConfig(**{**values, "context_dim": width})
+    return ByteUNetConfig(**{**values, "context_dim": width, "vector_dim": width})
 
 
 def byte_ids(texts: Sequence[str], places: int = ByteUNetConfig.text_places) -> Tensor:
@@ -51,6 +59,18 @@ def byte_ids(texts: Sequence[str], places: int = ByteUNetConfig.text_places) -> 
         data = text.encode()[:places]
         row[: len(data)] = torch.tensor(list(data), dtype=torch.int64)
     return ids
+
+
+def gram_rows(ids: Tensor, length: int, rows: int) -> tuple[Tensor, Tensor]:
+    """For each place of ids (B, N): the row, of so many, of the `length` ids that end there; and
+    whether they all are bytes of the text, bool (B, N)."""
+    N = ids.shape[1]
+    row, whole = torch.zeros_like(ids), ids != PAD
+    for back in reversed(range(length)):
+        earlier = F.pad(ids, (back, 0), value=PAD)[:, :N]
+        row = (row * PRIME + earlier + 1) % MODULUS
+        whole = whole & (earlier != PAD)
+    return row % rows, whole
 
 
 class ByteLayer(nn.Module):
@@ -80,18 +100,30 @@ class ByteEncoder(nn.Module):
         super().__init__()
         width = cfg.context_dim
         self.token = nn.Embedding(PAD + 1, width)
+        self.grams = nn.ModuleList(nn.Embedding(cfg.text_rows, width) for _ in GRAMS)
         self.position = nn.Parameter(torch.randn(cfg.text_places, width) * 0.02)
         self.layers = nn.ModuleList(
             ByteLayer(width, cfg.text_heads) for _ in range(cfg.text_layers)
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, places) of byte_ids() to a context (B, places, width)."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """What each of ids (B, places) is, alone and with those before: (B, places, width)."""
         x = self.token(ids) + self.position
+        for length, table in zip(GRAMS, self.grams, strict=True):
+            row, whole = gram_rows(ids, length, table.num_embeddings)
+            x = x + table(row) * whole[..., None]
+        return x
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, places) of byte_ids() to a context (B, places, width), and its mean over the
+        bytes (B, width): zeros of the empty text."""
+        x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
+        x = self.norm(x)
+        said = (ids != PAD)[..., None]
+        return x, (x * said).sum(1) / said.sum(1).clamp(min=1)
 
 
 class ByteUNet(UNet):
@@ -103,12 +135,16 @@ class ByteUNet(UNet):
         self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None,
         features: tuple[str, ...] | None = None,
     ) -> Any:  # fmt: skip
-        """As UNet's, with context (B, text_places): the ids of byte_ids()."""
+        """As UNet's, with context (B, text_places): the ids of byte_ids(). y is None: the vector is
+        the text's mean, which tells every block at once what it is about."""
         places = self.cfg.text_places
         if context is None or context.shape != (len(x), places) or context.is_floating_point():
             got = None if context is None else f"{context.dtype} {tuple(context.shape)}"
             raise ValueError(f"context is {got}: wanted byte ids ({len(x)}, {places}).")
-        return super().forward(x, t, y, self.text(context), features)
+        if y is not None:
+            raise ValueError("y is a part of what the text says: it must be None.")
+        context, mean = self.text(context)
+        return super().forward(x, t, mean, context, features)
 
 
 NETWORKS["ByteUNet"] = (ByteUNet, ByteUNetConfig)

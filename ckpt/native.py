@@ -421,7 +421,7 @@ def probe(cfg: Any, tensors: Mapping[str, Tensor]) -> list[float]:
     y = wave(1, vector_dim) if vector_dim else y
     context = wave(1, 3, context_dim) if context_dim else None
     if hasattr(cfg, "text_places"):  # its encoder is a part of it
-        context = torch.arange(cfg.text_places)[None] % 257
+        y, context = None, torch.arange(cfg.text_places)[None] % 257
     # Only networks that are told a strength of guidance have the argument.
     more = {"guidance": torch.tensor([3.5])} if getattr(cfg, "guidance", False) else {}
     x, t = wave(1, cfg.in_channels, side, side), torch.tensor([371.0])

@@ -97,7 +97,8 @@ def inputs_of(cfg: Any, batch: int, latent_shape: tuple[int, int, int]) -> dict[
         found["y"] = torch.randint(cfg.num_classes, (batch,), generator=generator)
     if context_dim:
         found["context"] = noise(batch, TOKENS, context_dim)
-    if hasattr(cfg, "text_places"):
+    if hasattr(cfg, "text_places"):  # its encoder is a part of it
+        found.pop("y")
         found["context"] = torch.randint(257, (batch, cfg.text_places), generator=generator)
     return found
 

@@ -84,7 +84,7 @@ def same_init(cfg: Any, run: Path) -> bool:
     """Does --init hold the weights that the run began with?"""
     before = beginning(run)["init"]
     if cfg.model in PRESETS:
-        net, _ = load_like(cfg.init, preset_of(cfg.model, cfg.text), cfg.model)
+        net, _ = load_like(cfg.init, preset_of(cfg), cfg.model)
     else:
         net, _ = load_unet(cfg.init, dtype=torch.float32)
     return fingerprint(net.state_dict()) == before["fingerprint"]

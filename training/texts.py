@@ -25,8 +25,9 @@ from model import PRESETS, UNetConfig
 PLAIN = Captions(caption_share=1.0, caption_empty=0.0)
 
 
-def preset_of(model: str, text: str) -> Any:
+def preset_of(flags: Any) -> Any:
     """The config of --model, with an encoder of bytes if --text asks for one."""
+    model, text = flags.model, getattr(flags, "text", "")
     cfg = PRESETS.get(model)
     if cfg is None:
         raise UserError(
@@ -41,7 +42,13 @@ def preset_of(model: str, text: str) -> Any:
         )
     if not text:
         return cfg
-    if not isinstance(cfg, UNetConfig) or cfg.context_dim:
+    if flags.classes:
+        raise UserError(
+            "--text and --classes both say what to draw",
+            wanted="one of them",
+            do="Leave --classes out: tags are told as texts.",
+        )
+    if not isinstance(cfg, UNetConfig) or cfg.context_dim or cfg.vector_dim:
         raise UserError(
             f"--text {text} --model {model}", wanted="a U-Net without text", do="Try --model tiny."
         )

@@ -9,7 +9,7 @@ from conftest import randomize
 from torch import nn
 
 from ckpt import load_unet, save_unet
-from ckpt.byteunet import PAD, ByteEncoder, byte_config, byte_ids
+from ckpt.byteunet import GRAMS, PAD, ByteEncoder, byte_config, byte_ids, gram_rows
 from ckpt.configs import config_from
 from ckpt.convert import convert, inspect
 from harness.cli import UserError
@@ -27,11 +27,37 @@ def test_ids_are_the_bytes_of_utf8_then_padding():
     assert byte_ids(["é" * 40], 8).tolist() == [list("éééé".encode())]
 
 
+@pytest.mark.parametrize("length", GRAMS)
+def test_a_place_has_the_row_of_the_bytes_that_end_there(length):
+    rows, whole = gram_rows(byte_ids(TEXTS), length, 2048)
+    for row, known, text in zip(rows.tolist(), whole.tolist(), TEXTS, strict=True):
+        data = text.encode()
+        for place in range(128):
+            inside = length - 1 <= place < len(data)
+            assert known[place] == inside
+            if inside:
+                number = 0
+                for byte in data[place - length + 1 : place + 1]:
+                    number = number * 1_000_003 + byte + 1
+                assert row[place] == number % (2**31 - 1) % 2048
+
+
+def test_an_embedding_is_the_sum_of_its_rows():
+    net = ByteEncoder(NANO)
+    ids = byte_ids(["ab" * 4])
+    x = net.token(ids)[0] + net.position
+    for length, table in zip(GRAMS, net.grams, strict=True):
+        rows, _ = gram_rows(ids, length, 2048)
+        for place in range(length - 1, 8):
+            x[place] = x[place] + table(rows[0, place])
+    torch.testing.assert_close(net.embed(ids)[0], x, rtol=0, atol=1e-5)
+
+
 def test_encoder_is_torchs_transformer():
     torch.manual_seed(0)
     net = ByteEncoder(replace(NANO, text_heads=4)).double()
     ids = byte_ids(TEXTS)
-    x = net.token(ids) + net.position
+    x = net.embed(ids)
     for layer in net.layers:
         peer = nn.TransformerEncoderLayer(
             32, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -45,7 +71,7 @@ def test_encoder_is_torchs_transformer():
             state[name] = layer.state_dict()[ours]
         peer.load_state_dict(state)
         x = peer(x)
-    torch.testing.assert_close(net(ids), net.norm(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(net(ids)[0], net.norm(x), rtol=0, atol=1e-12)
 
 
 def inputs(n):
@@ -55,14 +81,20 @@ def inputs(n):
 
 def test_it_is_a_unet_that_is_told_what_its_encoder_says():
     net = randomize(build(NANO)).double().eval()
-    plain = UNet(replace(PRESETS["nano"], in_channels=4, out_channels=4, context_dim=32)).double()
+    told = {"context_dim": 32, "vector_dim": 32}
+    plain = UNet(replace(PRESETS["nano"], in_channels=4, out_channels=4, **told)).double()
     weights = net.state_dict()
     own = {name: weights.pop(name) for name in list(weights) if name.startswith("text.")}
     plain.load_state_dict(weights)
-    assert len(own) == 2 * 12 + 4  # two layers; token, position, and the last norm's two
+    # Two layers; bytes, four tables of n-grams, places, and the last norm's two.
+    assert len(own) == 2 * 12 + 8
     (x, t), ids = inputs(3), byte_ids(TEXTS)
     out = net(x, t, context=ids)
-    torch.testing.assert_close(out, plain(x, t, context=net.text(ids)), rtol=0, atol=0)
+    context, mean = net.text(ids)
+    torch.testing.assert_close(out, plain(x, t, mean, context), rtol=0, atol=0)
+    for row, text, vectors in zip(mean, TEXTS, context, strict=True):
+        wanted = vectors[: len(text.encode())].mean(0) if text else torch.zeros(32).double()
+        torch.testing.assert_close(row, wanted, rtol=0, atol=1e-12)
     assert (out - net(x, t, context=ids.roll(1, 0))).abs().max() > 1e-3
     for i, text in enumerate(TEXTS):
         alone = net(x[i : i + 1], t[:1], context=byte_ids([text]))[0]
@@ -103,6 +135,7 @@ def test_diffusers_has_no_such_network(tmp_path):
         ({"text_places": 0}, "text_places"),
         ({"text_heads": 3}, "do not split into 3 heads"),
         ({"context_dim": 0}, "context_dim"),
+        ({"vector_dim": 16}, "vector_dim"),
         ({"num_res_blocks": 10**4}, "num_res_blocks"),
     ],
 )

@@ -64,7 +64,7 @@ def config(folder, **fields):
 
 
 def network(cfg):
-    return train.preset_of(cfg.model, cfg.text)
+    return train.preset_of(cfg)
 
 
 def spelled(ids):
@@ -155,7 +155,7 @@ def test_a_run_resumes_bitwise_and_trains_its_encoder(tmp_path, folder, capsys):
         for name, weight in fresh.state_dict().items()
         if name.startswith("text.") and not torch.equal(weight, net.state_dict()[name])
     ]
-    assert len(moved) == 28 and meta["config"]["text"] == "bytes"
+    assert len(moved) == 32 and meta["config"]["text"] == "bytes"
 
 
 def test_a_changed_caption_ends_a_resume(tmp_path, folder, user):
@@ -227,6 +227,7 @@ def test_a_long_prompt_is_cut_and_said(tmp_path, user):
         ("--caption-drop 0.5", "--caption-drop changes nothing here: it is of --text."),
         ("--text bytes --model sit-nano", "--model sit-nano: wanted a U-Net without text."),
         ("--text bytes --model sd15", "--model sd15: wanted a U-Net without text."),
+        ("--text bytes --classes glasses", "--text and --classes both say what to draw"),
         ("--model sd15", "--model sd15 is told what to draw by text"),
         ("--model tinny", "'tinny' is not a preset"),
     ],
