@@ -265,7 +265,7 @@ class Sampling:
         "", "text encoders: FILE, FILE,FILE or a folder; default those of --ckpt", of="--prompt"
     )
     chunks: int = flag(1, "pieces of 75 tokens of a prompt", low=1, high=64, of="--prompt")
-    weights: Literal["none", "a1111", "comfy"] = flag(
+    prompt_weights: Literal["none", "a1111", "comfy"] = flag(
         "none", "as whose program (word:1.3) is read", of="--prompt"
     )
     clip_skip: int = flag(
@@ -577,7 +577,7 @@ def tell(
     texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told)
     for lora, strength in loras:
         merge_texts(texts.encoders, lora, strength)
-    texts = weighted(texts.to(device), cfg.weights)
+    texts = weighted(texts.to(device), cfg.prompt_weights)
     asked = prompts.read_prompts(cfg.prompt)
     chunks = cfg.chunks if cfg.chunks > 1 else told.get("chunks", 1)
     how = {"chunks": chunks, "skip": cfg.clip_skip or told.get("skip", 0)}
@@ -616,7 +616,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "size": cfg.size,
         "prompts": prompts.read_prompts(cfg.prompt) if cfg.prompt else [],
         "negative": [] if cfg.negative is None else [cfg.negative],
-        "weights": cfg.weights.replace("none", ""),
+        "prompt weights": cfg.prompt_weights.replace("none", ""),
         "clip skip": cfg.clip_skip,
         "lora": gen.loras,
         "chunks": cfg.chunks - 1,

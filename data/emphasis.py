@@ -274,5 +274,7 @@ def weighted(texts: Any, dialect: Dialect) -> Any:
     if dialect == "none":
         return texts
     if not isinstance(texts, Texts):
-        raise UserError(f"--weights {dialect} is for CLIP's text encoders", do="Leave it out.")
+        raise UserError(
+            f"--prompt-weights {dialect} is for CLIP's text encoders", do="Leave it out."
+        )
     return Weighted(texts, dialect)

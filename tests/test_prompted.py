@@ -43,7 +43,7 @@ def test_a_png_says_how_it_was_drawn_and_is_drawn_again(sd1, tmp_path, user):
     a, b = tmp_path / "a", tmp_path / "b"
     words = ["--ckpt", sd1, "--prompt", f"@{tmp_path / 'prompts.txt'}", "--negative", "blurry"]
     words += ["--cfg", 4, "--steps", 2, "--n", 3, "--seed", 5, "--size", "64x96", "--out", a]
-    code, _, err = user(samplers.main, *words, "--weights", "comfy")
+    code, _, err = user(samplers.main, *words, "--prompt-weights", "comfy")
     assert code == 0, err
     drawn = pictures(a)
     lines = drawn[1][1]["parameters"].split("\n")
@@ -58,19 +58,20 @@ def test_a_png_says_how_it_was_drawn_and_is_drawn_again(sd1, tmp_path, user):
         (again,) = pictures(b)
         assert abs(again[0] - drawn[i][0]).max() <= 1  # in a batch of another size
         assert again[1]["parameters"] == drawn[i][1]["parameters"]
-    words = ["--ckpt", sd1, "--like", a / "000005.png", "--weights", "none", "--out", b]
+    words = ["--ckpt", sd1, "--like", a / "000005.png", "--prompt-weights", "none", "--out", b]
     assert user(samplers.main, *words)[0] == 0
     assert abs(pictures(b)[0][0] - drawn[0][0]).max() > 1
 
 
 @pytest.mark.parametrize("dialect", ["none", "a1111", "comfy"])
 def test_a_network_is_told_what_a_dialect_reads(sd1, dialect):
-    flags = {"prompt": "a (red:1.3) cat", "negative": "[dog]", "weights": dialect, "resolution": 64}
+    flags = {"prompt": "a (red:1.3) cat", "negative": "[dog]", "resolution": 64}
+    flags["prompt_weights"] = dialect
     gen = samplers.open_generator(samplers.Sampling(str(sd1), **flags), torch.device("cpu"))
     texts = weighted(open_texts(sd1), dialect)
     assert torch.equal(gen.told.cond["context"], texts.tell(["a (red:1.3) cat"]).context)
     assert torch.equal(gen.told.null["context"], texts.null("[dog]").context)
-    assert gen.sampled.get("weights", "none") == dialect
+    assert gen.sampled.get("prompt weights", "none") == dialect
 
 
 def test_the_command_of_inspect_draws(sd1, tmp_path, user):
