@@ -274,6 +274,17 @@ def block_compare(up: str) -> str:
     )
 
 
+def block_answer(up: str) -> str:
+    """The same in three lines."""
+    r = results("compare/verdict")
+    names = {"H1": "FD", "H2": "FD to the new images", "H3": "recall"}
+    lines = []
+    for each in r["tests"]:
+        what = f"{names[each['key']]} {each['ratio']:.2f} times DDPM's, {each['seeds']} seeds"
+        lines.append(f"- {each['claim']}: **{each['word']}** ({what})")
+    return "\n".join(lines)
+
+
 def block_peer(up: str) -> str:
     """What diffusers' schedulers draw with the comparison's DDPM network, and what ours do."""
     if not is_measured("compare/peer-schedulers"):
@@ -711,13 +722,12 @@ def assessed_minus_fixed(result: dict[str, Any]) -> list[float]:
     return [fd["D", seed] - fd["B", seed] for arm, seed in fd if arm == "D"]
 
 
-def said(used: tuple[dict[str, Any], ...], up: str) -> str:
+def said(used: tuple[dict[str, Any], ...]) -> str:
     """What stands below the short table."""
     machines = "; ".join(dict.fromkeys(machine(result) for result in used))
     return (
         "± are standard errors. Nothing here was measured on a GPU.\n"
-        f"Machines: {machines}.\n"
-        f"All tables, with machines, spread and commands: [docs/results.md]({up}docs/results.md)."
+        f"Machines: {machines}."
     )
 
 
@@ -753,8 +763,8 @@ def block_begin(up: str) -> str:
 
 def block_results(up: str) -> str:
     """Some numbers, each with its seeds or rounds and its commit."""
-    train, loops, convert = results("train_cpu"), results("samplers"), results("convert")
-    parity, speed, cache = results("fid-parity"), results("fid-speed"), results("latents")
+    train, loops = results("train_cpu"), results("samplers")
+    parity, speed = results("fid-parity"), results("fid-speed")
     adam, kittens = results("adamw8bit"), results("protocol-robohash-pca")
     arms_of = results("distill/cpu/ablation")
     gap = max(row["difference"] for row in parity["parity"].values())
@@ -776,12 +786,6 @@ def block_results(up: str) -> str:
             commit(parity),
         ],
         [
-            f"SDXL ({convert['bytes'] / 1e9:.1f} GB) to diffusers' layout",
-            f"{convert['convert']['seconds']:.0f} s",
-            "one run",
-            commit(convert),
-        ],
-        [
             "loss with 8-bit AdamW over that with fp32",
             mean(adam["ratios"], ".4f"),
             f"{len(adam['ratios'])} seeds",
@@ -799,20 +803,9 @@ def block_results(up: str) -> str:
             f"{len(apart)} seeds",
             commit(arms_of),
         ],
-        [
-            "latent cache, times as fast as a memmap",
-            f"{cache['ratio']:.2f}",
-            f"{cache['rounds']} rounds" if "rounds" in cache else "not recorded",
-            commit(cache),
-        ],
     ]
-    found = results("compare/verdict") if is_measured("compare/verdict") else {"tests": []}
-    if any(each["word"] != "open" for each in found["tests"]):
-        words = ", ".join(f"{each['key']} {each['word']}" for each in found["tests"])
-        seeds = f"{len(found['seeds'])} seeds"
-        rows[-1] = ["[FM against DDPM](docs/results.md)", words, seeds, found["commits"][0]]
-    used = (train, loops, parity, convert, adam, kittens, arms_of, cache)
-    return paragraphs(table(["what", "result", "seeds or rounds", "commit"], rows), said(used, up))
+    used = (train, loops, parity, adam, kittens, arms_of)
+    return paragraphs(table(["what", "result", "seeds or rounds", "commit"], rows), said(used))
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -827,6 +820,7 @@ BLOCKS = {
     "stages": block_stages,
     "compare": block_compare,
     "peer": block_peer,
+    "answer": block_answer,
     "protocol": block_protocol,
     "latents": block_latents,
     "solvers": block_solvers,
@@ -844,7 +838,7 @@ def written(page: Path) -> str:
     in_readme = page.name == "README.md"
     up = "" if in_readme else "../"
     text = page.read_text()
-    for name in ("begin", "results") if in_readme else BLOCKS:
+    for name in ("begin", "answer", "results") if in_readme else BLOCKS:
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         if start in text:
             before, _, rest = text.partition(start)
@@ -856,7 +850,7 @@ def written(page: Path) -> str:
 def main() -> None:
     tables = (ROOT / "docs" / "results.md").read_text()
     for name in BLOCKS:
-        if name not in ("map", "begin", "results", "isa") and f"<!-- {name} -->" not in tables:
+        if name not in ("map", "begin", "answer", "results", "isa") and f"<!-- {name} -->" not in tables:
             sys.exit(f"docs/results.md has no block named {name}.")
     changed = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
