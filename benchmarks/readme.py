@@ -285,6 +285,27 @@ def block_answer(up: str) -> str:
     return "\n".join(lines)
 
 
+def block_host(up: str) -> str:
+    """What a step costs the host, by our kernels and by torch's."""
+    r = results("host")
+    rows = []
+    for op in ("group_norm_silu", "attention"):
+        for way in ("forward", "backward"):
+            cells = [r["ops"][f"{op} {path}"][way] for path in ("triton", "torch")]
+            rows.append([f"{op}, {way}, units", *(f"{cell:.1f}" for cell in cells)])
+    rows.append(["AdamW8bit with clip and two EMAs, units", f"{r['optimizer']['units']:,.0f}", "–"])
+    for what, table_ in (("launches of a step", "launches"), ("units of a step", HOST_STEP)):
+        cells = [r[table_][path]["step"] for path in ("triton", "torch")]
+        rows.append([what, *(f"{cell:,.0f}" for cell in cells)])
+    return paragraphs(
+        table([f"host, {r['model']}", "with Triton", "with torch"], rows),
+        origin(r, "a count, and medians"),
+    )
+
+
+HOST_STEP = "step of a miniature"
+
+
 def block_peer(up: str) -> str:
     """What diffusers' schedulers draw with the comparison's DDPM network, and what ours do."""
     if not is_measured("compare/peer-schedulers"):
@@ -830,11 +851,12 @@ BLOCKS = {
     "distill": block_distill,
     "kernels": block_kernels,
     "isa": block_isa,
+    "host": block_host,
 }
 
 
 # Blocks that do not stand in docs/results.md.
-ELSEWHERE = ("map", "begin", "answer", "results", "isa")
+ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host")
 
 
 def written(page: Path) -> str:

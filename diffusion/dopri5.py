@@ -1,4 +1,4 @@
-"""Dormand–Prince, of order 5 with an error of order 4 (1980): a solver that chooses its own steps.
+"""Dormand–Prince (1980), of order 5 with an error of order 4: a solver that chooses its steps.
 
 It walks the linear path as the methods of diffusion/solvers.py do, but for each sample by itself.
 """

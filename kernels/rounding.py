@@ -39,7 +39,7 @@ def base_key(seed: int, place: int) -> int:
 
 
 def noise(keys: tuple[int, int], element: Tensor) -> Tensor:
-    """Uniform on 0 … 65535, int32, of two keys (int32 or words) and the element's index (int32)."""
+    """Uniform on 0 … 65535, int32, of two keys (int32 or words) and the index of the element."""
     return shifted(mix(mix(element ^ signed(keys[0])) ^ signed(keys[1])), 16)
 
 
