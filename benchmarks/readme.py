@@ -223,6 +223,26 @@ def block_text(up: str) -> str:
     )
 
 
+def block_prompts(up: str) -> str:
+    """Does a network that has read captions for six minutes draw what it is asked for?"""
+    r = results("prompts")
+    rows = []
+    for name, key in (
+        ("64 prompts of two tags", "asked"),
+        ("a pair that training has seen", "together"),
+        ("a pair that it has never seen together", "never together"),
+    ):
+        row = r[key]
+        rows.append([name, f"{row['both']:.0%}", f"{row['each']:.0%}"])
+    verdict = "passes" if r["passes"] else "fails"
+    return paragraphs(
+        table(["prompt", "both tags are read", "each of them"], rows),
+        f"Asked are 80% of the first row after 6 minutes; it {verdict}. Training took "
+        f"{r['minutes']:.1f} minutes; the reader is right on {r['reader']:.1%} of held-out tags.",
+        origin(r, "seed 0, 64 samples a row"),
+    )
+
+
 def block_stages(up: str) -> str:
     r = results("stages")
     n, columns = r["samples a run"], list(r["share of samples"]["fine"])
@@ -838,6 +858,7 @@ BLOCKS = {
     "speed": block_speed,
     "transformer": block_transformer,
     "text": block_text,
+    "prompts": block_prompts,
     "stages": block_stages,
     "compare": block_compare,
     "peer": block_peer,
