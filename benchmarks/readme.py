@@ -265,10 +265,20 @@ def share(p: float, n: int) -> str:
 
 
 def block_compare(up: str) -> str:
-    """The verdicts on flow matching against DDPM."""
-    if not is_measured("compare/verdict"):
+    """The verdicts on flow matching against DDPM, on toy faces."""
+    return verdicts(up, "compare", "")
+
+
+def block_kittens(up: str) -> str:
+    """The same on robohash's kittens."""
+    flags = "--data robohash --objectives D,F --images 16000,16000,4000 --n 256 --what main"
+    return verdicts(up, "compare-robohash", f" {flags}")
+
+
+def verdicts(up: str, name: str, flags: str) -> str:
+    if not is_measured(f"{name}/verdict"):
         return "The comparison has not been run yet."
-    r = results("compare/verdict")
+    r = results(f"{name}/verdict")
     rows = [
         [
             f"{each['key']}: {each['claim']}",
@@ -283,13 +293,13 @@ def block_compare(up: str) -> str:
     ]
     head = ["claim", "verdict", "F / D", "90% interval", "p", "visible", "seeds"]
     measures = "; ".join(f"{each['key']}, {each['measure']}" for each in r["tests"])
-    folder = f"{up}benchmarks/results/compare"
+    folder = f"{up}benchmarks/results/{name}"
     return paragraphs(
         table(head, rows),
         f"Measured: {measures}. p is one-sided, with Holm's correction for three; visible is the "
         "change that these seeds would have shown with 80% power. [Report, with figures]"
         f"({folder}/report.md); [as one file]({folder}/report.html).",
-        f"<sub>`python experiments/compare.py`; {', '.join(r['machines'])}; "
+        f"<sub>`python experiments/compare.py{flags}`; {', '.join(r['machines'])}; "
         f"commit {', '.join(r['commits'])}; seeds {', '.join(map(str, r['seeds']))}</sub>",
     )
 
@@ -861,6 +871,7 @@ BLOCKS = {
     "prompts": block_prompts,
     "stages": block_stages,
     "compare": block_compare,
+    "kittens": block_kittens,
     "peer": block_peer,
     "answer": block_answer,
     "protocol": block_protocol,
