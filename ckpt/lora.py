@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ from harness.files import fingerprint, listed
 # Of a file's names: which network, which module, which of its tensors.
 KOHYA = re.compile(r"lora_(unet|te|te1|te2)_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 PEFT = re.compile(
-    r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2)\.)?(.+?)"
-    r"(?:\.processor)?[._](lora_A\.weight|lora_B\.weight|lora\.down\.weight|lora\.up\.weight|alpha)"
+    r"(unet|text_encoder|text_encoder_2)\.(.+?)"
+    r"[._](lora_A\.weight|lora_B\.weight|lora\.down\.weight|lora\.up\.weight|alpha)"
 )
 NETWORKS = {
     "unet": "unet", "te": "text 1", "te1": "text 1", "te2": "text 2",
@@ -42,6 +43,7 @@ ROLES = {
 # Other ways to change weights that share the file format.
 OTHERS = {
     "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon with a middle part", "dora_scale": "DoRA",
+    "base_model.": "peft's own format, whose alpha lies in another file,",
     "lora_magnitude_vector": "DoRA", "oft_": "OFT", ".diff": "a difference of weights",
 }  # fmt: skip
 HEADER = "lora_adapter_metadata"
@@ -75,7 +77,10 @@ def read_lora(path: Path) -> LoRA:
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name in box:
         part, module, role = place_of(name, path)
-        found.setdefault((part, module), {})[role] = box[name]
+        own = found.setdefault((part, module), {})
+        if role in own:
+            raise UserError(f"{path} holds {clipped(name)!r} twice", do="Copy the file again.")
+        own[role] = box[name]
     if not found:
         raise UserError(f"{path} holds no LoRA", do="Name a file of lora_down and lora_up tensors.")
     usual = alphas(box.meta, path)
@@ -99,8 +104,9 @@ def place_of(name: str, path: Path) -> tuple[str, str, str]:
         )
     network, module, role = match.groups()
     # diffusers' first attention processors: attn1.processor.to_q_lora.down
-    module = re.sub(r"(to_[qkv])$|(to_out)$", lambda m: m[1] or "to_out_0", module)
-    return NETWORKS[network or "unet"], module.replace(".", "_"), ROLES[role]
+    module = re.sub(r"\.processor\.(to_\w+)$", r".\1", module)
+    module = re.sub(r"\.to_out$", ".to_out.0", module)
+    return NETWORKS[network], module.replace(".", "_"), ROLES[role]
 
 
 def low_of(tensors: Mapping[str, Tensor], usual: float | None, where: str) -> Low:
@@ -115,8 +121,14 @@ def low_of(tensors: Mapping[str, Tensor], usual: float | None, where: str) -> Lo
             wanted="(r, in) and (out, r), or of a convolution (r, in, k, k) and (out, r, 1, 1)",
             do="Copy the file again.",
         )
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else usual
-    return Low(down, up, float(len(down)) if alpha is None else alpha)
+    alpha = tensors.get("alpha", torch.tensor(len(down) if usual is None else usual))
+    if alpha.numel() != 1 or not alpha.float().isfinite().all():
+        raise UserError(
+            f"{where}: alpha is {brief(alpha.tolist())}",
+            wanted="a finite number",
+            do="Copy the file again.",
+        )
+    return Low(down, up, float(alpha))
 
 
 def alphas(meta: Mapping[str, Any], path: Path) -> dict[str, float]:
@@ -133,7 +145,15 @@ def alphas(meta: Mapping[str, Any], path: Path) -> dict[str, float]:
                 f"{path}: its {HEADER} says {key}", do="Merge it with the program that made it."
             )
     names = {f"{word}.lora_alpha": part for word, part in NETWORKS.items()}
-    return {names[key]: float(value) for key, value in said.items() if key in names}
+    found = {names[key]: value for key, value in said.items() if key in names}
+    for part, value in found.items():
+        if type(value) not in (int, float):
+            raise UserError(
+                f"{path}: its {HEADER} says that alpha of {part} is {brief(value)}",
+                wanted="a number",
+                do="Save it again.",
+            )
+    return found
 
 
 # ---- merging ------------------------------------------------------------------------------------
@@ -180,9 +200,8 @@ def merge(
                 f"{lora.path}: this network has no module {clipped(module)!r}",
                 do="It is of another family: name another --ckpt or --lora.",
             )
-        numbers = len(low.up) * low.down[0].numel()
-        if weight.ndim < 2 or len(low.up) != len(weight) or numbers != weight.numel():
-            shape = (len(low.up), *low.down.shape[1:])
+        shape = (len(low.up), *low.down.shape[1:])
+        if bare(shape) != bare(weight.shape):
             raise UserError(
                 f"{lora.path}: its change of {clipped(module)} is {shape}, the weight "
                 f"{tuple(weight.shape)}",
@@ -191,6 +210,11 @@ def merge(
     for module, low in changes.items():
         weight = state[names[module]]
         weight.add_(low.change(weight, scale).to(weight))
+
+
+def bare(shape: Sequence[int]) -> tuple[int, ...]:
+    """A weight's shape without the 1 × 1 that some files give a linear layer."""
+    return tuple(shape[:2]) if tuple(shape[2:]) in ((), (1, 1)) else tuple(shape)
 
 
 def read_loras(specs: Sequence[str]) -> list[tuple[LoRA, float]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ckpt.byteunet import ByteUNetConfig, byte_ids
-from data.tags import Spellings, read_text, split_tags, table_rows
+from data.tags import Spellings, is_text, read_text, split_tags, table_rows
 from harness.cli import UserError, clipped, flag
 from text import Told
 
@@ -107,9 +107,9 @@ def read_captions(
     for table in sorted(tables):
         for number, key, row in table_rows(root, table):
             value = row.get("caption") or ""
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not is_text(value):
                 raise UserError(
-                    f"{table}:{number}: the caption {str(value)[:60]!r} is not a text",
+                    f"{table}:{number}: the caption {ascii(value)[:60]} is not a text",
                     do="Mend this line.",
                 )
             found[named.find(key) or key] = value.strip()

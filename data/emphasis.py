@@ -29,6 +29,7 @@ from text import BOS, CONTEXT, EOS, ROOM, TextEncoder, Texts, pieces_of, spelled
 
 Dialect = Literal["none", "a1111", "comfy"]
 FACTOR = 1.1  # of a pair of parentheses
+MOST = 1e3  # of a weight
 COMMA = 267
 BACK = 20  # tokens: how far A1111 looks back for a comma
 WORD = 8  # tokens: from here on ComfyUI cuts a part in two
@@ -107,13 +108,16 @@ def read_a1111(prompt: str) -> list[Segment]:
 
 def number_of(text: str, prompt: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
+        number = math.nan
+    if not abs(number) < MOST:
         raise UserError(
             f"the prompt {clipped(prompt)!r} has the weight {clipped(text)!r}",
-            wanted="a number",
+            wanted=f"a number below {MOST:g}",
             do=r"Write (word:1.3), or \( and \) for parentheses that are text.",
-        ) from None
+        )
+    return number
 
 
 def joined(found: Sequence[Segment]) -> list[Segment]:
@@ -152,7 +156,7 @@ def written_number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < MOST else None
 
 
 def groups(units: Sequence[str]) -> Iterator[list[str]]:

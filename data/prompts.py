@@ -20,6 +20,7 @@ from ckpt.hub import HUB, from_file
 from ckpt.texts import INDEX, inside, pipeline_of
 from ckpt.usual import VAES, shown_encoders
 from data.captions import ByteTexts
+from data.tags import is_text
 from harness.cli import UserError
 from harness.reading import read_file
 from model import UNetConfig
@@ -85,16 +86,20 @@ def check_asked(net: Any, prompt: str, what: str) -> None:
 def read_prompts(prompt: str) -> list[str]:
     """TEXT itself, or of @FILE every line."""
     if not prompt.startswith("@"):
+        if not is_text(prompt):
+            raise UserError("--prompt is not UTF-8", do="Type it in a terminal that is.")
         return [prompt]
     path = Path(prompt[1:])
     try:
-        lines = read_file(path).decode("utf-8-sig").splitlines()
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt {prompt}: not UTF-8 (byte {error.start:,})", do="Save it as UTF-8."
         ) from None
     except OSError as error:
         raise UserError(f"--prompt {prompt}: {error.strerror}", do="Name a text file.") from None
+    # Not splitlines(), which cuts at a dozen other signs.
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if not any(line.strip() for line in lines):
         raise UserError(f"--prompt {prompt} has no prompts", do="Write one a line.")
     return lines

@@ -103,6 +103,15 @@ class TagTable(Sequence):
         return out
 
 
+def is_text(text: str) -> bool:
+    """Can it be written as UTF-8? Half a surrogate pair, as in JSON's "\\ud800", cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_form(text: str) -> str:
     """Text as it is compared: "é" is one character or two, and Unicode's NFC is the one."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)

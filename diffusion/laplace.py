@@ -52,6 +52,7 @@ SUMMED = (*DETERMINISTIC, "dpmpp_2m")
 def check_layer(layer: nn.Module) -> None:
     """ValueError, if it is none of those whose patches are known here."""
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is not None
+    plain = plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if not (plain and layer.stride == (1, 1) and layer.dilation == (1, 1)):
         raise ValueError("the posterior is known of a plain convolution with a bias.")
 

@@ -175,7 +175,9 @@ def flags_of(said: Likeness, cls: type, path: Path) -> dict[str, Any]:
     for word in said.flags:
         name, equals, value = word.partition("=")
         strange = name not in known or not equals
-        if strange or name == "--prompt" and value.startswith("@") or value.endswith(".json"):
+        opens = name == "--prompt" and value.startswith("@")
+        opens = opens or name == "--betas" and value.endswith(".json")
+        if strange or opens:
             raise UserError(f"--like {path} says {clipped(word)!r}", wanted="a setting", do=AGAIN)
     return read_flags([cls], "", said.flags)[0]
 

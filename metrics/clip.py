@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from reprlib import repr as brief
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -156,7 +157,8 @@ def vision_name(full: str) -> str:
 
 
 def load_vision(view: Container, text: TextEncoder) -> VisionEncoder:
-    """The picture encoder of native names; its activation is the text encoder's."""
+    """The picture encoder of native names. Where no config.json stands beside it, its heads are
+    those of its width and its activation is the text encoder's, as in all of OpenAI's."""
     what = f"{view.path}, picture encoder"
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
     needed += ("encoder.layers.0.mlp.fc1.weight", "visual_projection.weight")
@@ -165,7 +167,8 @@ def load_vision(view: Container, text: TextEncoder) -> VisionEncoder:
     patches, places, hidden, projection = (view.shape(name) for name in needed)
     width, patch = patches[0], patches[-1]
     numbers = [re.match(r"encoder\.layers\.(\d+)\.", name) for name in view]
-    heads = heads_beside(view.path) or HEADS.get(width, 0)
+    said = said_beside(view.path) or {"heads": HEADS.get(width, 0), "act": text.cfg.act}
+    heads = said["heads"]
     if not heads or width % heads:
         raise UserError(
             f"{what} is {width} wide: no tensor shows its heads",
@@ -179,7 +182,7 @@ def load_vision(view: Container, text: TextEncoder) -> VisionEncoder:
         side=patch * round((places[0] - 1) ** 0.5),
         projection=projection[0],
         hidden=hidden[0],
-        act=text.cfg.act,
+        act=said["act"],
     )
     with torch.device("meta"):
         net = VisionEncoder(cfg)
@@ -188,12 +191,24 @@ def load_vision(view: Container, text: TextEncoder) -> VisionEncoder:
     return net.float().eval().requires_grad_(False)
 
 
-def heads_beside(path: Path) -> int:
-    """The heads of the picture encoder by a config.json of transformers; 0 where none says."""
+def said_beside(path: Path) -> dict[str, Any]:
+    """What a config.json of transformers says of the picture encoder: heads, act. {}: there is
+    none."""
     file = path.absolute().parent / "config.json"
     try:
-        config = json.loads(read_file(file)).get("vision_config") or {}
-        heads = config.get("num_attention_heads", 0)
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return 0
-    return heads if type(heads) is int and heads > 0 else 0
+        config = json.loads(read_file(file))
+        config = config["vision_config"]
+        heads, act = config["num_attention_heads"], config.get("hidden_act", "quick_gelu")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{file} does not say what its picture encoder is", do="Restore it, or take it away."
+        ) from None
+    if type(heads) is not int or heads < 1 or act not in ("quick_gelu", "gelu"):
+        raise UserError(
+            f"{file}: heads {brief(heads)}, activation {brief(act)}",
+            wanted="whole heads, quick_gelu or gelu",
+            do="Use it in transformers.",
+        )
+    return {"heads": heads, "act": act}

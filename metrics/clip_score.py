@@ -82,23 +82,29 @@ def texts_of(cfg: Config, pictures: Sequence[Path]) -> list[str]:
 
 def text_of(path: Path) -> str:
     """What a PNG of ours was drawn from, or what stands beside a picture."""
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        try:
-            return " ".join(read_file(beside).decode("utf-8-sig").split())
-        except UnicodeDecodeError:
-            raise UserError(f"{beside} is not UTF-8", do="Save it as UTF-8.") from None
-    said = None
     with Image.open(path) as image:
-        if image.info.get(OWN):
-            said = read_like(path)
+        said = read_like(path) if image.info.get(OWN) else None
     for word in said.flags if said else ():
         name, _, value = word.partition("=")
         if name == "--prompt":
             return value.removeprefix(" ") if value.startswith(" @") else value
+    beside, text = path.with_suffix(".txt"), ""
+    if beside.is_file():
+        try:
+            text = " ".join(read_file(beside).decode("utf-8-sig").split())
+        except UnicodeDecodeError:
+            raise UserError(f"{beside} is not UTF-8", do="Save it as UTF-8.") from None
+    if text:
+        return text
     raise UserError(
         f"{path} does not say what it was drawn from", do="Add --prompts, or NAME.txt beside each."
     )
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture in memory, its file closed."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def embed(clip: Clip, paths: Sequence[Path], batch: int, device: torch.device) -
     side = clip.vision.cfg.side
     parts = []
     for lo in range(0, len(paths), batch):
-        pictures = [Image.open(path) for path in paths[lo : lo + batch]]
+        pictures = [opened(path) for path in paths[lo : lo + batch]]
         parts.append(clip.images(preprocess(pictures, side).to(device)))
     return torch.cat(parts)
 

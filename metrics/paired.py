@@ -73,6 +73,8 @@ def patch_distance(found: Tensor, truth: Tensor, seed: int = 0) -> float:
 def crops(x: Tensor, seed: int = 0) -> Tensor:
     """float64 (CROPS · B, C · SIDE²/4 ) at places that a seed says."""
     B, _, H, W = x.shape
+    if min(H, W) < SIDE:
+        raise ValueError(f"pictures are {H}×{W}: wanted at least {SIDE}×{SIDE} for crops.")
     r, parts = np.random.default_rng(seed), []
     for i in range(B):
         for _ in range(CROPS):

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import samplers
 import text
 from ckpt import save_unet
+from data.prompts import read_prompts
+from harness.cli import UserError
 from data import prompts
 from model import PRESETS, UNet, UNetConfig
 from objectives import make_objective
@@ -300,3 +302,10 @@ def test_a_network_that_is_told_more_than_a_text_is_refused(tmp_path, refused, c
     save_unet(tmp_path / "net.safetensors", net, meta)
     line = refused("--ckpt", tmp_path / "net.safetensors", "--prompt", "a cat")
     assert f"is told {vector} numbers that do not come from a text alone" in line
+
+
+def test_lines_end_where_an_editor_ends_them(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\u2028still one\r\ntwo\x0bstill two\n".encode())
+    assert read_prompts(f"@{tmp_path}/a.txt") == ["one\u2028still one", "two\x0bstill two"]
+    with pytest.raises(UserError, match="--prompt is not UTF-8"):
+        read_prompts("\udcff")

@@ -1,5 +1,7 @@
 """LoRA merged into weights, against peft and diffusers, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from safetensors.torch import save_file
 
 import samplers
 from ckpt import load_unet
-from ckpt.lora import flat, merge_texts, merge_unet, read_lora, read_spec
+from ckpt.lora import flat, merge_texts, merge_unet, place_of, read_lora, read_spec
 from harness.cli import UserError
+from model import PRESETS, UNet
 from text import open_texts
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -168,6 +171,7 @@ def broken(path, change):
     return path
 
 
+TES = ("te", "te1")
 UP, DOWN = "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.lora_down.weight"
 
 
@@ -179,6 +183,10 @@ UP, DOWN = "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.lora_down.weig
         (lambda t: t.update({"x.hada_w1_a": torch.zeros(1)}), "is of LoHa"),
         (lambda t: t.update({"lora_unet_conv_in.dora_scale": torch.zeros(1)}), "is of DoRA"),
         (lambda t: t.update({"model.bias": torch.zeros(1)}), "is no part of a LoRA"),
+        (lambda t: t.update({"lora_unet_conv_in.alpha": torch.tensor(torch.nan)}), "alpha is nan"),
+        (lambda t: t.update({"lora_unet_conv_in.alpha": torch.ones(2)}), "alpha is [1.0, 1.0]"),
+        (lambda t: t.update({"base_model.model.a.lora_A.weight": torch.ones(2, 2)}), "peft's own"),
+        (lambda t: t.update({f"lora_{te}_a.alpha": torch.ones(1) for te in TES}), "twice"),
         (lambda t: t.clear() or t.update({"a": torch.zeros(1)}), "is no part of a LoRA"),
     ],
 )
@@ -229,3 +237,32 @@ def test_the_sampler_takes_them(sd1, tmp_path, user):
     assert (pictures["none"] != pictures["1"]).mean() > 0.5
     code, _, err = user(samplers.main, *flags, "--lora", tmp_path / "nowhere.safetensors")
     assert code == 2 and "no such file" in err[-1]
+
+
+@pytest.mark.parametrize("alpha", ["null", '"x"', "[1]"])
+def test_a_header_that_says_no_number_is_refused(tmp_path, alpha):
+    tensors = random_lora({"unet.conv_in": (32, 4, 3, 3)})
+    names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    for ours, theirs in names.items():
+        tensors[f"unet.conv_in.{theirs}"] = tensors.pop(f"unet.conv_in.{ours}")
+    meta = {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'}
+    save_file(tensors, tmp_path / "a.safetensors", meta)
+    with pytest.raises(UserError, match="alpha of unet is .* wanted a number"):
+        read_lora(tmp_path / "a.safetensors")
+
+
+def test_names_of_the_first_processors_are_read():
+    place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor"
+    module = "down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    down, up = "to_q_lora.down.weight", "to_out_lora.up.weight"
+    assert place_of(f"{place}.{down}", "a") == ("unet", f"{module}_to_q", "down")
+    assert place_of(f"{place}.{up}", "a") == ("unet", f"{module}_to_out_0", "up")
+
+
+def test_a_change_of_as_many_numbers_but_another_shape_is_refused(tmp_path):
+    like = {"in_channels": 1, "out_channels": 1, "context_dim": 8, "resblock_updown": False}
+    net = UNet(replace(PRESETS["nano"], **like))
+    wrong = random_lora({"lora_unet_conv_in": (net.cfg.model_channels, 9, 1, 1)})
+    save_file(wrong, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="the weight"):
+        merge_unet(net, read_lora(tmp_path / "a.safetensors"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.emphasis import COMMA, WORD, cut, segments, weighted
+from data.emphasis import COMMA, WORD, cut, number_of, segments, weighted, written_number
 from harness.cli import UserError
 from text import BOS, EOS, ROOM, Texts, tokenize
 from texts import L, filled
@@ -126,7 +126,7 @@ def test_what_is_cut_off_is_said_without_its_signs(capsys):
 @pytest.mark.parametrize(
     "prompt, dialect, message",
     [
-        ("a (cat:1.2.3)", "a1111", "has the weight '1.2.3': wanted a number.  Write (word:1.3)"),
+        ("a (cat:1.2.3)", "a1111", "has the weight '1.2.3': wanted a number below 1000"),
         ("(" * 101 + "cat", "a1111", "has 101 parentheses in each other"),
         ("(" * 101 + "cat", "comfy", "has 101 parentheses in each other"),
     ],
@@ -135,3 +135,10 @@ def test_a_prompt_that_cannot_be_read_is_one_line(prompt, dialect, message):
     with pytest.raises(UserError) as error:
         segments(prompt, dialect)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "1e39", "1000", "-1e3", "nan"])
+def test_a_weight_has_a_highest_value(number):
+    with pytest.raises(UserError, match="a number below 1000"):
+        number_of(number, "x")
+    assert written_number(number) is None

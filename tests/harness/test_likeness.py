@@ -158,3 +158,9 @@ def test_what_is_no_png_is_refused(tmp_path, monkeypatch, content):
         like(monkeypatch, path)
     with pytest.raises(FileNotFoundError):
         like(monkeypatch, tmp_path / "none.png")
+
+
+def test_a_prompt_may_end_like_a_file(tmp_path, monkeypatch):
+    path = png(tmp_path / "a", replace(DRAWN, prompt="a file.json", negative="x.json"))
+    drawn = like(monkeypatch, path)
+    assert (drawn.prompt, drawn.negative) == ("a file.json", "x.json")

@@ -162,6 +162,11 @@ def test_a_picture_says_its_text(tmp_path):
     assert text_of(tmp_path / "a.png") == "a cat, (red) = x"
     with pytest.raises(UserError, match="does not say what it was drawn from"):
         text_of(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("what was not asked for")
+    assert text_of(tmp_path / "a.png") == "a cat, (red) = x"
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(UserError, match="does not say what it was drawn from"):
+        text_of(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("A dog,\nsitting\n")
     assert text_of(tmp_path / "b.png") == "A dog, sitting"
 
@@ -203,3 +208,15 @@ def test_files_that_are_no_whole_clip_are_refused(clip, tmp_path):
     save_file(less, tmp_path / "less.safetensors")
     with pytest.raises((UserError, ValueError), match="post_layernorm.bias"):
         open_clip(str(tmp_path / "less.safetensors"))
+
+
+def test_a_config_that_cannot_be_read_is_refused(clip, tmp_path):
+    save_file(load_file(clip[1] / "model.safetensors"), tmp_path / "model.safetensors")
+    config = json.loads((clip[1] / "config.json").read_text())
+    for broken in ("{", "[]", json.dumps({**config, "vision_config": {"hidden_act": "gelu"}})):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(UserError, match="config.json|no tensor shows"):
+            open_clip(str(tmp_path))
+    config["vision_config"]["hidden_act"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_clip(str(tmp_path)).vision.cfg.act == "gelu"
