@@ -307,10 +307,10 @@ def verdicts(up: str, name: str, flags: str) -> str:
 def block_answer(up: str) -> str:
     """The same in three lines."""
     r = results("compare/verdict")
-    names = {"H1": "FD", "H2": "FD to the new images", "H3": "recall"}
+    names = {"H1": "FD", "H2": "FD to new images", "H3": "recall"}
     lines = []
     for each in r["tests"]:
-        what = f"{names[each['key']]} {each['ratio']:.2f} times DDPM's, {each['seeds']} seeds"
+        what = f"{names[each['key']]} {each['ratio']:.2f} × DDPM's, {each['seeds']} seeds"
         lines.append(f"- {each['claim']}: **{each['word']}** ({what})")
     return "\n".join(lines)
 
