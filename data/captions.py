@@ -109,7 +109,7 @@ def read_captions(
             value = row.get("caption") or ""
             if not isinstance(value, str) or not is_text(value):
                 raise UserError(
-                    f"{table}:{number}: the caption {ascii(value)[:60]} is not a text",
+                    f"{table}:{number}: the caption {ascii(str(value))[:60]} is not a text",
                     do="Mend this line.",
                 )
             found[named.find(key) or key] = value.strip()

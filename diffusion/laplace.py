@@ -134,7 +134,10 @@ class Posterior:
         return F.conv2d(phi.float().square(), kernels, v[-1:], padding=self.padding)[:, 0]
 
     def draws(self, n: int, out: int, seed: int = 0) -> Tensor:
-        """n differences (n, out, K) of a network drawn from the posterior to the network."""
+        """n differences (n, out, K) of a network drawn from the posterior to the network; seed
+        below 2^32, which is all that torch's generator looks at."""
+        if seed >> 32:
+            raise ValueError(f"seed is {seed}: wanted one below 2^32.")
         g = torch.Generator().manual_seed(seed)
         z = torch.randn(n, out, len(self.root), generator=g, dtype=self.root.dtype)
         return (z @ self.whiten(z)).float()

@@ -29,6 +29,8 @@ COMMANDS = {
     "experiments.protocol": ["--runs", "none"],
     "experiments.stages": [],
     "experiments.compare": [],
+    "experiments.prompts": [],
+    "experiments.uncertainty": ["--ckpt", "none"],
     "ckpt.__main__": ["inspect", "none"],
     "data.__main__": [],
     "data.encode": ["--out", "none"],

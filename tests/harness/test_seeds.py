@@ -71,5 +71,5 @@ def test_no_generator_of_torch_is_given_a_seed_as_it_comes():
             text = ast.unparse(node.args[0])
             if not (text.isdecimal() or text.startswith(("torch_seed(", "step_seed("))):
                 found.append(f"{path.relative_to(ROOT)}: {text}")
-    # Those of 2^32 and more are NumPy's there.
-    assert found == ["diffusion/sampling.py: seed"]
+    # Those of 2^32 and more are refused in the one, and NumPy's in the other.
+    assert sorted(found) == ["diffusion/laplace.py: seed", "diffusion/sampling.py: seed"]

@@ -261,7 +261,7 @@ def test_a_network_that_reads_is_asked_in_words_and_teaches_nobody(tmp_path, use
     for flags, line in (
         ([], 'Add --prompt "a photo of a cat".'),
         (["--prompt", "x", "--chunks", 2], "are for CLIP's text encoders"),
-        (["--prompt", "x", "--weights", "a1111"], "is for CLIP's text encoders"),
+        (["--prompt", "x", "--prompt-weights", "a1111"], "is for CLIP's text encoders"),
         (["--prompt", "x", "--text", "f"], "has an encoder of its own"),
     ):
         code, _, errors = user(samplers.main, *draw, *flags)
