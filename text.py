@@ -546,11 +546,11 @@ def utf8(path: Path) -> str:
         ) from None
 
 
-def parse_size(size: str) -> tuple[int, int]:
+def parse_size(size: str, flag: str = "--size") -> tuple[int, int]:
     """"832x1216" -> (height 1216, width 832)."""
     match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", size)
     if not match or "0" in match.groups():
-        raise UserError(f"--size {size}", wanted="WIDTHxHEIGHT", do="Try --size 1024x1024.")
+        raise UserError(f"{flag} {size}", wanted="WIDTHxHEIGHT", do=f"Try {flag} 1024x1024.")
     return int(match[2]), int(match[1])
 
 

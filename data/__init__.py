@@ -1,7 +1,7 @@
 """Tagged images, the stages cut out of them, and the order they are seen in.
 
-Read dataset.py first; then sources.py (where images come from) and tags.py (which of them). A set
-that is encoded once is made by python -m data.encode.
+Read dataset.py first; then sources.py (where images come from), tags.py (which) and order.py
+(when). A set that is encoded once is made by python -m data.encode.
 """
 
 import sys

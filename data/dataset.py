@@ -1,10 +1,11 @@
-"""Tagged images, the stages cut out of them by tag, and the order they are seen in.
+"""Tagged images, the stages cut out of them by tag, and the samples that are made of them.
 
     ds = open_dataset("toyfaces", stage="fine", exclude_tags=["character:nova"], resolution=64)
     ds[0].image, ds[0].tags                  # uint8 (3, H, W), tuple of tags
     for batch in batches(stream, positions): # what train.py consumes
 
-sources.py lists what a spec can be, tags.py what exclude_tags can say.
+sources.py lists what a spec can be, tags.py what exclude_tags can say, order.py which image is seen
+when.
 
 Randomness is a function: which image is seen at position p of the run, its crop, flip, noise, time
 and label dropout depend on (seed, p) and on nothing else. So a resumed run, more ranks or another
@@ -12,13 +13,11 @@ objective see exactly the same.
 """
 
 import atexit
-import hashlib
 import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
 from data.images import to_float
+from data.order import index_at, rng
 from data.sources import Source, open_source
 from data.stamps import difference
 from data.tags import compile_tags, match_tags, printable
@@ -315,24 +315,6 @@ def classes_of(ds: Dataset, patterns: Sequence[str]) -> tuple[list[str], np.ndar
 
 
 # ---- the stream of samples ----------------------------------------------------------------------
-
-
-def rng(seed: int, stream: str, number: int) -> np.random.Generator:
-    """A counter-based generator (Philox) for one purpose: a pure function of its arguments."""
-    word = int.from_bytes(hashlib.sha256(f"{seed} {stream}".encode()).digest()[:8], "big")
-    return np.random.Generator(np.random.Philox(key=[word, number]))
-
-
-@lru_cache(maxsize=2)
-def permutation(seed: int, n: int, epoch: int) -> np.ndarray:
-    return rng(seed, f"order of {n}", epoch).permutation(n)
-
-
-def index_at(seed: int, n: int, position: int) -> int:
-    """Which of n images is the position-th one seen: every image once per n positions, each time
-    in a new order."""
-    epoch, offset = divmod(position, n)
-    return int(permutation(seed, n, epoch)[offset])
 
 
 @dataclass(frozen=True)

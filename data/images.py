@@ -5,6 +5,7 @@
     strip = read_strip(path, 64, wide=4)   # what a random crop chooses from: the longer side may
                                            # have up to 256 pixels
     cut(strip, 0.25)                       # (64, 64, 3), a quarter of the way along
+    strip = read_fitted(path, (96, 48))    # uint8 (48, 96, 3): the middle of what covers that
 
 What an image is, its first bytes say, not its name: PNG, JPEG, WebP, GIF or BMP. Files without an
 ending are looked into, those with an ending that no image has are not (a.jpg.part is not yet one).
@@ -64,6 +65,14 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Those that swap the sides.
+LYING = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+Size = tuple[int, int]  # (width, height)
 
 gate = threading.Condition()
 in_flight = 0  # pixels being decoded in this process
@@ -95,21 +104,48 @@ def sniff(path: Path) -> str:
 def read_strip(source: Path | bytes, resolution: int, wide: int = 1) -> np.ndarray:
     """uint8 (h, w, 3): one side is `resolution`, the other from that to `wide` times it.
     BadImage says what is wrong."""
+    with opened(source) as image, drafted(image, resolution):
+        return shrink(image, resolution, wide)
+
+
+def read_fitted(source: Path | bytes, size: Size, wide: int = 1) -> np.ndarray:
+    """uint8 (h, w, 3) that covers `size`: one side is equal, the other up to `wide` times it. The
+    image is resized to covering(upright_size(source), size), and its middle kept."""
     with opened(source) as image:
+        whole = covering(upright(image), size)
+        with drafted(image, max(size)):
+            return fit(image, whole, size, wide)
+
+
+@contextlib.contextmanager
+def drafted(image: Image.Image, side: int) -> Iterator[None]:
+    """Wait until there is room to decode an opened image, of which no side need be larger than
+    four times `side`."""
+    pixels = image.width * image.height
+    # A JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty.
+    image.draft(None, (4 * side, 4 * side))
+    baseline = image.format == "JPEG" and "progressive" not in image.info
+    if baseline and pixels <= LARGE:  # the others are held at full size
         pixels = image.width * image.height
-        # A JPEG decodes at 1/2, 1/4 or 1/8 where that is plenty.
-        image.draft(None, (4 * resolution, 4 * resolution))
-        baseline = image.format == "JPEG" and "progressive" not in image.info
-        if baseline and pixels <= LARGE:  # the others are held at full size
-            pixels = image.width * image.height
-        with taken(IN_FLIGHT if pixels > LARGE else pixels):
-            return shrink(image, resolution, wide)
+    with taken(IN_FLIGHT if pixels > LARGE else pixels):
+        yield
 
 
-def read_size(source: Path | bytes) -> tuple[int, int]:
+def read_size(source: Path | bytes) -> Size:
     """(width, height) of an image by its header, where read_strip would not refuse that."""
     with opened(source) as image:
         return image.size
+
+
+def upright_size(source: Path | bytes) -> Size:
+    """(width, height) of an image as it is shown, by its header; BadImage as in read_strip."""
+    with opened(source) as image:
+        return upright(image)
+
+
+def upright(file: Image.Image) -> Size:
+    width, height = file.size
+    return (height, width) if orientation(file) in LYING else (width, height)
 
 
 @contextlib.contextmanager
@@ -181,9 +217,38 @@ def shrink(file: Image.Image, resolution: int, wide: int) -> np.ndarray:
     file.load()  # first: a second attempt at damaged rows raises nothing
     turn = orientation(file)
     image = to_8_bits(file)
-    scale = resolution / min(image.size)
-    whole = [max(round(side * scale), resolution) for side in image.size]
-    kept = [min(side, wide * resolution) for side in whole]
+    size = resolution, resolution
+    image = covered(image, covering(image.size, size), size, wide)
+    # Turned after resizing, when there is less to turn.
+    return np.asarray(image if turn is None else image.transpose(turn))
+
+
+def fit(file: Image.Image, whole: Size, size: Size, wide: int) -> np.ndarray:
+    """Decode an opened image and resize the part of it that is kept, all of it being `whole` then.
+    It is upright first: so the middle is that of the upright image to the pixel."""
+    file.load()
+    turn = orientation(file)
+    image = to_8_bits(file)
+    image = image if turn is None else image.transpose(turn)
+    return np.asarray(covered(image, whole, size, wide))
+
+
+def covering(original: Size, size: Size) -> Size:
+    """The smallest size of an image's shape that covers another one."""
+    scale = max(part / side for part, side in zip(size, original))
+    width, height = (max(round(side * scale), part) for part, side in zip(size, original))
+    return width, height
+
+
+def kept_of(whole: Size, size: Size, wide: int) -> Size:
+    """How much of a resized whole is kept, for crops of a size."""
+    width, height = (min(side, wide * part) for side, part in zip(whole, size))
+    return width, height
+
+
+def covered(image: Image.Image, whole: Size, size: Size, wide: int) -> Image.Image:
+    """The middle of an image (kept_of) that is resized to `whole`, as RGB over white."""
+    kept = kept_of(whole, size, wide)
     # Where the kept part starts, in pixels of the resized whole: hence no blur by half a pixel.
     start = [(side - part) // 2 for side, part in zip(whole, kept)]
     step = [have / side for have, side in zip(image.size, whole)]
@@ -193,9 +258,7 @@ def shrink(file: Image.Image, resolution: int, wide: int) -> np.ndarray:
     image = image.resize(kept, Image.Resampling.LANCZOS, (left, top, right, bottom))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    # Turned after resizing, when there is less to turn.
-    return np.asarray(image if turn is None else image.transpose(turn))
+    return image.convert("RGB")
 
 
 def to_8_bits(file: Image.Image) -> Image.Image:
@@ -219,14 +282,18 @@ def orientation(file: Image.Image) -> Image.Transpose | None:
 # ---- what others use ----------------------------------------------------------------------------
 
 
-def cut(strip: np.ndarray, where: float | None = None) -> np.ndarray:
-    """A square of a strip: its middle, or the one at `where` in [0, 1) along its longer side."""
+def cut(strip: np.ndarray, where: float | None = None, size: Size | None = None) -> np.ndarray:
+    """A square of a strip, or (width, height) of it: its middle, or what is at `where` in [0, 1)
+    along the side that is too long."""
     H, W = strip.shape[:2]
-    side, slack = min(H, W), abs(H - W)
-    start = slack // 2 if where is None else int(where * (slack + 1))
-    if H > W:
-        return strip[start : start + side, :side]
-    return strip[:side, start : start + side]
+    w, h = size or (min(H, W), min(H, W))
+    left, top = start_of(W - w, where), start_of(H - h, where)
+    return strip[top : top + h, left : left + w]
+
+
+def start_of(slack: int, where: float | None) -> int:
+    """Where a crop starts that leaves `slack` pixels out: the middle, or `where` in [0, 1)."""
+    return slack // 2 if where is None else int(where * (slack + 1))
 
 
 def decode(path: Path, resolution: int) -> np.ndarray:
