@@ -2,11 +2,16 @@
 vocabulary and without a download.
 
     net = ByteUNet(byte_config(PRESETS["tiny"]))
-    net(x, t, context=byte_ids(["red hair, glasses", ""]))    # ids (2, 128) in place of vectors
+    net(x, t, context=byte_ids(["red hair, glasses", ""]))    # ids (2, 256) in place of vectors
 
-Every text fills the same number of places, PAD behind its UTF-8 bytes, so that what a text says
-does not depend on the others of its batch. The null text is "": PAD alone, and what that means is
-learnt. Who imports this file finds the network in model.NETWORKS.
+The encoder is a sum over words: each word has a row of one table, and each two words with one
+space between them a row of another, both found by a hash of their bytes (Joulin et al. 2016, "Bag
+of Tricks for Efficient Text Classification", section 2.1). The sum joins the time embedding. Rows
+start at zero: a word that training never showed says nothing. Of the order of words it knows no
+more than these pairs; for more, take a network that reads CLIP's (text.py).
+
+Every text fills the same number of places, PAD behind its UTF-8 bytes. The null text is "".
+Who imports this file finds the network in model.NETWORKS.
 """
 
 from collections.abc import Sequence
@@ -17,39 +22,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.attention import attention
 from model import NETWORKS, UNet, UNetConfig
 
 PAD = 256  # behind the 256 bytes
-# Bytes that end at a place and are known there at once, as one: hash n-gram embeddings (Pagnoni et
-# al. 2024, "Byte Latent Transformer", section 3.2.1). Without them a small network trains for long
-# before letters become words.
-GRAMS = (3, 4, 6, 8)
+SPACE = 32
 PRIME, MODULUS = 1_000_003, 2**31 - 1  # of the polynomial hash
 
 
 @dataclass(frozen=True)
 class ByteUNetConfig(UNetConfig):
-    """A U-Net whose transformers read what its encoder, context_dim wide, makes of bytes."""
+    """A U-Net whose vector, vector_dim wide, is what its encoder makes of bytes."""
 
-    text_layers: int = 2
-    text_heads: int = 2
-    text_places: int = 128
-    text_rows: int = 2048  # of the table for each length of GRAMS
+    text_places: int = 256
+    text_rows: int = 2048  # of the table of words, and of the table of pairs
 
     def __post_init__(self):
         super().__post_init__()
-        if self.vector_dim != self.context_dim:
-            raise ValueError(f"vector_dim is {self.vector_dim}: wanted {self.context_dim}.")
-        if not self.context_dim or self.context_dim % self.text_heads:
-            split = f"{self.context_dim} channels do not split into {self.text_heads} heads"
-            raise ValueError(f"context_dim: {split}.")
+        if not self.vector_dim or self.context_dim:
+            given = f"vector_dim is {self.vector_dim}, context_dim {self.context_dim}"
+            raise ValueError(f"{given}: wanted a vector and no context.")
 
 
-def byte_config(cfg: UNetConfig, width: int = 64) -> ByteUNetConfig:
+def byte_config(cfg: UNetConfig, width: int = 128) -> ByteUNetConfig:
     """A U-Net's config with an encoder so wide."""
     values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    return ByteUNetConfig(**{**values, "context_dim": width, "vector_dim": width})
+    return ByteUNetConfig(**{**values, "vector_dim": width})
 
 
 def byte_ids(texts: Sequence[str], places: int = ByteUNetConfig.text_places) -> Tensor:
@@ -61,69 +58,61 @@ def byte_ids(texts: Sequence[str], places: int = ByteUNetConfig.text_places) -> 
     return ids
 
 
-def gram_rows(ids: Tensor, length: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For each place of ids (B, N): the row, of so many, of the `length` ids that end there; and
-    whether they all are bytes of the text, bool (B, N)."""
+def between(ids: Tensor, low: str, high: str) -> Tensor:
+    return (ids >= ord(low)) & (ids <= ord(high))
+
+
+def span_hash(ids: Tensor, first: Tensor) -> Tensor:
+    """For each place i of ids (B, N) a hash, in [0, MODULUS), of ids[first[i] : i + 1].
+
+    It is the polynomial sum of (id + 1) · PRIME^k, k from 0 at the span's own beginning: a
+    difference of two prefix sums, divided by PRIME^first.
+    """
     N = ids.shape[1]
-    row, whole = torch.zeros_like(ids), ids != PAD
-    for back in reversed(range(length)):
-        earlier = F.pad(ids, (back, 0), value=PAD)[:, :N]
-        row = (row * PRIME + earlier + 1) % MODULUS
-        whole = whole & (earlier != PAD)
-    return row % rows, whole
+    powers = [pow(PRIME, k, MODULUS) for k in range(N)]
+    inverses = [pow(PRIME, -k, MODULUS) for k in range(N)]
+    terms = (ids + 1) * ids.new_tensor(powers) % MODULUS
+    sums = F.pad(terms.cumsum(1), (1, 0))  # of all before a place; below N · 2^31
+    span = (sums[:, 1:] - sums.gather(1, first)) % MODULUS
+    return span * ids.new_tensor(inverses)[first] % MODULUS
 
 
-class ByteLayer(nn.Module):
-    """A transformer layer that normalises before each part (Xiong et al. 2020, figure 1b)."""
+def word_hashes(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Two of (B, N) for ids (B, N): at the last byte of each word a hash of the word, and, where
+    one space stands between it and the word before, a hash of both; -1 at every other place.
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, width) to the same."""
-        B, N, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, C))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+    A word is a run of letters, digits and bytes of UTF-8 beyond ASCII. A and a are one.
+    """
+    ids = ids + 32 * between(ids, "A", "Z")
+    inside = between(ids, "a", "z") | between(ids, "0", "9") | between(ids, "\x80", "\xff")
+    before = F.pad(inside, (1, 0))[:, :-1]
+    after = F.pad(inside, (0, 1))[:, 1:]
+    last = inside & ~after
+    # Where the word begins in which a place is, or the nearest one before it.
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    first = torch.where(inside & ~before, place, 0).cummax(1).values
+    word = span_hash(ids, first)
+    gap = (first - 1).clamp(min=0)
+    one_space = (ids.gather(1, gap) == SPACE) & inside.gather(1, (gap - 1).clamp(min=0))
+    both = span_hash(ids, first.gather(1, gap))
+    return torch.where(last, word, -1), torch.where(last & one_space, both, -1)
 
 
 class ByteEncoder(nn.Module):
     def __init__(self, cfg: ByteUNetConfig):
         super().__init__()
-        width = cfg.context_dim
-        self.token = nn.Embedding(PAD + 1, width)
-        self.grams = nn.ModuleList(nn.Embedding(cfg.text_rows, width) for _ in GRAMS)
-        self.position = nn.Parameter(torch.randn(cfg.text_places, width) * 0.02)
-        self.layers = nn.ModuleList(
-            ByteLayer(width, cfg.text_heads) for _ in range(cfg.text_layers)
-        )
-        self.norm = nn.LayerNorm(width)
+        self.words = nn.Embedding(cfg.text_rows, cfg.vector_dim)
+        self.pairs = nn.Embedding(cfg.text_rows, cfg.vector_dim)
+        for table in (self.words, self.pairs):
+            nn.init.zeros_(table.weight)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """What each of ids (B, places) is, alone and with those before: (B, places, width)."""
-        x = self.token(ids) + self.position
-        for length, table in zip(GRAMS, self.grams, strict=True):
-            row, whole = gram_rows(ids, length, table.num_embeddings)
-            x = x + table(row) * whole[..., None]
-        return x
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, places) of byte_ids() to a context (B, places, width), and its mean over the
-        bytes (B, width): zeros of the empty text."""
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x)
-        said = (ids != PAD)[..., None]
-        return x, (x * said).sum(1) / said.sum(1).clamp(min=1)
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, places) of byte_ids() to (B, vector_dim); zeros of the empty text."""
+        said = 0
+        for hashes, table in zip(word_hashes(ids), (self.words, self.pairs), strict=True):
+            rows = table(hashes.clamp(min=0) % table.num_embeddings)
+            said = said + (rows * (hashes >= 0)[..., None]).sum(1)
+        return said
 
 
 class ByteUNet(UNet):
@@ -136,15 +125,14 @@ class ByteUNet(UNet):
         features: tuple[str, ...] | None = None,
     ) -> Any:  # fmt: skip
         """As UNet's, with context (B, text_places): the ids of byte_ids(). y is None: the vector is
-        the text's mean, which tells every block at once what it is about."""
+        what the text says."""
         places = self.cfg.text_places
         if context is None or context.shape != (len(x), places) or context.is_floating_point():
             got = None if context is None else f"{context.dtype} {tuple(context.shape)}"
             raise ValueError(f"context is {got}: wanted byte ids ({len(x)}, {places}).")
         if y is not None:
             raise ValueError("y is a part of what the text says: it must be None.")
-        context, mean = self.text(context)
-        return super().forward(x, t, mean, context, features)
+        return super().forward(x, t, self.text(context), None, features)
 
 
 NETWORKS["ByteUNet"] = (ByteUNet, ByteUNetConfig)

@@ -27,8 +27,8 @@ OF_MMDIT = {
     "num_classes": (0, 2**24),
 }  # fmt: skip
 OF_BYTES = OF_UNET | {
-    "context_dim": (1, 65536), "text_layers": (1, 256), "text_heads": (1, 4096),
-    "text_places": (1, 65536), "text_rows": (1, 2**24),
+    "vector_dim": (1, 65536), "context_dim": (0, 0), "text_places": (1, 65536),
+    "text_rows": (1, 2**24),
 }  # fmt: skip
 LIMITS: dict[type, dict[str, tuple[float, float]]] = {
     UNetConfig: OF_UNET, MMDiTConfig: OF_MMDIT, ByteUNetConfig: OF_BYTES,

@@ -333,9 +333,10 @@ def how_to_draw(
     elsewhere = lies_elsewhere(source, path)
     words = ["python samplers.py --ckpt", shlex.quote(str(path)), *flags_as_typed(flags)]
     words += elsewhere
-    if getattr(source.cfg, "context_dim", 0):
-        own = isinstance(source.cfg, ByteUNetConfig)
-        words.append('--prompt "…" --cfg 2' if own else '--prompt "a photo of a cat" --cfg 7')
+    if isinstance(source.cfg, ByteUNetConfig):
+        words.append('--prompt "…" --cfg 4')
+    elif getattr(source.cfg, "context_dim", 0):
+        words.append('--prompt "a photo of a cat" --cfg 7')
     wanted = "; ".join([*missing, *elsewhere.values()])
     return {
         "told by": told_by(source, path),

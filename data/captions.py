@@ -62,12 +62,12 @@ class Captions:
 class ByteTexts:
     """Prompts for a network that reads bytes: a teller (data/prompts.py)."""
 
-    vector_dim = 0
+    context_dim = vector_dim = 0
     # Its encoder is a part of the network, which has a fingerprint.
     fingerprint = ""
 
     def __init__(self, net: ByteUNetConfig):
-        self.context_dim, self.places = net.context_dim, net.text_places
+        self.places = net.text_places
 
     def tell(self, texts: Sequence[str], *, chunks: int = 1, skip: int = 0) -> Told:
         """The ids of each text (n, places); what of it is cut off is said."""

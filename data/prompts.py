@@ -64,8 +64,9 @@ class Conditions(NamedTuple):
 
 def check_asked(net: Any, prompt: str, what: str) -> None:
     """Refuse a prompt for a network that reads none, and such a network without one."""
-    reads, vector = getattr(net, "context_dim", 0), getattr(net, "vector_dim", 0)
-    if vector and not reads or (reads, vector) == REFINER:
+    context, vector = getattr(net, "context_dim", 0), getattr(net, "vector_dim", 0)
+    reads = context or isinstance(net, ByteUNetConfig)
+    if vector and not reads or (context, vector) == REFINER:
         raise UserError(
             f"{what} is told {vector} numbers that do not come from a text alone",
             wanted="a network that reads a context, of Stable Diffusion 1.x, 2.x or XL",

@@ -1,77 +1,75 @@
-"""The U-Net that reads bytes: its encoder against torch's own layers, its ids against UTF-8, its
+"""The U-Net that reads bytes: its hashes against words cut in Python, its ids against UTF-8, its
 file against itself."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import randomize
-from torch import nn
 
 from ckpt import load_unet, save_unet
-from ckpt.byteunet import GRAMS, PAD, ByteEncoder, byte_config, byte_ids, gram_rows
+from ckpt.byteunet import MODULUS, PAD, ByteEncoder, byte_config, byte_ids, word_hashes
 from ckpt.configs import config_from
 from ckpt.convert import convert, inspect
 from harness.cli import UserError
 from model import PRESETS, UNet, build
 
-TEXTS = ["red hair, glasses", "", "Zoë 🙂, 赤い"]
+TEXTS = ["Red hair, glasses", "", "Zoë 🙂, 赤い", "a  b c;d e", "x" * 300, " (red) hair  ", "2 cats"]
 NANO = byte_config(replace(PRESETS["nano"], in_channels=4, out_channels=4), 32)
 
 
 def test_ids_are_the_bytes_of_utf8_then_padding():
     for row, text in zip(byte_ids(TEXTS).tolist(), TEXTS, strict=True):
-        size = len(text.encode())
-        assert bytes(row[:size]).decode() == text
-        assert set(row[size:]) == {PAD}
+        size = min(len(text.encode()), 256)
+        assert bytes(row[:size]) == text.encode()[:size]
+        assert set(row[size:]) <= {PAD}
     assert byte_ids(["é" * 40], 8).tolist() == [list("éééé".encode())]
 
 
-@pytest.mark.parametrize("length", GRAMS)
-def test_a_place_has_the_row_of_the_bytes_that_end_there(length):
-    rows, whole = gram_rows(byte_ids(TEXTS), length, 2048)
-    for row, known, text in zip(rows.tolist(), whole.tolist(), TEXTS, strict=True):
-        data = text.encode()
-        for place in range(128):
-            inside = length - 1 <= place < len(data)
-            assert known[place] == inside
-            if inside:
-                number = 0
-                for byte in data[place - length + 1 : place + 1]:
-                    number = number * 1_000_003 + byte + 1
-                assert row[place] == number % (2**31 - 1) % 2048
+def number(data):
+    """The hash of bytes, one after the other."""
+    return sum((byte + 1) * pow(1_000_003, k, MODULUS) for k, byte in enumerate(data)) % MODULUS
 
 
-def test_an_embedding_is_the_sum_of_its_rows():
-    net = ByteEncoder(NANO)
-    ids = byte_ids(["ab" * 4])
-    x = net.token(ids)[0] + net.position
-    for length, table in zip(GRAMS, net.grams, strict=True):
-        rows, _ = gram_rows(ids, length, 2048)
-        for place in range(length - 1, 8):
-            x[place] = x[place] + table(rows[0, place])
-    torch.testing.assert_close(net.embed(ids)[0], x, rtol=0, atol=1e-5)
+def test_hashes_are_those_of_words_and_of_two_with_one_space_between():
+    words, pairs = word_hashes(byte_ids(TEXTS))
+    for row, both, text in zip(words.tolist(), pairs.tolist(), TEXTS, strict=True):
+        data = text.encode()[:256].lower()
+        wanted, wanted_pairs = [-1] * 256, [-1] * 256
+        found = list(re.finditer(rb"[a-z0-9\x80-\xff]+", data))
+        for match in found:
+            wanted[match.end() - 1] = number(match[0])
+        for before, match in zip(found, found[1:]):
+            if data[before.end() : match.start()] == b" ":
+                wanted_pairs[match.end() - 1] = number(data[before.start() : match.end()])
+        assert row == wanted
+        assert both == wanted_pairs
+    assert (pairs >= 0).sum() == 5  # red hair, Zoë 🙂, b c, d e, 2 cats
 
 
-def test_encoder_is_torchs_transformer():
+def test_a_text_is_the_sum_of_its_words_and_pairs():
+    net = randomize(ByteEncoder(NANO)).double()
+    said = net(byte_ids(TEXTS))
+    words = [net.words.weight[number(word) % 2048] for word in (b"red", b"hair", b"glasses")]
+    wanted = sum(words) + net.pairs.weight[number(b"red hair") % 2048]
+    torch.testing.assert_close(said[0], wanted, rtol=0, atol=1e-12)
+    assert not said[1].any()
+    longer = net(byte_ids(["glasses, red hair", "glasses, RED HAIR", "hair red, glasses"], 64))
+    torch.testing.assert_close(longer[:2], said[:1].expand(2, -1), rtol=0, atol=1e-12)
+    assert (longer[2] - said[0]).abs().max() > 1e-3
+
+
+def test_a_word_of_no_training_says_nothing():
     torch.manual_seed(0)
-    net = ByteEncoder(replace(NANO, text_heads=4)).double()
-    ids = byte_ids(TEXTS)
-    x = net.embed(ids)
-    for layer in net.layers:
-        peer = nn.TransformerEncoderLayer(
-            32, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        ).double()
-        names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "proj.", "linear": "fc"}
-        state = {}
-        for name in peer.state_dict():
-            ours = name
-            for theirs, own in names.items():
-                ours = ours.replace(theirs, own)
-            state[name] = layer.state_dict()[ours]
-        peer.load_state_dict(state)
-        x = peer(x)
-    torch.testing.assert_close(net(ids)[0], net.norm(x), rtol=0, atol=1e-12)
+    net = ByteEncoder(NANO)
+    said = net(byte_ids(["red hair"]))
+    assert not said.any()
+    torch.nn.functional.mse_loss(said, torch.ones(1, 32)).backward()
+    torch.optim.SGD(net.parameters(), 1.0).step()
+    alone, more = net(byte_ids(["red hair", "a portrait of: red hair"]))
+    assert alone.abs().min() > 0
+    torch.testing.assert_close(more, alone, rtol=0, atol=0)
 
 
 def inputs(n):
@@ -81,27 +79,22 @@ def inputs(n):
 
 def test_it_is_a_unet_that_is_told_what_its_encoder_says():
     net = randomize(build(NANO)).double().eval()
-    told = {"context_dim": 32, "vector_dim": 32}
-    plain = UNet(replace(PRESETS["nano"], in_channels=4, out_channels=4, **told)).double()
+    plain = UNet(replace(PRESETS["nano"], in_channels=4, out_channels=4, vector_dim=32)).double()
     weights = net.state_dict()
     own = {name: weights.pop(name) for name in list(weights) if name.startswith("text.")}
     plain.load_state_dict(weights)
-    # Two layers; bytes, four tables of n-grams, places, and the last norm's two.
-    assert len(own) == 2 * 12 + 8
-    (x, t), ids = inputs(3), byte_ids(TEXTS)
+    assert sorted(own) == ["text.pairs.weight", "text.words.weight"]
+    texts = TEXTS[:3]
+    (x, t), ids = inputs(3), byte_ids(texts)
     out = net(x, t, context=ids)
-    context, mean = net.text(ids)
-    torch.testing.assert_close(out, plain(x, t, mean, context), rtol=0, atol=0)
-    for row, text, vectors in zip(mean, TEXTS, context, strict=True):
-        wanted = vectors[: len(text.encode())].mean(0) if text else torch.zeros(32).double()
-        torch.testing.assert_close(row, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, plain(x, t, net.text(ids)), rtol=0, atol=0)
     assert (out - net(x, t, context=ids.roll(1, 0))).abs().max() > 1e-3
-    for i, text in enumerate(TEXTS):
+    for i, text in enumerate(texts):
         alone = net(x[i : i + 1], t[:1], context=byte_ids([text]))[0]
         torch.testing.assert_close(out[i], alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("context", [None, byte_ids(TEXTS, 64), torch.zeros(3, 128)])
+@pytest.mark.parametrize("context", [None, byte_ids(TEXTS[:3], 64), torch.zeros(3, 256)])
 def test_other_things_than_ids_are_refused(context):
     with pytest.raises(ValueError, match="wanted byte ids"):
         build(NANO)(*(x.float() for x in inputs(3)), context=context)
@@ -114,7 +107,7 @@ def test_its_file_says_what_it_is_and_loads_strictly(tmp_path):
     assert (other.cfg, meta["network"]) == (NANO, "ByteUNet")
     assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
     shown = "\n".join(inspect(tmp_path / "a.safetensors"))
-    assert "text_places=128" in shown and "told by      the bytes of a text" in shown
+    assert "text_places=256" in shown and "told by      the bytes of a text" in shown
     assert "(--text)" not in shown
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "native")
     again, _ = load_unet(tmp_path / "b.safetensors")
@@ -131,11 +124,10 @@ def test_diffusers_has_no_such_network(tmp_path):
 @pytest.mark.parametrize(
     "value, wrong",
     [
-        ({"text_layers": 10**6}, "text_layers"),
+        ({"text_rows": 0}, "text_rows"),
         ({"text_places": 0}, "text_places"),
-        ({"text_heads": 3}, "do not split into 3 heads"),
-        ({"context_dim": 0}, "context_dim"),
-        ({"vector_dim": 16}, "vector_dim"),
+        ({"context_dim": 64}, "context_dim"),
+        ({"vector_dim": 0}, "vector_dim"),
         ({"num_res_blocks": 10**4}, "num_res_blocks"),
     ],
 )

@@ -137,7 +137,7 @@ def tensors(run):
 def test_a_run_resumes_bitwise_and_trains_its_encoder(tmp_path, folder, capsys):
     how = dict(data=str(folder), text="bytes", caption_shuffle=True, save_every=16, holdout=0.0)
     run = go(tmp_path / "a", **how)
-    line = "texts: 2 of 6 images have a caption, 3 only tags, 1 neither; 0 are cut off at 128 bytes"
+    line = "texts: 2 of 6 images have a caption, 3 only tags, 1 neither; 0 are cut off at 256 bytes"
     assert line in capsys.readouterr().out
     whole = tensors(run)
     assert {f.name for f in checkpoints(run)[-1].glob("ema*")} and len(whole) > 300
@@ -155,7 +155,7 @@ def test_a_run_resumes_bitwise_and_trains_its_encoder(tmp_path, folder, capsys):
         for name, weight in fresh.state_dict().items()
         if name.startswith("text.") and not torch.equal(weight, net.state_dict()[name])
     ]
-    assert len(moved) == 32 and meta["config"]["text"] == "bytes"
+    assert len(moved) == 2 and meta["config"]["text"] == "bytes"
 
 
 def test_a_changed_caption_ends_a_resume(tmp_path, folder, user):
@@ -212,9 +212,9 @@ def test_prompts_draw_what_the_network_is_told_by_hand(tmp_path, user):
 def test_a_long_prompt_is_cut_and_said(tmp_path, user):
     run = go(tmp_path, text="bytes", images=8)
     flags = ["--ckpt", run, "--n", 1, "--steps", 1, "--out", tmp_path / "drawn", "--prompt"]
-    code, _, errors = user(samplers.main, *flags, "x" * 128 + " and the end")
+    code, _, errors = user(samplers.main, *flags, "x" * 256 + " and the end")
     assert code == 0
-    assert any("128 bytes of a text are read; cut off: ' and the end'" in e for e in errors)
+    assert any("256 bytes of a text are read; cut off: ' and the end'" in e for e in errors)
 
 
 # ---- what cannot be -----------------------------------------------------------------------------
