@@ -375,15 +375,17 @@ class UNet(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, y: Maybe = None, context: Maybe = None,
-        features: tuple[str, ...] | None = None,
+        features: tuple[str, ...] | None = None, added: Maybe = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """x (B, C, H, W); t (B,) float in [0, 1000] -> (B, out, H, W).
 
         y: class labels (B,), -1 = none; or (B, vector_dim). context: (B, M, context_dim). With
         `features`, of block_names, also {name: what that block returned (B, C', H', W')}.
+        added (B, model_channels): joins the sinusoids of t.
         """
         self._check(x, y, context, features or ())
         waves = timestep_embedding(t, self.cfg.model_channels, self.cfg.like_ho)
+        waves = waves if added is None else waves + added
         emb = self.time_embed(waves.to(x.dtype))
         if self.cfg.vector_dim:
             emb = emb + self.label_emb(y.to(x.dtype))

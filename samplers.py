@@ -248,7 +248,9 @@ class Sampling:
     labels: tuple[str, ...] = flag(
         (), "class names or numbers, cycled over the images; none = unconditional"
     )
-    prompt: str = flag("", "what to draw, in words, or @FILE: a line each, cycled over the images")
+    prompt: str | None = flag(
+        None, "what to draw, in words, or @FILE: a line each, cycled over the images"
+    )
     batch: int = flag(64, "images at a time", low=1, high=1e6)
     device: str = flag("auto", "auto | cpu | cuda | cuda:1")
     dtype: Literal["auto", "fp32", "bf16"] = flag(
@@ -495,7 +497,7 @@ def load_guide(
 
 def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, what: str) -> None:
     """Refuse flags that a network of config `net` cannot answer; warn of what it may not know."""
-    if cfg.cfg != 1.0 and not (cfg.labels or cfg.guide_ckpt or cfg.prompt):
+    if cfg.cfg != 1.0 and not (cfg.labels or cfg.guide_ckpt or cfg.prompt is not None):
         none = "" if net.num_classes else ", and this checkpoint was trained without classes"
         raise UserError(
             f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
@@ -526,7 +528,8 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     heads = ("num_heads", "num_head_channels", "attention_order", "objective")
     known = {name: getattr(cfg, name) for name in heads if getattr(cfg, name)}
     net, meta = load_unet(path, dtype=torch.float32, **known)
-    prompts.check_asked(net.cfg, cfg.prompt, str(path))
+    asks = cfg.prompt is not None
+    prompts.check_asked(net.cfg, asks, str(path))
     for lora, strength in loras:
         merge_unet(net, lora, strength)
     objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
@@ -536,7 +539,8 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
     size = latent_shape[1] * vae.factor, latent_shape[2] * vae.factor
-    told = tell(cfg, net.cfg, meta, size, str(path), loras, device) if cfg.prompt else None
+    told = tell(cfg, net.cfg, meta, size, str(path), loras, device) if asks else None
+    told, strength = prompts.with_strength(told, net.cfg, cfg, str(path))
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
         other = load_guide(cfg, space_of(net, meta), objective, known)
@@ -549,7 +553,7 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         device=device,
         dtype=cfg.dtype,
         classes=meta.get("classes", [str(i) for i in range(net.cfg.num_classes)]),
-        cfg=cfg.cfg,
+        cfg=strength,
         rescale=cfg.cfg_rescale,
         interval=cfg.cfg_interval or EVERYWHERE,
         guide=guide,
@@ -614,7 +618,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "cfg rescale": cfg.cfg_rescale,
         "guide": guide,
         "size": cfg.size,
-        "prompts": prompts.read_prompts(cfg.prompt) if cfg.prompt else [],
+        "prompts": prompts.read_prompts(cfg.prompt),
         "negative": [] if cfg.negative is None else [cfg.negative],
         "prompt weights": cfg.prompt_weights.replace("none", ""),
         "clip skip": cfg.clip_skip,
@@ -765,7 +769,7 @@ def said(cfg: Config, gen: Generator, size: tuple[int, int], seed: int) -> dict[
     i, own = seed - cfg.seed, {}
     if cfg.labels:
         own["labels"] = (cfg.labels[i % len(cfg.labels)],)
-    if cfg.prompt:
+    if cfg.prompt is not None:
         lines = prompts.read_prompts(cfg.prompt)
         own["prompt"] = lines[i % len(lines)]
     one = replace(cfg, n=1, seed=seed, **own)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 import torch
 
 from ckpt.byteunet import ByteUNetConfig
+from ckpt.lcm import LCMUNetConfig
 from harness.cli import UserError
 from harness.typed import Range, faults, field_kinds
 from mmdit import MMDiTConfig
@@ -32,6 +33,7 @@ OF_BYTES = OF_UNET | {
 }  # fmt: skip
 LIMITS: dict[type, dict[str, tuple[float, float]]] = {
     UNetConfig: OF_UNET, MMDiTConfig: OF_MMDIT, ByteUNetConfig: OF_BYTES,
+    LCMUNetConfig: OF_UNET,
 }  # fmt: skip
 MAX_LEVELS, MAX_BLOCKS = 16, 1024
 

@@ -19,6 +19,7 @@ from ckpt.containers import rounded
 from ckpt.diffusers import diffusers_config
 from ckpt.foreign import Unsaid, has_part, open_guessing, open_unet
 from ckpt.hub import HUB
+from ckpt.lcm import LCMUNetConfig
 from ckpt.layouts import (
     MARKERS, Config, family, foreign_names, foreign_shapes, modelspec, native_shapes,
     reorder_attention, target_of, to_foreign,
@@ -335,6 +336,8 @@ def how_to_draw(
     words += elsewhere
     if isinstance(source.cfg, ByteUNetConfig):
         words.append('--prompt "…" --cfg 4')
+    elif isinstance(source.cfg, LCMUNetConfig):
+        words.append('--prompt "a photo of a cat" --method lcm --cfg 8')
     elif getattr(source.cfg, "context_dim", 0):
         words.append('--prompt "a photo of a cat" --cfg 7')
     wanted = "; ".join([*missing, *elsewhere.values()])

@@ -12,6 +12,7 @@ from reprlib import repr as brief
 from typing import Any, Literal
 
 from ckpt.byteunet import ByteUNetConfig
+from ckpt.lcm import WAVES, LCMUNetConfig
 from ckpt.configs import check_known, config_from, differences
 from ckpt.mmdit_configs import CLASSES, from_transformer_config, transformer_config
 from harness.cli import UserError, closest
@@ -131,6 +132,8 @@ def _of_condition(cfg: UNetConfig) -> tuple[dict[str, Any], str]:
         attention_head_dim=_one(heads),  # diffusers' name; its meaning is the head count
         use_linear_projection=cfg.linear_projection, sample_size=128 if cfg.vector_dim else 64,
     )  # fmt: skip
+    if isinstance(cfg, LCMUNetConfig):
+        own["time_cond_proj_dim"] = WAVES
     if cfg.vector_dim:
         own["addition_embed_type"] = "text_time"
         own["addition_time_embed_dim"] = 256
@@ -185,6 +188,7 @@ def from_diffusers_config(
         return from_transformer_config(config)
     c = _completed(name, config)
     cross, down = name == CONDITION, c["down_block_types"]
+    own = LCMUNetConfig if c.get("time_cond_proj_dim") == WAVES else UNetConfig
     depths = c.get("transformer_layers_per_block", 1)
     depths = (depths,) * len(down) if isinstance(depths, int) else depths
     resamples = [_resample(c, block, cross) for block in down[:-1]]
@@ -211,7 +215,7 @@ def from_diffusers_config(
         if c["addition_embed_type"]:
             values["vector_dim"] = c["projection_class_embeddings_input_dim"] or 0
     try:
-        cfg = config_from(UNetConfig, values)
+        cfg = config_from(own, values)
     except ValueError as error:
         raise UserError(f"config of {name}: {error}", do="Restore the file.") from None
     # Whatever was read wrongly or not at all comes back different.

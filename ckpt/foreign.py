@@ -21,6 +21,7 @@ from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside, is_average
 from ckpt.hub import origin
+from ckpt.lcm import LCMUNetConfig
 from ckpt.layouts import Config, detect, family, modern, native_names, native_view, target_of
 from ckpt.meaning import record
 from ckpt.mmdit_configs import infer
@@ -215,8 +216,10 @@ def config_of(box: Container, known: dict[str, Any]) -> UNetConfig:
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     try:
         check_fields(UNetConfig, known)
-        cfg = infer_config(box.table, **known)
-        return config_from(UNetConfig, {name: getattr(cfg, name) for name in names})
+        table = {k: e for k, e in box.table.items() if not k.startswith("guidance_proj.")}
+        own = UNetConfig if len(table) == len(box.table) else LCMUNetConfig
+        cfg = infer_config(table, **known)
+        return config_from(own, {name: getattr(cfg, name) for name in names})
     except (ValueError, ArithmeticError, LookupError) as error:
         what, _, do = str(error).partition("  ")
     unsaid = {"heads": "number of attention heads", "order": "order of the qkv rows"}

@@ -62,7 +62,7 @@ class Conditions(NamedTuple):
         return Conditions(*moved)
 
 
-def check_asked(net: Any, prompt: str, what: str) -> None:
+def check_asked(net: Any, asks: bool, what: str) -> None:
     """Refuse a prompt for a network that reads none, and such a network without one."""
     context, vector = getattr(net, "context_dim", 0), getattr(net, "vector_dim", 0)
     reads = context or isinstance(net, ByteUNetConfig)
@@ -78,14 +78,16 @@ def check_asked(net: Any, prompt: str, what: str) -> None:
             "of this code (T5, or a language model)",
             do="It can be inspected, converted and verified: python -m ckpt --help",
         )
-    if reads and not prompt:
+    if reads and not asks:
         raise UserError(f"{what} draws what a text says", do='Add --prompt "a photo of a cat".')
-    if prompt and not reads:
+    if asks and not reads:
         raise UserError(f"--prompt: the network of {what} reads no text", do="Leave it out.")
 
 
-def read_prompts(prompt: str) -> list[str]:
-    """TEXT itself, or of @FILE every line."""
+def read_prompts(prompt: str | None) -> list[str]:
+    """TEXT itself, or of @FILE every line; none of None."""
+    if prompt is None:
+        return []
     if not prompt.startswith("@"):
         if not is_text(prompt):
             raise UserError("--prompt is not UTF-8", do="Type it in a terminal that is.")
@@ -126,6 +128,37 @@ def conditions(
         {"context": told.context, "y": vector(told, sizes)},
         {"context": null.context, "y": vector(null, sizes)},
     )
+
+
+def with_strength(
+    told: Conditions | None, net: Any, flags: Any, what: str
+) -> tuple[Conditions | None, float]:
+    """(told, --cfg), unless a network is told the strength of guidance itself: then it is one of
+    its conditions, and 1 is left for the sampler, which asks once a step. flags: samplers.Sampling.
+    """
+    if told is None or not getattr(net, "guidance", False):
+        return told, flags.cfg
+    asks_twice = {
+        "--negative": flags.negative is not None,
+        "--cfg-rescale": flags.cfg_rescale,
+        "--cfg-interval": flags.cfg_interval,
+        "--guide-ckpt": flags.guide_ckpt,
+    }
+    for name, given in asks_twice.items():
+        if given:
+            raise UserError(
+                f"{name}: the network of {what} is told the strength of guidance and draws in one "
+                "call, so nothing is led away from",
+                do="Leave it out.",
+            )
+    if flags.cfg == 1.0:
+        raise UserError(
+            f"the network of {what} is told a strength of guidance",
+            do="Add --cfg, about 8 for an LCM (they were distilled for 3 to 13).",
+        )
+    strength = {"guidance": torch.full((1,), flags.cfg)}
+    many = {"guidance": strength["guidance"].repeat(len(told))}
+    return Conditions(told.cond | many, told.null | strength), 1.0
 
 
 def check_told(texts: Teller, net: UNetConfig, spec: str, what: str) -> None:

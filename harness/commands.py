@@ -15,6 +15,7 @@ COMMANDS = (
     "experiments/uncertainty.py",
     "-m ckpt",
     "-m data",
+    "-m data.emoji",
     "-m data.encode",
     "-m metrics.inception",
     "-m metrics.clip_score",

@@ -116,7 +116,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("method", SCHEDULERS)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_other_solvers_draw_what_diffusers_draws(family, method):
     import diffusers
 

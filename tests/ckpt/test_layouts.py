@@ -298,7 +298,7 @@ def test_config_of_sd15_as_published_years_ago():
     [
         ("sd15", {"_class_name": "PixArtTransformer2DModel"}, "wanted one of UNet2DModel"),
         ("sd15", {"norm_eps": 1e-6}, "norm_eps = 1e-06"),
-        ("sd15", {"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256"),
+        ("sd15", {"time_cond_proj_dim": 128}, "time_cond_proj_dim = 128"),
         ("sd15", {"freq_shift": 1}, "freq_shift = 1"),
         ("sd15", {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
         ("sd15", {"num_atention_heads": 8}, "Closest: num_attention_heads"),

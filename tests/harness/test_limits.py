@@ -33,6 +33,7 @@ COMMANDS = {
     "experiments.uncertainty": ["--ckpt", "none"],
     "ckpt.__main__": ["inspect", "none"],
     "data.__main__": [],
+    "data.emoji": ["--out", "none"],
     "data.encode": ["--out", "none"],
     "harness.plot": ["none"],
     "text encode": ["--text", "none", "--out", "none.safetensors"],

@@ -1,0 +1,148 @@
+"""Latent consistency models that are told the strength of guidance: ours draw diffusers' pictures."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file, save_file
+
+import diffusion.sampling as sampling
+import samplers
+from ckpt import load_unet, save_unet
+from ckpt.convert import convert, inspect
+from ckpt.lcm import LCMUNet, LCMUNetConfig
+from model import UNet, UNetConfig, timestep_embedding
+from samplers import Sampling, open_generator
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+import pipelines  # noqa: E402
+
+CPU = torch.device("cpu")
+PROMPT = "a photo of a cat"
+NANO = LCMUNetConfig(
+    in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+    attention=(1, 0), middle_attention=1, num_heads=8, context_dim=768, resblock_updown=False,
+    use_scale_shift_norm=False, linear_projection=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory):
+    """(a pipeline of diffusers, its folder): the miniature of SD 1 with a strength's embedding."""
+    made = pipelines.made("sd1")[0]
+    torch.manual_seed(1)
+    config = {**made.unet.config, "time_cond_proj_dim": 256}
+    unet = diffusers.UNet2DConditionModel.from_config(config)
+    missing, more = unet.load_state_dict(made.unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not more
+    # Far from its small first values, so that a wrong embedding shows.
+    unet.time_embedding.cond_proj.weight.data.normal_(std=0.5)
+    parts = {**made.components, "unet": unet.eval()}
+    parts["scheduler"] = diffusers.LCMScheduler(**pipelines.BETAS, clip_sample=False)
+    pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("lcm")
+    pipe.save_pretrained(folder)
+    return pipe, folder
+
+
+def test_strengths_are_embedded_as_published():
+    """The known values of w = 6.5."""
+    waves = timestep_embedding(1000 * (torch.tensor([7.5]) - 1), 256, like_ho=True)[0]
+    sines = torch.tensor([-0.044785, 0.762861, -0.871030])
+    cosines = torch.tensor([-0.998997, 0.646562])
+    torch.testing.assert_close(waves[:3], sines, rtol=0, atol=2e-3)
+    torch.testing.assert_close(waves[128:130], cosines, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps, cfg", [(1, 8.0), (4, 3.0), (4, 8.0)])
+def test_its_pictures_are_diffusers(lcm, monkeypatch, steps, cfg):
+    pipe, folder = lcm
+    drawn, own = [], sampling.draw
+    for module in (samplers, sampling):
+        monkeypatch.setattr(module, "draw", lambda *args: drawn.append(own(*args)) or drawn[-1])
+    flags = {"prompt": PROMPT, "method": "lcm", "grid": "lcm", "steps": steps, "cfg": cfg}
+    gen, pixels = open_generator(Sampling(str(folder), resolution=64, **flags), CPU), []
+    decode = gen.vae.decode
+    gen.vae.decode = lambda z: pixels.append(decode(z)) or pixels[0]
+    evaluations = gen.images([3, 4], [0, 0]) and gen.evaluations
+    assert evaluations == 2 * steps  # one call a step
+    noise, *later = drawn
+    assert len(later) == steps - 1
+    left = iter(later)
+    place = "diffusers.schedulers.scheduling_lcm.randn_tensor"
+    monkeypatch.setattr(place, lambda *_, **__: next(left))
+    theirs = pipe(
+        [PROMPT] * 2, latents=noise, guidance_scale=cfg, num_inference_steps=steps,
+        height=64, width=64, output_type="pt",
+    ).images * 2 - 1  # fmt: skip
+    ours = pixels[0].clamp(-1, 1)
+    assert theirs.std() > 0.05
+    assert (ours - theirs).abs().max() < 1e-4
+    other = open_generator(Sampling(str(folder), resolution=64, **{**flags, "cfg": 5.0}), CPU)
+    assert (other.images([3], [0]).images.int() - gen.images([3], [0]).images.int()).abs().max() > 2
+
+
+def test_its_tensors_have_one_name_in_each_layout(lcm, tmp_path):
+    _, folder = lcm
+    net, meta = load_unet(folder)
+    assert isinstance(net, LCMUNet) and isinstance(net.cfg, LCMUNetConfig)
+    save_unet(tmp_path / "own.safetensors", net, {})
+    again, said = load_unet(tmp_path / "own.safetensors")
+    assert said["network"] == "LCMUNet" and again.cfg == net.cfg
+    convert(tmp_path / "own.safetensors", tmp_path / "theirs", "diffusers")
+    theirs = load_file(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
+    wanted = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert theirs.keys() == wanted.keys()
+    assert all(torch.equal(theirs[name], wanted[name]) for name in wanted)
+    diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "theirs")
+    # As one file without a config.json, its names are enough.
+    save_file(wanted, tmp_path / "alone.safetensors")
+    alone, _ = load_unet(tmp_path / "alone.safetensors", num_heads=8, objective="eps")
+    assert all(map(torch.equal, alone.state_dict().values(), net.state_dict().values()))
+    assert isinstance(alone, LCMUNet)
+
+
+def test_the_strength_joins_the_waves_before_the_time_mlp():
+    torch.manual_seed(0)
+    net = randomize(LCMUNet(NANO)).double().eval()
+    plain = UNet(UNetConfig(**{k: v for k, v in asdict(NANO).items() if k != "guidance"})).double()
+    weights = net.state_dict()
+    proj = weights.pop("guidance_proj.weight")
+    plain.load_state_dict(weights)
+    x, t = torch.randn(2, 4, 4, 4).double(), torch.tensor([999.0, 259.0])
+    context, cfg = torch.randn(2, 3, 768).double(), torch.tensor([3.0, 8.0])
+    out = net(x, t, context=context, guidance=cfg)
+    embedded = timestep_embedding(1000 * (cfg - 1), 256, like_ho=True).double() @ proj.T
+    shifted = embedded @ net.time_embed[0].weight.T  # the same, as a bias of the first layer
+    for i in range(2):
+        plain.time_embed[0].bias.data = net.time_embed[0].bias.data + shifted[i]
+        alone = plain(x[i : i + 1], t[i : i + 1], context=context[i : i + 1])[0]
+        torch.testing.assert_close(out[i], alone, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="guidance is None: wanted"):
+        net(x, t, context=context)
+    with pytest.raises(ValueError, match="such a network is a UNet"):
+        replace(NANO, guidance=False)
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--cfg", 8, "--negative", "dog"], "--negative: the network of"),
+        (["--cfg", 8, "--negative", ""], "--negative: the network of"),
+        (["--cfg", 8, "--cfg-interval", "0.3,5"], "--cfg-interval: the network of"),
+        (["--cfg", 8, "--cfg-rescale", 0.7], "--cfg-rescale: the network of"),
+        ([], "is told a strength of guidance"),
+    ],
+)
+def test_what_asks_twice_is_refused(lcm, user, tmp_path, flags, wanted):
+    words = ["--ckpt", lcm[1], "--prompt", PROMPT, "--n", 1, "--resolution", 64, "--steps", 1]
+    code, _, errors = user(samplers.main, *words, "--out", tmp_path / "x", *flags)
+    assert code == 2 and len(errors) == 1 and wanted in errors[0]
+
+
+def test_inspect_says_how_to_draw(lcm):
+    shown = "\n".join(inspect(lcm[1]))
+    assert "--method lcm --cfg 8" in shown
