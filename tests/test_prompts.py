@@ -181,6 +181,18 @@ def test_a_picture_is_its_seeds_and_prompts_whatever_the_batch(home):
     assert (gen.images([7], [1]).images[0].int() - both[2].int()).abs().max() <= 1
 
 
+def test_an_empty_prompt_is_a_prompt(user, tmp_path):
+    """Of Stable Diffusion 1 it is what guidance leads away from."""
+    _, folder = made("sd1")
+    gen = open_generator(Sampling(str(folder), prompt="", resolution=64), torch.device("cpu"))
+    assert torch.equal(gen.told.cond["context"], gen.told.null["context"])
+    flags = ["--ckpt", folder, "--n", 1, "--resolution", 64, "--steps", 1, "--out", tmp_path / "x"]
+    code, _, errors = user(samplers.main, *flags, "--prompt", "")
+    assert code == 0
+    code, _, errors = user(samplers.main, *flags)
+    assert code == 2 and "draws what a text says" in errors[-1]
+
+
 def test_clip_skip_2_is_the_last_but_one_normed():
     pipe, folder = made("sd1")
     flags = {"prompt": PROMPT, "clip_skip": 2}

@@ -563,7 +563,8 @@ def test_another_network_saves_loads_strictly_and_is_refused_when_altered(tmp_pa
         with pytest.raises(UserError, match=message):
             load_unet(tmp_path / "odd")
     save_file(tensors, tmp_path / "odd", metadata=text_meta(meta | {"network": "Other"}))
-    with pytest.raises(UserError, match="network is 'Other': wanted one of UNet, ByteUNet, LCMUNet, MMDiT"):
+    known = "UNet, ByteUNet, LCMUNet, MMDiT"
+    with pytest.raises(UserError, match=f"network is 'Other': wanted one of {known}"):
         load_unet(tmp_path / "odd")
     spoil(path, "one bit flipped")
     with pytest.raises(UserError, match="do not match their own fingerprint"):
