@@ -100,7 +100,7 @@ class Task:
     """Which network learns to say what."""
 
     model: str = flag("tiny", "tiny | toy-281m | sit-tiny | sit-b …", head="model and objective")
-    text: Literal["", "bytes"] = flag("", "bytes: captions and tags say what to draw")
+    text: str = flag("", "bytes | clip-l:FILE: captions and tags say what to draw")
     vae: str = flag(
         "pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
     )
@@ -355,7 +355,7 @@ def assemble(
         model = cast_together(net)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
-    tr.texts = texts
+    tr.take_texts(texts)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     tr.late, tr.repeat = reads_late(tr), repeater(tr)
     if checkpoints(run):

@@ -1,32 +1,39 @@
-"""What a run tells its network in words: the flags --text and --caption-…, as byte ids.
+"""What a run tells its network in words: the flags --text and --caption-….
 
-texts = texts_of(cfg, ds, net.cfg)
-texts.drawn(i, rng)      # (places,) ids of image i, by chance
+texts = texts_of(cfg, ds, net.cfg, ranks)
+texts.drawn(i, rng)      # of image i, by chance: byte ids (places,), or CLIP's states (77, 768)
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ckpt.byteunet import ByteUNetConfig, byte_config, byte_ids
-from data.captions import ENDING, Captions
+from data.captions import ENDING, ByteTexts, Captions
 from data.dataset import Dataset
-from data.prompts import Conditions
+from data.prompts import Conditions, Teller
 from harness.cli import UserError, closest
 from harness.ranks import Ranks
 from model import PRESETS, UNetConfig
+from text import CONTEXT, TEXT_PRESETS, absolute, open_texts, pieces_of
+from training.checkpoints import beginning, checkpoints
 
+CLIP_L = "clip-l:"
+KEPT = 4096  # texts whose states a process remembers: 236 KB each
 PLAIN = Captions(caption_share=1.0, caption_empty=0.0)
 
 
 def preset_of(flags: Any) -> Any:
-    """The config of --model, with an encoder of bytes if --text asks for one."""
+    """The config of --model, with an encoder of bytes or room for CLIP's states if --text asks."""
     model, text = flags.model, getattr(flags, "text", "")
     cfg = PRESETS.get(model)
     if cfg is None:
@@ -52,7 +59,13 @@ def preset_of(flags: Any) -> Any:
         raise UserError(
             f"--text {text} --model {model}", wanted="a U-Net without text", do="Try --model tiny."
         )
-    return byte_config(cfg)
+    if text == "bytes":
+        return byte_config(cfg)
+    if not text.startswith(CLIP_L):
+        raise UserError(
+            f"--text {text!r}", wanted=f"bytes or {CLIP_L}FILE", do="Name the encoder's file."
+        )
+    return replace(cfg, context_dim=TEXT_PRESETS["clip-l"].width)
 
 
 def captions_of(source: Any) -> list[str]:
@@ -75,11 +88,86 @@ def data_hash(cfg: Any, source: Any) -> str:
     return hash_of(source, captions_of(source))
 
 
+# ---- what reads them ----------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """What turns a text into what a network is told of it; alone, so that it never depends on the
+    other texts of a batch."""
+
+    room: str  # for how much of a text
+    init: dict[str, Any]  # what a checkpoint says of it, of Init's fields (ckpt/native.py)
+    teller: Teller
+
+    def read(self, text: str) -> Tensor: ...
+
+    def is_long(self, text: str) -> bool: ...
+
+
+class ByteReader:
+    init: dict[str, Any] = {}
+
+    def __init__(self, net: ByteUNetConfig):
+        self.teller, self.places = ByteTexts(net), net.text_places
+        self.room = f"{self.places} bytes"
+
+    def read(self, text: str) -> Tensor:
+        return byte_ids([text], self.places)[0]
+
+    def is_long(self, text: str) -> bool:
+        return len(text.encode()) > self.places
+
+
+class ClipReader:
+    """CLIP's ViT-L, frozen, on the CPU: each distinct text is encoded once a process."""
+
+    room = f"{CONTEXT} tokens"
+
+    def __init__(self, file: str):
+        self.teller = open_texts(file)
+        if self.teller.context_dim != TEXT_PRESETS["clip-l"].width:
+            raise UserError(
+                f"--text {CLIP_L}{file} holds text encoders {self.teller.context_dim} wide",
+                wanted="ViT-L's, 768 wide",
+                do="Name clip_l.safetensors, or a Stable Diffusion 1.",
+            )
+        own = {"encoders": self.teller.fingerprint, "source": absolute(file)}
+        self.init = {"text": own | {"chunks": 1, "skip": 0}}
+        self.states = lru_cache(KEPT)(self.encode)
+
+    @torch.no_grad()
+    def encode(self, text: str) -> Tensor:
+        return self.teller.part([text], 1, 0).context[0]
+
+    def read(self, text: str) -> Tensor:
+        return self.states(text)
+
+    def is_long(self, text: str) -> bool:
+        return bool(pieces_of(text, 0)[1])
+
+
+def reader_of(cfg: Any, net: Any) -> Reader:
+    """The reader of --text; the one that a run began with, if it has begun."""
+    if isinstance(net, ByteUNetConfig):
+        return ByteReader(net)
+    reader, run = ClipReader(cfg.text.removeprefix(CLIP_L)), Path(cfg.out) / cfg.name
+    told = beginning(run)["init"].get("text") if checkpoints(run) else None
+    if told and told["encoders"] != reader.init["text"]["encoders"]:
+        raise UserError(
+            f"--text {cfg.text}: {run} was begun with another encoder ({told['source']})",
+            do="Restore it, or begin another run (--name).",
+        )
+    return reader
+
+
+# ---- of a data set ------------------------------------------------------------------------------
+
+
 class Texts:
     """The texts of a data set's images. flags: a Captions, such as a run's config."""
 
-    def __init__(self, flags: Captions, ds: Dataset, places: int):
-        self.flags, self.ds, self.places = flags, ds, places
+    def __init__(self, flags: Captions, ds: Dataset, reader: Reader):
+        self.flags, self.ds, self.reader = flags, ds, reader
         self.captions = captions_of(ds.source)
         self.hash = hash_of(ds.source, self.captions)
 
@@ -94,25 +182,25 @@ class Texts:
         return flags.say(self.captions[j], self.ds.source.tags[j], rng)
 
     def drawn(self, i: int, rng: np.random.Generator) -> Tensor:
-        """(places,) ids of what is said of image i, by chance."""
-        return byte_ids([self.text(self.flags, i, rng)], self.places)[0]
+        """What is said of image i, by chance, as its network is told it."""
+        return self.reader.read(self.text(self.flags, i, rng))
 
     def plain(self, i: int) -> Tensor:
         """The same without chance: what held-out losses and previews show."""
-        return byte_ids([self.text(PLAIN, i, np.random.default_rng(0))], self.places)[0]
+        return self.reader.read(self.text(PLAIN, i, np.random.default_rng(0)))
 
     def told(self, seeds: Sequence[int]) -> Conditions:
         """What previews of these seeds are told: of a held-out image each, if there are any."""
         shown = self.of(self.ds.heldout) if len(self.ds.heldout) else self
-        ids = torch.stack([shown.plain(seed % len(shown.ds)) for seed in seeds])
-        return Conditions({"context": ids}, {"context": byte_ids([""], self.places)})
+        said = torch.stack([shown.plain(seed % len(shown.ds)) for seed in seeds])
+        return Conditions({"context": said}, {"context": self.reader.read("")[None]})
 
 
 def texts_of(cfg: Any, ds: Dataset, net: Any, ranks: Ranks) -> Texts | None:
     """The texts of a run; None where its network (config `net`) reads none."""
-    if not isinstance(net, ByteUNetConfig) or not isinstance(cfg, Captions):
+    if not isinstance(cfg, Captions) or not getattr(cfg, "text", ""):
         return None
-    texts = Texts(cfg, ds, net.text_places)
+    texts = Texts(cfg, ds, reader_of(cfg, net))
     said = [texts.text(PLAIN, i, np.random.default_rng(0)) for i in range(len(ds))]
     untold = said.count("")
     if untold == len(ds):
@@ -122,11 +210,11 @@ def texts_of(cfg: Any, ds: Dataset, net: Any, ranks: Ranks) -> Texts | None:
         )
     if ranks.rank == 0:
         captions = sum(bool(texts.captions[j]) for j in ds.index)
-        long = sum(len(text.encode()) > net.text_places for text in said)
+        long = sum(map(texts.reader.is_long, said))
         print(
             f"texts: {captions:,} of {len(ds):,} images have a caption, "
             f"{len(ds) - captions - untold:,} only tags, {untold:,} neither; {long:,} are cut off "
-            f"at {net.text_places} bytes",
+            f"at {texts.reader.room}",
             flush=True,
         )
     return texts

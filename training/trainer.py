@@ -59,6 +59,11 @@ class Trainer:
         self.meter = Meter(self.ranks)
         self.params = dict(self.net.named_parameters())
 
+    def take_texts(self, texts: Any) -> None:
+        """What the network is told in words, from now on; a checkpoint says by which encoder."""
+        self.texts = texts
+        self.init |= texts.reader.init if texts else {}
+
     @property
     def data_hash(self) -> str:
         """Of the images, and of what the network is told of them."""
