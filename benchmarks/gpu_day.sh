@@ -35,6 +35,10 @@
 #           the first seed; again = further, many times
 #           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
 #           (python -m metrics.inception --fetch)
+#   text    python benchmarks/text.py: encoders and guided steps against transformers and diffusers
+#           needs safetensors huggingface_hub pillow tqdm transformers diffusers
+#   prompts train.py --text bytes on the latents of encode, then pictures of three prompts
+#           needs numpy safetensors pillow tqdm
 #
 # All need torch >= 2.11 and triton >= 3.6. Each part can be repeated: training resumes, and bench
 # finishes a section that was cut off, row by row. Where minutes are few, take them in this order:
@@ -48,7 +52,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
 PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step tiles encode \
-train graph distill compare "
+train graph distill compare text prompts "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -165,9 +169,27 @@ run_compare() {
     part compare 570 "$PYTHON" experiments/compare.py "${size[@]}" --out "$OUT/compare"
 }
 
+run_text() {
+    [ -z "$DRY" ] || { part text 60 "$PYTHON" benchmarks/text.py --dry-run; return; }
+    part text 300 "$PYTHON" benchmarks/text.py --out "$OUT/text.json"
+}
+
+run_prompts() {
+    local size=(--model toy-281m --resolution 256 --batch 128 --lr 2e-4 --images 400_000
+                --ema 0.1 --eval-every 0 --preview-every 0)
+    [ -z "$DRY" ] || size=(--model nano --batch 8 --images 64 --log-every 32 --eval-every 0
+                           --preview-every 0)
+    part prompts 420 "$PYTHON" train.py "${size[@]}" --data "$OUT/latents" --out "$OUT" \
+        --name prompts --text bytes --caption-shuffle --caption-drop 0.5 --shift 2
+    printf '%s\n' "body:pink, eyes:calm" "body:blue, fur:tiger" "body:gold" > "$OUT/prompts.txt"
+    part drawn 120 "$PYTHON" samplers.py --ckpt "$OUT/prompts" --prompt "@$OUT/prompts.txt" \
+        --n 12 --cfg 5 --out "$OUT/prompts-drawn"
+}
+
 for name in "$@"; do
     case $name in
-        selfcheck | host | tiles | encode | train | graph | distill | compare) "run_$name" ;;
+        selfcheck | host | tiles | encode | train | graph | distill | compare | text | prompts)
+            "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

@@ -19,6 +19,7 @@ MODULES = {
     "graph": "train",
     "distill": "benchmarks.distill, experiments.ablate",
     "compare": "experiments.compare",
+    "prompts": "train",
 }
 # Beside torch and triton. Their names on PyPI, where they are imported by another.
 PACKAGES = {"safetensors", "huggingface_hub", "PIL", "tqdm", "scipy", "matplotlib"}
