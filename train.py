@@ -40,7 +40,7 @@ from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
 from harness.run import FINAL, Log, Progress, Run, StopSignal, begun_with, check_mirrors
-from harness.run import checkpoints, find_fine, images_seen, lock, print_end, print_start
+from harness.run import checkpoints, images_seen, lock, print_end, print_start
 from harness.run import print_unfinished, run_name
 from harness.seeds import step_seed, torch_seed
 from kernels import dispatch, proof
@@ -54,10 +54,10 @@ from training.checkpoints import load_state, save
 from training.graph import repeater
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
 from training.optimizer import FUSED, make_optimizer
-from training.precision import as_begun, settle_dtype
+from training.precision import as_begun, cast_weights, settle_dtype, with_weights
 from training.previews import draw_samples, ema_net, held_out_loss, preview
-from training.start import check_aligned, check_enlarging, check_room, check_table, is_finished
-from training.start import network_config, take_weights, vae_name
+from training.start import check_aligned, check_enlarging, check_room, check_table, fine_run
+from training.start import is_finished, network_config, take_weights, vae_name
 from training.texts import preset_of, texts_of
 from training.trainer import Trainer
 from vae import AnyVAE, save_vae, vae_from_meta
@@ -90,6 +90,7 @@ class Optim:
     clip: float = flag(1.0, "greatest norm of a gradient; 0 = off", low=0, high=1e9)
     ema: tuple[float, ...] = flag((0.05, 0.1), "power-EMA widths; none = off", low=0.01, high=0.25)
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
+    weights: Literal["fp32", "bf16"] = flag("fp32", "bf16: no fp32 copies, rounded stochastically")
     compile: bool = flag(False, "the network, with torch.compile")
     graph: bool = flag(True, "a step's passes as one CUDA graph, if that is exact")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
@@ -174,6 +175,7 @@ def settle(cfg: Any, *words: str) -> Any:
     check_batch(cfg.batch, cfg.accum)
     check_widths(cfg.ema)
     check_mirrors(cfg.log)
+    cfg = with_weights(cfg)
     # im/ and im are one.
     place = str(Path(cfg.data)) if Path(cfg.data).exists() else cfg.data
     name, table = run_name(cfg.name, place, *words), said_table(cfg.table, cfg.betas, cfg.zero_snr)
@@ -201,13 +203,6 @@ def objective_of(cfg: Config, latent_shape: tuple[int, int, int] = (0, 32, 32)) 
     return make_objective(
         cfg.objective, shift=shift, loss_type=cfg.loss, coupling=coupling, **flags
     )
-
-
-def fine_run(cfg: Config) -> Path:
-    """The run that stage2 starts from: a fine one that is like this one."""
-    same = ["data", "objective", "model", "resolution"] + ["text"] * bool(cfg.text)
-    alike = {key: getattr(cfg, key) for key in same}
-    return find_fine(cfg.out, cfg.exclude_tags, alike)
 
 
 # ---- pure functions of images seen --------------------------------------------------------------
@@ -347,7 +342,7 @@ def assemble(
         # The config comes first: the rest is only taken up under it.
         write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
         save_vae(run / "vae.safetensors", vae, weights=False)
-    net = net.to(ranks.device)
+    init, net = cast_weights(net, init, cfg), net.to(ranks.device)
     model = torch.compile(net) if cfg.compile else net
     if ranks.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -28,7 +28,7 @@ class Captions:
     """The --caption-… flags."""
 
     caption_share: float = flag(
-        0.5, "of captions, where there are tags too", low=0, high=1, of="--text", head="captions"
+        0.5, "of captions, where there are tags too", low=0, high=1, of="--text"
     )
     caption_shuffle: bool = flag(False, "tags in a new order each time", of="--text")
     caption_drop: float = flag(0.0, "share of tags left out", low=0, high=1, of="--text")

@@ -19,7 +19,10 @@ class EMA:
         for width in sorted(widths):
             key = f"{width:.3f}"
             self.exponents[key] = exponent(width)
-            self.weights[key] = {k: v.detach().clone() for k, v in net.named_parameters()}
+            # In fp32 whatever the weights are: a step moves an average by less than bf16 can tell.
+            self.weights[key] = {
+                name: p.detach().to(torch.float32, copy=True) for name, p in net.named_parameters()
+            }
 
     def pairs(self, seen: int, batch: int) -> list[tuple[list[Tensor], float]]:
         """(an average's tensors in the order of the parameters, the weight beta of what it holds)

@@ -446,9 +446,14 @@ def test_gradients_reach_the_blocks_through_kd_and_not_through_lambda(home, tmp_
         assert torch.allclose(x.grad, y.grad, atol=1e-7) and x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
-def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(home, tmp_path, monkeypatch, optim):
+@pytest.mark.parametrize(
+    "optim, weights", [("adamw", "fp32"), ("adamw8bit", "fp32"), ("adamw8bit", "bf16")]
+)
+def test_resume_is_bitwise_with_heads_tally_and_adaptive_times(
+    home, tmp_path, monkeypatch, optim, weights
+):
     how = dict(
+        weights=weights,
         assessor="david",
         local_heads=True,
         adaptive_t=True,

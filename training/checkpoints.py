@@ -116,7 +116,8 @@ def save(tr: Trainer) -> None:
     more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
     if tr.ranks.rank == 0:
         # No step taken, nothing to have changed: then the weights are those it started from.
-        base = tr.init["fingerprint"] if tr.skipped * tr.cfg.batch < tr.seen else None
+        begun = tr.init.get("rounded", tr.init["fingerprint"])
+        base = begun if tr.skipped * tr.cfg.batch < tr.seen else None
         meta = {
             "run": tr.cfg.name,
             "base_fingerprint": base,

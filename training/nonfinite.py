@@ -41,9 +41,10 @@ def reads_late(tr: Trainer) -> bool:
 
 
 def gradient_norms(tr: Trainer) -> tuple[Tensor, list[str]]:
-    """((1 + n,) norms of all gradients together and of each, the n names of their parameters)."""
+    """((1 + n,) norms of all gradients together and of each, in fp32 whatever they are; the n names
+    of their parameters)."""
     found = {name: p.grad for name, p in tr.params.items() if p.grad is not None}
-    each = torch.stack(torch._foreach_norm(list(found.values())))
+    each = torch.stack(torch._foreach_norm(list(found.values()), 2, dtype=torch.float32))
     return torch.cat([torch.linalg.vector_norm(each)[None], each]), list(found)
 
 

@@ -15,7 +15,8 @@ def make_optimizer(net: nn.Module, cfg: Any) -> torch.optim.Optimizer:
     """AdamW on net's weights, torch's or one of ours, as cfg (train.Optim) says."""
     how = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     if cfg.optim in FUSED:
-        return FUSED[cfg.optim](net.parameters(), **how)
+        rounding = cfg.seed if cfg.weights == "bf16" else None
+        return FUSED[cfg.optim](net.parameters(), rounding=rounding, **how)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True, **how)
     optimizer.register_step_pre_hook(lay_out_gradients)
     return optimizer

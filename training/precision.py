@@ -1,6 +1,11 @@
-"""What --dtype auto means for a run: bf16 on GPUs that have it; on a CPU that has it, if a short
-race shows that it pays there. A run is raced once, before it begins, and its config keeps what was
-found: it goes on in that, on whatever machine."""
+"""The precision of a run: what it computes in, and what its weights are kept in.
+
+--dtype auto is bf16 on GPUs that have it; on a CPU that has it, if a short race shows that it pays
+there. A run is raced once, before it begins, and its config keeps what was found: it goes on in
+that, on whatever machine. --weights bf16 keeps no fp32 copy of a weight: its optimizer rounds
+stochastically (kernels/rounding.py), since to nearest an update of less than half a spacing, 0.2 to
+0.4% of a weight, would be lost in every step.
+"""
 
 import copy
 import time
@@ -12,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.cli import UserError
+from harness.files import fingerprint
 from harness.ranks import Ranks, autocast, precision
 from harness.run import begun_with, checkpoints
+from training.optimizer import FUSED
 
 # What Linux calls the instructions that multiply bf16; where there are none it is emulated.
 FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -26,6 +34,36 @@ LEAST = 3
 WORTH = 60.0
 # Tokens of a text, for networks that read one: CLIP's.
 TOKENS = 77
+
+
+def with_weights(cfg: Any) -> Any:
+    """cfg with the --dtype that its --weights need; refuses what cannot train such weights."""
+    if cfg.weights == "fp32":
+        return cfg
+    what = f"--weights {cfg.weights}"
+    if cfg.optim not in FUSED:
+        raise UserError(
+            f"{what} with --optim {cfg.optim}, which rounds to nearest and loses small updates",
+            do=f"Add --optim {' or '.join(FUSED)}.",
+        )
+    if cfg.dtype == "fp32":
+        raise UserError(
+            f"{what} with --dtype fp32: a network computes in what its weights are",
+            do="Leave --dtype out.",
+        )
+    return replace(cfg, dtype=cfg.weights)
+
+
+def cast_weights(net: nn.Module, init: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """Round net's weights, in place, to --weights. init says where they came from, as a checkpoint
+    does; returned with the fingerprint that they begin with. Buffers stay as they are."""
+    if cfg.weights == "fp32":
+        return init
+    for p in net.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    if init["fingerprint"] is None:
+        return init
+    return {**init, "rounded": fingerprint(net.state_dict())}
 
 
 def as_begun(cfg: Any) -> Any:

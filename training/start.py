@@ -20,12 +20,19 @@ from harness.cli import UserError
 from harness.memory import check_batch_memory
 from harness.ranks import Ranks
 from harness.run import FINAL, begun_with, check_config, check_disk, checkpoints, images_seen
-from harness.run import print_end, read_config
+from harness.run import find_fine, print_end, read_config
 from model import PRESETS, network_name
 from objectives import Objective
 from training.checkpoints import beginning, check_resume
 from training.texts import data_hash, preset_of
 from vae import AnyVAE, choose, read_name
+
+
+def fine_run(cfg: Any) -> Path:
+    """The run that stage2 starts from: a fine one that is like this one."""
+    same = ["data", "objective", "model", "resolution"] + ["text"] * bool(cfg.text)
+    alike = {key: getattr(cfg, key) for key in same}
+    return find_fine(cfg.out, cfg.exclude_tags, alike)
 
 
 def vae_name(cfg: Any, run: Path) -> str:

@@ -248,7 +248,7 @@ def test_an_open_step_is_not_saved(tmp_path, monkeypatch):
 )
 def test_who_can_be_asked_late(device, optimizer, own, late):
     net = torch.nn.Linear(2, 2)
-    how = SimpleNamespace(optim=optimizer, lr=0.1, weight_decay=0.0)
+    how = SimpleNamespace(optim=optimizer, lr=0.1, weight_decay=0.0, weights="fp32")
     made = torch.optim.SGD(net.parameters(), 0.1)
     if optimizer != "sgd":
         made = make_optimizer(net, how)

@@ -20,7 +20,7 @@ def test_a_gradient_in_another_layout_goes_to_its_own_weights(optim, weights, gr
     conv = nn.Conv2d(4, 8, 3, bias=False)
     start, gradient = conv.weight.detach().clone(), torch.randn(8, 4, 3, 3)
     conv = conv.to(memory_format=FORMS[weights])
-    cfg = SimpleNamespace(optim=optim, lr=0.1, weight_decay=0.01)
+    cfg = SimpleNamespace(optim=optim, lr=0.1, weight_decay=0.01, weights="fp32")
     optimizer = make_optimizer(conv, cfg)
     for _ in range(3):
         conv.weight.grad = gradient.contiguous(memory_format=FORMS[gradients])
