@@ -19,10 +19,7 @@ class EMA:
         for width in sorted(widths):
             key = f"{width:.3f}"
             self.exponents[key] = exponent(width)
-            # In fp32 whatever the weights are: a step moves an average by less than bf16 can tell.
-            self.weights[key] = {
-                name: p.detach().to(torch.float32, copy=True) for name, p in net.named_parameters()
-            }
+            self.weights[key] = {name: widened(p) for name, p in net.named_parameters()}
 
     def pairs(self, seen: int, batch: int) -> list[tuple[list[Tensor], float]]:
         """(an average's tensors in the order of the parameters, the weight beta of what it holds)
@@ -36,6 +33,11 @@ class EMA:
     def update(self, net: torch.nn.Module, seen: int, batch: int) -> None:
         for weights, beta in self.pairs(seen, batch):
             torch._foreach_lerp_(weights, [p.detach() for p in net.parameters()], 1 - beta)
+
+
+def widened(p: Tensor) -> Tensor:
+    """A copy in fp32, or wider: a step moves an average by less than bf16 can tell."""
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
 
 
 def exponent(width: float) -> float:
