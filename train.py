@@ -54,6 +54,7 @@ from training.checkpoints import load_state, save
 from training.graph import repeater
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
 from training.optimizer import FUSED, make_optimizer
+from training.plan import check_plan, show_plan
 from training.precision import as_begun, cast_weights, settle_dtype, with_weights
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.start import check_aligned, check_enlarging, check_room, check_table, fine_run
@@ -334,6 +335,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     check_room(run, net, vae, cfg, ranks)
+    check_plan(net, vae, vae.latent_shape(cfg.resolution), cfg, ranks)
     texts = texts_of(cfg, ds, net.cfg, ranks)
     cfg = settle_dtype(cfg, ranks, net, vae.latent_shape(cfg.resolution))
     if ranks.rank == 0:
@@ -530,7 +532,7 @@ def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
     cfg = resolve(cfg)
     if dry_run:
-        print(json.dumps(asdict(cfg), indent=1))
+        show_plan(cfg, objective_of(cfg))
         return
     ranks = join_ranks(cfg.device)
     train(cfg, ranks)

@@ -190,15 +190,9 @@ def lock(run: Path) -> IO[str]:
     return handle
 
 
-def check_disk(run: Path, net: torch.nn.Module, cfg: Any) -> None:
-    """Refuse a run whose checkpoints cannot fit: those that it keeps, and one more while it is
-    written.
-
-    Weights and EMAs are 4 bytes a parameter, AdamW's state 8. cfg: keep, keep_every, save_every,
-    images, ema.
-    """
-    params = sum(p.numel() for p in net.parameters())
-    each = params * 4 * (1 + len(cfg.ema) + 2)
+def check_disk(run: Path, each: int, cfg: Any) -> None:
+    """Refuse a run whose checkpoints, of `each` bytes, cannot fit: those that it keeps, and one
+    more while it is written. cfg: keep, keep_every, save_every, images, ema."""
     # Between two that are saved, however many multiples of keep_every lie there, none is kept.
     milestones = cfg.images // max(cfg.keep_every, cfg.save_every) if cfg.keep_every else 0
     there = len(checkpoints(run))

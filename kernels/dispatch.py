@@ -29,6 +29,7 @@ except ImportError:  # no Triton for this platform: the torch path is all there 
 MODES = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 inside_reference = False  # see reference()
+inside_assumed = False  # see assumed()
 interpret_in_auto = False  # for kernels.selfcheck and tests: else auto leaves a CPU to torch
 
 
@@ -68,6 +69,18 @@ def reference() -> Iterator[None]:
         inside_reference = before
 
 
+@contextlib.contextmanager
+def assumed() -> Iterator[None]:
+    """As if the kernels ran here, for tensors without memory (FakeTensorMode): to count what a pass
+    on a GPU would keep. Nothing is printed."""
+    global inside_assumed
+    before, inside_assumed = inside_assumed, True
+    try:
+        yield
+    finally:
+        inside_assumed = before
+
+
 def forward_mode() -> bool:
     """Are tangents carried along (torch.func.jvp, forward_ad.dual_level)?
 
@@ -85,6 +98,8 @@ def use_triton(op: str, *tensors: Tensor, unsupported: str = "", slower: str = "
     """
     if inside_reference:
         return False
+    if inside_assumed:
+        return not unsupported and not slower
     mode = chosen()
     problem = obstacle(mode, tensors)
     if problem and mode == "triton":

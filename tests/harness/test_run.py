@@ -326,40 +326,40 @@ def flags(**more):
 
 
 def test_a_new_run_that_cannot_fit_is_told_what_would(tmp_path, monkeypatch):
-    net = torch.nn.Linear(1000, 250, bias=False)  # 4 MB a checkpoint
+    each = 4 * 10**6
     disk(monkeypatch, 16 * 10**6)
-    check_disk(tmp_path / "r", net, flags())
+    check_disk(tmp_path / "r", each, flags())
     disk(monkeypatch, 9 * 10**6)
     with pytest.raises(UserError) as error:
-        check_disk(tmp_path / "r", net, flags())
+        check_disk(tmp_path / "r", each, flags())
     assert "Make 0.01 GB free, or give --keep 1, or drop --ema" in str(error.value)
-    check_disk(tmp_path / "r", net, flags(keep=1))
+    check_disk(tmp_path / "r", each, flags(keep=1))
     disk(monkeypatch, 5 * 10**6)
     with pytest.raises(UserError) as error:
-        check_disk(tmp_path / "r", net, flags(ema=()))
+        check_disk(tmp_path / "r", 3 * 10**6, flags(ema=()))
     assert "--keep" not in str(error.value) and "--ema" not in str(error.value)
     disk(monkeypatch, 9 * 10**6)
     with pytest.raises(UserError, match="or leave --keep-every out"):
-        check_disk(tmp_path / "r", net, flags(keep=1, keep_every=10))
+        check_disk(tmp_path / "r", each, flags(keep=1, keep_every=10))
     # No more are kept than are saved: none of them is a milestone of this one's own.
-    check_disk(tmp_path / "r", net, flags(keep=1, keep_every=1, save_every=101))
+    check_disk(tmp_path / "r", each, flags(keep=1, keep_every=1, save_every=101))
 
 
 def test_what_another_rank_is_writing_meanwhile_is_no_obstacle(tmp_path, monkeypatch):
     """Rank 0 may already write while rank 1 still looks for room: a half file is gone by then."""
     gone = tmp_path / f".vae.safetensors.{os.getpid()}.tmp"
     monkeypatch.setattr(run_module, "leftovers", lambda run: [gone])
-    check_disk(tmp_path, torch.nn.Linear(1, 1), flags())
+    check_disk(tmp_path, 32, flags())
 
 
 def test_a_run_that_has_begun_is_told_only_what_it_can_still_change(tmp_path, monkeypatch):
-    net = torch.nn.Linear(1000, 250, bias=False)
+    each = 4 * 10**6
     run = begin(tmp_path / "r")
     for images in (100, 200):
         (run / f"ckpt/{images:012d}").mkdir(parents=True)
     disk(monkeypatch, 3 * 10**6)
     with pytest.raises(UserError) as error:
-        check_disk(run, net, flags(keep=1))
+        check_disk(run, each, flags(keep=1))
     assert "1 checkpoints of 0.00 GB need" in str(error.value)  # the old ones go when it is whole
     assert str(error.value).endswith("Make 0.00 GB free.")
 
@@ -367,15 +367,15 @@ def test_a_run_that_has_begun_is_told_only_what_it_can_still_change(tmp_path, mo
 def test_what_a_full_disk_left_behind_counts_as_free_and_is_swept_by_who_holds_the_run(
     tmp_path, monkeypatch
 ):
-    net = torch.nn.Linear(1000, 250, bias=False)
+    each = 4 * 10**6
     run = begin(tmp_path / "r")
     half = run / "ckpt/000000000300.tmp"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"x" * 3_000_000)
     disk(monkeypatch, 5_100_000)
-    check_disk(run, net, flags(keep=1))
+    check_disk(run, each, flags(keep=1))
     with pytest.raises(UserError, match="GB are free"):
-        check_disk(tmp_path / "s", net, flags(keep=1))
+        check_disk(tmp_path / "s", each, flags(keep=1))
     handle = lock(run)
     assert not half.exists()
     half.mkdir()
