@@ -27,7 +27,6 @@ from harness.ranks import Ranks, autocast, pick_device, place_here, precision
 from kernels import dispatch, proof
 from model import build
 from objectives import Objective
-from training.casts import cast_together
 from training.optimizer import state_bytes
 from training.precision import inputs_of
 from training.start import network_config
@@ -99,7 +98,7 @@ def activations(net_cfg: Any, latent_shape: tuple[int, int, int], cfg: Any, rank
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         # Such tensors are a CPU's, whose autocast casts what a GPU's does.
         with hooks, torch.enable_grad(), autocast(torch.device("cpu"), dtype):
-            out = cast_together(net)(**inputs)
+            out = net(**inputs)
         del out
         return sum(memory.nbytes() for memory in found.values())
 
