@@ -445,7 +445,21 @@ def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source
         crop,
         notes,
         seen.hashes,
+        partial(parquet_captions, groups, seen.good),
     )
+
+
+def parquet_captions(groups: list[Group], rows: list[int]) -> list[str]:
+    """The column "caption" of each row, "" where there is none or it is no text."""
+    found: list[str] = []
+    for group in groups:
+        with parquet().ParquetFile(group.path) as file:
+            kinds = {field.name: str(field.type) for field in file.schema_arrow}
+            values = [None] * file.metadata.row_group(group.number).num_rows
+            if re.fullmatch(TEXT, kinds.get("caption", "")):
+                values = file.read_row_group(group.number, ["caption"]).column(0).to_pylist()
+        found += [(value or "").strip() for value in values]
+    return [found[row] for row in rows]
 
 
 def read_parquet(

@@ -394,6 +394,25 @@ def test_parquet_of_plain_bytes_and_text(tmp_path):
         open_dataset(str(tmp_path))
 
 
+def test_captions_of_parquet_are_those_of_the_rows_that_are_read(tmp_path):
+    pa = pytest.importorskip(
+        "pyarrow", reason="parquet data sets need pyarrow (pip install pyarrow)"
+    )
+    import pyarrow.parquet as pq
+
+    data = rows(9)
+    data[4] = data[4][:300]  # unreadable: the rows behind it move up
+    first = {"image": data[:6], "tags": ["a"] * 6}
+    first["caption"] = ["One, TWO.", None, " Zoë ", "", "of a picture that is damaged", "six"]
+    pq.write_table(pa.table(first), tmp_path / "0.parquet", row_group_size=4)
+    pq.write_table(pa.table({"image": data[6:8], "tags": ["b"] * 2}), tmp_path / "1.parquet")
+    last = {"image": data[8:], "tags": ["c"], "caption": pa.array(["nine"]).dictionary_encode()}
+    pq.write_table(pa.table(last), tmp_path / "2.parquet")
+    source = open_dataset(str(tmp_path), resolution=32, holdout=0).source
+    assert source.captions() == ["One, TWO.", "", "Zoë", "", "six", "", "", "nine"]
+    assert source.tags == [("a",)] * 5 + [("b",)] * 2 + [("c",)]
+
+
 def test_parquet_drops_no_tags_and_no_files_in_silence(tmp_path):
     pa = pytest.importorskip(
         "pyarrow", reason="parquet data sets need pyarrow (pip install pyarrow)"
