@@ -55,8 +55,8 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Config:
-    images: int = flag(72_000, "of training", low=1, high=1e9)
-    caption_drop: float = flag(0.5, "share of tags left out in training", low=0, high=1)
+    images: int = flag(74_000, "of training", low=1, high=1e9)
+    caption_drop: float = flag(0.1, "share of tags left out in training", low=0, high=1)
     shift: float = flag(2.0, "of training times", low=1e-3, high=1e3)
     cfg: float = flag(5.0, "guidance of the samples", low=0, high=100)
     steps: int = flag(16, "of Heun", low=1, high=1e4)

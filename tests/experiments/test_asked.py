@@ -1,5 +1,7 @@
 """What experiments/prompts.py asks and counts."""
 
+import json
+
 import pytest
 import torch
 
@@ -39,3 +41,10 @@ def test_training_leaves_out_the_pair_that_is_never_together(monkeypatch, tmp_pa
     assert run == tmp_path / "prompts" and seconds >= 0
     assert flags["--stage"] == "fine" and flags["--exclude-tags"] == "green hair & glasses"
     assert flags["--images"] == "5" and flags["--text"] == "bytes"
+
+
+def test_its_result_is_of_its_own_flags():
+    result = json.loads((prompts.ROOT / "benchmarks/results/prompts.json").read_text())
+    assert result["config"] == {**vars(prompts.Config())}
+    asked, minutes = result["asked"]["both"], result["minutes"]
+    assert result["passes"] == (asked >= prompts.SHARE and minutes <= prompts.MINUTES)
