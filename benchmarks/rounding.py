@@ -37,7 +37,7 @@ WITHIN = 0.01
 @dataclass(frozen=True)
 class Config:
     out: str = flag(help="where the runs are kept", writes="folder")
-    seed: int = flag(-1, "make the runs of this one; -1 = all, and the result", low=-1, high=1e6)
+    seed: int | None = flag(None, "make only the runs of this one, and no result", low=0, high=1e6)
     images: int = flag(IMAGES, "shown to each run", low=16, high=1e9)
 
 
@@ -89,9 +89,9 @@ def verdict(losses: dict[str, list[float]]) -> dict[str, Any]:
 def main() -> None:
     cfg, _ = parse(Config, __doc__)
     out = str(Path(cfg.out).absolute())
-    seeds = SEEDS if cfg.seed < 0 else (cfg.seed,)
+    seeds = SEEDS if cfg.seed is None else (cfg.seed,)
     losses = {arm: [held_out(out, arm, seed, cfg.images) for seed in seeds] for arm in ARMS}
-    if cfg.seed >= 0:
+    if cfg.seed is not None:
         print(losses)
         return
     found = verdict(losses)

@@ -96,7 +96,7 @@ def parameters(
         "Clip skip": getattr(cfg, "clip_skip", 0),
         "Version": "twinpath",
     }
-    lines = [getattr(cfg, "prompt", "")]
+    lines = [getattr(cfg, "prompt", None) or ""]
     if getattr(cfg, "negative", None):
         lines.append(f"Negative prompt: {cfg.negative}")
     lines.append(", ".join(f"{key}: {quoted(value)}" for key, value in row.items() if value))
