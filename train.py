@@ -30,7 +30,7 @@ import data.dataset as data
 from ckpt import fingerprint, load_like
 from ckpt.meaning import said_table
 from data.captions import Captions
-from data.dataset import Dataset, Stream, latents_of
+from data.dataset import Dataset, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
@@ -139,7 +139,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Config(Run, Optim, Captions, Task, Data):
+class Config(Run, Optim, Captions, Task, data.BucketFlags, Data):
     """The flags of this script. --help shows the last base first."""
 
 
@@ -158,7 +158,7 @@ OBJECTIVE_FLAGS = (
 
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on other flags; refuse what cannot run, before anything is touched."""
-    cfg = settle(cfg, cfg.objective, cfg.stage)
+    cfg = settle(cfg.squared(), cfg.objective, cfg.stage)
     preset_of(cfg)
     check_objective(cfg)
     tags = cfg.exclude_tags
@@ -254,13 +254,14 @@ class ObjectiveLoss:
         batch = {key: x.to(self.ranks.device, non_blocking=True) for key, x in batch.items()}
         cond = {key: batch[key] for key in ("y", "context") if key in batch}
         # Outside autocast: only the network runs in bf16.
-        x0 = latents_of(self.vae, batch)
-        if self.objective.coupling == "lowres":
-            kind = self.objective
+        x0, kind = latents_of(self.vae, batch), self.objective
+        if self.cfg.shift == "auto":
+            kind = replace(kind, shift=resolution_shift(*x0.shape[2:]))
+        if kind.coupling == "lowres":
             cond["low"] = data.low_latents_of(self.vae, batch, x0, kind.lowres, kind.upsample)
         drawn = {key: batch.get(key) for key in ("eps", "t", "q", "position")}
         with autocast(self.ranks.device, self.cfg.dtype):
-            return self.objective.loss(net, x0, strata=self.cfg.batch, **drawn, **cond)
+            return kind.loss(net, x0, strata=self.cfg.batch, **drawn, **cond)
 
     def report(self) -> dict[str, Any]:
         """More for the training line of the log. Every rank calls it."""
@@ -299,8 +300,9 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    like = preset_of(cfg)
-    unet = network_config(like, cfg.model, vae, objective, cfg.resolution, len(classes))
+    unet = network_config(
+        preset_of(cfg), cfg.model, vae, objective, cfg.resolution, len(classes), ds.frames
+    )
     torch.manual_seed(torch_seed(cfg.seed))
     net = build(unet)
     init = {"path": None, "fingerprint": None}
@@ -498,13 +500,11 @@ def is_due(tr: Trainer, every: int) -> bool:
 def load(tr: Trainer) -> Iterator[dict[str, Tensor]]:
     """The batches of this rank from here to the end of the run."""
     cfg, ranks = tr.cfg, tr.ranks
-    texts = tr.texts and tr.texts.drawn
-    stream = Stream(tr.ds, tr.labels, tr.latent_shape, cfg.seed, cfg.flip, cfg.label_drop, texts)
     workers = cfg.workers
     if workers < 0:
         workers = data.workers_for(tr.ds, ranks.world, ranks.device)
     groups = positions(cfg, ranks, tr.seen)
-    return data.batches(stream, groups, workers, pin=ranks.device.type == "cuda")
+    return data.batches(tr.stream, groups, workers, pin=ranks.device.type == "cuda")
 
 
 def finish(tr: Trainer) -> None:

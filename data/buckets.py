@@ -82,15 +82,14 @@ class Buckets:
     """All sizes of a run, and what to do with images that are smaller than theirs."""
 
     sizes: tuple[Size, ...]
+    step: int
     side: int  # of the square one
     skip_small: bool = False  # else they are enlarged
 
     @classmethod
-    def of(
-        cls, area: str, step: int, sides: Sequence[int] = (), skip_small: bool = False
-    ) -> "Buckets":
-        """area: WIDTHxHEIGHT, of which only the product counts. sides: the least and the greatest
-        of a picture; without them half and twice the square's. UserError: what cannot be."""
+    def of(cls, area: str, step: int, skip_small: bool = False) -> "Buckets":
+        """Sides from half the square's to twice. area: WIDTHxHEIGHT, of which only the product
+        counts. UserError: what cannot be."""
         height, width = parse_size(area, "--area")
         side = math.isqrt(width * height) // step * step
         if not side:
@@ -98,18 +97,16 @@ class Buckets:
                 f"--step {step} is larger than a picture of --area {area}",
                 do="Lower --step, or raise --area.",
             )
-        if len(sides) not in (0, 2) or list(sides) != sorted(sides):
-            given = ",".join(map(str, sides))
+        sizes = bucket_sizes(width * height, step, side // 2, 2 * side)
+        return cls(tuple(sizes), step, side, skip_small)
+
+    def check_step(self, unit: int, who: str) -> None:
+        """Refuse sides that are no multiples of `unit`, which `who` needs."""
+        if self.step % unit:
             raise UserError(
-                f"--sides {given}", wanted="the least and the greatest", do="Try --sides 512,2048."
+                f"--step {self.step}: {who} needs sides that are divisible by {unit}",
+                do=f"Try --step {math.lcm(self.step, unit)}.",
             )
-        low, high = sides or (side // 2, 2 * side)
-        if not low <= side <= high:
-            raise UserError(
-                f"--sides {low},{high} leave out the square of --area {area}, {side}×{side}",
-                do="Change one of them.",
-            )
-        return cls(tuple(bucket_sizes(width * height, step, low, high)), side, skip_small)
 
     def assign(self, originals: Sequence[Size]) -> "Frames":
         """The frames of images of these sizes (width, height)."""
@@ -139,6 +136,12 @@ class Frames:
         """(n,) bool: has to be enlarged to cover its bucket."""
         sizes = np.array(self.buckets.sizes)[self.bucket]
         return (self.originals < sizes).any(1)
+
+    def why_small(self, i: int) -> str:
+        """Why image i is skipped."""
+        width, height = self.originals[i]
+        wanted = "×".join(map(str, self.size(i)))
+        return f"{width}×{height} is smaller than its bucket, {wanted}"
 
     def take(self, images: Iterable[int]) -> "Frames":
         """Those of some images."""

@@ -268,6 +268,7 @@ class LatentSource:
     watch: Any = None  # data.watch.Watch, once something is read
     pixels: None = None
     crop: str = "center"
+    frames: None = None
 
     @property
     def table(self) -> TagTable:

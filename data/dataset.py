@@ -17,7 +17,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from data.buckets import Buckets, Frames
 from data.cache import LatentSource, is_cache, open_cache, self_check, vae_path
-from data.images import to_float
-from data.order import index_at, rng
+from data.images import WIDE, to_float
+from data.order import BucketOrder, index_at, rng
 from data.sources import Source, open_source
 from data.stamps import difference
 from data.tags import compile_tags, match_tags, printable
@@ -67,15 +69,34 @@ class Dataset:
         other = difference(self.source) if isinstance(self.source, LatentSource) else ""
         return f"{self.found}\n  {other}" if other else self.found
 
+    @property
+    def frames(self) -> Frames | None:
+        """The bucket of each of the source's images; None where all are square."""
+        return self.source.frames
+
     def __len__(self) -> int:
         return len(self.index)
+
+    def bucket(self, i: int) -> int:
+        """Which images have one shape: the number of image i's bucket, 0 without buckets."""
+        return int(self.frames.bucket[self.index[i]]) if self.frames else 0
+
+    def latent_shape(self, i: int, square: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of image i's latents, where `square` is that of the source's resolution."""
+        if self.frames is None:
+            return square
+        C, side, _ = square
+        width, height = self.frames.size(self.index[i])
+        factor = self.source.resolution // side
+        return C, height // factor, width // factor
 
     def __getitem__(self, i: int) -> Item:
         j = self.index[i]
         return Item(self.image(i), self.source.tags[j], self.source.names[j])
 
     def image(self, i: int, where: float | None = None) -> Tensor:
-        """uint8 (3, H, W): the middle of the image, or the crop at `where` in [0, 1)."""
+        """uint8 (3, H, W): the middle of the image, or the crop at `where` in [0, 1). In buckets
+        each has the size of its own."""
         return torch.from_numpy(self.source.pixel(self.index[i], where).copy()).permute(2, 0, 1)
 
     def images(self, indices: Sequence[int]) -> Tensor:
@@ -84,14 +105,18 @@ class Dataset:
 
     def view(self, i: int, mirrored: bool = False, where: float | None = None) -> dict[str, Tensor]:
         """What training sees of image i: {"image": uint8 (3, H, W)}, or of a latent cache
-        {"raw": (C, h, w)}."""
+        {"raw": (C, h, w)}; in buckets also {"sizes": (6,)}, see buckets.size_numbers."""
+        seen = {}
+        if self.frames:
+            wide = WIDE if self.source.crop == "random" else 1
+            seen["sizes"] = self.frames.numbers(self.index[i], mirrored, where, wide)
         if isinstance(self.source, LatentSource):
-            return {"raw": self.source.raw(self.index[i], mirrored)}
+            return seen | {"raw": self.source.raw(self.index[i], mirrored)}
         image = self.image(i, where)
-        return {"image": image.flip(-1) if mirrored else image}
+        return seen | {"image": image.flip(-1) if mirrored else image}
 
     def views(self, indices: Sequence[int], device: Any = "cpu") -> dict[str, Tensor]:
-        """view() of several images, stacked."""
+        """view() of several images, stacked; in buckets all of one."""
         views = [self.view(i) for i in indices]
         return {key: torch.stack([view[key] for view in views]).to(device) for key in views[0]}
 
@@ -108,6 +133,8 @@ def vae_for(ds: Dataset, name: str, **known: Any) -> AnyVAE:
     cache = ds.source.root if isinstance(ds.source, LatentSource) else None
     cached = vae_path(cache) if cache else None
     vae = choose(name, cached=cached, fit=lambda: fit_vae(ds), **known)
+    if ds.frames:
+        ds.frames.buckets.check_step(vae.unit, f"--vae {vae.name}")
     if cache:
         self_check(ds.source, vae)
     return vae
@@ -115,16 +142,29 @@ def vae_for(ds: Dataset, name: str, **known: Any) -> AnyVAE:
 
 def fit_vae(ds: Dataset) -> AnyVAE:
     """pca, fitted to a data set."""
-    resolution = ds.source.resolution
+    resolution, shown = ds.source.resolution, 256
+    if ds.frames:
+        ds.frames.buckets.check_step(8, "--vae pca")
     pixel(8).latent_shape(resolution)  # of the same factor: refused before any image is read
     count = min(len(ds), pca_samples(resolution))
     # The images, and their patches in double precision.
     check_memory(f"--vae pca at --resolution {resolution}", 12 * count * 3 * resolution**2)
-    images = to_float(ds.images(range(count)))
+    if ds.frames:
+        # Patches are all that it sees, and these have one shape.
+        images = torch.cat([patches_of(to_float(ds.image(i)), 8) for i in range(count)])
+        shown *= (resolution // 8) ** 2
+    else:
+        images = to_float(ds.images(range(count)))
     vae = fit_pca(images)
-    quality = psnr(vae.decode(vae.encode(images[:256])), images[:256])
-    print(f"vae pca: fitted on {len(images):,} images, PSNR {quality:.2f} dB", flush=True)
+    quality = psnr(vae.decode(vae.encode(images[:shown])), images[:shown])
+    print(f"vae pca: fitted on {count:,} images, PSNR {quality:.2f} dB", flush=True)
     return vae
+
+
+def patches_of(image: Tensor, side: int) -> Tensor:
+    """An image (3, H, W) cut into (n, 3, side, side)."""
+    rows = image.unfold(1, side, side).unfold(2, side, side)
+    return rows.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
 def latents_of(vae: AnyVAE, batch: dict[str, Tensor]) -> Tensor:
@@ -173,7 +213,42 @@ class ImageFlags:
             holdout=self.holdout,
             crop=self.crop,
             flip=self.flip,
+            buckets=self.bucket_sizes(),
         )
+
+    def bucket_sizes(self) -> Buckets | None:
+        return None
+
+
+@dataclass(frozen=True)
+class BucketFlags(ImageFlags):
+    """The flags of pictures that keep their shape."""
+
+    buckets: bool = flag(False, "pictures keep their shape; a batch has one")
+    area: str = flag("1024x1024", "of a picture, in pixels", of="--buckets")
+    step: int = flag(64, "sides are multiples of it", low=1, high=8192, of="--buckets")
+    small: Literal["upscale", "skip"] = flag(
+        "upscale", "images that are smaller than their bucket", of="--buckets"
+    )
+
+    def bucket_sizes(self) -> Buckets | None:
+        if not self.buckets:
+            return None
+        return Buckets.of(self.area, self.step, self.small == "skip")
+
+    def squared(self) -> "BucketFlags":
+        """The flags with the --resolution that goes with --area: what previews and samples are
+        drawn at, and what --shift auto says of a picture of no bucket."""
+        sizes = self.bucket_sizes()
+        if sizes is None:
+            return self
+        if self.resolution not in (BucketFlags.resolution, sizes.side):
+            raise UserError(
+                f"--resolution {self.resolution} with --buckets, whose pictures are about "
+                f"{sizes.side}×{sizes.side}",
+                do="Leave --resolution out, or change --area.",
+            )
+        return replace(self, resolution=sizes.side)
 
 
 def open_dataset(
@@ -185,6 +260,7 @@ def open_dataset(
     holdout: float = 0.02,
     crop: Literal["center", "random"] = "center",
     flip: bool = False,
+    buckets: Buckets | None = None,
 ) -> Dataset:
     """Open a spec and cut out a stage: standard = all, fine = all without exclude_tags,
     stage2 = only those with them.
@@ -193,12 +269,19 @@ def open_dataset(
     the images, chosen by a hash of their names (so that it is the same images in every stage), is
     kept from training as `.heldout`. `.report` says what was found, left out and why, and counts
     the tags.
+
+    buckets: images keep their shape, and resolution is the side of the square one.
     """
     check_stage(stage, exclude_tags, resolution)
     if is_cache(spec):
+        if buckets:
+            raise UserError(
+                f"--buckets, but the cache {spec} holds square pictures",
+                do="Leave --buckets out, or train on the images themselves.",
+            )
         source = open_cache(spec, resolution, flip, crop)
     else:
-        source = open_source(spec, resolution, crop)
+        source = open_source(spec, resolution, crop, buckets)
     found = len(source.names)
     fits = fitting(source, stage, exclude_tags)
     tagged = np.zeros(found, bool)
@@ -282,9 +365,22 @@ def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: lis
     untagged = int((source.table.lengths()[ds.index] == 0).sum())
     if untagged:
         lines.append(f"  without tags: {untagged:,} of the used")
+    if ds.frames:
+        lines += describe_buckets(ds.frames.take(ds.index))
     tags = [f"{tag} {n:,}" for tag, n in used.most_common()]
     lines.append(f"  tags used: {first_of(tags, SHOWN_TAGS) or 'none'}")
     return "\n".join(lines)
+
+
+def describe_buckets(used: Frames) -> list[str]:
+    """How many of the used images each bucket has, and how many are enlarged."""
+    counts = np.bincount(used.bucket, minlength=len(used.buckets.sizes))
+    shares = [f"{w}×{h} {n:,}" for (w, h), n in zip(used.buckets.sizes, counts) if n]
+    lines = [f"  buckets, {len(shares)} of {len(counts)} with images: {', '.join(shares)}"]
+    small = int(used.small.sum())
+    if small:
+        lines.append(f"  smaller than their bucket, and enlarged: {small:,} of the used")
+    return lines
 
 
 def unreadable_line(reasons: dict[str, str]) -> str:
@@ -330,12 +426,21 @@ class Stream:
     label_drop: float = 0.0  # share of labels replaced by -1, for classifier-free guidance
     # What a network that reads is told of image i (training/texts.py).
     texts: Callable[[int, np.random.Generator], Tensor] | None = None
+    batch: int = 0  # of the run, over all ranks: in buckets each such batch is of one
+
+    @cached_property
+    def order(self) -> Callable[[int], int]:
+        """Position -> which image."""
+        if self.ds.frames is None:
+            return partial(index_at, self.seed, len(self.ds))
+        return BucketOrder(self.seed, self.ds.frames.members(self.ds.index), self.batch).image
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        i = index_at(self.seed, len(self.ds), position)
+        i = self.order(position)
         r = rng(self.seed, "sample", position)
         q, mirror, drop = r.random(3)  # always drawn, so that no flag moves the noise
-        eps = torch.from_numpy(r.standard_normal(self.latent_shape, dtype=np.float32))
+        shape = self.ds.latent_shape(i, self.latent_shape)
+        eps = torch.from_numpy(r.standard_normal(shape, dtype=np.float32))
         where = None
         if self.ds.source.crop == "random":
             where = rng(self.seed, "crop", position).random()

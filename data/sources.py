@@ -17,9 +17,8 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -33,8 +32,10 @@ import data.robohash as robohash
 import data.toyfaces as toyfaces
 from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
 from ckpt.patience import watched
+from data.buckets import Buckets, Frames
 from data.captions import ENDING, read_captions
-from data.images import EXTENSIONS, OTHERS, WIDE, BadImage, cut, read_strip, sniff
+from data.found import Found, find_files, unused
+from data.images import EXTENSIONS, WIDE, BadImage, Size, cut, read_fitted, read_strip, upright_size
 from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
 from data.tags import read_tags, tags_of
 from harness.cli import UserError, clipped
@@ -43,11 +44,6 @@ from harness.memory import check_memory
 IN_MEMORY = 2_000_000_000  # bytes of decoded pixels kept; larger sets are decoded again when used
 MOST = 10_000_000  # pictures of the embedded data sets
 AT_A_TIME = 1024  # images that are handed to the threads; they accept any number, memory does not
-# Folders that systems, cameras and network drives make for themselves; what begins with a dot is
-# of that kind too.
-GENERATED = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found"}
-GENERATED |= {"System Volume Information", "@tmp", "@Recycle", "@Recently-Snapshot", "__pycache__"}
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 # Text, and lists of it, as Arrow spells its types.
 TEXT = r"(large_)?string(_view)?|dictionary<values=(large_)?string,.*>"
 TEXTS = rf"{TEXT}|(large_)?list(_view)?<\w+: ({TEXT})>"
@@ -70,6 +66,7 @@ class Source:
     contents: list[str] = field(default_factory=list)  # a hash of each image, if it was read
     # The caption of each image, "" where there is none; read when a network is told of them.
     captions: Callable[[], list[str]] | None = None
+    frames: Frames | None = None  # where images keep their shape: the bucket of each
 
     def __post_init__(self) -> None:
         self.tags = [of_one_form(tags) for tags in self.tags]
@@ -83,9 +80,9 @@ class Source:
         return held_hash(self.names)
 
     def pixel(self, i: int, where: float | None = None) -> np.ndarray:
-        """uint8 (resolution, resolution, 3): the middle, or the square at `where` in [0, 1) along
-        the longer side."""
-        return cut(self.strip(i), where)
+        """uint8 (resolution, resolution, 3), or as large as its bucket: the middle, or what is at
+        `where` in [0, 1) along the side that is too long."""
+        return cut(self.strip(i), where, self.frames and self.frames.size(i))
 
     def strip(self, i: int) -> np.ndarray:
         """uint8 (h, w, 3): all that is kept of image i."""
@@ -100,15 +97,24 @@ class Source:
             ) from None
 
 
-def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
-    """Open whatever a spec names; images are decoded once, to know which can be read."""
+def open_source(
+    spec: str, resolution: int, crop: str = "center", buckets: Buckets | None = None
+) -> Source:
+    """Open whatever a spec names; images are decoded once, to know which can be read.
+
+    buckets: images keep their shape; resolution is the side of the square one, then.
+    """
+    if buckets and re.fullmatch(r"(toyfaces|robohash)(:\d+)?", spec):
+        raise UserError(
+            f"--buckets: the pictures of {spec} are all square", do="Leave --buckets out."
+        )
     if re.fullmatch(r"toyfaces(:\d+)?", spec):
         return open_toyfaces(spec, resolution)
     if re.fullmatch(r"robohash(:\d+)?", spec):
         return open_robohash(spec, resolution)
     root = fetch_dataset(spec) if spec.startswith("hf:") else Path(spec)
     if root.is_file() and root.suffix == ".parquet":
-        return open_parquet(root.parent, Found(parquet=[root]), resolution, crop)
+        return open_parquet(root.parent, Found(parquet=[root]), resolution, crop, buckets)
     if not root.is_dir():
         raise UserError(
             f"no data at {root}",
@@ -117,8 +123,8 @@ def open_source(spec: str, resolution: int, crop: str = "center") -> Source:
         )
     found = find_files(root)
     if found.parquet and not found.names:
-        return open_parquet(root, found, resolution, crop)
-    return open_folder(root, found, resolution, crop)
+        return open_parquet(root, found, resolution, crop, buckets)
+    return open_folder(root, found, resolution, crop, buckets)
 
 
 def held_hash(names: Sequence[str]) -> np.ndarray:
@@ -145,6 +151,7 @@ class Survey(NamedTuple):
     bad: dict[str, str]  # name of the others -> why
     hashes: list[str]  # of the good ones
     pixels: list[np.ndarray] | None  # of the good ones, if they fit in memory
+    frames: Frames | None = None  # of the good ones, in buckets
 
 
 def survey(load: Load, names: list[str], resolution: int, what: str) -> Survey:
@@ -178,111 +185,55 @@ def survey(load: Load, names: list[str], resolution: int, what: str) -> Survey:
                     size += strip.nbytes
                     if size > IN_MEMORY:
                         pixels = None
-    if not good:
-        first, why = next(iter(bad.items()))
-        raise UserError(
-            f"none of the {len(names):,} images in {what} can be read "
-            f"(first: {printable(first)}: {why})",
-            do="Check --data.",
-        )
+    check_any(good, bad, what)
     return Survey(good, bad, hashes, pixels)
+
+
+def check_any(good: list[int], bad: dict[str, str], what: str) -> None:
+    """Refuse a set of which nothing can be used."""
+    if good:
+        return
+    first, why = next(iter(bad.items()))
+    raise UserError(
+        f"none of the {len(bad):,} images in {what} can be read (first: {printable(first)}: {why})",
+        do="Check --data.",
+    )
+
+
+def survey_of(reader: "Reader", names: list[str], what: str, buckets: Buckets | None) -> Survey:
+    """survey() of what a reader loads; where there are buckets, as large as theirs. The sizes of
+    all images, by their headers, come first."""
+    if buckets is None:
+        return survey(reader, names, reader.resolution, what)
+
+    def measured(i: int) -> Size | BadImage:
+        try:
+            return upright_size(reader.file(i))
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = dict(enumerate(pool.map(measured, range(len(names)))))
+    bad = {names[i]: str(size) for i, size in sizes.items() if isinstance(size, BadImage)}
+    good = [i for i, size in sizes.items() if not isinstance(size, BadImage)]
+    frames = buckets.assign([sizes[i] for i in good])
+    if buckets.skip_small:
+        bad |= {names[good[k]]: frames.why_small(k) for k in np.flatnonzero(frames.small)}
+        large = np.flatnonzero(~frames.small)
+        good, frames = [good[k] for k in large], frames.take(large)
+    check_any(good, bad, what)
+    fitted = Fitted(reader, good, frames)
+    seen = survey(fitted, [names[i] for i in good], reader.resolution, what)
+    used = [good[k] for k in seen.good]
+    return Survey(used, bad | seen.bad, seen.hashes, seen.pixels, frames.take(seen.good))
 
 
 # ---- folders ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Found:
-    """The files below a folder; names are relative to it."""
-
-    names: list[str] = field(default_factory=list)  # images
-    tables: list[Path] = field(default_factory=list)
-    texts: set[str] = field(default_factory=set)  # names of .txt files
-    captions: set[str] = field(default_factory=set)  # names of .caption files
-    parquet: list[Path] = field(default_factory=list)
-    archives: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)  # files, and folders that are not entered
-    unusable: dict[str, str] = field(default_factory=dict)  # name -> why
-    more: bool = False  # there are files that were not looked at
-
-    def add(self, path: Path, name: str) -> None:
-        """Put a file where it belongs: by its ending, or without one by its first bytes."""
-        end = path.suffix.lower()
-        if end in EXTENSIONS:
-            if path.is_file():
-                self.names.append(name)
-            else:  # a pipe would be waited for
-                self.unusable[name] = "a link to nothing" if path.is_symlink() else "not a file"
-        elif end in OTHERS:
-            self.unusable[name] = f"{end} files are not read"
-        elif path.name in TABLES:
-            self.tables.append(path)
-        elif end == ".txt":
-            self.texts.add(name)
-        elif end == ENDING:
-            self.captions.add(name)
-        elif end == ".parquet":
-            self.parquet.append(path)
-        elif path.name.lower().endswith(ARCHIVES):
-            self.archives.append(name)
-        else:
-            kind = sniff(path) if not end and path.is_file() else ""
-            if kind == "image":
-                self.names.append(name)
-            elif kind:
-                self.unusable[name] = kind
-            else:
-                self.others.append(name)
-
-
-def find_files(root: Path, most: int = sys.maxsize) -> Found:
-    """Everything below a folder but what is hidden; after `most` files, no other folder is entered.
-    Links are followed; a folder that is reached twice, or contains itself, is read once."""
-    found, visited, count = Found(), {os.path.realpath(root)}, 0
-
-    def locked(error: OSError) -> None:
-        found.unusable[os.path.relpath(error.filename, root)] = f"a folder: {error.strerror}"
-
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=locked):
-        hidden = {name for name in folders if name[0] == "." or name in GENERATED}
-        hidden_files = {name for name in files if name[0] == "."}
-        found.hidden += [
-            os.path.relpath(os.path.join(folder, name), root) for name in hidden | hidden_files
-        ]
-        folders[:] = sorted(set(folders) - hidden)
-        files = [name for name in files if name not in hidden_files]
-        count += len(files)
-        if count > most:
-            found.more = True
-            break
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in visited]
-        visited.update(real.values())
-        for file in files:
-            path = Path(folder, file)
-            found.add(path, str(path.relative_to(root)))
-    found.names.sort()
-    found.parquet.sort()
-    return found
-
-
-def unused(found: Found, more: dict[str, Iterable[str]]) -> list[str]:
-    """A line for each kind of file that is not used, and no image."""
-    kinds = {
-        "archives, not opened: unpack them": found.archives,
-        "hidden files and folders, or generated ones, not read": found.hidden,
-        "other files, no images by name or, without an ending, by content": found.others,
-        **more,
-    }
-    return [
-        f"{len(files):,} {what} (first: {printable(min(files))})"
-        for what, files in kinds.items()
-        if files
-    ]
-
-
-def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
+def open_folder(
+    root: Path, found: Found, resolution: int, crop: str, buckets: Buckets | None = None
+) -> Source:
     """A folder of images with their tags beside them."""
     names = found.names
     everything = [*names, *found.unusable]
@@ -305,7 +256,8 @@ def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
             do=f"It has: {instead}" if instead else "Check --data.",
         )
     wide = WIDE if crop == "random" else 1
-    seen = survey(FileReader(root, names, resolution, wide), names, resolution, str(root))
+    reader = FileReader(root, names, resolution, wide)
+    seen = survey_of(reader, names, str(root), buckets)
     tags = read_tags(root, everything, found.tables, found.texts)
     kept = [names[i] for i in seen.good]
     kept_tags = [tags.get(name, ()) for name in kept]
@@ -315,12 +267,13 @@ def open_folder(root: Path, found: Found, resolution: int, crop: str) -> Source:
         resolution,
         {**seen.bad, **found.unusable},
         seen.pixels,
-        FileReader(root, kept, resolution, wide),
+        loader(seen, reader, FileReader(root, kept, resolution, wide)),
         content_hash(kept, kept_tags, seen.hashes),
         crop,
         notes,
         seen.hashes,
         partial(read_captions, root, kept, found.tables, found.captions),
+        seen.frames,
     )
 
 
@@ -333,8 +286,29 @@ class FileReader:
     resolution: int
     wide: int
 
+    def file(self, i: int) -> Path:
+        return self.root / self.names[i]
+
     def __call__(self, i: int) -> np.ndarray:
-        return read_strip(self.root / self.names[i], self.resolution, self.wide)
+        return read_strip(self.file(i), self.resolution, self.wide)
+
+
+@dataclass
+class Fitted:
+    """Loads image number k, the reader's numbers[k], as large as its bucket."""
+
+    reader: "Reader"
+    numbers: list[int]
+    frames: Frames
+
+    def __call__(self, k: int) -> np.ndarray:
+        file = self.reader.file(self.numbers[k])
+        return read_fitted(file, self.frames.size(k), self.reader.wide)
+
+
+def loader(seen: Survey, reader: "Reader", plain: Load) -> Load:
+    """What loads the good images of a survey: `plain`, but for those in buckets."""
+    return plain if seen.frames is None else Fitted(reader, seen.good, seen.frames)
 
 
 # ---- the Hub ------------------------------------------------------------------------------------
@@ -412,7 +386,9 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
-def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source:
+def open_parquet(
+    root: Path, found: Found, resolution: int, crop: str, buckets: Buckets | None = None
+) -> Source:
     """Images in columns. Those that memory does not hold are read again a row group at a time,
     best in order."""
     tables = {str(path.relative_to(root)) for path in found.tables}
@@ -431,7 +407,7 @@ def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source
         raise UserError(f"the parquet files in {root} have no rows", do="Check --data.")
     wide = WIDE if crop == "random" else 1
     every = ParquetRows(groups, list(range(len(names))), resolution, wide)
-    seen = survey(every, names, resolution, str(root))
+    seen = survey_of(every, names, str(root), buckets)
     kept = [names[i] for i in seen.good]
     kept_tags = [tags[i] for i in seen.good]
     return Source(
@@ -440,12 +416,13 @@ def open_parquet(root: Path, found: Found, resolution: int, crop: str) -> Source
         resolution,
         {**seen.bad, **found.unusable},
         seen.pixels,
-        ParquetRows(groups, seen.good, resolution, wide),
+        loader(seen, every, ParquetRows(groups, seen.good, resolution, wide)),
         content_hash(kept, kept_tags, seen.hashes),
         crop,
         notes,
         seen.hashes,
         partial(parquet_captions, groups, seen.good),
+        seen.frames,
     )
 
 
@@ -543,7 +520,7 @@ class ParquetRows:
     resolution: int
     wide: int
 
-    def __call__(self, i: int) -> np.ndarray:
+    def file(self, i: int) -> bytes:
         row = self.rows[i]
         k = bisect.bisect_right(self.groups, row, key=lambda group: group.first) - 1
         first, path, number, column = self.groups[k]
@@ -555,9 +532,13 @@ class ParquetRows:
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise BadImage("no bytes in this row")
-        return read_strip(data, self.resolution, self.wide)
+        return data
+
+    def __call__(self, i: int) -> np.ndarray:
+        return read_strip(self.file(i), self.resolution, self.wide)
 
 
+Reader = FileReader | ParquetRows
 reading = threading.Lock()
 
 

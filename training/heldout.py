@@ -52,11 +52,11 @@ def batches(
     """Fixed (image, t, noise): the first IMAGES at TIMES times each, 64 pairs a batch; of them
     the `share` of a rank."""
     jobs = [(i, k) for i in range(min(len(held), IMAGES)) for k in range(TIMES)][share]
-    for low in range(0, len(jobs), 64):
-        chunk = jobs[low : low + 64]
+    for chunk in chunks(held, jobs):
         batch = held.views([i for i, _ in chunk])
         draws = (rng(seed, "held out", i * TIMES + k) for i, k in chunk)
-        noise = [draw.standard_normal(latent_shape, dtype=np.float32) for draw in draws]
+        shape = held.latent_shape(chunk[0][0], latent_shape)
+        noise = [draw.standard_normal(shape, dtype=np.float32) for draw in draws]
         batch["eps"] = torch.from_numpy(np.stack(noise))
         batch["t"] = torch.tensor([(k + 0.5) / TIMES for _, k in chunk])
         if labels is not None:
@@ -64,3 +64,13 @@ def batches(
         if texts is not None:
             batch["context"] = torch.stack([texts(i) for i, _ in chunk])
         yield batch
+
+
+def chunks(held: Dataset, jobs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """The jobs, whose first number is an image, 64 at a time and each time of one shape."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for job in jobs:
+        groups.setdefault(held.bucket(job[0]), []).append(job)
+    for group in groups.values():
+        for low in range(0, len(group), 64):
+            yield group[low : low + 64]

@@ -12,6 +12,7 @@ import torch.nn as nn
 from ckpt import fingerprint, load_like, load_strict, load_unet
 from ckpt.hub import ask
 from ckpt.meaning import same_table
+from data.buckets import Frames
 from data.cache import is_cache
 from data.dataset import first_of
 from data.tags import one_form
@@ -99,7 +100,13 @@ def same_init(cfg: Any, run: Path) -> bool:
 
 
 def network_config(
-    like: Any, model: str, vae: AnyVAE, objective: Objective, resolution: int, classes: int
+    like: Any,
+    model: str,
+    vae: AnyVAE,
+    objective: Objective,
+    resolution: int,
+    classes: int,
+    frames: Frames | None = None,
 ) -> Any:
     """The config of --model, `like`, with the channels, classes and sizes that it meets here."""
     enlarges = objective.coupling == "lowres"
@@ -110,6 +117,9 @@ def network_config(
         num_classes=classes,
     )
     side, multiple = vae.latent_shape(resolution)[1], cfg.multiple
+    if frames:
+        frames.buckets.check_step(vae.factor * multiple, f"--model {model} on {vae.name}")
+        side = max(map(max, frames.buckets.sizes)) // vae.factor
     if side % multiple:
         raise UserError(
             f"--resolution {resolution} gives {side}×{side} latents; {model} needs a side that "
@@ -149,6 +159,10 @@ def check_table(cfg: Any) -> None:
 
 def check_enlarging(cfg: Any) -> None:
     """What only --objective cfm, from low resolution to high, cannot do."""
+    if getattr(cfg, "buckets", False):
+        raise UserError(
+            "--objective cfm enlarges square pictures, not --buckets", do="Leave one of them out."
+        )
     if cfg.resolution % cfg.lowres:
         size = f"{cfg.resolution}×{cfg.resolution}"
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data.dataset import Dataset
+from data.dataset import Dataset, Stream
 from harness.ema import EMA
 from harness.ranks import Ranks
 from harness.run import Meter
@@ -72,3 +72,18 @@ class Trainer:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.vae.latent_shape(self.cfg.resolution)
+
+    @property
+    def stream(self) -> Stream:
+        """The samples of the run, by position."""
+        cfg, texts = self.cfg, self.texts and self.texts.drawn
+        return Stream(
+            self.ds,
+            self.labels,
+            self.latent_shape,
+            cfg.seed,
+            cfg.flip,
+            cfg.label_drop,
+            texts,
+            cfg.batch,
+        )

@@ -249,7 +249,7 @@ def test_both_layouts_of_flux2_are_served_by_one_cache(cache, weights, tmp_path)
         cfg = train.resolve(train.Config(data=str(cache), vae=str(name), **run))
         tr = train.setup(cfg, ONE)
         assert tr.latent_shape == shape and tr.net.cfg.in_channels == shape[0]
-        batch = next(train.data.batches(train.Stream(tr.ds, None, shape, 0), iter([[0, 1]])))
+        batch = next(train.data.batches(train.data.Stream(tr.ds, None, shape, 0), iter([[0, 1]])))
         assert latents_of(vae, batch).shape[1:] == shape == batch["eps"].shape[1:]
 
 

@@ -172,16 +172,18 @@ def test_passes_that_differ_by_themselves_may_differ_as_much(recorder):
         ("cuda", {"compile": True}, {}, "--compile"),
         ("cuda", {"dropout": 0.1}, {}, "dropout"),
         ("cuda", {"coupling": "ot"}, {}, "--coupling ot"),
+        ("cuda", {"frames": "buckets"}, {}, "--buckets"),
         ("cuda", {}, {"tally/x": 1}, "its loss keeps a record"),
         ("cuda", {}, {}, ""),
     ],
 )
 def test_what_stands_against_a_graph(device, fields, own, reason):
-    given = {"world": 1, "accum": 1, "compile": False, "dropout": 0.0, "coupling": "none", **fields}
-    given = SimpleNamespace(**given)
+    given = {"world": 1, "accum": 1, "compile": False, "dropout": 0.0, "coupling": "none"}
+    given = SimpleNamespace(**(given | {"frames": None} | fields))
     tr = SimpleNamespace(
         ranks=SimpleNamespace(device=torch.device(device), world=given.world),
         cfg=given,
+        ds=given,
         net=SimpleNamespace(cfg=given),
         objective=given,
         loss=SimpleNamespace(state_dict=lambda: own),
