@@ -148,6 +148,11 @@ class Frames:
         index = np.array(list(images), np.int64)
         return Frames(self.buckets, self.originals[index], self.bucket[index])
 
+    def counts(self) -> list[list[int]]:
+        """[width, height, images] of each bucket that has any."""
+        found = np.bincount(self.bucket, minlength=len(self.buckets.sizes))
+        return [[*size, int(n)] for size, n in zip(self.buckets.sizes, found) if n]
+
     def members(self, index: np.ndarray) -> list[np.ndarray]:
         """For each bucket, the places in `index` of its images."""
         bucket = self.bucket[index]

@@ -7,9 +7,9 @@ A cache is a folder:
 
     plan.json                   what is encoded, how and on what: written first
     vae.safetensors             the autoencoder, or where it is
-    shard-00000.safetensors …   latents (n, 1 or 2, C, h, w): the posterior's mean before it is
-                                normalised, and that of the mirrored image
-    index.safetensors           names, tags, the first images
+    shard-00000.safetensors …   latents (n, 1 or 2, C, h, w) of one shape: the posterior's mean
+                                before it is normalised, and that of the mirrored image
+    index.safetensors           names, tags, the first images; sizes of those in buckets
     contents.safetensors        a hash of every image, of sources that were read from files
     manifest.json               plan, statistics, checksums of the other files and its own:
                                 written last
@@ -40,7 +40,9 @@ from tqdm import tqdm
 from ckpt.containers import open_weights
 from ckpt.hub import quoted
 from ckpt.notes import LinearNote, VaeNote
+from data.buckets import Buckets, Frames
 from data.images import to_float
+from data.shards import Layout, buckets_of
 from data.tags import TagTable
 from harness.cli import UserError
 from harness.files import Container, raw_bytes, read_meta, write_tensors
@@ -59,6 +61,15 @@ AGAIN = "Repeat the command that encodes the cache."
 
 
 # ---- what its files say --------------------------------------------------------------------------
+
+
+@dataclass
+class InBuckets:
+    """The flags of pictures that keep their shape (dataset.BucketFlags)."""
+
+    area: str
+    step: Annotated[int, Range(1, 8192)]
+    small: Literal["upscale", "skip"]
 
 
 @dataclass
@@ -82,6 +93,10 @@ class Plan:
     torch: str
     device: str
     written_for: Hash = ""  # the source when the shards were written, where only tags changed since
+    # Of pictures that keep their shape: then resolution and shape are those of the square ones.
+    buckets: InBuckets | None = None
+    # Width, height and images of each bucket that has any.
+    counts: list[Annotated[list[Annotated[int, Range(1, 10**10)]], Length(3, 3)]] = ()
 
 
 @dataclass
@@ -217,8 +232,10 @@ def verify_shard(
 ) -> bool:
     """Is shard k there, whole and of this plan (and the one that was recorded)? All of it is
     read."""
-    n = min(plan["shard"], plan["images"] - k * plan["shard"])
-    header = {"latents": (PRECISION[plan["dtype"]], (n, 1 + plan["flip"], *plan["shape"]))}
+    shard = Layout(plan)[k]
+    header = {
+        "latents": (PRECISION[plan["dtype"]], (shard.images, 1 + plan["flip"], *shard.shape))
+    }
     try:
         box = open_weights(shard_path(out, k))
         meta = shard_meta(box)
@@ -268,7 +285,7 @@ class LatentSource:
     watch: Any = None  # data.watch.Watch, once something is read
     pixels: None = None
     crop: str = "center"
-    frames: None = None
+    frames: Frames | None = None
 
     @property
     def table(self) -> TagTable:
@@ -276,11 +293,9 @@ class LatentSource:
 
     def __post_init__(self) -> None:
         plan = self.manifest["plan"]
-        self.per_shard = plan["shard"]
+        self.layout = Layout(plan)
         self.views = 1 + plan["flip"]
-        self.shape = tuple(plan["shape"])
         self.dtype = np.float16 if plan["dtype"] == "fp16" else np.int16  # numpy has no bf16
-        self.size = 2 * math.prod(self.shape)
         self.files: dict[int, tuple[int, int]] = {}
 
     def shard(self, k: int) -> tuple[int, int]:
@@ -298,16 +313,22 @@ class LatentSource:
                 f"{path}: {error.strerror}; it was there when the data was opened",
                 do="Check the cache with --verify.",
             ) from None
-        self.files[k] = file, shard["bytes"] - shard["images"] * self.views * self.size
+        self.files[k] = file, self.head_bytes(k)
         return self.files[k]
+
+    def head_bytes(self, k: int) -> int:
+        """Where the latents begin in shard k."""
+        shard = self.manifest["shards"][k]
+        return shard["bytes"] - shard["images"] * self.views * self.layout[k].latent_bytes
 
     def raw(self, i: int, mirrored: bool = False) -> Tensor:
         """What is kept of image i (C, h, w)."""
-        k, j = divmod(int(i), self.per_shard)
+        k = int(self.layout.shard_of(int(i)))
         file, start = self.shard(k)
-        value = np.empty(self.shape, self.dtype)
-        place = start + (j * self.views + mirrored) * self.size
-        if os.preadv(file, (value,), place) != self.size:
+        first, _, shape = shard = self.layout[k]
+        value = np.empty(shape, self.dtype)
+        place = start + ((int(i) - first) * self.views + mirrored) * shard.latent_bytes
+        if os.preadv(file, (value,), place) != shard.latent_bytes:
             raise UserError(
                 f"{shard_path(self.root, k)} became shorter while it was read",
                 do="Check the cache with --verify.",
@@ -347,6 +368,9 @@ def encode_command(root: Path, plan: dict[str, Any]) -> str:
             words += [flag, value]
     if plan["flip"]:
         words.append("--flip")
+    if buckets := plan.get("buckets"):
+        words += ["--buckets", "--area", buckets["area"], "--step", buckets["step"]]
+        words += ["--small", buckets["small"]]
     if plan["device"].startswith("cpu"):
         words += ["--device", "cpu"]
     words += ["--out", root]
@@ -363,7 +387,11 @@ def autoencoder_name(root: Path) -> str:
 
 
 def open_cache(
-    spec: str, resolution: int, flip: bool = False, crop: str = "center"
+    spec: str,
+    resolution: int,
+    flip: bool = False,
+    crop: str = "center",
+    buckets: Buckets | None = None,
 ) -> LatentSource:
     """A finished cache, or what is wrong with it. Nothing in it is read but the manifest and the
     index."""
@@ -375,12 +403,12 @@ def open_cache(
         )
     manifest = read_manifest(root)
     check_whole(root, manifest)
-    check_plan(root, manifest["plan"], resolution, flip, crop)
+    check_plan(root, manifest["plan"], resolution, flip, crop, buckets)
     check_statistics(root, manifest)
     box = open_weights(root / "index.safetensors")
     meta = check(read_meta(box), IndexMeta, box.path, AGAIN)
     index = {name: box[name].numpy() for name in box}
-    check_index(box.path, index, len(meta["vocabulary"]), manifest["plan"]["images"])
+    check_index(box.path, index, len(meta["vocabulary"]), manifest["plan"])
     tags = TagTable(meta["vocabulary"], index["tag_starts"], index["tag_ids"])
     return LatentSource(
         root=root,
@@ -393,14 +421,13 @@ def open_cache(
         unreadable=meta["unreadable"],
         hash=digest([identity(manifest["plan"]), manifest["index"], manifest["shards"]]),
         notes=meta["notes"],
+        frames=frames_of(box.path, index, manifest["plan"], buckets),
     )
 
 
 def check_whole(root: Path, manifest: dict[str, Any]) -> None:
     """Of this version, with all its files, as far as sizes and the checksums of small ones show."""
-    plan = manifest["plan"]
-    each = (1 + plan["flip"]) * 2 * math.prod(plan["shape"])  # bytes an image
-    short = []
+    plan, short = manifest["plan"], []
     for k, shard in enumerate(manifest["shards"]):
         file = shard_path(root, k)
         # A name in a manifest is no path: it could lead out of the folder.
@@ -413,9 +440,14 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
             size = f"{file.stat().st_size:,} bytes" if file.is_file() else "not there"
             short.append(f"{file.name} ({size}, wanted {shard['bytes']:,})")
     counts = [shard["images"] for shard in manifest["shards"]]
-    filled, rest = divmod(plan["images"], plan["shard"])
-    tiny = any(shard["bytes"] < shard["images"] * each for shard in manifest["shards"])
-    if tiny or len(counts) != filled + bool(rest) or sum(counts) != plan["images"]:
+    layout, views = Layout(plan), 1 + plan["flip"]
+    sound = layout.firsts[-1] == plan["images"] and len(layout) == len(counts)
+    sound = sound and counts == [shard.images for shard in layout]
+    tiny = sound and any(
+        shard["bytes"] < layout[k].images * views * layout[k].latent_bytes
+        for k, shard in enumerate(manifest["shards"])
+    )
+    if tiny or not sound:
         raise UserError(
             f"{root / 'manifest.json'}: its {len(counts)} shards do not hold the "
             f"{plan['images']:,} images of its plan",
@@ -434,8 +466,11 @@ def check_whole(root: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def check_index(path: Path, index: dict[str, np.ndarray], tags: int, images: int) -> None:
-    """Refuse arrays that are not the names and tags of so many images."""
+def check_index(
+    path: Path, index: dict[str, np.ndarray], tags: int, plan: dict[str, Any]
+) -> None:
+    """Refuse arrays that are not the names and tags of a plan's images."""
+    images = plan["images"]
     wanted = {
         "names": (np.uint8, 1),
         "name_ends": (np.int64, 1),
@@ -444,11 +479,13 @@ def check_index(path: Path, index: dict[str, np.ndarray], tags: int, images: int
         "tag_ids": (np.int32, 1),
         "first": (np.uint8, 4),
     }
+    if plan.get("buckets"):
+        wanted["originals"] = (np.int64, 2)
     sound = {name: (x.dtype.type, x.ndim) for name, x in index.items()} == wanted
     if sound:
         ends, starts, ids = index["name_ends"], index["tag_starts"], index["tag_ids"]
         counts = (len(ends), len(index["held"]), len(starts) - 1, len(index["first"]))
-        sound = counts == (images, images, images, min(CHECKED, images))
+        sound = counts == (images, images, images, min(CHECKED, Layout(plan).firsts[1]))
         sound = sound and is_partition(ends, len(index["names"]))
         sound = sound and starts[0] == 0 and is_partition(starts, len(ids))
         sound = sound and not (len(ids) and (ids.min() < 0 or ids.max() >= tags))
@@ -458,13 +495,45 @@ def check_index(path: Path, index: dict[str, np.ndarray], tags: int, images: int
         raise UserError(f"{path} does not hold the names and tags of {images:,} images", do=AGAIN)
 
 
+def frames_of(
+    path: Path, index: dict[str, np.ndarray], plan: dict[str, Any], buckets: Buckets | None
+) -> Frames | None:
+    """The bucket of each image of a cache, which has to be the one that it was encoded for."""
+    if buckets is None:
+        return None
+    originals = index["originals"]
+    sound = originals.shape == (plan["images"], 2) and originals.min() > 0
+    if sound:
+        frames = buckets.assign(originals)
+        now = np.array(buckets.sizes)[frames.bucket]
+        sizes = [[width, height] for width, height, _ in plan["counts"]]
+        sound = np.array_equal(now, np.repeat(sizes, [n for _, _, n in plan["counts"]], axis=0))
+    if not sound:
+        raise UserError(f"{path}: its images are not of the buckets of the plan", do=AGAIN)
+    return frames
+
+
 def is_partition(ends: np.ndarray, n: int) -> bool:
     """Do these places cut n things into pieces, in order?"""
     return bool(ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == n)
 
 
-def check_plan(root: Path, plan: dict[str, Any], resolution: int, flip: bool, crop: str) -> None:
+def check_plan(
+    root: Path,
+    plan: dict[str, Any],
+    resolution: int,
+    flip: bool,
+    crop: str,
+    buckets: Buckets | None = None,
+) -> None:
     """Does a cache hold what is asked for?"""
+    if buckets_of(plan) != buckets:
+        how = plan.get("buckets")
+        flags = "--area {area} --step {step} --small {small}".format_map(how) if how else ""
+        raise UserError(
+            f"the cache {root} holds {f'buckets of {flags}' if how else 'square pictures'}",
+            do=f"Use --buckets {flags}, or encode again." if how else "Leave --buckets out.",
+        )
     if plan["resolution"] != resolution:
         raise UserError(
             f"the cache {root} was encoded with resolution {plan['resolution']}, wanted "
@@ -533,7 +602,7 @@ def verify(root: Path, vae: str = "pca") -> list[str]:
     not where it was."""
     try:
         plan = read_plan(root)
-        source = open_cache(str(root), plan["resolution"])
+        source = open_cache(str(root), plan["resolution"], buckets=buckets_of(plan))
     except UserError as error:
         return [str(error)]
     wrong = []

@@ -149,16 +149,22 @@ def fit_vae(ds: Dataset) -> AnyVAE:
     count = min(len(ds), pca_samples(resolution))
     # The images, and their patches in double precision.
     check_memory(f"--vae pca at --resolution {resolution}", 12 * count * 3 * resolution**2)
+    images = pca_images(ds.image, count, ds.frames is not None)
     if ds.frames:
-        # Patches are all that it sees, and these have one shape.
-        images = torch.cat([patches_of(to_float(ds.image(i)), 8) for i in range(count)])
         shown *= (resolution // 8) ** 2
-    else:
-        images = to_float(ds.images(range(count)))
     vae = fit_pca(images)
     quality = psnr(vae.decode(vae.encode(images[:shown])), images[:shown])
     print(f"vae pca: fitted on {count:,} images, PSNR {quality:.2f} dB", flush=True)
     return vae
+
+
+def pca_images(image: Callable[[int], Tensor], count: int, framed: bool) -> Tensor:
+    """What pca is fitted to, in [-1, 1]: image(i), uint8 (3, H, W), for i below count. Those of
+    several shapes are cut into patches (n, 3, 8, 8), which are all that it sees."""
+    images = (image(i) for i in range(count))
+    if framed:
+        return torch.cat([patches_of(to_float(each), 8) for each in images])
+    return to_float(torch.stack(list(images)))
 
 
 def patches_of(image: Tensor, side: int) -> Tensor:
@@ -274,12 +280,7 @@ def open_dataset(
     """
     check_stage(stage, exclude_tags, resolution)
     if is_cache(spec):
-        if buckets:
-            raise UserError(
-                f"--buckets, but the cache {spec} holds square pictures",
-                do="Leave --buckets out, or train on the images themselves.",
-            )
-        source = open_cache(spec, resolution, flip, crop)
+        source = open_cache(spec, resolution, flip, crop, buckets)
     else:
         source = open_source(spec, resolution, crop, buckets)
     found = len(source.names)
@@ -374,13 +375,18 @@ def describe(spec: str, stage: str, ds: Dataset, left_out: int, stage_lines: lis
 
 def describe_buckets(used: Frames) -> list[str]:
     """How many of the used images each bucket has, and how many are enlarged."""
-    counts = np.bincount(used.bucket, minlength=len(used.buckets.sizes))
-    shares = [f"{w}×{h} {n:,}" for (w, h), n in zip(used.buckets.sizes, counts) if n]
-    lines = [f"  buckets, {len(shares)} of {len(counts)} with images: {', '.join(shares)}"]
+    lines = [bucket_line(used.counts(), used.buckets)]
     small = int(used.small.sum())
     if small:
         lines.append(f"  smaller than their bucket, and enlarged: {small:,} of the used")
     return lines
+
+
+def bucket_line(counts: Sequence[Sequence[int]], buckets: Buckets) -> str:
+    """How many images each bucket has, of those with any (Frames.counts)."""
+    shares = [f"{width}×{height} {n:,}" for width, height, n in counts]
+    sizes = len(buckets.sizes)
+    return f"  buckets, {len(shares)} of {sizes} with images: {', '.join(shares)}"
 
 
 def unreadable_line(reasons: dict[str, str]) -> str:

@@ -45,12 +45,13 @@ from data.cache import (
     verify,
     verify_shard,
 )
-from data.dataset import unreadable_line
+from data.dataset import BucketFlags, bucket_line, pca_images, unreadable_line
 from data.images import to_float
 from data.reuse import Reuse, clear_update, find_reuse, take_over, update_folder, write_contents
+from data.shards import Layout, buckets_of
 from data.sources import Source, open_source
 from data.stamps import take_stamps, write_stamps
-from harness.cli import UserError, cli, flag, parse
+from harness.cli import UserError, cli, flag, flag_like, parse
 from harness.files import digest, make_dir, read_meta, write_tensors, write_text
 from harness.memory import check_batch_memory
 from harness.ranks import PATIENCE, Ranks, join_ranks
@@ -76,6 +77,12 @@ class Encode:
     batch: int = flag(16, "images at a time; part of the plan", low=1, high=65_536)
     device: str = flag("auto", "auto | cpu | cuda")
     verify: bool = flag(False, "only check the cache at --out")
+    buckets: bool = flag_like(BucketFlags, "buckets", False)
+    area: str = flag_like(BucketFlags, "area", BucketFlags.area)
+    step: int = flag_like(BucketFlags, "step", BucketFlags.step)
+    small: Literal["upscale", "skip"] = flag_like(BucketFlags, "small", BucketFlags.small)
+    bucket_sizes = BucketFlags.bucket_sizes
+    squared = BucketFlags.squared
 
 
 def encode(cfg: Encode, ranks: Ranks) -> None:
@@ -86,11 +93,14 @@ def encode(cfg: Encode, ranks: Ranks) -> None:
 
 def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     """Agree on the autoencoder and the plan, write this rank's shards, then what is about all."""
-    out = Path(cfg.out)
+    out, cfg = Path(cfg.out), cfg.squared()
+    buckets = cfg.bucket_sizes()
     vae = choose(cfg.vae, fit=lambda: pixel(8))  # pca has the same factor and is not fitted yet
+    if buckets:
+        buckets.check_step(vae.unit, f"--vae {cfg.vae}")
     shape = vae.latent_shape(cfg.resolution)  # before anything is read
     stamps = take_stamps(cfg.data) if ranks.rank == 0 else None
-    source = open_source(cfg.data, cfg.resolution)
+    source = open_source(cfg.data, cfg.resolution, "center", buckets)
     batch = min(cfg.batch, len(source.names))
     check_batch_memory("--batch", batch, cfg.resolution, shape, ranks.device)
     old = ranks.broadcast(lambda: begun(out, held))
@@ -168,7 +178,11 @@ def fitted(out: Path, source: Source, old: dict[str, Any]) -> AnyVAE:
             if vae.name == "pca" and vae.raw_fingerprint == old["vae"]:
                 return vae
     n = min(len(source.names), pca_samples(source.resolution))
-    return fit_pca(to_float(stacked(map(source.pixel, range(n)))))
+
+    def image(i: int) -> Tensor:
+        return stacked([source.pixel(i)])[0]
+
+    return fit_pca(pca_images(image, n, source.frames is not None))
 
 
 # ---- the plan -----------------------------------------------------------------------------------
@@ -181,7 +195,7 @@ def make_plan(
     image = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=device)
     shape = list(vae.raw(image).shape[1:])
     size = math.prod(shape) * (1 + cfg.flip) * 2  # bytes an image
-    return {
+    plan = {
         "version": VERSION,
         "data": data,
         "resolution": cfg.resolution,
@@ -199,6 +213,10 @@ def make_plan(
         "torch": str(torch.__version__),
         "device": device_name(device),
     }
+    if source.frames:
+        plan["buckets"] = {"area": cfg.area, "step": cfg.step, "small": cfg.small}
+        plan["counts"] = source.frames.counts()
+    return plan
 
 
 def spelled(old: dict[str, Any], data: str) -> str:
@@ -264,12 +282,12 @@ def decoded(source: Source, groups: Iterable[range]) -> Iterator[Tensor]:
 
 
 def shard_count(plan: dict[str, Any]) -> int:
-    return math.ceil(plan["images"] / plan["shard"])
+    return len(Layout(plan))
 
 
 def shard_images(plan: dict[str, Any], k: int) -> range:
-    first = k * plan["shard"]
-    return range(first, min(first + plan["shard"], plan["images"]))
+    first, images, _ = Layout(plan)[k]
+    return range(first, first + images)
 
 
 def chunks(plan: dict[str, Any], k: int) -> list[range]:
@@ -379,7 +397,7 @@ def moment_sums(latents: Tensor, channels: int) -> Tensor:
 
 def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
     """The index and, from the shards' headers, the manifest."""
-    write_index(out / "index.safetensors", source)
+    write_index(out / "index.safetensors", source, plan)
     shards = range(shard_count(plan))
     sums = [shard_meta(open_weights(shard_path(out, k)))["sums"] for k in shards]
     number, value, square = torch.tensor(sums, dtype=torch.float64).sum(0)  # (C,) each
@@ -402,10 +420,10 @@ def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
     write_text(out / "manifest.json", sealed(manifest))
 
 
-def write_index(path: Path, source: Source) -> None:
-    """Names, tags, and the first images, with which a run checks the cache."""
+def write_index(path: Path, source: Source, plan: dict[str, Any]) -> None:
+    """Names, tags, and the first images, of one shape, with which a run checks the cache."""
     names = [name.encode("utf-8", "surrogateescape") for name in source.names]
-    first = np.stack([source.pixel(i) for i in range(min(CHECKED, len(names)))])
+    first = np.stack([source.pixel(i) for i in range(min(CHECKED, Layout(plan).firsts[1]))])
     tags = source.table
     index = {
         "names": torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8),
@@ -415,6 +433,8 @@ def write_index(path: Path, source: Source) -> None:
         "tag_starts": torch.from_numpy(tags.starts),
         "tag_ids": torch.from_numpy(tags.ids),
     }
+    if source.frames:
+        index["originals"] = torch.from_numpy(source.frames.originals)
     meta = {
         "kind": "latent cache",
         "vocabulary": tags.vocabulary,
@@ -457,6 +477,8 @@ def main() -> None:
         mean, std = manifest["mean"], manifest["std"]
         plural = "" if shards == 1 else "s"
         print(f"{images:,} images in {shards} shard{plural}, mean {mean:.3f}, std {std:.3f}")
+        if buckets := buckets_of(manifest["plan"]):
+            print(bucket_line(manifest["plan"]["counts"], buckets))
         unreadable = read_meta(open_weights(Path(cfg.out) / "index.safetensors"))["unreadable"]
         if unreadable:
             print(unreadable_line(unreadable))

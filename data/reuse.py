@@ -27,6 +27,7 @@ from data.cache import (
     shard_path,
     verify_shard,
 )
+from data.shards import buckets_of
 from data.sources import Source, content_hash
 from data.tags import TagTable
 from harness.cli import UserError
@@ -37,6 +38,7 @@ MAY_CHANGE = {
     "source",
     "written_for",
     "images",
+    "counts",
 }  # of a plan, without a latent becoming another
 
 
@@ -94,7 +96,7 @@ def find_reuse(
         # A damaged latent would get a new checksum: those shards are encoded again.
         shards = enumerate(manifest["shards"])
         damaged = [k for k, record in shards if not verify_shard(out, old, k, record)]
-        reuse.places[np.isin(reuse.places // reuse.cache.per_shard, damaged)] = -1
+        reuse.places[np.isin(reuse.cache.layout.shard_of(reuse.places), damaged)] = -1
     return reuse
 
 
@@ -105,7 +107,8 @@ def read_contents(out: Path, manifest: dict[str, Any], source: Source) -> list[b
             return []
         return [row.tobytes() for row in open_weights(contents_path(out))["contents"].numpy()]
     # A cache that is older than that file: its images are those of the same names, if all are.
-    cache = open_cache(str(out), manifest["plan"]["resolution"])
+    plan = manifest["plan"]
+    cache = open_cache(str(out), plan["resolution"], buckets=buckets_of(plan))
     now = dict(zip(source.names, source.contents))
     hashes = [now.get(name, "") for name in cache.names]
     if content_hash(list(cache.names), list(cache.tags), hashes) != manifest["plan"]["source"]:

@@ -216,6 +216,9 @@ def survey_of(reader: "Reader", names: list[str], what: str, buckets: Buckets | 
         sizes = dict(enumerate(pool.map(measured, range(len(names)))))
     bad = {names[i]: str(size) for i, size in sizes.items() if isinstance(size, BadImage)}
     good = [i for i, size in sizes.items() if not isinstance(size, BadImage)]
+    # One bucket after the other, as a latent cache keeps them.
+    order = buckets.assign([sizes[i] for i in good]).bucket.argsort(kind="stable")
+    good = [good[k] for k in order]
     frames = buckets.assign([sizes[i] for i in good])
     if buckets.skip_small:
         bad |= {names[good[k]]: frames.why_small(k) for k in np.flatnonzero(frames.small)}
@@ -304,6 +307,14 @@ class Fitted:
     def __call__(self, k: int) -> np.ndarray:
         file = self.reader.file(self.numbers[k])
         return read_fitted(file, self.frames.size(k), self.reader.wide)
+
+
+def framed(file: Path | bytes, buckets: Buckets) -> np.ndarray:
+    """An image as a survey in buckets reads it."""
+    frames = buckets.assign([upright_size(file)])
+    if buckets.skip_small and frames.small[0]:
+        raise BadImage(frames.why_small(0))
+    return read_fitted(file, frames.size(0))
 
 
 def loader(seen: Survey, reader: "Reader", plain: Load) -> Load:

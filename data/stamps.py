@@ -16,8 +16,9 @@ import torch
 
 from ckpt.containers import open_weights
 from data.cache import LatentSource, Names, contents_path, encode_command
+from data.found import Found, find_files
 from data.images import BadImage
-from data.sources import FileReader, Found, find_files, strip_hash
+from data.sources import FileReader, framed, strip_hash
 from data.tags import Spellings, of_one_form, read_tags
 from harness.cli import UserError
 from harness.files import digest, fingerprint, read_meta, write_tensors
@@ -182,7 +183,9 @@ def contents_of(source: LatentSource, root: Path, names: list[str]) -> list[str]
     load, hashes = FileReader(root, names, source.resolution, 1), []
     for i in range(len(names)):
         try:
-            hashes.append(strip_hash(load(i)))
+            square = source.frames is None
+            strip = load(i) if square else framed(load.file(i), source.frames.buckets)
+            hashes.append(strip_hash(strip))
         except BadImage:
             hashes.append("")
     return hashes

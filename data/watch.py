@@ -48,8 +48,7 @@ class Watch(threading.Thread):
 
 def is_whole(source: LatentSource, k: int) -> bool:
     """Is shard k, its header too, what the manifest says?"""
-    record = source.manifest["shards"][k]
-    head_bytes = record["bytes"] - record["images"] * source.views * source.size
+    record, head_bytes = source.manifest["shards"][k], source.head_bytes(k)
     try:
         with open_file(shard_path(source.root, k)) as file:
             head = hashlib.sha256(file.read(head_bytes))

@@ -477,7 +477,7 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
         names = [f"folder/{i:09d}.png" for i in range(n)]
         held = held_hash(names)
         table = TagTable([f"tag {i}" for i in range(5000)], np.arange(0, 10 * n + 1, 10), ids)
-        notes, contents, unreadable = [], [], {}
+        notes, contents, unreadable, frames = [], [], {}, None
         pixel = staticmethod(lambda i: np.zeros((8, 8, 3), np.uint8))
 
     encode.finish(tmp_path, plan, Synthetic)
