@@ -300,9 +300,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     chosen = ranks.broadcast(lambda: data.vae_for(ds, name, kept=kept, **known).meta())
     vae = vae_from_meta(chosen).to(ranks.device)
     objective = objective_of(cfg, vae.latent_shape(cfg.resolution))
-    unet = network_config(
-        preset_of(cfg), cfg.model, vae, objective, cfg.resolution, len(classes), ds.frames
-    )
+    like, sizes = preset_of(cfg), cfg.bucket_sizes()
+    unet = network_config(like, cfg.model, vae, objective, cfg.resolution, len(classes), sizes)
     torch.manual_seed(torch_seed(cfg.seed))
     net = build(unet)
     init = {"path": None, "fingerprint": None}

@@ -223,6 +223,12 @@ def survey_of(reader: "Reader", names: list[str], what: str, buckets: Buckets | 
     if buckets.skip_small:
         bad |= {names[good[k]]: frames.why_small(k) for k in np.flatnonzero(frames.small)}
         large = np.flatnonzero(~frames.small)
+        if good and not len(large):
+            raise UserError(
+                f"--small skip: each of the {len(good):,} images in {what} is smaller than its "
+                "bucket",
+                do="Lower --area, or use --small upscale.",
+            )
         good, frames = [good[k] for k in large], frames.take(large)
     check_any(good, bad, what)
     fitted = Fitted(reader, good, frames)

@@ -302,7 +302,7 @@ WRONG = {
     ),
     "all images too small": (
         ("--area", "512x512", "--small", "skip"),
-        "none of the 24 images in PICTURES can be read (first: 00.png: 64×64 is smaller than its",
+        "--small skip: each of the 24 images in PICTURES is smaller than its bucket.  Lower --area",
     ),
     "square pictures": (("--data", "toyfaces:9"), "--buckets: the pictures of toyfaces:9 are all"),
     "from small to large": (("--objective", "cfm"), "--objective cfm enlarges square pictures"),
@@ -319,6 +319,13 @@ def test_what_cannot_be_bucketed_is_one_line_before_the_first_step(
     message = message.replace("PICTURES", str(pictures))
     assert code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {message}"), errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_knows_the_buckets(pictures, tmp_path, user):
+    code, out, errors = user(train.main, *flags(pictures, tmp_path, "--dry-run"))
+    assert code == 0 and json.loads(out)["resolution"] == 64
+    code, _, errors = user(train.main, *flags(pictures, tmp_path, "--step", 8, "--dry-run"))
+    assert code == 2 and errors[-1].startswith("error: --step 8: --model nano on pca needs sides")
 
 
 def test_a_run_goes_on_with_its_own_buckets_only(whole, pictures, tmp_path, user):

@@ -199,7 +199,8 @@ def memory_text(cfg: Any, objective: Objective) -> str:
         return f"memory: known once the autoencoder of --vae {cfg.vae} was fetched"
     like = preset_of(cfg)
     classes = len(cfg.classes)  # "* hair" is counted as one: a class is a row, which is little
-    unet = network_config(like, cfg.model, vae, objective, cfg.resolution, classes)
+    sizes = cfg.bucket_sizes()
+    unet = network_config(like, cfg.model, vae, objective, cfg.resolution, classes, sizes)
     with torch.device("meta"):
         net = build(unet)
     _, world = place_here() or (0, 1)

@@ -12,7 +12,7 @@ import torch.nn as nn
 from ckpt import fingerprint, load_like, load_strict, load_unet
 from ckpt.hub import ask
 from ckpt.meaning import same_table
-from data.buckets import Frames
+from data.buckets import Buckets
 from data.cache import is_cache
 from data.dataset import first_of
 from data.tags import one_form
@@ -106,7 +106,7 @@ def network_config(
     objective: Objective,
     resolution: int,
     classes: int,
-    frames: Frames | None = None,
+    buckets: Buckets | None = None,
 ) -> Any:
     """The config of --model, `like`, with the channels, classes and sizes that it meets here."""
     enlarges = objective.coupling == "lowres"
@@ -117,9 +117,9 @@ def network_config(
         num_classes=classes,
     )
     side, multiple = vae.latent_shape(resolution)[1], cfg.multiple
-    if frames:
-        frames.buckets.check_step(vae.factor * multiple, f"--model {model} on {vae.name}")
-        side = max(map(max, frames.buckets.sizes)) // vae.factor
+    if buckets:
+        buckets.check_step(vae.factor * multiple, f"--model {model} on {vae.name}")
+        side = max(map(max, buckets.sizes)) // vae.factor
     if side % multiple:
         raise UserError(
             f"--resolution {resolution} gives {side}×{side} latents; {model} needs a side that "
