@@ -86,7 +86,7 @@ class Plan:
     tuning_n: int
     # Learning rates that are tried, over which D's and F's spread is measured too.
     rates: tuple[float, ...]
-    # Of the images of standard, for a run that the spread is measured of; a tuning run is whole.
+    # Of the images of standard, for a run that the spread is measured of.
     rate_share: float
     tuning_seed: int
     # First seed of the second of two arms that are one.
@@ -94,6 +94,8 @@ class Plan:
     seeds: tuple[int, ...]
     # More flags of train.py.
     train: dict[str, Any]
+    # Of the images of standard, for a run that a learning rate is chosen by.
+    tuning_share: float = 1.0
 
     def images_of(self, stage: str) -> int:
         return self.images[STAGES.index(stage)]
@@ -229,7 +231,7 @@ def train_config(
     """The run that a part is, resolved. tags: what fine leaves out."""
     images, points = plan.images_of(part.stage), plan.points_of(part.stage)
     if part.rate:
-        share = 1.0 if part.seed == plan.tuning_seed else plan.rate_share
+        share = plan.tuning_share if part.seed == plan.tuning_seed else plan.rate_share
         images = max(round(share * images), 1)
         points = [images]
     every = math.gcd(*points)

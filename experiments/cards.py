@@ -45,7 +45,7 @@ class Made(Open):
 class CardFile(Open):
     """What every card says."""
 
-    kind: Literal["run", "tuning", "rates", "references"]
+    kind: Literal["run", "tuning", "rates", "references", "networks"]
     asked: Asked
     made: Made
 
@@ -181,11 +181,28 @@ class ReferencesCard(CardFile):
     sharpness: Annotated[float, Range(0, 1e15)] | None = None
 
 
+@dataclass
+class Network(Open):
+    """What a network costs: of one image, but for its parameters."""
+
+    model: Word
+    parameters: Images
+    flops: Positive
+    bytes: Positive
+    seconds: Positive
+
+
+@dataclass
+class NetworksCard(CardFile):
+    networks: dict[str, Network]
+
+
 KINDS = {
     "run": RunCard,
     "tuning": TuningCard,
     "rates": RatesCard,
     "references": ReferencesCard,
+    "networks": NetworksCard,
 }
 
 

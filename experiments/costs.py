@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,9 +39,12 @@ class Cost:
 
 
 def forward_flops(model: str, resolution: int) -> float:
-    """Of one evaluation of a preset at latents of 1/8 of the pixels; a multiply-add is two."""
-    cfg = PRESETS[model]
-    side = max(resolution // 8, 1)
+    """Of one evaluation of a preset at latents of 1/8 of the pixels."""
+    return flops_of(PRESETS[model], max(resolution // 8, 1))
+
+
+def flops_of(cfg: Any, side: int) -> float:
+    """Of one evaluation of a network at side × side latents; a multiply-add is two."""
     with torch.device("meta"):
         net, x, t = build(cfg), torch.empty(1, cfg.in_channels, side, side), torch.empty(1)
         with FlopCounterMode(display=False) as counter:
@@ -48,11 +52,15 @@ def forward_flops(model: str, resolution: int) -> float:
     return float(counter.get_total_flops())
 
 
+def parameters_of(cfg: Any) -> int:
+    """Numbers that a network learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(cfg).parameters())
+
+
 def checkpoint_bytes(plan: Plan) -> int:
     """Weights, averages, and the optimizer's two moments."""
-    cfg = PRESETS[plan.train["model"]]
-    with torch.device("meta"):
-        n = sum(p.numel() for p in build(cfg).parameters())
+    n = parameters_of(PRESETS[plan.train["model"]])
     moments = 2 if plan.train.get("optim") == "adamw8bit" else 8
     return n * (4 + 4 * len(plan.train["ema"]) + moments)
 

@@ -57,8 +57,8 @@ class Cards:
         }
 
 
-def sort_cards(cards: list[Card], control_seed: int) -> Cards:
-    """A list of cards, as read_cards() gives it."""
+def sort_cards(cards: list[Card], control_seed: int, differ: tuple[str, ...] = ()) -> Cards:
+    """A list of cards, as read_cards() gives it. differ: the flags in which arms may differ."""
     runs, tuning, rates, references = {}, {}, {}, {}
     for card in cards:
         if card["kind"] == "run":
@@ -67,16 +67,17 @@ def sort_cards(cards: list[Card], control_seed: int) -> Cards:
             tuning[card["arm"]] = card
         elif card["kind"] == "rates":
             rates[card["arm"], card["seed"]] = card
-        else:
+        elif card["kind"] == "references":
             references = card
     found = Cards(runs, tuning, rates, references, control_seed)
-    check_alike(found)
+    check_alike(found, differ)
     return found
 
 
-def check_alike(cards: Cards) -> None:
+def check_alike(cards: Cards, differ: tuple[str, ...] = ()) -> None:
     """Refuse cards that cannot be compared: of other data or latents, measured in other ways."""
     said: dict[str, tuple[str, Any]] = {}
+    alike = [key for key in ALIKE_IN_TRAINING if key not in differ]
     if cards.references:
         said["data_hash"] = ("references", cards.references["data_hash"])
     for (arm, seed, stage, base), card in cards.runs.items():
@@ -87,7 +88,7 @@ def check_alike(cards: Cards) -> None:
         latents = "pca" if flags.get("vae") == "pca" else card["vae"]
         own = {"data_hash": card["data_hash"], f"latents of {stage}": latents}
         own |= {key: asked.get(key) for key in ALIKE}
-        own |= {f"{key} of {stage}": flags.get(key) for key in ALIKE_IN_TRAINING}
+        own |= {f"{key} of {stage}": flags.get(key) for key in alike}
         own[f"points of {stage}"] = asked.get("points")
         for key, value in own.items():
             before, first = said.setdefault(key, (name, value))

@@ -9,6 +9,7 @@ COMMANDS = (
     "vae.py",
     "text.py encode",
     "experiments/ablate.py",
+    "experiments/architecture.py",
     "experiments/compare.py",
     "experiments/protocol.py",
     "experiments/stages.py",

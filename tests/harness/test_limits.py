@@ -26,6 +26,7 @@ COMMANDS = {
     "distill pretrain-assessor": ["--teacher", "none"],
     "eval_fid": ["--ckpt", "none"],
     "experiments.ablate": ["--teacher", "none"],
+    "experiments.architecture": [],
     "experiments.protocol": ["--runs", "none"],
     "experiments.stages": [],
     "experiments.compare": [],
