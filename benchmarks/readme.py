@@ -304,6 +304,32 @@ def verdicts(up: str, name: str, flags: str) -> str:
     )
 
 
+def block_architecture(up: str) -> str:
+    """U-Net against transformer, question by question."""
+    if not is_measured("architecture/verdict"):
+        return "The comparison has not been run yet."
+    r, rows = results("architecture/verdict"), []
+    for answer in r["answers"]:
+        for each in answer["endpoints"]:
+            low, high = each["interval"]
+            rows.append([
+                f"{answer['title']}: {each['what'].split(' against')[0]}",
+                "–" if each["ratio"] is None else f"{each['ratio']:.3f}",
+                "–" if None in (low, high) else f"{low:.3f} to {high:.3f}",
+                f"{each['p']:.2g}",
+                answer["word"],
+            ])
+    folder = f"{up}benchmarks/results/architecture"
+    return paragraphs(
+        table(["question", "SiT / U-Net", "90% interval", "p", "answer"], rows),
+        "Below 1 the transformer is better, or what the claim says is so. p is two-sided, with "
+        f"Holm's correction for all. [Report, with figures, costs and what was left out]"
+        f"({folder}/report.md); [as one file]({folder}/report.html).",
+        f"<sub>`{r['command']}`; {', '.join(r['machines'])}; commit {', '.join(r['commits'])}; "
+        f"seeds {', '.join(map(str, r['seeds']))}</sub>",
+    )
+
+
 def block_answer(up: str) -> str:
     """The same in three lines."""
     r = results("compare/verdict")
@@ -872,6 +898,7 @@ BLOCKS = {
     "stages": block_stages,
     "compare": block_compare,
     "kittens": block_kittens,
+    "architecture": block_architecture,
     "peer": block_peer,
     "answer": block_answer,
     "protocol": block_protocol,

@@ -24,8 +24,8 @@ from experiments.arms import PLANS, Part, Plan, facts
 from experiments.cards import VERSION, read_cards
 from experiments.contest import Cell, build, summary
 from experiments.costs import TRAINING, check_space, flops_of, parameters_of
-from experiments.hypotheses import sort_cards
-from experiments.matched import FAMILIES, costs_of, matched, network_at
+from experiments.hypotheses import Card, Cards, sort_cards
+from experiments.matched import ARMS, FAMILIES, UNET, costs_of, matched, network_at
 from experiments.parts import Bench, Stopped, references, run_card, tune
 from experiments.report import write
 from harness.cli import UserError, cli, flag, parse, shown
@@ -234,22 +234,29 @@ def carry_out(bench: Bench) -> None:
             run_card(bench, Part(arm, seed, "standard"))
 
 
-def read_cell(folder: Path) -> Cell:
+def cell_from(folder: Path, cards: list[Card]) -> Cell:
     """The cards of OUT/SIZE-RESOLUTION."""
     size, _, resolution = folder.name.rpartition("-")
-    cards = read_cards(folder / "cards")
     networks = [card["networks"] for card in cards if card["kind"] == "networks"]
     found = sort_cards(cards, PLANS["cpu"].control_seed, differ=("model",))
-    missing = [what for what, own in (("networks", networks), ("references", found.references))
-               if not own]
-    if missing:
-        raise UserError(f"{folder}/cards/{missing[0]}.json is missing", do="Copy it too.")
-    if strange := {arm for arm, *_ in found.runs} - networks[0].keys():
+    for name, own in (("networks", networks), ("references", found.references)):
+        if not own:
+            raise UserError(f"{folder}/cards/{name}.json is missing", do="Copy it too.")
+    check_known(folder, found, networks[0])
+    return Cell(size, int(resolution), found, networks[0], folder / "pictures")
+
+
+def check_known(folder: Path, cards: Cards, networks: dict[str, Any]) -> None:
+    """Refuse runs of networks that are not compared here, or whose costs are not known."""
+    arms = {arm for arm, *_ in cards.runs}
+    stages = {stage for _, _, stage, _ in cards.runs} - {"standard"}
+    strange = (arms - set(ARMS)) | ({UNET, *arms} - networks.keys()) | stages
+    if strange:
         raise UserError(
-            f"{folder}/cards/networks.json does not know {', '.join(sorted(strange))}",
+            f"{folder}/cards: {shown(tuple(sorted(strange)))}",
+            wanted=f"standard runs of {', '.join(ARMS)}, all of them in networks.json",
             do="Keep cards that were made together.",
         )
-    return Cell(size, int(resolution), found, networks[0], folder / "pictures")
 
 
 def report(out: Path, planned: list[tuple[str, int]]) -> None:
@@ -258,7 +265,8 @@ def report(out: Path, planned: list[tuple[str, int]]) -> None:
     for size in FAMILIES:
         found = [path for path in out.glob(f"{size}-*") if (path / "cards").is_dir()]
         whole = [path for path in found if path.name.rpartition("-")[2].isdecimal()]
-        cells += sorted(map(read_cell, whole), key=lambda cell: cell.resolution)
+        own = [cell_from(path, read_cards(path / "cards")) for path in whole]
+        cells += sorted(own, key=lambda cell: cell.resolution)
     cells = [cell for cell in cells if cell.cards.runs]
     if not cells:
         raise UserError(f"{out} has no card of a run", do="Make them: see --help.")

@@ -2,7 +2,6 @@
 the page that says it."""
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,19 +86,22 @@ def told(each: Measured, p: float) -> str:
     return f"{each.what} {percent(each.pairs.mean)} (90% interval {low} to {high}, p {p:.2g})"
 
 
-def loss_of(card: Card) -> float:
-    """Held-out L_u of a run's end: a geometric mean over t."""
-    return curve_loss(card["held_out"]["all"])
+def loss_of(card: Card) -> float | None:
+    """Held-out L_u of a run's end, a geometric mean over t; None if no image was held out."""
+    found = card["held_out"].get("all")
+    return curve_loss(found) if found else None
 
 
 def fd_of(card: Card) -> float:
     return points(card)[-1]["all"]["fd"]
 
 
-def quarter(k: int) -> Callable[[Card], float]:
+def quarter(k: int) -> Callable[[Card], float | None]:
     """The same loss over a quarter of t: 0 is the least noise, 3 the most."""
 
-    def loss(card: Card) -> float:
+    def loss(card: Card) -> float | None:
+        if not card["held_out"].get("all"):
+            return None
         by_t = card["held_out"]["all"]["loss_by_t"]
         n = len(by_t)
         part = by_t[k * n // 4 : (k + 1) * n // 4] or by_t
@@ -108,7 +110,7 @@ def quarter(k: int) -> Callable[[Card], float]:
     return loss
 
 
-def against(cell: Cell, arm: str, measure: Callable[[Card], float]) -> Paired:
+def against(cell: Cell, arm: str, measure: Callable[[Card], Any]) -> Paired:
     """log(transformer / U-Net) of a measure, by seed."""
     one = values(cell.cards, arm, "standard", measure)
     return paired(one, values(cell.cards, UNET, "standard", measure))
@@ -202,10 +204,15 @@ def summary(cells: list[Cell]) -> dict[str, Any]:
     """What came out, for another page to show."""
     runs = [card for cell in cells for card in cell.cards.runs.values()]
     found = answers(questions(cells))
+    sizes = ",".join(dict.fromkeys(cell.size for cell in cells))
+    resolutions = ",".join(dict.fromkeys(str(cell.resolution) for cell in cells))
+    images = max(points(card)[-1]["images"] for card in runs)
     return {
+        "command": f"python experiments/architecture.py --sizes {sizes} --resolutions "
+        f"{resolutions} --images {images} --n {runs[0]['asked'].get('n')}",
         "cells": [cell.name for cell in cells],
         "seeds": sorted({seed for cell in cells for seed in cell.cards.seeds}),
-        "images": max(points(card)[-1]["images"] for card in runs),
+        "images": images,
         "commits": sorted({made_at(card, "commit") for card in runs}),
         "machines": sorted({made_at(card, "machine") for card in runs}),
         "networks": {cell.name: cell.networks for cell in cells},
@@ -354,7 +361,8 @@ def losses(cells: list[Cell]) -> Section:
     for cell in cells:
         series = []
         for color, arm in enumerate(cell.cards.arms):
-            runs = list(cell.cards.of(arm, "standard").values())
+            runs = [card for card in cell.cards.of(arm, "standard").values()
+                    if card["held_out"].get("all")]
             columns = list(zip(*(card["held_out"]["all"]["loss_by_t"] for card in runs)))
             times = [(i + 0.5) / len(columns) for i in range(len(columns))]
             series.append(band(arm, times, [list(column) for column in columns], color))
@@ -433,12 +441,12 @@ def chosen(cells: list[Cell]) -> Section:
         for table in choices(cell.cards).tables:
             tables.append(replace(table, note=f"{cell.title}."))
         for arm, card in cell.cards.tuning.items():
-            tried = [float(each["name"]) for each in card["rates"]]
-            if card["lr"] in (min(tried), max(tried)):
-                end = "lowest" if card["lr"] == min(tried) else "highest"
+            tried = [each["name"] for each in card["rates"]]
+            ends = {tried[0]: "lowest", tried[-1]: "highest"}
+            if end := ends.get(f"{card['lr']:g}"):
                 text.append(
-                    f"{cell.title}, {SAID[arm]}: the {end} of the rates was the best; beyond it "
-                    "there may be a better one."
+                    f"{cell.title}, {SAID.get(arm, arm)}: the {end} of the rates was the best; "
+                    "beyond it there may be a better one."
                 )
     return Section("Learning rates", text, tables)
 
@@ -447,12 +455,16 @@ def left_out(cells: list[Cell], planned: list[tuple[str, int]]) -> list[str]:
     """What this report cannot say, and why."""
     made = {(cell.size, cell.resolution) for cell in cells}
     seeds = min(len(cell.cards.of(UNET, "standard")) for cell in cells)
-    images = statistics.median(
-        points(card)[-1]["images"] for cell in cells for card in cell.cards.runs.values()
-    )
-    text = [f"Every run saw {images:,.0f} images, which is a beginning: orders may change later."]
-    missing = [f"{size} at {resolution} px" for size, resolution in planned
-               if (size, resolution) not in made]
+    budgets = []
+    for cell in cells:
+        images = max(points(card)[-1]["images"] for card in cell.cards.runs.values())
+        budgets.append(f"{images:,} at {cell.title}")
+    text = [f"Images a run: {', '.join(budgets)}. With more of them an order may change."]
+    missing = [
+        f"{size} at {resolution} px"
+        for size, resolution in planned
+        if (size, resolution) not in made
+    ]
     if missing:
         text.append(f"Of the plan, {', '.join(missing)} was not run.")
     if not neighbours(cells):
