@@ -325,8 +325,8 @@ def block_architecture(up: str) -> str:
         "Below 1 the transformer is better, or what the claim says is so. p is two-sided, with "
         f"Holm's correction for all. [Report, with figures, costs and what was left out]"
         f"({folder}/report.md); [as one file]({folder}/report.html).",
-        f"<sub>`{r['command']}`; {', '.join(r['machines'])}; commit {', '.join(r['commits'])}; "
-        f"seeds {', '.join(map(str, r['seeds']))}</sub>",
+        f"<sub>{', '.join(f'`{each}`' for each in r['commands'])}; {', '.join(r['machines'])}; "
+        f"commit {', '.join(r['commits'])}; seeds {', '.join(map(str, r['seeds']))}</sub>",
     )
 
 

@@ -26,7 +26,7 @@ from experiments.contest import Cell, build, summary
 from experiments.costs import TRAINING, check_space, flops_of, parameters_of
 from experiments.hypotheses import Card, Cards, sort_cards
 from experiments.matched import ARMS, FAMILIES, UNET, costs_of, matched, network_at
-from experiments.parts import Bench, Stopped, references, run_card, tune
+from experiments.parts import Bench, Stopped, rates_card, references, run_card, tune
 from experiments.report import write
 from harness.cli import UserError, cli, flag, parse, shown
 from harness.files import strict_json, write_text
@@ -69,6 +69,7 @@ CPU = replace(
     n=512,
     sweep=(),
     candidates=(PLANS["cpu"].curve,),
+    rate_share=1.0,
     tuning_share=0.2,
     seeds=(0, 1, 2),
     train={"batch": 16, "ema": (0.1,), "workers": 0},
@@ -133,6 +134,7 @@ class Config:
     data: str = flag("", "as train.py takes it; default the size's")
     images: int = flag(0, "of each run; 0 = the size's", low=0, high=1e12)
     n: int = flag(0, "samples of each checkpoint; 0 = the size's", low=0, high=1e7)
+    rates: bool = flag(False, "also whole runs at every learning rate, of the first seed")
     out: str = flag("runs/architecture", "cards and report", writes="folder")
     runs: str = flag("", "where runs are trained; default OUT/runs", writes="folder")
     device: str = flag("auto", "auto | cpu | cuda")
@@ -223,8 +225,9 @@ def networks_card(bench: Bench) -> dict[str, Any]:
     return bench.keep("networks", "networks", asked, {"networks": found})
 
 
-def carry_out(bench: Bench) -> None:
-    """Make every card of a size at a resolution that is not there yet."""
+def carry_out(bench: Bench, rates: bool = False) -> None:
+    """Make every card of a size at a resolution that is not there yet. rates: also those that say
+    whether a fifth of the images chose the right one."""
     references(bench)
     networks_card(bench)
     for arm in bench.arms:
@@ -232,12 +235,16 @@ def carry_out(bench: Bench) -> None:
     for seed in bench.plan.seeds:
         for arm in bench.arms:
             run_card(bench, Part(arm, seed, "standard"))
+    for arm in bench.arms if rates else ():
+        rates_card(bench, arm, bench.plan.seeds[0])
 
 
 def cell_from(folder: Path, cards: list[Card]) -> Cell:
     """The cards of OUT/SIZE-RESOLUTION."""
     size, _, resolution = folder.name.rpartition("-")
     networks = [card["networks"] for card in cards if card["kind"] == "networks"]
+    # The U-Net is the first of every table.
+    cards = sorted(cards, key=lambda card: card.get("arm") != UNET)
     found = sort_cards(cards, PLANS["cpu"].control_seed, differ=("model",))
     for name, own in (("networks", networks), ("references", found.references)):
         if not own:
@@ -287,7 +294,7 @@ def main() -> None:
     for bench in benches:
         print(price(bench), flush=True)
         try:
-            carry_out(bench)
+            carry_out(bench, cfg.rates)
         except Stopped:
             return
     report(Path(cfg.out), cells_of(Config(size=cfg.size)))

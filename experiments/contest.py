@@ -18,6 +18,7 @@ from experiments.report import Chart, Panel, Report, Section, Table, number
 
 SAID = {UNET: "U-Net", SIT_PARAMS: "SiT, equal parameters", SIT_FLOPS: "SiT, equal FLOP"}
 EQUAL = {SIT_PARAMS: "equal parameters", SIT_FLOPS: "equal FLOP"}
+REST = "floor of FD, rest"
 Rows = Callable[[Card], list[Card]]
 
 
@@ -204,15 +205,10 @@ def summary(cells: list[Cell]) -> dict[str, Any]:
     """What came out, for another page to show."""
     runs = [card for cell in cells for card in cell.cards.runs.values()]
     found = answers(questions(cells))
-    sizes = ",".join(dict.fromkeys(cell.size for cell in cells))
-    resolutions = ",".join(dict.fromkeys(str(cell.resolution) for cell in cells))
-    images = max(points(card)[-1]["images"] for card in runs)
     return {
-        "command": f"python experiments/architecture.py --sizes {sizes} --resolutions "
-        f"{resolutions} --images {images} --n {runs[0]['asked'].get('n')}",
+        "commands": [command_of(cell) for cell in cells],
         "cells": [cell.name for cell in cells],
         "seeds": sorted({seed for cell in cells for seed in cell.cards.seeds}),
-        "images": images,
         "commits": sorted({made_at(card, "commit") for card in runs}),
         "machines": sorted({made_at(card, "machine") for card in runs}),
         "networks": {cell.name: cell.networks for cell in cells},
@@ -235,6 +231,16 @@ def summary(cells: list[Cell]) -> dict[str, Any]:
             for each in found
         ],
     }
+
+
+def command_of(cell: Cell) -> str:
+    """What makes the cards of a cell."""
+    cards = list(cell.cards.runs.values())
+    images, asked = max(points(card)[-1]["images"] for card in cards), cards[0]["asked"]
+    return (
+        f"python experiments/architecture.py --sizes {cell.size} --resolutions {cell.resolution} "
+        f"--images {images} --n {asked.get('n')}"
+    )
 
 
 def finite(log_ratio: float) -> float | None:
@@ -292,7 +298,7 @@ def tested(found: list[Answer]) -> Section:
 
 def upright(series: list[Any]) -> list[Any]:
     """Points over their number alone: names of endpoints would cover each other."""
-    return [each._replace(x=[k + 1] * len(each.x), label="") for k, each in enumerate(series)]
+    return [each._replace(x=[str(k + 1)] * len(each.x), label="") for k, each in enumerate(series)]
 
 
 def networks(cells: list[Cell]) -> Section:
@@ -327,29 +333,31 @@ def networks(cells: list[Cell]) -> Section:
 
 
 def spent(cell: Cell, rows: Rows) -> Rows:
-    """Rows with what training up to them took: PFLOP and seconds."""
+    """Rows with what training up to them took: TFLOP and seconds."""
 
     def costed(card: Card) -> list[Card]:
         own = cell.networks[card["arm"]]
-        flops, seconds = TRAINING * own["flops"] / 1e15, own["seconds"]
+        flops, seconds = TRAINING * own["flops"] / 1e12, own["seconds"]
         return [
-            {**row, "PFLOP": flops * row["images"], "seconds": seconds * row["images"]}
+            {**row, "TFLOP": flops * row["images"], "seconds": seconds * row["images"]}
             for row in rows(card)
         ]
 
     return costed
 
 
-AXES = {"images": "images seen", "PFLOP": "PFLOP of training", "seconds": "seconds of its passes"}
+AXES = {"images": "images seen", "TFLOP": "TFLOP of training", "seconds": "seconds of its passes"}
 
 
-def over_costs(cell: Cell, rows: Rows, y: Callable[[Card], float], label: str) -> list[Panel]:
+def over_costs(
+    cell: Cell, rows: Rows, y: Callable[[Card], float], label: str, log: str
+) -> list[Panel]:
     """A measure over images, over arithmetic and over seconds."""
     costed = spent(cell, rows)
     return [
         Panel(
             f"{cell.title}, over {key}", axis, label,
-            bands(cell.cards, "standard", costed, key, y), "xy",
+            bands(cell.cards, "standard", costed, key, y), log,
         )
         for key, axis in AXES.items()
     ]
@@ -369,8 +377,8 @@ def losses(cells: list[Cell]) -> Section:
             parts = [over_seeds(map(quarter(k), runs)) for k in range(4)]
             name = f"{cell.title}: {SAID[arm]}"
             rows.append([name, str(len(runs)), over_seeds(map(loss_of, runs)), *parts])
-        by_t.append(Panel(cell.title, "t (1 = noise)", "held-out loss", series, "y"))
-        panels = over_costs(cell, lambda card: card["curve"], curve_loss, "held-out loss")
+        by_t.append(Panel(cell.title, "t (1 = noise)", "held-out loss", series))
+        panels = over_costs(cell, lambda card: card["curve"], curve_loss, "held-out loss", "x")
         if all(panel.series for panel in panels):
             caption = f"{cell.title}: held-out loss, a geometric mean over t, during training."
             charts.append(Chart(f"loss-{cell.name}", caption, panels))
@@ -386,7 +394,7 @@ def distances(cells: list[Cell]) -> Section:
     """FD over what was spent, and at equal spending."""
     charts, rows = [], []
     for cell in cells:
-        goals = {key: least(cell, key) for key in ("PFLOP", "seconds")}
+        goals = {key: least(cell, key) for key in ("TFLOP", "seconds")}
         for arm in cell.cards.arms:
             runs = list(cell.cards.of(arm, "standard").values())
             rows.append([
@@ -399,7 +407,7 @@ def distances(cells: list[Cell]) -> Section:
                 over_seeds(points(card)[-1]["all"].get("recall") for card in runs),
             ])
         caption = f"{cell.title}: FD to the training images; ± one standard error over seeds."
-        panels = over_costs(cell, points, lambda row: row["all"]["fd"], "FD")
+        panels = over_costs(cell, points, lambda row: row["all"]["fd"], "FD", "xy")
         charts.append(Chart(f"fd-{cell.name}", caption, panels))
     head = ["", "FD, equal images", "FD, equal FLOP", "FD, equal seconds", "FD to held-out",
             "precision", "recall"]
@@ -440,6 +448,9 @@ def chosen(cells: list[Cell]) -> Section:
     for cell in cells:
         for table in choices(cell.cards).tables:
             tables.append(replace(table, note=f"{cell.title}."))
+        if cell.cards.rates:
+            tables.append(whole_runs(cell))
+            text.append(at_best(cell))
         for arm, card in cell.cards.tuning.items():
             tried = [each["name"] for each in card["rates"]]
             ends = {tried[0]: "lowest", tried[-1]: "highest"}
@@ -449,6 +460,37 @@ def chosen(cells: list[Cell]) -> Section:
                     "beyond it there may be a better one."
                 )
     return Section("Learning rates", text, tables)
+
+
+def whole_runs(cell: Cell) -> Table:
+    """What every learning rate comes to over a whole run."""
+    rows = []
+    for (arm, seed), card in cell.cards.rates.items():
+        tried = ", ".join(f"{each['name']}: {number(each['fd'])}" for each in card["rates"])
+        tuning = cell.cards.tuning.get(arm)
+        chosen = f"{tuning['lr']:g}" if tuning else "–"
+        rows.append([SAID.get(arm, arm), str(seed), tried, chosen])
+    note = f"{cell.title}: whole runs of one seed, which chose nothing."
+    return Table(["", "seed", "FD by learning rate", "chosen before"], rows, note)
+
+
+def at_best(cell: Cell) -> str:
+    """Would the order be the same, had whole runs chosen the rates?"""
+    lowest = {
+        arm: min(each["fd"] for each in card["rates"])
+        for (arm, _), card in cell.cards.rates.items()
+    }
+    if UNET not in lowest:
+        return f"{cell.title}: whole runs at every rate were not made of the U-Net."
+    ratios = [
+        f"{EQUAL[arm]} {percent(math.log(lowest[arm] / lowest[UNET]))}"
+        for arm in EQUAL
+        if arm in lowest
+    ]
+    return (
+        f"{cell.title}: had whole runs of one seed chosen each network's rate, FD of the "
+        f"transformer against the U-Net's would be: {', '.join(ratios) or 'not measured'}."
+    )
 
 
 def left_out(cells: list[Cell], planned: list[tuple[str, int]]) -> list[str]:
@@ -484,5 +526,7 @@ def what_was_measured(cells: list[Cell]) -> Section:
     tables = []
     for cell in cells:
         for table in conditions(cell.cards).tables:
-            tables.append(replace(table, note=f"{cell.title}."))
+            # No tag is excluded here, so that the rest is all.
+            rows = [row for row in table.rows if not row[0].startswith(("excluded", REST))]
+            tables.append(replace(table, rows=rows, note=f"{cell.title}."))
     return Section("What was measured", [], tables)

@@ -171,7 +171,7 @@ def scale(axes: Axes, name: str, ticks: list[Any]) -> None:
     axis.set_minor_formatter(NullFormatter())
     if name == "x" and len(set(ticks)) <= 8:
         axis.set_ticks(sorted(set(ticks)))
-    elif name == "y":
+    else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 

@@ -18,7 +18,7 @@ from experiments.contest import Cell, answers, questions
 from experiments.costs import TRAINING, flops_of, parameters_of
 from experiments.hypotheses import sort_cards
 from harness.cli import UserError
-from specimen_cards import MADE, POINTS, references_card, run_card, tuning_card
+from specimen_cards import MADE, POINTS, rates_card, references_card, run_card, tuning_card
 from test_own_json import LOST, WRONG, places
 from test_own_json import changed as changed_at
 
@@ -223,12 +223,12 @@ def test_who_scales_better_is_the_ratio_at_the_larger_size(small, large, word):
 def test_fd_at_equal_arithmetic_lies_on_the_power_law():
     """The specimens' FD falls with images^-0.2, on which a line through logarithms lies."""
     cell = cell_of(cards_of({}))
-    goal = contest.least(cell, "PFLOP")
-    assert goal == pytest.approx(TRAINING * 1e9 * POINTS["standard"][-1] / 1e15)
+    goal = contest.least(cell, "TFLOP")
+    assert goal == pytest.approx(TRAINING * 1e9 * POINTS["standard"][-1] / 1e12)
     twice, once = (cell.cards.of(arm, "standard")[0] for arm in ("sit-params", "sit-flops"))
-    assert contest.fd_at(cell, once, "PFLOP", goal) == pytest.approx(contest.fd_of(once))
+    assert contest.fd_at(cell, once, "TFLOP", goal) == pytest.approx(contest.fd_of(once))
     # It takes twice the arithmetic an image, so it had seen half of the images.
-    found = contest.fd_at(cell, twice, "PFLOP", goal)
+    found = contest.fd_at(cell, twice, "TFLOP", goal)
     assert found == pytest.approx(contest.fd_of(twice) * 2**0.2)
 
 
@@ -245,8 +245,16 @@ def test_the_page_says_what_it_cannot_say(tmp_path):
     assert " ".join(architecture.RULE.split()[-12:]) in " ".join(text.split())
 
 
+def test_the_page_says_what_another_rate_would_have_come_to():
+    """A specimen's lower rate has FD 10, its higher one 10 times the spread."""
+    cards = cards_of({}, 3) + [rates_card("unet", 0, 0.5), rates_card("sit-flops", 0, 0.4)]
+    page = contest.build([cell_of(cards)], architecture.RULE, PLANNED)
+    text = "\n".join(report.markdown(page))
+    assert "against the U-Net's would be: equal FLOP -20.0%." in text
+
+
 def test_whatever_a_card_says_is_refused_in_one_line_or_makes_a_page(tmp_path):
-    whole = cards_of({"sit-flops": 1.1}, 2)
+    whole = cards_of({"sit-flops": 1.1}, 2) + [rates_card("unet", 0, 1.1)]
     path, draw, refused = tmp_path / "x-32" / "cards" / "card.json", random.Random(0), 0
     path.parent.mkdir(parents=True)
     every = [(i, place) for i, card in enumerate(whole) for place in places(card)]
