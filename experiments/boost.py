@@ -1,0 +1,394 @@
+"""Does the coupling of boosting help, and does its noise?   python experiments/boost.py
+
+Toy faces of 16 px made 64 px large, by networks that differ in the start of their path alone:
+weights, order of images, times and noise are those of the seed.
+
+    coupled     the small picture with noise of deviation 0.5883 (Fischer et al. 2023)
+    little      with 0.3
+    none        without noise
+    noise       pure noise, and the small picture as a condition (concat), as everywhere here
+    regression  t = 1 alone, without noise: one call that says the mean
+    psu, pixels no network: the small picture enlarged, through the autoencoder and not
+
+It writes OUT/cards/*.json, report.md, report.html and samples.png, and goes on where it stopped.
+--size dry goes through all of it in a minute.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import harness.interrupt  # noqa: F401
+
+import torch
+from torch import Tensor
+
+from data.boosts import Before, open_stage
+from data.dataset import open_dataset
+from data.images import to_float
+from diffusion.boosting import Stage, boost
+from diffusion.coupling import enlarged, resize
+from experiments.page import band, cell, paragraphs
+from experiments.paired import ALPHA, Paired, holm, paired
+from experiments.report import Chart, Panel, Picture, Report, Section, Series, Table, number, write
+from harness import record
+from harness.cli import cli, flag, parse
+from harness.files import make_dir, strict_json
+from harness.pictures import save_grid, to_uint8
+from metrics.distances import frechet_from_features
+from metrics.paired import patch_distance, psnr, sharpness, ssim
+
+RULE = """
+Written down before the first run. Each is asked of the seeds in pairs, by one-sided t tests of log
+ratios at 5%, adjusted by Holm within a hypothesis; "suggested" is what three seeds can say.
+1.  A1, few evaluations: FD of coupled is below that of noise at 1, 2 and 4 evaluations. Suggested
+    if all three tests say so.
+2.  A2, the noise is needed: the distance of patches of coupled is below that of none at 10
+    evaluations.
+3.  A3, regression averages: its PSNR is above that of every other network at every number of
+    evaluations in the mean over seeds, its sharpness is below 0.9, and its distance of patches is
+    above coupled's at 10 evaluations (tested).
+4.  A4, many evaluations: at 40 coupled and noise differ in FD by less than FD between two halves of
+    real images. Suggested if the 90% interval of the difference lies within that; against, if it
+    lies outside.
+"""
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+NOISE = {"coupled": 0.5883, "little": 0.3, "none": 0.0, "noise": 1.0, "regression": 0.0}
+NETS = tuple(NOISE)
+FACTOR, SIDE, SHOWN = 4, 64, 8
+MANY = 40
+
+
+class Size(NamedTuple):
+    images: int
+    faces: int
+    holdout: float
+    model: str
+    euler: tuple[int, ...]
+
+
+SIZES = {
+    "cpu": Size(8_000, 4096, 0.0625, "tiny", (1, 2, 4, 10, MANY)),
+    "dry": Size(64, 400, 0.5, "nano", (1, 2, 4, 10, MANY)),
+}
+Card = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    size: Literal["cpu", "dry"] = flag("cpu", "how much of everything")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "of the runs", low=0, high=1e6)
+    out: str = flag("runs/boost", "runs, cards and report", writes="folder")
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def train(size: Size, arm: str, seed: int, out: Path) -> Path:
+    """A network's run, trained where it is not yet."""
+    name = f"{arm}-{seed}"
+    words = ["--objective", "cfm", "--lowres", FACTOR, "--upsample", "psu"]
+    words += ["--noise-aug", NOISE[arm], "--data", f"toyfaces:{size.faces}", "--seed", seed]
+    words += ["--holdout", size.holdout, "--model", size.model, "--images", size.images]
+    words += ["--eval-every", 0, "--preview-every", 0, "--out", out, "--name", name]
+    if arm == "regression":
+        words += ["--density", "gaussian", "--t-loc", 1, "--t-scale", 1e-4]
+    subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], check=True)
+    return out / name
+
+
+class Faces(NamedTuple):
+    """Held-out pictures (n, 3, 64, 64) in [-1, 1], the same small, and features of the others."""
+
+    truth: Tensor
+    small: Tensor
+    others: Tensor
+
+
+def open_faces(size: Size) -> Faces:
+    ds = open_dataset(f"toyfaces:{size.faces}", resolution=SIDE, holdout=size.holdout)
+    truth = to_float(ds.heldout.images(range(len(ds.heldout))))
+    small = resize(truth, (SIDE // FACTOR, SIDE // FACTOR))
+    return Faces(truth, small, features(to_float(ds.images(range(len(ds))))))
+
+
+def features(pixels: Tensor) -> Tensor:
+    """(n, 48): pictures averaged to 4×4, which leaves far fewer numbers than there are images."""
+    return torch.nn.functional.avg_pool2d(pixels.double(), SIDE // 4).flatten(1)
+
+
+def measured(faces: Faces, found: Tensor, nfe: float) -> dict[str, float]:
+    """The numbers of enlarged pictures (n, 3, 64, 64) in [-1, 1]."""
+    found = found.clamp(-1, 1)
+    mine, true = found.add(1) / 2, faces.truth.add(1) / 2
+    return {
+        "nfe": nfe,
+        "psnr": float(psnr(mine, true).mean()),
+        "ssim": float(ssim(mine, true).mean()),
+        "sharpness": sharpness(mine, true),
+        "patches": patch_distance(mine, true),
+        "fd": frechet_from_features(features(found), faces.others),
+    }
+
+
+def enlarge(stage: Stage, faces: Faces, **how: Any) -> tuple[Tensor, float]:
+    """(pictures, evaluations an image) of one network; the noise of image i is that of seed i."""
+    parts, calls = [], []
+    for lo in range(0, len(faces.small), 64):
+        seeds = list(range(lo, min(lo + 64, len(faces.small))))
+        made = boost([stage], faces.small[lo : lo + 64], seeds, **how)
+        parts.append(made.pixels)
+        calls.append(made.costs[0].nfe_each.double())
+    return torch.cat(parts), float(torch.cat(calls).mean())
+
+
+def open_run(run: Path) -> tuple[Stage, Any]:
+    """(a run's network, its autoencoder)."""
+    side = SIDE // FACTOR
+    stage, after = open_stage(str(run), Before((side, side), None, [], False), CPU, "auto")
+    return stage, after.vae
+
+
+def walks(size: Size, arm: str) -> list[dict[str, Any]]:
+    """How an arm is sampled."""
+    if arm == "regression":
+        return [{"method": "euler", "steps": 1}]
+    return [{"method": "euler", "steps": k} for k in size.euler] + [{"method": "dopri5"}]
+
+
+def card_of(size: Size, faces: Faces, arm: str, seed: int, out: Path) -> Card:
+    """The card of one run, made if there is none of this size."""
+    path, asked = out / "cards" / f"{arm}-{seed}.json", [*size]
+    if path.is_file():
+        card = json.loads(path.read_text())
+        if card["asked"] == json.loads(json.dumps(asked)):
+            return card
+    stage, _ = open_run(train(size, arm, seed, out))
+    rows = []
+    for how in walks(size, arm):
+        pixels, nfe = enlarge(stage, faces, **how)
+        rows.append({"method": how["method"], **measured(faces, pixels, nfe)})
+    card = {"arm": arm, "seed": seed, "asked": asked, "rows": rows, **record.context()}
+    record.save(path, card)
+    return card
+
+
+def without_network(faces: Faces, vae: Any) -> dict[str, dict[str, float]]:
+    """What enlarging alone comes to, and how far apart two halves of the real are."""
+    large = resize(faces.small, (SIDE, SIDE))
+    with torch.no_grad():
+        through = vae.decode(enlarged(faces.small, (SIDE, SIDE), vae.encode))
+        kept = vae.decode(vae.encode(faces.truth))
+    half = len(faces.others) // 2
+    floor = frechet_from_features(faces.others[:half], faces.others[half:])
+    found = {"pixels": large, "psu": through, "the truth, through the autoencoder": kept}
+    rows = {name: measured(faces, pixels, 0) for name, pixels in found.items()}
+    return rows | {"floor": {"fd": floor}}
+
+
+# ---- the rule ------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    name: str
+    word: str
+    why: str
+
+
+def row_at(card: Card, steps: int) -> dict[str, float]:
+    """An arm's numbers after so many Euler steps."""
+    return next(r for r in card["rows"] if r["method"] == "euler" and r["nfe"] == steps)
+
+
+def compared(cards: list[Card], one: str, other: str, steps: tuple[int, int], key: str) -> Paired:
+    """Log ratios by seed of one arm's number to the other's."""
+
+    def by_seed(arm: str, k: int) -> dict[int, float]:
+        return {card["seed"]: row_at(card, k)[key] for card in cards if card["arm"] == arm}
+
+    return paired(by_seed(one, steps[0]), by_seed(other, steps[1]))
+
+
+def says(pairs: list[Paired]) -> str:
+    """The word for "below" in all of some comparisons."""
+    if min(p.n for p in pairs) < 3:
+        return "open: fewer than three seeds"
+    if max(holm([p.p_below for p in pairs])) < ALPHA:
+        return "suggested"
+    if max(holm([p.p_above for p in pairs])) < ALPHA:
+        return "against"
+    return "not shown"
+
+
+def shown(p: Paired) -> str:
+    low, high = p.interval
+    return f"{math.exp(p.mean):.2f} ({math.exp(low):.2f} to {math.exp(high):.2f})"
+
+
+def verdicts(cards: list[Card], floor: float) -> list[Verdict]:
+    few = [compared(cards, "coupled", "noise", (k, k), "fd") for k in (1, 2, 4)]
+    a1 = "FD of coupled over noise's at 1, 2, 4: " + ", ".join(map(shown, few))
+    patches = compared(cards, "coupled", "none", (10, 10), "patches")
+    a2 = f"distance of patches of coupled over none's at 10: {shown(patches)}"
+    return [
+        Verdict("A1, few evaluations", says(few), a1),
+        Verdict("A2, the noise is needed", says([patches]), a2),
+        averages(cards),
+        at_many(cards, floor),
+    ]
+
+
+def averages(cards: list[Card]) -> Verdict:
+    """A3."""
+    worse = compared(cards, "coupled", "regression", (10, 1), "patches")
+
+    def mean(arm: str, number_of: Callable[[Card], float]) -> float:
+        found = [number_of(card) for card in cards if card["arm"] == arm]
+        return sum(found) / len(found)
+
+    own = mean("regression", lambda card: row_at(card, 1)["psnr"])
+    blur = mean("regression", lambda card: row_at(card, 1)["sharpness"])
+    others = [
+        mean(arm, lambda card, i=i: card["rows"][i]["psnr"])
+        for arm in NETS
+        if arm != "regression"
+        for i in range(len(cards[0]["rows"]))
+    ]
+    word = says([worse])
+    if word == "suggested" and not (own > max(others) and blur < 0.9):
+        word = "not shown"
+    why = f"PSNR {own:.1f} dB, the others' best {max(others):.1f}; sharpness {blur:.2f}; "
+    return Verdict(
+        "A3, regression averages", word, why + f"coupled's patches over its: {shown(worse)}"
+    )
+
+
+def at_many(cards: list[Card], floor: float) -> Verdict:
+    """A4."""
+    fd = {
+        (card["arm"], card["seed"]): row_at(card, MANY)["fd"]
+        for card in cards
+        if card["arm"] in ("coupled", "noise")
+    }
+    seeds = sorted({seed for _, seed in fd})
+    apart = Paired({s: fd["coupled", s] - fd["noise", s] for s in seeds}, {})
+    low, high = apart.interval
+    why = f"FD of coupled less noise's at {MANY}: {apart.mean:.3f} ({low:.3f} to {high:.3f}), "
+    why += f"against {floor:.3f} between halves of real images"
+    if len(seeds) < 3:
+        word = "open: fewer than three seeds"
+    elif -floor < low and high < floor:
+        word = "suggested"
+    elif high < -floor or low > floor:
+        word = "against"
+    else:
+        word = "not shown"
+    return Verdict("A4, many evaluations", word, why)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+MEASURES = {
+    "fd": "FD",
+    "patches": "distance of patches",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "sharpness": "sharpness",
+}
+
+
+def report(cards: list[Card], plain: dict[str, dict[str, float]], grid: Path) -> Report:
+    found = verdicts(cards, plain["floor"]["fd"])
+    lead = [f"{v.name}: {v.word}. {v.why}." for v in found]
+    text = [
+        "FD is of pictures averaged to 4×4 against the training images, which are others; patches "
+        "are crops of 8 px less their mean, against the true pictures' own. ± is a standard error "
+        "over seeds.",
+    ]
+    tests = Section("Numbers", text, [numbers(cards, plain)], [chart(cards, plain)])
+    caption = "From the top: small; enlarged (psu); regression; none, little, coupled, noise at 10 "
+    picture = Picture("samples", caption + "evaluations; the truth.", grid.read_bytes())
+    return Report(
+        "Boosting 16 px to 64 px: coupled or not",
+        lead,
+        [tests, Section("Samples", [], [], [picture]), Section("The rule", paragraphs(RULE))],
+    )
+
+
+def numbers(cards: list[Card], plain: dict[str, dict[str, float]]) -> Table:
+    rows = []
+    for name, row in plain.items():
+        if name != "floor":
+            rows.append([name, "0", *(number(row[key]) for key in MEASURES)])
+    for arm in NETS:
+        runs = [card["rows"] for card in cards if card["arm"] == arm]
+        for same in zip(*runs):
+            nfe = sum(row["nfe"] for row in same) / len(same)
+            label = arm if same[0]["method"] == "euler" else f"{arm}, dopri5"
+            columns = [cell(row[key] for row in same) for key in MEASURES]
+            rows.append([label, f"{nfe:g}", *columns])
+    floor = number(plain["floor"]["fd"])
+    note = f"FD between two halves of the training images: {floor}."
+    return Table(["start", "evaluations", *MEASURES.values()], rows, note)
+
+
+def chart(cards: list[Card], plain: dict[str, dict[str, float]]) -> Chart:
+    panels = []
+    for key in ("fd", "patches"):
+        series: list[Series] = []
+        for color, arm in enumerate(NETS):
+            runs = [card["rows"] for card in cards if card["arm"] == arm]
+            same = [rows for rows in zip(*runs) if rows[0]["method"] == "euler"]
+            columns = [[row[key] for row in rows] for rows in same]
+            series.append(band(arm, [rows[0]["nfe"] for rows in same], columns, color))
+        levels = {"psu": plain["psu"][key]}
+        panels.append(Panel(MEASURES[key], "evaluations", MEASURES[key], series, "xy", levels))
+    return Chart("evaluations", "Over Euler steps; ± one standard error over seeds.", panels)
+
+
+def draw_grid(size: Size, faces: Faces, seed: int, out: Path) -> Path:
+    """Eight held-out faces by every arm of a seed."""
+    few = Faces(faces.truth[:SHOWN], faces.small[:SHOWN], faces.others)
+    rows = [resize(few.small, (SIDE, SIDE), "nearest")]
+    for arm in ("regression", "none", "little", "coupled", "noise"):
+        stage, vae = open_run(out / f"{arm}-{seed}")
+        if len(rows) == 1:
+            with torch.no_grad():
+                rows.append(vae.decode(enlarged(few.small, (SIDE, SIDE), vae.encode)))
+        steps = 1 if arm == "regression" else 10
+        rows.append(enlarge(stage, few, method="euler", steps=steps)[0])
+    path = out / "samples.png"
+    save_grid(to_uint8(torch.cat([*rows, few.truth])), path, columns=SHOWN)
+    return path
+
+
+def main() -> None:
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
+    size, out = SIZES[cfg.size], Path(cfg.out)
+    make_dir(out / "cards")
+    faces = open_faces(size)
+    cards = []
+    for seed in cfg.seeds:
+        for arm in NETS:
+            cards.append(card_of(size, faces, arm, seed, out))
+            print(f"{arm}, seed {seed}: {strict_json(cards[-1]['rows'][-1])}", flush=True)
+    _, vae = open_run(out / f"coupled-{cfg.seeds[0]}")
+    plain = without_network(faces, vae)
+    record.save(out / "cards" / "plain.json", plain)
+    write(report(cards, plain, draw_grid(size, faces, cfg.seeds[0], out)), out)
+    print(out / "report.html")
+
+
+if __name__ == "__main__":
+    cli(main)
