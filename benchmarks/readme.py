@@ -362,6 +362,21 @@ def block_host(up: str) -> str:
 HOST_STEP = "step of a miniature"
 
 
+def block_boost(up: str) -> str:
+    """Does the coupling of boosting help?"""
+    if not is_measured("boost/verdict"):
+        return "The experiment has not been run yet."
+    r = results("boost/verdict")
+    rows = [[each["name"], each["word"], each["why"]] for each in r["verdicts"]]
+    folder = f"{up}benchmarks/results/boost"
+    seeds = ", ".join(map(str, r["config"]["seeds"]))
+    return paragraphs(
+        table(["hypothesis", "verdict", "measured"], rows, left=3),
+        f"[Report]({folder}/report.md); [as one file]({folder}/report.html).",
+        origin(r, f"seeds {seeds}"),
+    )
+
+
 def block_peer(up: str) -> str:
     """What diffusers' schedulers draw with the comparison's DDPM network, and what ours do."""
     if not is_measured("compare/peer-schedulers"):
@@ -911,11 +926,12 @@ BLOCKS = {
     "kernels": block_kernels,
     "isa": block_isa,
     "host": block_host,
+    "boost": block_boost,
 }
 
 
 # Blocks that do not stand in docs/results.md.
-ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host")
+ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host", "boost")
 
 
 def written(page: Path) -> str:

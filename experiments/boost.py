@@ -386,6 +386,10 @@ def main() -> None:
     _, vae = open_run(out / f"coupled-{cfg.seeds[0]}")
     plain = without_network(faces, vae)
     record.save(out / "cards" / "plain.json", plain)
+    found = [each._asdict() for each in verdicts(cards, plain["floor"]["fd"])]
+    record.save(
+        out / "verdict.json", {**record.context(), "config": asdict(cfg), "verdicts": found}
+    )
     write(report(cards, plain, draw_grid(size, faces, cfg.seeds[0], out)), out)
     print(out / "report.html")
 

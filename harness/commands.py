@@ -10,6 +10,7 @@ COMMANDS = (
     "text.py encode",
     "experiments/ablate.py",
     "experiments/architecture.py",
+    "experiments/boost.py",
     "experiments/compare.py",
     "experiments/protocol.py",
     "experiments/stages.py",

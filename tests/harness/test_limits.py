@@ -29,6 +29,7 @@ COMMANDS = {
     "experiments.architecture": [],
     "experiments.protocol": ["--runs", "none"],
     "experiments.stages": [],
+    "experiments.boost": [],
     "experiments.compare": [],
     "experiments.prompts": [],
     "experiments.uncertainty": ["--ckpt", "none"],
