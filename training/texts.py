@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,14 +132,16 @@ class ClipReader:
             )
         own = {"encoders": self.teller.fingerprint, "source": absolute(file)}
         self.init = {"text": own | {"chunks": 1, "skip": 0}}
-        self.states = lru_cache(KEPT)(self.encode)
+        # Not lru_cache, which a loader's workers cannot take with them where they do not fork.
+        self.states: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def encode(self, text: str) -> Tensor:
-        return self.teller.part([text], 1, 0).context[0]
-
     def read(self, text: str) -> Tensor:
-        return self.states(text)
+        if text not in self.states:
+            if len(self.states) == KEPT:
+                del self.states[next(iter(self.states))]
+            self.states[text] = self.teller.part([text], 1, 0).context[0]
+        return self.states[text]
 
     def is_long(self, text: str) -> bool:
         return bool(pieces_of(text, 0)[1])

@@ -1,5 +1,6 @@
 """train.py --text clip-l:FILE: a small U-Net is told what a frozen CLIP reads of captions."""
 
+import pickle
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import samplers
 import train
+import training.texts as texts_py
 from ckpt import load_unet
 from harness.cli import UserError
 from harness.run import checkpoints
@@ -48,6 +50,16 @@ def test_an_image_is_told_transformers_states_of_its_caption(folder, clip):
     told = texts.told([0])
     torch.testing.assert_close(told.null["context"][0], theirs(net, ""), rtol=0, atol=2e-5)
     assert texts.drawn(0, draw) is texts.drawn(0, draw)  # encoded once
+    again = pickle.loads(pickle.dumps(texts))  # as workers get it that do not fork
+    assert torch.equal(again.drawn(3, draw), texts.drawn(3, draw))
+
+
+def test_the_texts_that_are_remembered_are_limited(clip, monkeypatch):
+    monkeypatch.setattr(texts_py, "KEPT", 2)
+    reader = texts_py.ClipReader(str(clip[1]))
+    first = [reader.read(text) for text in ("a", "b", "c")]
+    assert list(reader.states) == ["b", "c"]
+    assert torch.equal(reader.read("a"), first[0]) and list(reader.states) == ["c", "a"]
 
 
 def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_path, user):
