@@ -167,8 +167,8 @@ def walks(size: Size, arm: str) -> list[dict[str, Any]]:
 def card_of(size: Size, faces: Faces, arm: str, seed: int, out: Path) -> Card:
     """The card of one run, made if there is none of this size."""
     path, asked = out / "cards" / f"{arm}-{seed}.json", [*size]
-    if path.is_file():
-        card = json.loads(path.read_text())
+    if file.is_file():
+        card = json.loads(file.read_text())
         if card["asked"] == json.loads(json.dumps(asked)):
             return card
     stage, _ = open_run(train(size, arm, seed, out))
@@ -177,7 +177,7 @@ def card_of(size: Size, faces: Faces, arm: str, seed: int, out: Path) -> Card:
         pixels, nfe = enlarge(stage, faces, **how)
         rows.append({"method": how["method"], **measured(faces, pixels, nfe)})
     card = {"arm": arm, "seed": seed, "asked": asked, "rows": rows, **record.context()}
-    record.save(path, card)
+    record.save(file, card)
     return card
 
 
