@@ -475,20 +475,24 @@ def whole_runs(cell: Cell) -> Table:
 
 
 def at_best(cell: Cell) -> str:
-    """Would the order be the same, had whole runs chosen the rates?"""
-    lowest = {
-        arm: min(each["fd"] for each in card["rates"])
-        for (arm, _), card in cell.cards.rates.items()
-    }
-    if UNET not in lowest:
-        return f"{cell.title}: whole runs at every rate were not made of the U-Net."
+    """Would the order be the same, had whole runs chosen the rates? Of a network of which they were
+    not made, its own run counts."""
+    tried = {arm: seed for arm, seed in cell.cards.rates}
+    seed = tried.get(UNET)
+    runs = cell.cards.runs
+    keys = {arm: (arm, seed, "standard", "") for arm in ARMS}
+    lowest = {arm: fd_of(runs[key]) for arm, key in keys.items() if key in runs}
+    for (arm, of), card in cell.cards.rates.items():
+        if of == seed:
+            lowest[arm] = min(each["fd"] for each in card["rates"])
     ratios = [
-        f"{EQUAL[arm]} {percent(math.log(lowest[arm] / lowest[UNET]))}"
-        for arm in EQUAL
-        if arm in lowest
+        f"{equal} {percent(math.log(lowest[arm] / lowest[UNET]))}"
+        for arm, equal in EQUAL.items()
+        if arm in lowest and UNET in lowest
     ]
+    names = ", ".join(SAID.get(arm, arm) for arm in tried)
     return (
-        f"{cell.title}: had whole runs of one seed chosen each network's rate, FD of the "
+        f"{cell.title}: had whole runs of one seed chosen the rate ({names}), FD of the "
         f"transformer against the U-Net's would be: {', '.join(ratios) or 'not measured'}."
     )
 
