@@ -49,7 +49,6 @@ from model import build
 from objectives import PRESETS as OBJECTIVES
 from objectives import Density, Loss, LossType, Objective, Table, Target, Upsample, Weight
 from objectives import make_objective
-from training.casts import cast_together
 from training.checkpoints import load_state, save
 from training.graph import repeater
 from training.nonfinite import conclude, gradient_norms, reads_late, taken
@@ -57,6 +56,7 @@ from training.optimizer import FUSED, make_optimizer
 from training.plan import check_plan, show_plan
 from training.precision import as_begun, cast_weights, settle_dtype, with_weights
 from training.previews import draw_samples, ema_net, held_out_loss, preview
+from training.sharding import Sharding, parallel
 from training.start import check_aligned, check_enlarging, check_room, check_table, fine_run
 from training.start import is_finished, network_config, take_weights, vae_name
 from training.texts import preset_of, texts_of
@@ -139,7 +139,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Config(Run, Optim, Captions, Task, data.BucketFlags, Data):
+class Config(Run, Sharding, Optim, Captions, Task, data.BucketFlags, Data):
     """The flags of this script. --help shows the last base first."""
 
 
@@ -147,7 +147,7 @@ class Config(Run, Optim, Captions, Task, data.BucketFlags, Data):
 FREE = {
     *("accum", "compile", "graph", "out", "resume", "log", "log_every", "eval_every", "keep"),
     *("preview_every", "save_every", "fid_every", "fid_features", "keep_every", "workers"),
-    "device",
+    *("device", "shard"),
 }
 # Flags that an Objective has under the same name.
 OBJECTIVE_FLAGS = (
@@ -345,12 +345,9 @@ def assemble(
         # The config comes first: the rest is only taken up under it.
         write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
         save_vae(run / "vae.safetensors", vae, weights=False)
-    init, net = cast_weights(net, init, cfg), net.to(ranks.device)
-    model = torch.compile(net) if cfg.compile else net
-    if ranks.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    elif not cfg.compile:
-        model = cast_together(net)
+    init = cast_weights(net, init, cfg)
+    # First: sharded, the network's parameters are other ones.
+    model = parallel(net, cfg, ranks)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
     tr.take_texts(texts)
@@ -383,7 +380,7 @@ def step(tr: Trainer, loader: Iterator[dict[str, Tensor]]) -> Tensor:
     for i in range(cfg.accum):
         batch = next(loader)
         if tr.ranks.world > 1:
-            # All-reduce once a step, not once a micro-batch.
+            # DistributedDataParallel: all-reduce once a step, not once a micro-batch.
             tr.model.require_backward_grad_sync = i == cfg.accum - 1
         if getattr(tr.net.cfg, "dropout", 0):
             # Masks too are a function of position.

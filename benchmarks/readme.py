@@ -923,6 +923,22 @@ def block_results(up: str) -> str:
     return paragraphs(table(["what", "result", "seeds or rounds", "commit"], rows), said(used))
 
 
+def block_sharding(up: str) -> str:
+    """What each GPU holds of SDXL, in GiB."""
+    r = results("sharding")
+    rows = []
+    for row in r["rows"]:
+        sizes = [*row["bytes"].values(), sum(row["bytes"].values())]
+        place = f"{row['gpus']}, on {row['hosts']}"
+        rows.append([place, row["optim"], *(f"{size / 2**30:.2f}" for size in sizes)])
+    head = ["GPUs, on hosts", "optimizer", *r["rows"][0]["bytes"], "in all"]
+    small = (
+        f"<sub>SDXL's U-Net, {r['parameters']:,} parameters; GiB of the GPU that holds most, "
+        "counted from shapes, not measured.</sub>"
+    )
+    return paragraphs(table(head, rows, left=2), small)
+
+
 # ---- all of it -----------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -951,11 +967,12 @@ BLOCKS = {
     "isa": block_isa,
     "host": block_host,
     "boost": block_boost,
+    "sharding": block_sharding,
 }
 
 
 # Blocks that do not stand in docs/results.md.
-ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host", "boost", "rounding")
+ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host", "boost", "rounding", "sharding")
 
 
 def written(page: Path) -> str:

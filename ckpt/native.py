@@ -3,6 +3,7 @@
 A run keeps its checkpoints in runs/<name>/ckpt/<images seen, 12 digits>/: model.safetensors, the
 weights being trained; ema-0.050.safetensors, one per EMA width; state.safetensors, for resuming;
 digests.safetensors, the sha256 of each of them and the step they are of, by which they are checked.
+Of a sharded run (train.py --shard) state-rank0of4.safetensors and so on stand for the state.
 Weight files are safetensors under the network's own names, with all else (config, objective,
 autoencoder, fingerprint …) as JSON under the metadata key "twinpath":
 
@@ -188,10 +189,7 @@ def save_checkpoint(
     """Write a checkpoint under a temporary name, rename it into place, then remove those that are
     no longer kept: all but the last `keep`, and the first at or after each multiple of keep_every.
     """
-    final = run / "ckpt" / f"{images:012d}"
-    temporary = final.with_name(final.name + ".tmp")
-    sweep(run)
-    temporary.mkdir(parents=True)
+    temporary = begin_checkpoint(run, images)
     meta = {**meta, "images": images}
     save_unet(temporary / "model.safetensors", unet, {**meta, "ema": None})
     for width, weights in emas.items():
@@ -199,8 +197,23 @@ def save_checkpoint(
         save_unet(path, unet, {**meta, "ema": float(width)}, weights)
     state_meta = {**state_meta, "kind": "training state", "images": images, LISTED: True}
     write_tensors(temporary / "state.safetensors", state, state_meta)
+    return end_checkpoint(temporary, meta.get("run"), keep, keep_every)
+
+
+def begin_checkpoint(run: Path, images: int) -> Path:
+    """The folder into which a checkpoint is written, under its temporary name."""
+    temporary = run / "ckpt" / f"{images:012d}.tmp"
+    sweep(run)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def end_checkpoint(temporary: Path, name: str | None, keep: int, keep_every: int) -> Path:
+    """List what a checkpoint of the run `name` holds, rename it into place, and remove older ones:
+    see save_checkpoint()."""
+    run, final = temporary.parent.parent, temporary.with_suffix("")
     written = [path.name for path in temporary.iterdir()]
-    write_digests(temporary, written, run=meta.get("run"), images=images)
+    write_digests(temporary, written, run=name, images=int(final.name))
     os.replace(temporary, final)
     fsync(final.parent)
     milestones = firsts(checkpoints(run), keep_every)
@@ -268,8 +281,14 @@ def find_checkpoint(path: Path | str, ema: bool | None = None) -> Path:
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file of ours, whatever it holds. Truncated, foreign and mislabelled
-    files are named as what they are."""
+    """(tensors, metadata) of a file of ours, whatever it holds: open_tensors(), all read."""
+    box, meta = open_tensors(path)
+    return dict(box), meta
+
+
+def open_tensors(path: Path | str) -> tuple[Container, dict[str, Any]]:
+    """(tensors, which are read on access; metadata) of a file of ours. Truncated, foreign and
+    mislabelled files are named as what they are."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}", do="Name a file that exists.")
     check_file(Path(path))
@@ -285,7 +304,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "metadata",
             do="Name a file that this code wrote.",
         )
-    return dict(box), read_meta(box)
+    return box, read_meta(box)
 
 
 def open_own(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:

@@ -6,16 +6,19 @@ of them. What was written before there were lists, and a file that was copied wi
 checked by its own fingerprint alone.
 """
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness.cli import UserError
-from harness.files import DIGESTS, fault, open_safetensors, read_digests, read_meta
+from harness.files import DIGESTS, fault, listed, open_safetensors, read_digests, read_meta
 from harness.run import checkpoints
 
 # In the metadata of a training state: its checkpoint has a list.
 LISTED = "listed"
+# The training state of one of several shards; the group says of how many.
+SHARD = re.compile(r"state-rank\d{1,6}of([1-9]\d{0,5})\.safetensors")
 
 
 def check_file(path: Path) -> Path:
@@ -32,12 +35,37 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(what, do=instead(folder))
     if read_digests(folder).files:
         return
-    state = open_safetensors(folder / "state.safetensors")
-    if read_meta(state).get(LISTED):
+    if read_meta(open_safetensors(state_files(folder)[0])).get(LISTED):
         print(
             f"warning: {folder} has lost its {DIGESTS}: only the weights can be checked.",
             file=sys.stderr,
         )
+
+
+def state_name(shard: int = 0, shards: int = 1) -> str:
+    """The file of a training state, or of one of its shards (training/states.py)."""
+    return "state.safetensors" if shards == 1 else f"state-rank{shard}of{shards}.safetensors"
+
+
+def state_files(folder: Path) -> list[Path]:
+    """A checkpoint's training state: one file, or one a shard, in order. Refuse it where one of
+    them is missing."""
+    names = set(read_digests(folder).files) or {path.name for path in folder.iterdir()}
+    if state_name() in names:
+        return [folder / state_name()]
+    found = [match for name in names if (match := SHARD.fullmatch(name))]
+    if not found:
+        return [folder / state_name()]
+    shards = int(found[0][1])
+    wanted = [state_name(shard, shards) for shard in range(shards)]
+    missing = [name for name in wanted if name not in names]
+    if missing or len(found) > shards:
+        what = f"{len(missing)} are missing: {listed(missing)}" if missing else "others are there"
+        raise UserError(
+            f"{folder} is no complete checkpoint in {shards} shards: {what}",
+            do="Restore the folder as it was written.",
+        )
+    return [folder / name for name in wanted]
 
 
 def broken(folder: Path) -> str:

@@ -34,7 +34,7 @@ from metrics import features
 from metrics.distances import Statistics, save_statistics
 from model import UNet, UNetConfig
 from text import TextConfig, TextEncoder, save_encoder
-from training.checkpoints import keep_batches
+from training.checkpoints import keep_batches, write_shard
 from vae import pixel, save_vae
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -67,6 +67,8 @@ def run_of(path: Path):
     return SimpleNamespace(run=path.parent, seen=80, ranks=ONE)
 
 
+# What write_shard() needs of a trainer.
+SHARED = SimpleNamespace(net=torch.nn.Linear(1, 1), seen=80)
 # (path) -> something is written there; the name, if it is not free to be chosen.
 WRITERS = {
     "text": lambda path: files.write_text(path, "x"),
@@ -86,6 +88,7 @@ WRITERS = {
     "a bad batch": lambda path: keep_batches(run_of(path), [{"a": torch.ones(9)}]),
     "a line of the log": lambda path: append(path.parent, {"a": 1}),
     "what is no line of a log": lambda path: set_aside(path.with_name("log.jsonl"), [b"x"]),
+    "a shard of a state": lambda path: write_shard(path.parent, SHARED, {"a": torch.ones(9)}, {}),
     "a shard": lambda path: cache_py.save_shard(path.parent, {}, 0, LATENTS, torch.ones(3, 4)),
     "hashes of images": lambda path: reuse.write_contents(
         path.parent, SimpleNamespace(contents=["00" * 32])
@@ -101,6 +104,7 @@ NAMES = {
     "a bad batch": "bad-batch-000000000080-rank0.pt",
     "a line of the log": "log.jsonl",
     "what is no line of a log": "log.damaged",
+    "a shard of a state": "state.safetensors",
     "a shard": "shard-00000.safetensors",
     "hashes of images": "contents.safetensors",
     "stamps": ".source.safetensors",

@@ -3,39 +3,32 @@
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ckpt import load_strict, load_unet, open_unet, read_tensors, save_checkpoint
+from ckpt import load_strict, load_unet, open_unet, save_checkpoint, save_unet
+from ckpt.native import begin_checkpoint, end_checkpoint
 from data.watch import wait
 from harness.cli import UserError
-from harness.files import atomic, listed, read_digests
+from harness.files import atomic, check_fits, read_digests, write_tensors
 from harness.run import check_same, checkpoints, recorded_config, versions
-from harness.typed import Count, Open, check
-from harness.whole import check_checkpoint
+from harness.typed import Open, check
+from harness.whole import LISTED, check_checkpoint, state_name
 from kernels import proof
+from kernels.adamw8bit import local
+from training.sharding import gathered, is_sharded, place_of, put, writes
+from training.states import check_moments, check_weights_of, load_optimizer, optimizer_state
+from training.states import read_state
 from training.trainer import Trainer
 
 # Flags that say where something lies whose contents are compared (check_state, check_vae).
 PLACES = {"name", "data", "vae"}
 # Of an autoencoder's metadata: where it lies, and what it is called.
 WHERE = {"source", "sha256", "name", "commit"}
-
-
-@dataclass
-class State(Open):
-    """The counters of a run, in the metadata of its state."""
-
-    kind: Literal["training state"]
-    images: Count
-    skipped: Count
-    data_hash: str
-    parts: Count | None = None
-    # Which calls ran on kernels: kernels/proof.py.
-    kernels: dict[str, Literal["triton", "torch"]] = ()
 
 
 @dataclass
@@ -64,47 +57,25 @@ def load_weights(
     """Put a checkpoint's weights into a network, and its averages where they belong; returns the
     network's metadata."""
     saved, meta = load_unet(folder / "model.safetensors")
-    load_strict(net, saved.state_dict(), str(folder))
+    if is_sharded(net):
+        load_shards(net, saved.state_dict(), str(folder))
+    else:
+        load_strict(net, saved.state_dict(), str(folder))
+    # Before the next one is in memory.
+    del saved
     for width, weights in emas.items():
         average, _ = load_unet(folder / f"ema-{width}.safetensors")
         found = average.state_dict()
         for name, weight in weights.items():
-            weight.copy_(found[name])
+            put(weight, found[name])
     return meta
 
 
-def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's tensors, as ENTRY/PARAMETER."""
-    names = {id(p): name for name, p in net.named_parameters()}
-    return {
-        f"{key}/{names[id(p)]}": value
-        for p, entry in optimizer.state.items()
-        for key, value in entry.items()
-    }
-
-
-def load_optimizer(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Tensor],
-    device: torch.device,
-) -> None:
-    """The inverse of optimizer_state()."""
-    params = dict(net.named_parameters())
-    for key, value in state.items():
-        entry, _, name = key.partition("/")
-        if name not in params:
-            raise UserError(
-                f"the state of the optimizer holds {key!r:.60}, which is none of the network's",
-                do="Use an older checkpoint, or start again with --init.",
-            )
-        p = params[name]
-        if value.shape == p.shape:
-            # In the parameter's own order in memory (channels_last, for one): fused steps walk it.
-            value = torch.empty_like(p, dtype=value.dtype, device="cpu").copy_(value)
-        # AdamW8bit's "order" is about memory, and stays on the CPU.
-        value = value if entry == "order" else value.to(device)
-        optimizer.state[p][entry] = value
+def load_shards(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """load_strict() of whole tensors into a sharded net: each rank takes its rows."""
+    check_fits(net, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, what)
+    for name, own in net.state_dict(keep_vars=True).items():
+        put(own, tensors[name])
 
 
 def save(tr: Trainer) -> None:
@@ -114,38 +85,80 @@ def save(tr: Trainer) -> None:
     wait(tr.ds.source, tr.ranks)  # each rank its share
     more = {"meter": tr.meter.state()}
     more |= {f"own/{key}": value for key, value in tr.loss.state_dict().items()}
-    if tr.ranks.rank == 0:
-        # No step taken, nothing to have changed: then the weights are those it started from.
-        begun = tr.init.get("rounded", tr.init["fingerprint"])
-        base = begun if tr.skipped * tr.cfg.batch < tr.seen else None
-        meta = {
-            "run": tr.cfg.name,
-            "base_fingerprint": base,
-            "config": asdict(tr.cfg),
-            "objective": asdict(tr.objective),
-            "vae": tr.vae.meta(),
-            "classes": tr.classes,
-            "latent_shape": tr.latent_shape,
-            "resolution": tr.cfg.resolution,
-            "init": tr.init,
-            "data_hash": tr.data_hash,
-            **versions(),
-        }
-        parts = tr.ranks.world * tr.cfg.accum
-        counts = {"skipped": tr.skipped, "data_hash": tr.data_hash, "parts": parts}
-        counts["kernels"] = dict(proof.choices)
+    state, parts = optimizer_state(tr.net, tr.optimizer) | more, tr.ranks.world * tr.cfg.accum
+    counts = {"skipped": tr.skipped, "data_hash": tr.data_hash, "parts": parts}
+    counts["kernels"] = dict(proof.choices)
+    if is_sharded(tr.net):
+        save_shards(tr, state, counts)
+    elif tr.ranks.rank == 0:
         save_checkpoint(
             tr.run,
             tr.seen,
             tr.net,
-            meta,
+            description(tr),
             emas=tr.ema.weights,
-            state=optimizer_state(tr.net, tr.optimizer) | more,
+            state=state,
             state_meta=counts,
             keep=tr.cfg.keep,
             keep_every=tr.cfg.keep_every,
         )
     tr.ranks.barrier()
+
+
+def description(tr: Trainer) -> dict[str, Any]:
+    """What the files of a run's networks say of it."""
+    # No step taken, nothing to have changed: then the weights are those it started from.
+    begun = tr.init.get("rounded", tr.init["fingerprint"])
+    base = begun if tr.skipped * tr.cfg.batch < tr.seen else None
+    return {
+        "run": tr.cfg.name,
+        "base_fingerprint": base,
+        "config": asdict(tr.cfg),
+        "objective": asdict(tr.objective),
+        "vae": tr.vae.meta(),
+        "classes": tr.classes,
+        "latent_shape": tr.latent_shape,
+        "resolution": tr.cfg.resolution,
+        "init": tr.init,
+        "data_hash": tr.data_hash,
+        **versions(),
+    }
+
+
+def save_shards(tr: Trainer, state: dict[str, Tensor], counts: dict[str, Any]) -> None:
+    """Write a checkpoint of a sharded run; every rank calls.
+
+    Networks are written whole, one after the other, by rank 0, which holds no more than one of
+    them; the state by every rank that holds a shard of it.
+    """
+    folder = Path(tr.ranks.broadcast(lambda: str(begin_checkpoint(tr.run, tr.seen))))
+    meta, digests = description(tr) | {"images": tr.seen}, []
+    nets = {"model": (None, dict(tr.net.named_parameters()))}
+    for width, weights in tr.ema.weights.items():
+        nets[f"ema-{width}"] = float(width), weights
+    for name, (ema, weights) in nets.items():
+        whole, path = gathered(weights, tr.ranks), folder / f"{name}.safetensors"
+        write = partial(save_unet, path, tr.net, {**meta, "ema": ema}, whole)
+        digests.append(tr.ranks.broadcast(write))
+        # Before the next one is in memory.
+        del whole, write
+    if writes(tr.net, tr.ranks):
+        write_shard(folder, tr, state, {**counts, "weights": digests[0]})
+    tr.ranks.barrier()
+    if tr.ranks.rank == 0:
+        end_checkpoint(folder, tr.cfg.name, tr.cfg.keep, tr.cfg.keep_every)
+
+
+def write_shard(
+    folder: Path, tr: Trainer, state: dict[str, Tensor], counts: dict[str, Any]
+) -> None:
+    """Write this rank's part of the state."""
+    index, shards = place_of(next(tr.net.parameters()))
+    cut = {key.partition("/")[0] for key, x in state.items() if hasattr(x, "to_local")}
+    counts |= {"kind": "training state", "images": tr.seen, LISTED: True}
+    counts |= {"shard": index, "shards": shards, "cut": sorted(cut)}
+    own = {key: local(x) for key, x in state.items()}
+    write_tensors(folder / state_name(index, shards), own, counts)
 
 
 def keep_batches(tr: Trainer, batches: list[dict[str, Tensor]]) -> Path:
@@ -164,32 +177,24 @@ def load_state(tr: Trainer) -> None:
     Every rank reads for itself.
     """
     folder = checkpoints(tr.run)[-1]
-    state, meta = read_state(folder)
+    state, meta = read_state(folder, place_of(next(tr.net.parameters())))
     check_state(tr, meta)
+    if tr.ranks.rank == 0 and meta.get("shards", 1) > 1:
+        print(f"{folder}: the state is in {meta['shards']} shards", flush=True)
     network = load_weights(folder, tr.net, tr.ema.weights)
+    check_weights_of(folder, meta, network["fingerprint"])
     tr.init = check(network, Begun, folder / "model.safetensors")["init"]
     check_vae(tr, network.get("vae", {}))
     tr.seen, tr.skipped = meta["images"], meta["skipped"]
     proof.pin(meta.get("kernels", {}))
-    tr.meter.load_state(state.pop("meter"))
+    tr.meter.load_state(state["meter"])
     own = [key for key in state if key.startswith("own/")]
-    tr.loss.load_state_dict({key.removeprefix("own/"): state.pop(key) for key in own})
+    tr.loss.load_state_dict({key.removeprefix("own/"): state[key] for key in own})
+    kept = {key: entry for key, entry in state.table.items() if key not in ("meter", *own)}
+    moments = state.over(kept)
     if not read_digests(folder).files:
-        check_moments(tr.net, state, folder)
-    load_optimizer(tr.net, tr.optimizer, state, tr.ranks.device)
-
-
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, counters) of a checkpoint, beside its weights."""
-    path = folder / "state.safetensors"
-    state, meta = read_tensors(path)
-    check(meta, State, path)
-    if meta["images"] != int(folder.name):
-        raise UserError(
-            f"{path} is of {meta['images']:,} images, and its folder of {int(folder.name):,}",
-            do="Restore the folder as it was written.",
-        )
-    return state, meta
+        check_moments(tr.net, moments, folder)
+    load_optimizer(tr.net, tr.optimizer, moments, tr.ranks.device, meta.get("cut", []))
 
 
 def check_resume(cfg: Any, run: Path, free: set[str], goes_on: bool = True) -> None:
@@ -210,20 +215,6 @@ def check_vae(tr: Trainer, before: dict[str, Any]) -> None:
     raise UserError(
         f"{tr.run / 'vae.safetensors'} is not the autoencoder that {tr.run} was trained with",
         do="Put it back, or remove it: it is then made as at first, and compared.",
-    )
-
-
-def check_moments(net: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse a state that is not of all of a network's parameters. Where there is a list of digests
-    this is known already."""
-    own, found = dict(net.named_parameters()).keys(), {key.partition("/")[2] for key in state}
-    if found in (set(), own):  # none: no step was taken
-        return
-    raise UserError(
-        f"{folder / 'state.safetensors'} is not the state of this network's optimizer: "
-        f"{len(own - found)} of {len(own)} parameters are missing, {len(found - own)} are others: "
-        f"{listed(sorted(own ^ found))}",
-        do="Use an undamaged copy, or an older checkpoint.",
     )
 
 

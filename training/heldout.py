@@ -24,20 +24,23 @@ def loss_of(
     seed: int,
     ranks: Ranks,
     texts: Callable[[int], Tensor] | None = None,
+    even: bool = False,
 ) -> dict[str, Any]:
     """{"n": images, "loss": mean, "loss_by_t": TIMES means}. Every rank takes its share.
 
     loss(batch) returns an objectives.Loss of a collated batch like those of training, but with
-    t (B,) instead of q. texts(i): what is said of image i of `held`.
+    t (B,) instead of q. texts(i): what is said of image i of `held`. even: every rank takes all of
+    it, as a sharded network needs, which all have to call equally often.
     """
     labels = classes_of(held, classes)[1] if classes else None
-    share = slice(ranks.rank, None, ranks.world)
+    share = slice(None) if even else slice(ranks.rank, None, ranks.world)
     sums = torch.zeros(TIMES, dtype=torch.float64)
     for batch in batches(held, labels, latent_shape, seed, share, texts):
         per_sample = loss(batch).per_sample.double().cpu()
         sums.index_add_(0, (batch["t"] * TIMES).long(), per_sample)
     n = min(len(held), IMAGES)
-    by_t = (ranks.all_reduce(sums.to(ranks.device)) / max(n, 1)).tolist()
+    sums = ranks.all_reduce(sums.to(ranks.device)) / (ranks.world if even else 1)
+    by_t = (sums / max(n, 1)).tolist()
     return {"n": n, "loss": sum(by_t) / TIMES, "loss_by_t": by_t}
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from harness.cli import UserError
 from harness.run import checkpoints, report_nonfinite
-from kernels.adamw8bit import AdamW8bit
+from kernels.adamw8bit import AdamW8bit, local
 from training.checkpoints import keep_batches, save
+from training.sharding import is_sharded, reshard, whole_norms
 from training.trainer import Trainer
 
 # Non-finite steps in a row before giving up.
@@ -36,6 +37,8 @@ def reads_late(tr: Trainer) -> bool:
     non-finite step by itself, and a loss whose own parts do not hang on it."""
     optimizer = tr.optimizer
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    # Of torch's own, with shards, this is not known.
+    fused = fused and not is_sharded(tr.net)
     leaves_out = isinstance(optimizer, AdamW8bit) or fused
     return leaves_out and not tr.loss.state_dict() and tr.ranks.device.type == "cuda"
 
@@ -43,8 +46,9 @@ def reads_late(tr: Trainer) -> bool:
 def gradient_norms(tr: Trainer) -> tuple[Tensor, list[str]]:
     """((1 + n,) norms of all gradients together and of each, in fp32 whatever they are; the n names
     of their parameters)."""
-    found = {name: p.grad for name, p in tr.params.items() if p.grad is not None}
+    found = {name: local(p.grad) for name, p in tr.params.items() if p.grad is not None}
     each = torch.stack(torch._foreach_norm(list(found.values()), 2, dtype=torch.float32))
+    each = whole_norms(each, tr.net, tr.ranks)
     return torch.cat([torch.linalg.vector_norm(each)[None], each]), list(found)
 
 
@@ -89,6 +93,8 @@ def report_bad_step(tr: Trainer, batches: list[dict[str, Tensor]], broken: list[
     tr.skipped += 1
     tr.bad += 1
     where = report_nonfinite(tr.run, tr.ranks, tr.net, tr.loss, batches, broken, tr.seen, tr.bad)
+    if is_sharded(tr.net):
+        reshard(tr.net)
     tr.meter.drop_nonfinite()
     if tr.bad >= MAX_BAD:
         path = keep_batches(tr, batches)

@@ -29,6 +29,7 @@ from model import build
 from objectives import Objective
 from training.optimizer import state_bytes
 from training.precision import inputs_of
+from training.sharding import gathered_bytes, is_wanted, shard_count
 from training.start import network_config
 from training.texts import preset_of
 from vae import VAE, AnyVAE, LinearVAE, VAEConfig, load_vae, pixel, read_name
@@ -64,9 +65,11 @@ def plan_of(
 
     cfg: train.Optim's flags.
     """
-    weights, moments, averages = state_bytes(net, cfg)
+    shards = shard_count(cfg, ranks)
+    weights, moments, averages = (-(-size // shards) for size in state_bytes(net, cfg))
+    whole = gathered_bytes(net, cfg, ranks) if shards > 1 else 0
     return Plan(
-        weights=weights + sum(b.nbytes for b in net.buffers()),
+        weights=weights + whole + sum(b.nbytes for b in net.buffers()),
         gradients=weights,
         moments=moments,
         averages=averages,
@@ -144,7 +147,9 @@ def check_plan(
         ways.append("drop --ema widths")
     if cfg.optim != "adamw8bit":
         ways.append("add --optim adamw8bit")
-    if cfg.weights != "bf16":
+    if ranks.world > 1 and not is_wanted(cfg):
+        ways.append("add --shard full")
+    elif cfg.weights != "bf16" and not is_wanted(cfg):
         ways.append("add --weights bf16")
     raise UserError(
         f"a step needs {plan.peak / GB:.1f} GB ({shares(plan)}), and this GPU has "

@@ -17,6 +17,7 @@ from harness.pictures import save_grid
 from samplers import Generator
 from training import heldout
 from training.nonfinite import conclude
+from training.sharding import evenly, is_sharded, reshard, showing
 from training.trainer import Trainer
 
 
@@ -28,6 +29,8 @@ def ema_net(tr: Trainer) -> tuple[str, Any]:
     if not tr.ema.weights:
         return "raw", net
     width, weights = next(iter(tr.ema.weights.items()))
+    if is_sharded(net):
+        return f"ema-{width}", showing(net, weights)
     return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
 
 
@@ -41,9 +44,12 @@ def held_out_loss(tr: Trainer) -> dict[str, Any]:
     held = tr.ds.heldout
     texts = tr.texts and tr.texts.of(held).plain
     row = heldout.loss_of(
-        partial(loss, net), held, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks, texts
-    )
+        partial(loss, net), held, tr.classes, tr.latent_shape, tr.cfg.seed, tr.ranks, texts,
+        even=is_sharded(tr.net),
+    )  # fmt: skip
     tr.net.train()
+    if is_sharded(tr.net):
+        reshard(tr.net)
     return {"event": "held-out", "images": tr.seen, "of": name, **row}
 
 
@@ -55,7 +61,9 @@ def draw_samples(
     how: as sample() takes it, 10 Heun steps if nothing is said. strict: raise NonFinite where the
     network gives no finite numbers, else say so.
     """
-    device, dtype = tr.ranks.device, tr.cfg.dtype
+    device, dtype, n = tr.ranks.device, tr.cfg.dtype, len(seeds)
+    if is_sharded(tr.net):
+        seeds = evenly(list(seeds), tr.ranks.world)
     told = tr.texts and tr.texts.told(seeds)
     generator = Generator(
         tr.objective, net, tr.vae, tr.latent_shape, device=device, dtype=dtype, told=told
@@ -69,15 +77,17 @@ def draw_samples(
     if tr.objective.coupling == "lowres":
         low, labels = enlarged(tr, seeds)
     try:
-        return generator.images_on(tr.ranks, seeds, labels, low=low, **how)
+        return generator.images_on(tr.ranks, seeds, labels, low=low, **how)[:n]
     except NonFinite as error:
         if strict:
             raise
         if tr.ranks.rank == 0:
             tqdm.write(f"warning: {error}", file=sys.stderr)
-        return error.images
+        return error.images[:n]
     finally:
         tr.net.train()
+        if is_sharded(tr.net):
+            reshard(tr.net)
 
 
 def enlarged(tr: Trainer, seeds: Sequence[int]) -> tuple[Tensor, list[int] | None]:

@@ -26,6 +26,7 @@ from model import PRESETS, network_name
 from objectives import Objective
 from training.checkpoints import beginning, check_resume
 from training.optimizer import state_bytes
+from training.sharding import check_sharding
 from training.texts import data_hash, preset_of
 from vae import AnyVAE, choose, read_name
 
@@ -139,6 +140,7 @@ def network_config(
 
 def check_room(run: Path, net: nn.Module, vae: AnyVAE, cfg: Any, ranks: Ranks) -> None:
     """Refuse a run whose checkpoints the disk, or whose micro-batches the memory cannot hold."""
+    check_sharding(cfg, ranks)
     check_disk(run, sum(state_bytes(net, cfg)), cfg)
     micro, width = cfg.batch // (ranks.world * cfg.accum), getattr(net.cfg, "model_channels", 0)
     shape = vae.latent_shape(cfg.resolution)

@@ -1,0 +1,156 @@
+"""Runs of a few ranks in processes that share one import of torch: for tests of --shard.
+
+    ranks(2, losses, place, {"shard": "full"})    # what each rank returned, in order
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import train
+import training.checkpoints as checkpoints_py
+from harness.cli import UserError
+from harness.ranks import Ranks, join_ranks
+from harness.run import checkpoints
+from kernels.adamw8bit import local
+from training.sharding import gathered
+from training.states import optimizer_state
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+FLAGS = {
+    "model": "nano", "data": "toyfaces:24", "resolution": 32, "batch": 8, "images": 160,
+    "lr": 2e-4, "name": "run", "device": "cpu", "workers": 0, "dtype": "fp32",
+}  # fmt: skip
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sharded"])
+
+
+def ranks(world: int, function, *args, each: int = 0) -> list:
+    """function(ranks, *args) on `world` ranks, `each` of them on a host; None of one that died."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pipes = [CONTEXT.Pipe(False) for _ in range(world)]
+    started = []
+    for rank, (_, end) in enumerate(pipes):
+        place = (rank, world, each or world, port)
+        started.append(CONTEXT.Process(target=child, args=(place, end, function, args)))
+        # The server that forks them imports what it should before it is told where from.
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            started[-1].start()
+        end.close()
+    said = []
+    for receive, _ in pipes:
+        try:
+            said.append(receive.recv() if receive.poll(120) else None)
+        except EOFError:
+            said.append(None)
+    dead = None in said
+    for process in started:
+        if dead:  # the others wait for it
+            process.kill()
+        process.join()
+    return said
+
+
+def child(place: tuple[int, ...], end, function, args) -> None:
+    rank, world, each, port = place
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, place)), MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    group = join_ranks("cpu")
+    try:
+        end.send(function(group, *args))
+    except UserError as error:
+        end.send(str(error))
+    group.leave()
+
+
+def config(place: Path, flags: dict) -> train.Config:
+    return train.resolve(train.Config(**{**FLAGS, "out": str(place), **flags}))
+
+
+def trained(group: Ranks, place: Path, flags: dict) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of each step to the end of a run, which is saved at its half
+    and its end; goes on where it was stopped."""
+    tr, said = opened(group, place, flags), []
+    loader = train.load(tr)
+    while tr.seen < tr.cfg.images:
+        norm = train.step(tr, loader)
+        train.conclude(tr)
+        said.append((tr.meter.read()["loss"], float(norm)))
+        if tr.seen % 80 == 0:
+            checkpoints_py.save(tr)
+    return said
+
+
+def digest(tensors: dict) -> dict[str, str]:
+    """{name: sha256 of this rank's part}."""
+    parts = {name: local(x.detach()).contiguous().cpu() for name, x in tensors.items()}
+    return {
+        name: hashlib.sha256(str((x.dtype, x.shape)).encode() + x.numpy().tobytes()).hexdigest()
+        for name, x in parts.items()
+    }
+
+
+def opened(group: Ranks, place: Path, flags: dict) -> train.Trainer:
+    tr = train.setup(config(place, flags), group)
+    if tr.held:
+        tr.held.close()
+    return tr
+
+
+def stepped(group: Ranks, place: Path, flags: dict, steps: int) -> tuple[dict, dict]:
+    """Digests of this rank's state after some steps, which are saved; and after loading that."""
+    tr = opened(group, place, flags)
+    loader = train.load(tr)
+    for _ in range(steps):
+        train.step(tr, loader)
+    before = held(tr)
+    checkpoints_py.save(tr)
+    again = opened(group, place, flags)
+    return before, held(again)
+
+
+def held(tr: train.Trainer) -> dict[str, str]:
+    """Digests of all that this rank holds of a run."""
+    tensors = {f"net/{name}": p for name, p in tr.net.named_parameters()}
+    for width, weights in tr.ema.weights.items():
+        tensors |= {f"{width}/{name}": x for name, x in weights.items()}
+    return digest(tensors | optimizer_state(tr.net, tr.optimizer))
+
+
+def whole(group: Ranks, place: Path, flags: dict, save: bool = False) -> dict[str, str]:
+    """Digests of a run's whole tensors, as it is loaded by these ranks; then perhaps saved anew."""
+    tr = opened(group, place, flags)
+    tensors = {f"net/{name}": p for name, p in tr.net.named_parameters()}
+    for width, weights in tr.ema.weights.items():
+        tensors |= {f"{width}/{name}": x for name, x in weights.items()}
+    found = gathered(tensors | optimizer_state(tr.net, tr.optimizer), group)
+    if save:
+        if group.rank == 0:
+            shutil.rmtree(checkpoints(tr.run)[-1])
+        group.barrier()
+        checkpoints_py.save(tr)
+    return digest(found)
+
+
+def killed(group: Ranks, place: Path, flags: dict, victim: int, step: int) -> list:
+    """Train; at a save, one rank dies before it has written its shard."""
+    write = checkpoints_py.write_shard
+
+    def dying(folder, tr, state, counts):
+        if tr.seen == step and group.rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(folder, tr, state, counts)
+
+    checkpoints_py.write_shard = dying
+    return trained(group, place, flags)
