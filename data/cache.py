@@ -9,7 +9,8 @@ A cache is a folder:
     vae.safetensors             the autoencoder, or where it is
     shard-00000.safetensors …   latents (n, 1 or 2, C, h, w) of one shape: the posterior's mean
                                 before it is normalised, and that of the mirrored image
-    index.safetensors           names, tags, the first images; sizes of those in buckets
+    index.safetensors           names, tags, captions if there are any, the first images; sizes
+                                of those in buckets
     contents.safetensors        a hash of every image, of sources that were read from files
     manifest.json               plan, statistics, checksums of the other files and its own:
                                 written last
@@ -27,8 +28,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -286,6 +288,7 @@ class LatentSource:
     pixels: None = None
     crop: str = "center"
     frames: Frames | None = None
+    captions: Callable[[], list[str]] | None = None  # as a Source's
 
     @property
     def table(self) -> TagTable:
@@ -410,6 +413,9 @@ def open_cache(
     index = {name: box[name].numpy() for name in box}
     check_index(box.path, index, len(meta["vocabulary"]), manifest["plan"])
     tags = TagTable(meta["vocabulary"], index["tag_starts"], index["tag_ids"])
+    captions = None
+    if "captions" in index:
+        captions = partial(list, Names(index["captions"], index["caption_ends"]))
     return LatentSource(
         root=root,
         manifest=manifest,
@@ -422,6 +428,7 @@ def open_cache(
         hash=digest([identity(manifest["plan"]), manifest["index"], manifest["shards"]]),
         notes=meta["notes"],
         frames=frames_of(box.path, index, manifest["plan"], buckets),
+        captions=captions,
     )
 
 
@@ -481,6 +488,8 @@ def check_index(
     }
     if plan.get("buckets"):
         wanted["originals"] = (np.int64, 2)
+    if "captions" in index:
+        wanted |= {"captions": (np.uint8, 1), "caption_ends": (np.int64, 1)}
     sound = {name: (x.dtype.type, x.ndim) for name, x in index.items()} == wanted
     if sound:
         ends, starts, ids = index["name_ends"], index["tag_starts"], index["tag_ids"]
@@ -491,6 +500,9 @@ def check_index(
         sound = sound and not (len(ids) and (ids.min() < 0 or ids.max() >= tags))
         sound = sound and 0 <= index["held"].min() and index["held"].max() < 2**32
         sound = sound and index["first"].shape[3] == 3
+    if sound and "captions" in index:
+        ends = index["caption_ends"]
+        sound = len(ends) == images and is_partition(ends, len(index["captions"]))
     if not sound:
         raise UserError(f"{path} does not hold the names and tags of {images:,} images", do=AGAIN)
 

@@ -101,6 +101,7 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     shape = vae.latent_shape(cfg.resolution)  # before anything is read
     stamps = take_stamps(cfg.data) if ranks.rank == 0 else None
     source = open_source(cfg.data, cfg.resolution, "center", buckets)
+    captions = source.captions() if source.captions else []
     batch = min(cfg.batch, len(source.names))
     check_batch_memory("--batch", batch, cfg.resolution, shape, ranks.device)
     old = ranks.broadcast(lambda: begun(out, held))
@@ -126,7 +127,7 @@ def write_cache(cfg: Encode, ranks: Ranks, held: contextlib.ExitStack) -> None:
     ranks.barrier()
     if moves:
         ranks.broadcast(lambda: take_over(out, plan, shard_count(plan)))
-    ranks.broadcast(lambda: finish(out, plan, source))
+    ranks.broadcast(lambda: finish(out, plan, source, captions))
     ranks.broadcast(lambda: write_stamps(out, stamps))
 
 
@@ -395,9 +396,9 @@ def moment_sums(latents: Tensor, channels: int) -> Tensor:
     return torch.stack([number, z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
 
 
-def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
+def finish(out: Path, plan: dict[str, Any], source: Source, captions: list[str]) -> None:
     """The index and, from the shards' headers, the manifest."""
-    write_index(out / "index.safetensors", source, plan)
+    write_index(out / "index.safetensors", source, plan, captions)
     shards = range(shard_count(plan))
     sums = [shard_meta(open_weights(shard_path(out, k)))["sums"] for k in shards]
     number, value, square = torch.tensor(sums, dtype=torch.float64).sum(0)  # (C,) each
@@ -420,8 +421,11 @@ def finish(out: Path, plan: dict[str, Any], source: Source) -> None:
     write_text(out / "manifest.json", sealed(manifest))
 
 
-def write_index(path: Path, source: Source, plan: dict[str, Any]) -> None:
-    """Names, tags, and the first images, of one shape, with which a run checks the cache."""
+def write_index(
+    path: Path, source: Source, plan: dict[str, Any], captions: list[str]
+) -> None:
+    """Names, tags, captions, and the first images, of one shape, with which a run checks the
+    cache."""
     names = [name.encode("utf-8", "surrogateescape") for name in source.names]
     first = np.stack([source.pixel(i) for i in range(min(CHECKED, Layout(plan).firsts[1]))])
     tags = source.table
@@ -435,6 +439,10 @@ def write_index(path: Path, source: Source, plan: dict[str, Any]) -> None:
     }
     if source.frames:
         index["originals"] = torch.from_numpy(source.frames.originals)
+    if any(captions):
+        texts = [text.encode() for text in captions]
+        index["captions"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+        index["caption_ends"] = torch.tensor([len(text) for text in texts]).cumsum(0)
     meta = {
         "kind": "latent cache",
         "vocabulary": tags.vocabulary,

@@ -16,10 +16,11 @@ import torch
 
 from ckpt.containers import open_weights
 from data.cache import LatentSource, Names, contents_path, encode_command
+from data.captions import ENDING, read_captions
 from data.found import Found, find_files
 from data.images import BadImage
 from data.sources import FileReader, framed, strip_hash
-from data.tags import Spellings, of_one_form, read_tags
+from data.tags import TABLES, Spellings, of_one_form, read_tags
 from harness.cli import UserError
 from harness.files import digest, fingerprint, read_meta, write_tensors
 from harness.typed import Hash, Open, check
@@ -65,7 +66,7 @@ def take_stamps(data: str) -> Stamps | None:
 def stamped(root: Path, found: Found) -> dict[str, Stamp]:
     tables = [str(path.relative_to(root)) for path in (*found.tables, *found.parquet)]
     stamps = {}
-    for name in (*found.names, *found.texts, *tables):
+    for name in (*found.names, *found.texts, *found.captions, *tables):
         with contextlib.suppress(OSError):  # a link to nothing, or gone since
             stat = os.stat(root / name)
             tail = tail_hash(root / name) if name.endswith(".parquet") else 0
@@ -169,6 +170,7 @@ def image_changes(
         "images gone": len(place.keys() - images),
         "images changed": other_images(source, root, known, place),
         "images with other tags": other_tags(source, root, found, before, now, place),
+        "images with other captions": other_captions(source, root, found, before, now),
     }
 
 
@@ -220,7 +222,7 @@ def other_tags(
     read; of tables, all."""
     texts = found.texts | {name for name in before if name.lower().endswith(".txt")}
     tables = {str(path.relative_to(root)) for path in found.tables}
-    tables |= before.keys() - now.keys() - place.keys() - texts
+    tables |= before.keys() - now.keys() - place.keys() - texts - captions_in(before)
     changed = {name for name in tables | texts if before.get(name) != now.get(name)}
     if not changed:
         return 0
@@ -234,3 +236,31 @@ def other_tags(
         return len(names)
     kept = [name for name in names if name in place]
     return sum(of_one_form(tags.get(name, ())) != source.tags[place[name]] for name in kept)
+
+
+def captions_in(stamps: dict[str, Stamp]) -> set[str]:
+    return {name for name in stamps if name.lower().endswith(ENDING)}
+
+
+def other_captions(
+    source: LatentSource,
+    root: Path,
+    found: Found,
+    before: dict[str, Stamp],
+    now: dict[str, Stamp],
+) -> int:
+    """Images whose captions differ. They are read only if a file that may hold some has changed;
+    an older cache has none, and knows no times of theirs."""
+    files = captions_in(before) | captions_in(now)
+    files |= {name for name in before.keys() | now.keys() if Path(name).name in TABLES}
+    if all(before.get(name) == now.get(name) for name in files):
+        return 0
+    there = set(found.names)
+    names = [name for name in source.names if name in there]
+    try:
+        captions = read_captions(root, names, found.tables, found.captions)
+    except UserError:  # the encoder says what is wrong with them
+        return len(names)
+    kept = source.captions() if source.captions else [""] * len(source.names)
+    before_of = dict(zip(source.names, kept))
+    return sum(before_of[name] != text for name, text in zip(names, captions))

@@ -35,6 +35,8 @@ def made(tmp_path):
     for i in range(8):
         picture(folder / f"{i}.png", i)
         (folder / f"{i}.txt").write_text(f"cat, {i}")
+    (folder / "1.caption").write_text("One, TWO.")
+    (folder / "2.caption").write_text("Zoë")
     (folder / "broken.png").write_text("no picture")
     encode.encode(Encode(str(out), str(folder), "pixel:8", resolution=32, device="cpu"), ONE)
     return folder, out
@@ -64,6 +66,8 @@ CHANGES = {
     "1 images with other tags": lambda d: (d / "5.txt").write_text("dog"),
     "2 images with other tags": lambda d: [(d / f"{i}.txt").unlink() for i in (5, 6)],
     "8 images with other tags": lambda d: [(d / f"{i}.txt").write_text("x") for i in range(8)],
+    "1 images with other captions": lambda d: (d / "1.caption").write_text("Three."),
+    "2 images with other captions": lambda d: [(d / f"{i}.caption").unlink() for i in (1, 2)],
     "1 images added, 1 images changed": lambda d: (
         picture(d / "broken.png", 7),
         replaced(d / "4.png"),
@@ -77,6 +81,7 @@ NOTHING = {
     ],
     "other files": lambda d: (d / "notes.md").write_text("x"),
     "hidden files": lambda d: (d / ".thumbnails").mkdir() or picture(d / ".thumbnails/0.png", 0),
+    "the same caption": lambda d: (d / "1.caption").write_text("One, TWO. \n"),
     "the same tags": lambda d: (d / "5.txt").write_text("cat,  5 "),
     "gone": lambda d: d.rename(d.with_name("elsewhere")),
 }
