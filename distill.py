@@ -2,6 +2,7 @@
     python distill.py --teacher runs/toyfaces-ddpm-standard      # eps -> v; --objective fm: a flow
     python distill.py pretrain-assessor --teacher RUN --out assessor.safetensors   # has a --help
     python distill.py --teacher RUN --assessor david --assessor-file assessor.safetensors
+    python distill.py --teacher RUN --text bytes                 # of a network that reads captions
     python distill.py --mode progressive --teacher FLOW --objective fm --start-steps 8
     python experiments/ablate.py --teacher RUN …                 # does the assessor help?
 
@@ -33,6 +34,7 @@ from torch import Tensor
 import train
 from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, read_tensors
 from ckpt.meaning import same_table
+from data.captions import Captions
 from data.dataset import classes_of, latents_of
 from data.sources import embedded_tags
 from diffusion.schedules import norm, shorter
@@ -74,6 +76,7 @@ from model import PRESETS, build, network_name
 from objectives import Loss, Net, Objective, make_objective
 from training.checkpoints import beginning
 from training.start import take_weights
+from training.texts import check_taught, student_preset
 from vae import AnyVAE, vae_from_meta
 
 __all__ = ["Assessor", "fuse", "kd_cosine", "v_target"]
@@ -90,7 +93,7 @@ WEIGHT = {"low": 0, "high": 1e6}
 
 
 @dataclass(frozen=True)
-class Config(TeacherFlags, train.Run, train.Optim, train.Data):
+class Config(TeacherFlags, train.Run, train.Optim, Captions, train.Data):
     """The flags of this script: train.py's of data, optimiser and run, with other defaults; a
     teacher, a student, and what the one learns from the other."""
 
@@ -118,6 +121,7 @@ class Config(TeacherFlags, train.Run, train.Optim, train.Data):
     vae: str = flag("", "none = the teacher's")
 
     model: str = flag("", "none = the teacher's architecture; else a preset", head="the student")
+    text: str = flag("", "bytes | clip-l:FILE: a picture's own captions and tags, not --context")
     init: str = flag("", "none = the teacher's weights | scratch | a run, a file …")
     objective: Literal["v", "fm"] = flag(
         "v", "v on the teacher's own schedule, as the source | fm, the linear path"
@@ -245,7 +249,8 @@ def resolve(cfg: Config) -> Config:
     """Fill in what follows from the teacher, and refuse what cannot run, before anything is read or
     written."""
     check_flags(cfg)
-    unet, teacher, meta = describe_teacher(cfg.teacher, **cfg.says)
+    unet, teacher, meta = describe_teacher(cfg.teacher, text=cfg.text, **cfg.says)
+    check_taught(cfg.text, unet, cfg.teacher)
     cfg = like_the_teacher(cfg, meta)
     check_student(cfg, unet)
     check_blocks(cfg, tap_channels(unet))
@@ -276,7 +281,7 @@ def check_student(cfg: Config, teacher: Any) -> None:
             f"--model {cfg.model} with the teacher's weights",
             do="Leave --model out for its architecture, or add --init scratch or FILE.",
         )
-    student = PRESETS[cfg.model]
+    student = student_preset(cfg)
     if type(student) is not type(teacher):
         raise UserError(
             f"--model {cfg.model} is a {network_name(student)}, and the teacher a "
@@ -458,8 +463,7 @@ class DistillLoss:
         cfg = self.cfg
         text = self.teacher.text(cfg.seed, batch.get("position"), len(batch["eps"]))
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
-        cond = {"y": batch["y"]} if "y" in batch else {}
-        cond |= text
+        cond = {key: batch[key] for key in ("y", "context") if key in batch} | text
         x0 = latents_of(self.vae, batch)  # outside autocast: only networks run in bf16
         features: dict[str, Tensor] = {}
         if cfg.block_weight and torch.is_grad_enabled():
@@ -622,7 +626,7 @@ def column(v: Tensor) -> Tensor:
 def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
     """Teacher, data, student and assessor. Everything that can be wrong is found before the first
     byte is written."""
-    teacher = open_teacher(cfg.teacher, cfg.context, ranks.device, **cfg.says)
+    teacher = open_teacher(cfg.teacher, cfg.context, ranks.device, cfg.text, **cfg.says)
     ds = cfg.open_data()
     classes, labels = classes_of(ds, cfg.classes) if cfg.classes else ([], None)
     if ranks.rank == 0:
@@ -657,7 +661,7 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
 
 def student_like(teacher: Teacher, cfg: Config) -> Any:
     """The student's network; its blocks can be compared with the teacher's, if they are to be."""
-    unet = student_config(teacher.net.cfg, PRESETS[cfg.model] if cfg.model else None)
+    unet = student_config(teacher.net.cfg, student_preset(cfg) if cfg.model else None)
     blocks, wanted = tap_channels(unet), tap_channels(teacher.net.cfg)
     if cfg.block_weight and blocks != wanted:
         raise UserError(
@@ -797,7 +801,7 @@ def check_contents(cfg: Config, folder: Path) -> None:
     """Files may have moved since a run began, but not changed."""
     before = beginning(folder)["init"]
     net, meta = load_unet(find_checkpoint(cfg.teacher))
-    now = contents_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context))
+    now = contents_of(cfg, meta["fingerprint"], read_texts(net.cfg, cfg.context, cfg.text))
     for what, contents in now.items():
         if before.get(what) in (None, contents):  # None: older than this check
             continue

@@ -337,7 +337,7 @@ def assemble(
     run, held = Path(cfg.out) / cfg.name, None
     check_room(run, net, vae, cfg, ranks)
     check_plan(net, vae, vae.latent_shape(cfg.resolution), cfg, ranks)
-    texts = texts_of(cfg, ds, net.cfg, ranks)
+    texts = texts_of(cfg, ds, net.cfg, ranks, init.get("text"))
     cfg = settle_dtype(cfg, ranks, net, vae.latent_shape(cfg.resolution))
     if ranks.rank == 0:
         make_dir(run)

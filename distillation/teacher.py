@@ -9,7 +9,7 @@ to the last up: nine in Stable Diffusion's U-Net. Of a transformer they are thos
 of its depth, depth_0 to depth_3.
 A network that is told what to draw by text needs --context FILE: safetensors with "context"
 (n, tokens, dim), the encoder's output for n captions, and for SDXL "y" (n, dim). Sample p of a run
-gets a caption that depends on (seed, p) alone.
+gets a caption that depends on (seed, p) alone. With distill.py --text it is told its image's own.
 """
 
 from collections.abc import Callable
@@ -254,9 +254,10 @@ class TeacherFlags:
 
 
 def describe_teacher(
-    name: str, objective: str = "", table: str = "", zero_snr: bool = False
+    name: str, objective: str = "", table: str = "", zero_snr: bool = False, text: str = ""
 ) -> tuple[Config, Objective, dict[str, Any]]:
-    """A teacher's config, objective and metadata, without reading its weights."""
+    """A teacher's config, objective and metadata, without reading its weights. text: distill.py's
+    --text, of which a network that reads bytes can be taught."""
     if not name:
         raise UserError(
             "--teacher is required",
@@ -266,10 +267,10 @@ def describe_teacher(
     cfg, meta = source.cfg, source.meta
     if not isinstance(cfg, Config):
         raise UserError(f"{name} holds no U-Net, and a teacher is one", do="Choose another.")
-    if isinstance(cfg, ByteUNetConfig):
+    if isinstance(cfg, ByteUNetConfig) and text != "bytes":
         raise UserError(
-            f"{name} reads texts by an encoder of its own, which no student here has",
-            do="Choose another.",
+            f"{name} reads texts by an encoder of its own",
+            do="Distil it with distill.py --text bytes, on pictures that have captions or tags.",
         )
     if getattr(cfg, "guidance", False):
         raise UserError(
@@ -380,15 +381,21 @@ def stage_like(cfg: Any, trained: dict[str, Any]) -> Any:
 
 
 def open_teacher(
-    name: str, context: str = "", device: torch.device = torch.device("cpu"), **says: Any
+    name: str,
+    context: str = "",
+    device: torch.device = torch.device("cpu"),
+    text: str = "",
+    **says: Any,
 ) -> Teacher:
-    """A frozen teacher on a device. says: as TeacherFlags.says."""
-    cfg, described, _ = describe_teacher(name, **says)
+    """A frozen teacher on a device. text: distill.py's --text, which tells each image's own
+    caption instead of --context. says: as TeacherFlags.says."""
+    cfg, described, _ = describe_teacher(name, text=text, **says)
     path = find_checkpoint(name)
     net, meta = load_unet(path, dtype=torch.float32)
-    texts = {k: v.to(device) for k, v in read_texts(cfg, context).items()}
+    texts = {k: v.to(device) for k, v in read_texts(cfg, context, text).items()}
     net = net.to(device).eval().requires_grad_(False)
-    return Teacher(net, described, meta, path, texts, told_by(context))
+    encoders = (meta.get("init") or {}).get("text") if text else told_by(context)
+    return Teacher(net, described, meta, path, texts, encoders)
 
 
 def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
@@ -397,9 +404,15 @@ def teacher_vae(cfg: Any, meta: dict[str, Any], ds: Dataset) -> AnyVAE:
     return vae_for(ds, cfg.vae, meta=meta, network="the teacher")
 
 
-def read_texts(cfg: Config, file: str) -> dict[str, Tensor]:
+def read_texts(cfg: Config, file: str, text: str = "") -> dict[str, Tensor]:
     """The text embeddings a network of this config is fed: {"context": (n, M, D)} and, if it takes
-    vectors, "y" (n, D)."""
+    vectors, "y" (n, D). None where --text (text) tells it what each picture shows."""
+    if text and file:
+        raise UserError(
+            f"--context {file} and --text {text} both say what to draw", do="Leave one out."
+        )
+    if text:
+        return {}
     if not cfg.context_dim:
         if file:
             raise UserError(f"--context {file}, but the teacher takes no text", do=LEAVE_IT)
@@ -413,7 +426,7 @@ def read_texts(cfg: Config, file: str) -> dict[str, Tensor]:
         raise UserError(
             "the teacher is told what to draw by text",
             do=f"Add --context FILE: safetensors with {form}, the text encoder's output for n "
-            "captions.",
+            "captions.  (distill.py --text clip-l:FILE tells what each picture shows.)",
         )
     box = unboxed(open_weights(file))
     shapes = {name: box.shape(name) for name in box}

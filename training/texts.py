@@ -67,8 +67,13 @@ def preset_of(flags: Any) -> Any:
     return replace(cfg, context_dim=TEXT_PRESETS["clip-l"].width)
 
 
+def student_preset(flags: Any) -> Any:
+    """The config of --model for a student; with --text, of one that reads what its teacher does."""
+    return preset_of(flags) if flags.text else PRESETS[flags.model]
+
+
 def captions_of(source: Any) -> list[str]:
-    """The caption of each image of a source, "" where there is none; latent caches keep none."""
+    """The caption of each image of a source, "" where there is none."""
     read = getattr(source, "captions", None)
     return read() if read else [""] * len(source.names)
 
@@ -147,8 +152,9 @@ class ClipReader:
         return bool(pieces_of(text, 0)[1])
 
 
-def reader_of(cfg: Any, net: Any) -> Reader:
-    """The reader of --text; the one that a run began with, if it has begun."""
+def reader_of(cfg: Any, net: Any, teacher: dict[str, Any] | None = None) -> Reader:
+    """The reader of --text; the one that a run began with, if it has begun, and by which its
+    teacher was trained, if that says so (ckpt.native.ToldBy)."""
     if isinstance(net, ByteUNetConfig):
         return ByteReader(net)
     reader, run = ClipReader(cfg.text.removeprefix(CLIP_L)), Path(cfg.out) / cfg.name
@@ -158,7 +164,35 @@ def reader_of(cfg: Any, net: Any) -> Reader:
             f"--text {cfg.text}: {run} was begun with another encoder ({told['source']})",
             do="Restore it, or begin another run (--name).",
         )
+    if not teacher:
+        return reader
+    own = reader.init["text"]
+    if any(teacher.get(key, own[key]) != own[key] for key in ("encoders", "chunks", "skip")):
+        raise UserError(
+            f"--text {cfg.text}: the teacher was told by another encoder, or by longer texts or "
+            f"other layers of it ({teacher.get('source', 'its file does not say where it is')})",
+            do="Name its own encoder, or tell it by --context.",
+        )
     return reader
+
+
+def check_taught(text: str, net: Any, name: str) -> None:
+    """Refuse a --text that a teacher of this config does not read."""
+    if not text:
+        return
+    if text == "bytes":
+        fits = isinstance(net, ByteUNetConfig)
+    elif text.startswith(CLIP_L):
+        fits = net.context_dim == TEXT_PRESETS["clip-l"].width and not net.vector_dim
+    else:
+        raise UserError(
+            f"--text {text!r}", wanted=f"bytes or {CLIP_L}FILE", do="Name the encoder's file."
+        )
+    if not fits:
+        raise UserError(
+            f"--text {text}: {name} is not told what to draw by that",
+            do="Leave it out, or use --context for other encoders.",
+        )
 
 
 # ---- of a data set ------------------------------------------------------------------------------
@@ -197,11 +231,14 @@ class Texts:
         return Conditions({"context": said}, {"context": self.reader.read("")[None]})
 
 
-def texts_of(cfg: Any, ds: Dataset, net: Any, ranks: Ranks) -> Texts | None:
-    """The texts of a run; None where its network (config `net`) reads none."""
+def texts_of(
+    cfg: Any, ds: Dataset, net: Any, ranks: Ranks, teacher: dict[str, Any] | None = None
+) -> Texts | None:
+    """The texts of a run; None where its network (config `net`) reads none. teacher: by what its
+    teacher was told, if it has one."""
     if not isinstance(cfg, Captions) or not getattr(cfg, "text", ""):
         return None
-    texts = Texts(cfg, ds, reader_of(cfg, net))
+    texts = Texts(cfg, ds, reader_of(cfg, net, teacher))
     said = [texts.text(PLAIN, i, np.random.default_rng(0)) for i in range(len(ds))]
     untold = said.count("")
     if untold == len(ds):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import distill
 import samplers
 import train
 import training.texts as texts_py
@@ -21,6 +22,8 @@ from training.texts import texts_of
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 import pipelines  # noqa: E402
+
+SMALL = ["--data", "toyfaces:8", "--resolution", 32, "--model", "nano"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,13 @@ def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_pa
     torch.testing.assert_close(
         gen.told.cond["context"][0], theirs(net, "tag 3, solo"), rtol=0, atol=2e-5
     )
+    # A student of it, told by the same encoder.
+    learn = ["--teacher", run, "--images", 4, "--batch", 4, "--eval-every", 0]
+    learn += ["--out", tmp_path, "--name", "student", "--text"]
+    code, _, errors = user(distill.main, *learn, f"clip-l:{path}")
+    assert code == 0, errors
+    _, taught = load_unet(samplers.find_checkpoint(str(tmp_path / "student")))
+    assert taught["init"]["text"]["encoders"] == meta["init"]["text"]["encoders"]
     # Another encoder where the run's own was.
     weights = load_file(path)
     name = "text_model.final_layer_norm.bias"
@@ -89,6 +99,14 @@ def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_pa
     assert code == 2 and len(errors) == 1 and "other text encoders than those" in errors[0]
     code, _, errors = user(samplers.main, *words, "--text", path, "--steps", 1)
     assert code == 0
+    learn[learn.index("student")] = "misled"
+    code, _, errors = user(distill.main, *learn, f"clip-l:{own}")
+    assert code == 2 and len(errors) == 1 and "the teacher was told by another" in errors[0]
+    assert not (tmp_path / "misled").exists()
+    refused = {"bytes": "not told what to draw by", "bites": "wanted bytes or", "": "--context"}
+    for text, line in refused.items():
+        code, _, errors = user(distill.main, *learn, text)
+        assert code == 2 and len(errors) == 1 and line in errors[0]
     shutil.rmtree(checkpoints(run)[-1])
     with pytest.raises(UserError, match="was begun with another encoder"):
         go(tmp_path / "a", holdout=0.0, **how)
@@ -103,7 +121,7 @@ def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_pa
     ],
 )
 def test_what_is_no_encoder_is_one_line(tmp_path, user, text, line):
-    flags = ["--text", text, "--model", "nano", "--out", tmp_path / "runs"]
+    flags = ["--text", text, *SMALL, "--out", tmp_path / "runs"]
     code, _, errors = user(train.main, *flags)
     assert code == 2 and len(errors) == 1 and line in errors[0]
     assert not (tmp_path / "runs").exists()
@@ -114,7 +132,7 @@ def test_a_wider_encoder_is_refused(tmp_path, user):
     torch.manual_seed(0)
     net = pipelines.encoder(1280, "gelu", 1280)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
-    flags = ["--text", f"clip-l:{path}", "--model", "nano", "--out", tmp_path / "runs"]
+    flags = ["--text", f"clip-l:{path}", *SMALL, "--out", tmp_path / "runs"]
     code, _, errors = user(train.main, *flags)
     assert code == 2 and len(errors) == 1 and "1280 wide: wanted ViT-L's" in errors[0]
     assert not (tmp_path / "runs").exists()

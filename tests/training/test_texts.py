@@ -1,6 +1,7 @@
 """Training on texts: every sample hears its own image's, a resumed run and two ranks hear the same,
 and what has no text is told in one line."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,17 +12,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data.encode as encode
 import distill
 import samplers
 import train
 from ckpt import load_unet
 from ckpt.byteunet import PAD, byte_ids
+from data.cache import check_index, open_cache, read_manifest
 from data.dataset import Stream, index_at, open_dataset
 from harness.cli import UserError
 from harness.run import checkpoints
 from objectives import Objective
 from samplers import Generator
-from test_resume import finish, losses
+from test_resume import BASE, finish, losses
 from test_train import ALONE, FAST, go
 from train import Config, resolve
 from training import heldout
@@ -126,6 +129,51 @@ def test_a_table_with_a_caption_beside_its_tags(folder):
     assert heard == ["solo", "Three, FOUR.", "a, b", ""]
 
 
+def test_a_latent_cache_tells_what_its_folder_tells(tmp_path, folder, user):
+    out = tmp_path / "cache"
+    how = {"data": str(folder), "vae": "pixel:8", "resolution": 32, "device": "cpu"}
+    encode.encode(encode.Encode(str(out), **how), ALONE)
+    flags = {"caption_share": 0.5, "caption_shuffle": True}
+    told = []
+    for data in (folder, out):
+        cfg = config(data, **flags)
+        ds = cfg.open_data()
+        texts = texts_of(cfg, ds, network(cfg), ALONE)
+        stream = Stream(ds, None, (4, 4, 4), 5, texts=texts.drawn)
+        told.append([spelled(stream[p]["context"]) for p in range(40)])
+    assert texts.captions == [CAPTIONS.get(i, "") for i in range(6)]
+    assert told[0] == told[1] and len(set(told[0])) > 4
+    # Another caption, another cache, whose latents stay.
+    latents = (out / "shard-00000.safetensors").read_bytes()
+    (folder / "0.caption").write_text("A blue circle.")
+    encode.encode(encode.Encode(str(out), **how), ALONE)
+    again = open_cache(str(out), 32)
+    assert again.captions() == ["A blue circle.", CAPTIONS[1], *[""] * 4]
+    assert again.hash != ds.source.hash
+    assert (out / "shard-00000.safetensors").read_bytes() == latents
+    # What is no text is found before anything is encoded.
+    (folder / "0.caption").write_bytes(b"caf\xe9")
+    words = ["--data", folder, "--vae", "pixel:8", "--resolution", 32, "--out", tmp_path / "no"]
+    code, _, errors = user(encode.main, *words)
+    assert code == 2 and len(errors) == 1 and "0.caption is not UTF-8 text" in errors[0]
+    assert not (tmp_path / "no").exists()
+
+
+def test_captions_that_do_not_fit_their_cache_are_refused(tmp_path, folder):
+    out = tmp_path / "cache"
+    encode.encode(encode.Encode(str(out), str(folder), "pixel:8", 32, device="cpu"), ALONE)
+    index = {name: x.numpy() for name, x in load_file(out / "index.safetensors").items()}
+    plan = read_manifest(out)["plan"]
+    check_index(out, index, 10, plan)
+    ends = index["caption_ends"]
+    for wrong in (ends[:-1], ends + 1, ends[::-1], ends.astype(np.int32)):
+        with pytest.raises(UserError, match="does not hold the names and tags of 6 images"):
+            check_index(out, {**index, "caption_ends": wrong}, 10, plan)
+    del index["caption_ends"]
+    with pytest.raises(UserError, match="does not hold the names"):
+        check_index(out, index, 10, plan)
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 
@@ -170,11 +218,13 @@ def test_a_changed_caption_ends_a_resume(tmp_path, folder, user):
         go(tmp_path / "a", **{**how, "text": ""})
 
 
-def test_two_ranks_hear_what_one_hears(tmp_path):
+def test_two_ranks_hear_what_one_hears(tmp_path, user):
     # Adam amplifies rounding by lr where gradients are tiny.
     flags = ("--text", "bytes", "--caption-shuffle", "--images", "24", "--log-every", "8")
-    for ranks in (1, 2):
-        finish(tmp_path / str(ranks), *flags, "--lr", "2e-4", ranks=ranks)
+    flags += ("--lr", "2e-4")
+    code, _, errors = user(train.main, *BASE, *flags, "--out", tmp_path / "1")
+    assert code == 0, errors
+    finish(tmp_path / "2", *flags, ranks=2)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 3
     assert [row[1] for row in two] == pytest.approx([row[1] for row in one], rel=1e-5)
@@ -217,6 +267,56 @@ def test_a_long_prompt_is_cut_and_said(tmp_path, user):
     assert any("256 bytes of a text are read; cut off: ' and the end'" in e for e in errors)
 
 
+# ---- students ---------------------------------------------------------------------------------
+
+
+def student(run, out, **fields):
+    """A distillation's settings, of a teacher that was trained here."""
+    quick = dict(batch=4, images=8, eval_every=0, preview_every=0, save_every=0, log_every=4)
+    return distill.resolve(distill.Config(teacher=str(run), out=str(out), **quick, **fields))
+
+
+def test_teacher_and_student_hear_each_pictures_own_text(tmp_path, folder, monkeypatch):
+    run = go(tmp_path, data=str(folder), text="bytes", lr=0.02, holdout=0.0)
+    flags = dict(caption_share=1.0, caption_empty=0.0, objective="fm", name="s", dtype="fp32")
+    tr = distill.setup(student(run, tmp_path, text="bytes", **flags), ALONE)
+    heard, ask = [], tr.loss.teacher.ask
+    monkeypatch.setattr(
+        tr.loss.teacher, "ask", lambda *a, **cond: heard.append(cond["context"]) or ask(*a, **cond)
+    )
+    wanted = {0: CAPTIONS[0], 1: CAPTIONS[1], 2: ""} | {i: f"tag {i}, solo" for i in (3, 4, 5)}
+    with contextlib.closing(train.load(tr)) as loader:
+        batch = next(loader)
+    loss = tr.loss(tr.model, batch)
+    texts = [wanted[index_at(0, 6, int(p))] for p in batch["position"]]
+    assert [spelled(ids) for ids in heard[0]] == texts and len(set(texts)) == 4
+    # The student has its teacher's weights: told the same, it has nothing to learn.
+    assert float(loss.per_sample.detach().max()) < 1e-9
+    shown = tr.net(batch["eps"], 1000 * torch.ones(4), context=batch["context"])
+    other = tr.net(batch["eps"], 1000 * torch.ones(4), context=batch["context"].roll(1, 0))
+    assert float((shown - other).detach().abs().max()) > 1e-3
+
+
+def test_a_students_prompts_are_read_by_its_own_encoder(tmp_path, folder, user):
+    run = go(tmp_path, data=str(folder), text="bytes", images=8, holdout=0.0)
+    words = ["--teacher", run, "--text", "bytes", "--caption-shuffle", "--images", 8, "--batch", 4]
+    words += ["--out", tmp_path, "--name", "s", "--eval-every", 0]
+    code, text, errors = user(distill.main, *words)
+    assert code == 0, errors
+    assert "texts: 2 of 6 images have a caption" in text
+    net, meta = load_unet(samplers.find_checkpoint(str(tmp_path / "s")))
+    assert meta["network"] == "ByteUNet" and meta["config"]["caption_shuffle"]
+    # It goes on training the encoder that it took over.
+    table = load_unet(samplers.find_checkpoint(str(run)))[0].text.words.weight
+    assert not torch.equal(net.text.words.weight, table)
+    draw = ["--ckpt", tmp_path / "s", "--prompt", "a dog", "--n", 1, "--steps", 1]
+    code, _, errors = user(samplers.main, *draw, "--out", tmp_path / "x")
+    assert code == 0, errors
+    scratch = [*words[:-4], "--name", "t", "--model", "nano", "--init", "scratch"]
+    code, _, errors = user(distill.main, *scratch, "--block-weight", 0, "--dry-run")
+    assert code == 0, errors
+
+
 # ---- what cannot be -----------------------------------------------------------------------------
 
 
@@ -255,7 +355,7 @@ def test_texts_that_cannot_be_are_one_line(tmp_path, folder, user):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_network_that_reads_is_asked_in_words_and_teaches_nobody(tmp_path, user):
+def test_a_network_that_reads_is_asked_in_words(tmp_path, user):
     run = go(tmp_path, text="bytes", images=8)
     draw = ["--ckpt", run, "--n", 1, "--steps", 1]
     for flags, line in (
@@ -268,3 +368,10 @@ def test_a_network_that_reads_is_asked_in_words_and_teaches_nobody(tmp_path, use
         assert code == 2 and line in errors[-1]
     code, _, errors = user(distill.main, "--teacher", run, "--out", tmp_path / "students")
     assert code == 2 and "by an encoder of its own" in errors[-1]
+    for flags, line in (
+        (["clip-l:x"], "by an encoder of its own"),
+        (["bytes", "--context", "x"], "both say what to draw"),
+    ):
+        words = ["--teacher", run, "--out", tmp_path / "students", "--text", *flags]
+        code, _, errors = user(distill.main, *words)
+        assert code == 2 and len(errors) == 1 and line in errors[0]
