@@ -38,6 +38,7 @@ from harness.memory import check_drawing
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import versions
 from metrics.cards import Card, card_name, card_text, compare, show
+from metrics.clip_score import clip_card
 from metrics.distances import (
     Statistics,
     compact,
@@ -125,6 +126,11 @@ class Config(Sampling):
     )
     pairs: int = flag(
         5_000, "images a side, at most, for KID, precision, memorisation", low=10, high=1e6
+    )
+    clip: str = flag(
+        "",
+        "also CLIP score, by this CLIP, of pictures that say their prompts (metrics.clip_score)",
+        of="--fake",
     )
     infinity: bool = flag(False, "also FID at infinitely many images, by a fit")
     out: str = flag(
@@ -720,6 +726,9 @@ def evaluate(cfg: Config, ranks: Ranks) -> Card:
     """Open both sides, get their features, measure, and write down how."""
     check(cfg)
     start = time.perf_counter()
+    clip = {"metrics": {}, "measured": {}}
+    if cfg.clip:
+        clip = ranks.broadcast(lambda: clip_card(cfg.fake, cfg.clip, cfg.seed, ranks.device))
     task = open_task(cfg, ranks)
     ref, held, about = reference_side(task)
     fake, subject = generated_side(task)
@@ -743,8 +752,8 @@ def evaluate(cfg: Config, ranks: Ranks) -> Card:
         sampled = {**task.checkpoint.sampled, "seeds": seeds}
     card = {
         "kind": "metric card",
-        "metrics": metrics,
-        "measured": measured_of(task, fake, ref, about),
+        "metrics": metrics | clip["metrics"],
+        "measured": measured_of(task, fake, ref, about) | clip["measured"],
         "sampled": sampled,
         "subject": subject,
         "weights_sha256": getattr(extractor, "sha256", ""),

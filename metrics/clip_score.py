@@ -195,6 +195,12 @@ def card_of(cfg: Config, clip: Clip, device: torch.device) -> Card:
     }
 
 
+def clip_card(images: str, clip: str, seed: int, device: torch.device) -> Card:
+    """As a part of another card: what was measured stands under "CLIP"."""
+    card = card_of(Config(images, clip, seed=seed), open_clip(clip).to(device), device)
+    return {"metrics": card["metrics"], "measured": {"CLIP": card["measured"]}}
+
+
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
     for name in ("images", "clip"):

@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
+import eval_fid
 from harness.cli import UserError
 from harness.likeness import OWN
 from metrics import clip_score
@@ -194,6 +195,31 @@ def test_a_card_is_written(clip, tmp_path, user):
     assert code == 2 and "does not say what it was drawn from" in err[-1]
     code, _, err = user(clip_score.main, "--images", tmp_path / "none", "--clip", clip[1])
     assert code == 2 and "no such folder" in err[-1]
+
+
+def test_it_stands_in_the_card_of_the_distances_too(clip, tmp_path, user):
+    folder, ref = tmp_path / "drawn", tmp_path / "ref"
+    for where in (folder, ref):
+        where.mkdir()
+        for i in range(12):
+            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(noise).save(where / f"{i}.png")
+    both = ("--fake", folder, "--ref", ref, "--features", "pca", "--clip", clip[1])
+    flags = (*both, "--resolution", 32, "--device", "cpu", "--out", tmp_path / "card.json")
+    code, _, err = user(eval_fid.main, *flags)
+    assert code == 2 and "does not say what it was drawn from" in err[-1]
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"picture {i % 3}")
+    code, text, err = user(eval_fid.main, *flags)
+    assert code == 0 and "CLIP score" in text and "FD-pca" in text, err
+    card = json.loads((tmp_path / "card.json").read_text())
+    alone = ("--images", folder, "--clip", clip[1], "--device", "cpu", "--out", tmp_path / "c.json")
+    assert user(clip_score.main, *alone)[0] == 0
+    own = json.loads((tmp_path / "c.json").read_text())
+    assert card["metrics"] | own["metrics"] == card["metrics"]
+    assert card["measured"]["CLIP"] == own["measured"] and card["measured"]["CLIP"]["n"] == 12
+    code, _, err = user(eval_fid.main, "--ckpt", "x", "--clip", clip[1])
+    assert code == 2 and "--clip changes nothing here: it is of --fake" in err[-1]
 
 
 def test_files_that_are_no_whole_clip_are_refused(clip, tmp_path):
