@@ -1,5 +1,6 @@
 """LoRA merged into weights, against peft and diffusers, and what is refused."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +22,9 @@ import pipelines  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def sd1(tmp_path_factory):
+def sd1():
     """(a miniature pipeline of diffusers, its folder)."""
-    pipe = pipelines.pipeline("sd1")
-    folder = tmp_path_factory.mktemp("sd1")
-    pipe.save_pretrained(folder)
-    return pipe, folder
+    return pipelines.made("sd1")
 
 
 def random_lora(shapes, rank=3, alpha=None):
@@ -71,20 +69,21 @@ def kohya(pipe, path):
 
 
 def fused(sd1, path, scale):
-    """The weights of diffusers' own merge."""
+    """The U-Net of diffusers' own merge."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(sd1[1], safety_checker=None)
+    # Not read again: most of a file is its vocabulary.
+    own = {"text_encoder": deepcopy(sd1[0].text_encoder), "tokenizer": sd1[0].tokenizer}
+    pipe = StableDiffusionPipeline.from_pretrained(sd1[1], safety_checker=None, **own)
     pipe.load_lora_weights(path.parent, weight_name=path.name)
     pipe.fuse_lora(lora_scale=scale)
     pipe.unload_lora_weights()
-    return pipe
+    return pipe.unet
 
 
 def same_as(sd1, path, scale, folder):
     """Merge, and compare every weight with diffusers'; how many were changed."""
-    pipe = fused(sd1, path, scale)
-    pipe.save_pretrained(folder)
+    fused(sd1, path, scale).save_pretrained(folder)
     (net, _), (wanted, _), (before, _) = (load_unet(f) for f in (sd1[1], folder, sd1[1]))
     merge_unet(net, read_lora(path), scale)
     own, theirs, old = net.state_dict(), wanted.state_dict(), before.state_dict()
