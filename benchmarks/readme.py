@@ -377,6 +377,19 @@ def block_boost(up: str) -> str:
     )
 
 
+def block_one_network(up: str) -> str:
+    """How an error of weights adds up over steps, and how it does not."""
+    r = results("one_network")
+    ways = list(next(iter(r["results"].values())))
+    rows = [
+        [steps, *(f"{found[way]:.4f}" for way in ways)] for steps, found in r["results"].items()
+    ]
+    return paragraphs(
+        table(["Euler steps", *ways], rows, left=0),
+        origin(r, f"seed 0; {r['draws']:,} draws: standard errors are 0.5%"),
+    )
+
+
 def block_peer(up: str) -> str:
     """What diffusers' schedulers draw with the comparison's DDPM network, and what ours do."""
     if not is_measured("compare/peer-schedulers"):
@@ -968,11 +981,23 @@ BLOCKS = {
     "host": block_host,
     "boost": block_boost,
     "sharding": block_sharding,
+    "one_network": block_one_network,
 }
 
 
 # Blocks that do not stand in docs/results.md.
-ELSEWHERE = ("map", "begin", "answer", "results", "isa", "host", "boost", "rounding", "sharding")
+ELSEWHERE = (
+    "map",
+    "begin",
+    "answer",
+    "results",
+    "isa",
+    "host",
+    "boost",
+    "rounding",
+    "sharding",
+    "one_network",
+)
 
 
 def written(page: Path) -> str:
