@@ -480,7 +480,7 @@ def test_a_million_latents_open_at_once_and_take_little_memory(tmp_path):
         notes, contents, unreadable, frames = [], [], {}, None
         pixel = staticmethod(lambda i: np.zeros((8, 8, 3), np.uint8))
 
-    encode.finish(tmp_path, plan, Synthetic)
+    encode.finish(tmp_path, plan, Synthetic, [""] * n)
     (tmp_path / "plan.json").write_text(cache_py.sealed(plan))
 
     def measured(*args):
