@@ -21,8 +21,11 @@ from harness.cli import UserError
 from harness.ranks import Ranks, join_ranks
 from harness.run import checkpoints
 from kernels.adamw8bit import local
-from training.sharding import gathered
+from training.previews import held_out_loss
+from training.sharding import gathered, is_sharded, showing
 from training.states import optimizer_state
+
+FULL = {"shard": "full"}
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 FLAGS = {
@@ -154,3 +157,25 @@ def killed(group: Ranks, place: Path, flags: dict, victim: int, step: int) -> li
 
     checkpoints_py.write_shard = dying
     return trained(group, place, flags)
+
+
+def times(group: Ranks, place: Path) -> list[float]:
+    """The times that a sharded network sees in bf16."""
+    tr, seen = opened(group, place, {**FULL, "dtype": "bf16"}), []
+    tr.net.register_forward_hook(lambda net, args, out: seen.extend(args[1].tolist()))
+    train.step(tr, train.load(tr))
+    return seen
+
+
+def shown(group: Ranks, place: Path, how: str) -> tuple[float, ...]:
+    """Of the average the held-out loss; mean squares of what weights, average, weights say."""
+    tr = opened(group, place, {"shard": how})
+    assert is_sharded(tr.net)
+    first = held_out_loss(tr)["loss"]
+    x, t = torch.ones(2, 32, 4, 4), torch.full((2,), 500.0)
+    tr.net.eval()
+    with torch.no_grad():
+        own = tr.net(x, t).double().square().mean()
+        average = showing(tr.net, tr.ema.weights["0.050"])(x, t).double().square().mean()
+        again = tr.net(x, t).double().square().mean()
+    return first, float(own), float(average), float(again)

@@ -170,7 +170,7 @@ assert 1.9 < order < 2.1, order
 
 # A flag, and the text of its one use with what stands there without it.
 DELETED = {
-    "label_drop": (", cfg.label_drop, texts)", ", texts=texts)"),
+    "label_drop": ("", ""),  # training/trainer.py asks whether there is one
     "stratified": ('"stratified", ', ""),
     "loss": (", loss_type=cfg.loss", ""),
     "warmup": ("cfg.warmup * cfg.images", "0"),

@@ -927,7 +927,7 @@ def test_help_fits_a_screen(user, main):
     assert "fm | ddpm | v | x0" in out or (
         "euler | heun | midpoint" in out and "\nguidance:\n" in out
     )
-    assert code == 0 and len(out.splitlines()) <= 76 and max(map(len, out.splitlines())) <= 165
+    assert code == 0 and len(out.splitlines()) <= 77 and max(map(len, out.splitlines())) <= 165
     assert "# " not in out and all(line.strip() for line in out.splitlines()[2:])
 
 

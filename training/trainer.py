@@ -83,7 +83,7 @@ class Trainer:
             self.latent_shape,
             cfg.seed,
             cfg.flip,
-            cfg.label_drop,
+            getattr(cfg, "label_drop", 0.0),  # a fork may have no classes
             texts,
             cfg.batch,
         )

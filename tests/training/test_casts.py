@@ -17,6 +17,7 @@ from conftest import randomize
 from harness.run import checkpoints
 from model import PRESETS, UNet, UNetConfig
 from train import Config, Ranks, resolve
+from training import sharding
 from training.casts import cast_together
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -183,7 +184,7 @@ def test_a_run_and_its_resumption_end_as_under_autocast_alone(tmp_path, monkeypa
         file.unlink()
     last.rmdir()
     again = trained(tmp_path / "whole", optim=optim, accum=2)
-    monkeypatch.setattr(train, "cast_together", lambda net: net)
+    monkeypatch.setattr(sharding, "cast_together", lambda net: net)
     alone = trained(tmp_path / "alone", optim=optim, accum=2)
     assert whole.keys() == again.keys() == alone.keys() and len(whole) > 300
     for key, value in alone.items():

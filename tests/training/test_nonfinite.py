@@ -254,4 +254,4 @@ def test_who_can_be_asked_late(device, optimizer, own, late):
         made = make_optimizer(net, how)
     ranks = SimpleNamespace(device=torch.device(device))
     loss = SimpleNamespace(state_dict=lambda: own)
-    assert reads_late(SimpleNamespace(optimizer=made, ranks=ranks, loss=loss)) is late
+    assert reads_late(SimpleNamespace(net=net, optimizer=made, ranks=ranks, loss=loss)) is late

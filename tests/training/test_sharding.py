@@ -17,15 +17,12 @@ from harness.ranks import Ranks
 from harness.run import checkpoints
 from harness.whole import state_files
 from model import PRESETS, build
-from sharded import ONE, config, killed, opened, ranks, stepped, trained, whole
+from sharded import FULL, ONE, config, killed, opened, ranks, shown, stepped, times, trained, whole
 from training import heldout
 from training.plan import plan_of
 from training.previews import held_out_loss
-from training.sharding import check_sharding, evenly, is_sharded, local, part, showing
+from training.sharding import check_sharding, evenly, local, part
 from vae import pixel
-
-FULL = {"shard": "full"}
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
@@ -89,14 +86,6 @@ def test_blocks_that_are_gathered_in_bf16_learn_as_those_in_fp32(alone, tmp_path
     first, _ = ranks(2, trained, tmp_path, {**FULL, "dtype": "bf16"})
     assert [loss for loss, _ in first] == pytest.approx([loss for loss, _ in alone[1]], rel=5e-3)
     assert [loss for loss, _ in first] != pytest.approx([loss for loss, _ in alone[1]], rel=1e-6)
-
-
-def times(group: Ranks, place: Path) -> list[float]:
-    """The times that a sharded network sees in bf16."""
-    tr, seen = opened(group, place, {**FULL, "dtype": "bf16"}), []
-    tr.net.register_forward_hook(lambda net, args, out: seen.extend(args[1].tolist()))
-    train.step(tr, train.load(tr))
-    return seen
 
 
 def test_times_are_not_rounded_to_bf16(tmp_path):
@@ -201,20 +190,6 @@ def test_compile_and_shards_do_not_go_together(tmp_path):
 
 
 # ---- what is shown ------------------------------------------------------------------------------
-
-
-def shown(group: Ranks, place: Path, how: str) -> tuple[float, ...]:
-    """Of the average the held-out loss; mean squares of what weights, average, weights say."""
-    tr = opened(group, place, {"shard": how})
-    assert is_sharded(tr.net)
-    first = held_out_loss(tr)["loss"]
-    x, t = torch.ones(2, 32, 4, 4), torch.full((2,), 500.0)
-    tr.net.eval()
-    with torch.no_grad():
-        own = tr.net(x, t).double().square().mean()
-        average = showing(tr.net, tr.ema.weights["0.050"])(x, t).double().square().mean()
-        again = tr.net(x, t).double().square().mean()
-    return first, float(own), float(average), float(again)
 
 
 @pytest.mark.parametrize("how", ["full", "grad"])
