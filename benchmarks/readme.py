@@ -349,7 +349,8 @@ def block_host(up: str) -> str:
         for way in ("forward", "backward"):
             cells = [r["ops"][f"{op} {path}"][way] for path in ("triton", "torch")]
             rows.append([f"{op}, {way}, units", *(f"{cell:.1f}" for cell in cells)])
-    rows.append(["AdamW8bit with clip and two EMAs, units", f"{r['optimizer']['units']:,.0f}", "–"])
+    units = f"{r['optimizer']['units']:,.0f}"
+    rows.append(["AdamW8bit with clip and two EMAs, units", units, "–"])
     for what, table_ in (("launches of a step", "launches"), ("units of a step", HOST_STEP)):
         cells = [r[table_][path]["step"] for path in ("triton", "torch")]
         rows.append([what, *(f"{cell:,.0f}" for cell in cells)])

@@ -73,7 +73,7 @@ def held_out(out: str, arm: str, seed: int, images: int) -> float:
 
 
 def verdict(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """The ratios to fp32 of each arm, {"stochastic": …, "nearest": …}, and what the rule says."""
+    """The ratios to fp32 of both arms, by name, and what the rule says."""
     found: dict[str, Any] = {"ratios": {}, "mean": {}, "standard error": {}}
     for arm in ("stochastic", "nearest"):
         ratios = [loss / base for loss, base in zip(losses[arm], losses["fp32"], strict=True)]
