@@ -12,8 +12,8 @@ from reprlib import repr as brief
 from typing import Any, Literal
 
 from ckpt.byteunet import ByteUNetConfig
-from ckpt.lcm import WAVES, LCMUNetConfig
 from ckpt.configs import check_known, config_from, differences
+from ckpt.lcm import WAVES, LCMUNetConfig
 from ckpt.mmdit_configs import CLASSES, from_transformer_config, transformer_config
 from harness.cli import UserError, closest
 from harness.reading import read_file

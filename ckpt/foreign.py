@@ -21,8 +21,8 @@ from ckpt.configs import check_fields, config_from, head_widths
 from ckpt.containers import open_weights
 from ckpt.diffusers import config_beside, is_average
 from ckpt.hub import origin
-from ckpt.lcm import LCMUNetConfig
 from ckpt.layouts import Config, detect, family, modern, native_names, native_view, target_of
+from ckpt.lcm import LCMUNetConfig
 from ckpt.meaning import record
 from ckpt.mmdit_configs import infer
 from ckpt.native import Source, check_weights, find_checkpoint, open_own, skeleton

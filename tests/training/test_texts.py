@@ -25,24 +25,13 @@ from harness.run import checkpoints
 from objectives import Objective
 from samplers import Generator
 from test_resume import BASE, finish, losses
-from test_train import ALONE, FAST, go
+from test_train import ALONE, FAST, a_quick_last_picture, go  # noqa: F401
 from train import Config, resolve
 from training import heldout
 from training.texts import texts_of
 from vae import vae_from_meta
 
 CAPTIONS = {0: "A Red circle, on white.", 1: "Zoë's dog,  asleep", 2: ""}
-
-
-@pytest.fixture(autouse=True)
-def a_quick_last_picture(monkeypatch):
-    """A run's final grid in one step."""
-    draw = train.draw_samples
-
-    def quick(tr, net, seeds, **how):
-        return draw(tr, net, seeds, **(how | {"steps": 1} if how else how))
-
-    monkeypatch.setattr(train, "draw_samples", quick)
 
 
 @pytest.fixture

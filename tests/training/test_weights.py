@@ -16,6 +16,7 @@ from ckpt import load_unet
 from harness.cli import UserError
 from harness.ranks import Ranks
 from harness.run import checkpoints
+from test_train import a_quick_last_picture  # noqa: F401
 from training.nonfinite import gradient_norms
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,17 +34,6 @@ FAST = dict(
     optim="adamw8bit",
     weights="bf16",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_step_pictures(monkeypatch):
-    """A run's final grid in one step: 50 would be most of its time."""
-    draw = train.draw_samples
-
-    def quick(tr, net, seeds, **how):
-        return draw(tr, net, seeds, **{**how, "steps": 1})
-
-    monkeypatch.setattr(train, "draw_samples", quick)
 
 
 def config(out, **fields):
