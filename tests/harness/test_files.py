@@ -804,7 +804,11 @@ def test_an_autoencoder_of_a_pipeline_is_taken_where_one_is_asked_for(hub, offli
         ("../b", ""),
     ],
 )
-def test_a_name_of_the_hub_in_another_spelling_is_answered_with_ours(name, spelling):
+def test_a_name_of_the_hub_in_another_spelling_is_answered_with_ours(
+    tmp_path, monkeypatch, name, spelling
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # beside nothing that is called so
     with pytest.raises(UserError, match="no checkpoint at") as error:
         load_unet(name)
     assert ("on the Hub" in str(error.value)) == bool(spelling)
