@@ -14,6 +14,7 @@ from data.sources import open_source
 ROWS = [
     {"label": "red heart", "hexcode": "2764-FE0F", "tags": ["love", "heart"], "group": 0},
     {"label": "copyright", "hexcode": "00A9"},
+    {"label": "umbrella", "hexcode": "2602-FE0F", "tags": ["rain"]},
     {"label": "no picture", "hexcode": "1F999", "tags": ["none"]},
 ]
 
@@ -39,6 +40,7 @@ def packages(tmp_path):
     with tarfile.open(tmp_path / emoji.PICTURES, "w:gz") as tar:
         add(tar, "img/twitter/64/2764-fe0f.png", png((255, 0, 0, 255)))
         add(tar, "img/twitter/64/00a9-fe0f.png", png((0, 0, 255, 128)))
+        add(tar, "img/twitter/64/2602.png", png((0, 255, 0, 255)))
         add(tar, "img/apple/64/1f999.png", png((0, 0, 0, 255)))
     return tmp_path
 
@@ -46,11 +48,11 @@ def packages(tmp_path):
 def test_each_has_its_picture_over_white_its_label_and_its_tags(packages, user):
     out = packages / "out"
     code, _, lines = user(emoji.main, "--packages", packages, "--out", out)
-    assert (code, lines[-1]) == (0, "2 emoji with a label and tags each")
+    assert (code, lines[-1]) == (0, "3 emoji with a label and tags each")
     source = open_source(str(out), 64)
-    assert list(source.names) == ["00a9.png", "2764-fe0f.png"]
-    assert [list(tags) for tags in source.tags] == [["copyright"], ["love", "heart"]]
-    assert source.captions() == ["copyright", "red heart"]
+    assert list(source.names) == ["00a9.png", "2602-fe0f.png", "2764-fe0f.png"]
+    assert [list(tags) for tags in source.tags] == [["copyright"], ["rain"], ["love", "heart"]]
+    assert source.captions() == ["copyright", "umbrella", "red heart"]
     for name, middle in (("2764-fe0f", (255, 0, 0)), ("00a9", (127, 127, 255))):
         pixels = np.asarray(Image.open(out / f"{name}.png")).astype(int)
         assert pixels.shape == (64, 64, 3) and (pixels[:16] == 255).all()
