@@ -34,11 +34,12 @@ from ckpt.lora import LoRA, merge_texts, merge_unet, read_loras
 from ckpt.meaning import objective_from, said_table
 from ckpt.usual import as_usual, usual_side
 from data import prompts
-from data.boosts import Enlarger, open_enlarger
+from data.boosts import Boosting, Enlarger, open_enlarger
 from data.emphasis import weighted
 from data.images import EXTENSIONS
 from data.inits import Init, read_init
 from data.tags import pick_labels
+from data.uncertainty import Uncertain, open_estimator
 from diffusion.editing import begin, edit
 from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import (
@@ -95,6 +96,7 @@ class Generator:
     solver: dict[str, Any] = {"method": "heun", "steps": 25}
     sampled: dict[str, Any] = {}
     loras: list[str] = []  # what changed its weights, and how strongly
+    walk = staticmethod(sample)  # from noise to a sample: data/uncertainty.py puts its own there
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class Generator:
         self.resolution = self.size[0]
         self.evaluations = 0  # of networks, since it was made
         self.how = self.solver  # what sample() is given, if a call says nothing else
-        net = self.counted(net)
+        self.net, net = net, self.counted(net)
         weak = guided(guide[0], self.counted(guide[1])) if guide else None
         self.plain = guided(objective, net)  # without guidance, for inversion
         null = None if told is None else self.told.null
@@ -182,7 +184,8 @@ class Generator:
         else:
             x = self.objective.source(low, noise)
         cond = self.cond(labels, low)
-        s = sample(self.predict, x, seeds=seeds, t_start=start, cond=cond, callback=callback, **how)
+        walked = {"seeds": seeds, "t_start": start, "cond": cond, "callback": callback}
+        s = self.walk(self.predict, x, **walked, **how)
         return self.drawn(s, before, seeds)
 
     def images_on(
@@ -632,7 +635,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Config(Sampling):
+class Config(Uncertain, Boosting, Sampling):
     n: int = flag(16, "images", low=1, high=1e9, head="what to draw")
     like: str = flag("", "a PNG that this drew: its settings, where no flag says others")
     init: tuple[str, ...] = flag((), "images to start from, cycled; a cfm network enlarges them")
@@ -658,13 +661,6 @@ class Config(Sampling):
         "n images between the two of --init: their noise by inversion, along a great circle",
         of="--init",
     )
-    boost: tuple[str, ...] = flag(
-        (), "cfm networks that enlarge what was drawn, one after the other", of="not --mask"
-    )
-    boost_method: Literal[("dopri5", *DETERMINISTIC)] = flag(
-        "dopri5", "solver of each", of="--boost"
-    )
-    boost_steps: int = flag(10, "of each", low=1, high=1e6, of="not --boost-method dopri5")
     out: str = flag("", "folder; default samples/<run>-<settings>", writes="folder", head="output")
     npz: str = flag(
         "", "also FILE: arr_0 uint8 (n, H, W, 3), for guided-diffusion's evaluator", writes="file"
@@ -790,7 +786,7 @@ def main() -> None:
     check_drawing(gen, cfg.batch, cfg.n)
     labels = asked(cfg, gen, cfg.n)
     init = read_init(cfg, gen)
-    enlarger = open_enlarger(cfg, gen)
+    enlarger, estimator = open_enlarger(cfg, gen), open_estimator(cfg, gen)
     how = walk_of(gen.solver, gen.objective, init.strength if init else 1.0)
     out = Path(cfg.out or default_folder(cfg, gen.path, gen.meta))
     check_set(out, EXTENSIONS, cfg.grid_image)  # all that can be refused, before hours of work
@@ -805,6 +801,8 @@ def main() -> None:
     print(f"{line}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
     if enlarger:
         print(enlarger.card())
+    if estimator:
+        print(estimator.save(images, out, cfg.seed, cfg.grid_image))
     print(grid_of(out) if cfg.grid_image else cfg.npz or out)
 
 

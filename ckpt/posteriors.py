@@ -15,7 +15,7 @@ from harness.cli import UserError
 from harness.files import open_safetensors, read_meta, write_tensors
 from harness.typed import Count, Hash, Length, Open, Range, check
 
-AGAIN = "Make it again: python experiments/uncertainty.py --ckpt FILE."
+AGAIN = "Name another file: samplers.py --uncertainty 8 --posterior NEW fits one, and writes it."
 Side = Annotated[int, Range(0, 64)]
 
 

@@ -10,7 +10,8 @@ spawns, and that of the base from the seed itself (diffusion/boosting.py).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,28 @@ from ckpt import find_checkpoint, load_unet
 from ckpt.configs import check_resolution
 from diffusion.boosting import Cost, Stage, boost
 from diffusion.guidance import guided
-from diffusion.sampling import Sample, check_finite
-from harness.cli import UserError
+from diffusion.sampling import DETERMINISTIC, Sample, check_finite
+from harness.cli import UserError, flag
 from harness.pictures import to_uint8
 from harness.ranks import autocast
 from objectives import Objective
 from vae import AnyVAE, choose
+
+
+@dataclass(frozen=True)
+class Boosting:
+    """The flags."""
+
+    boost: tuple[str, ...] = flag(
+        (),
+        "cfm networks that enlarge what was drawn, one after the other",
+        of="not --mask",
+        head="enlarging",
+    )
+    boost_method: Literal[("dopri5", *DETERMINISTIC)] = flag(
+        "dopri5", "solver of each", of="--boost"
+    )
+    boost_steps: int = flag(10, "of each", low=1, high=1e6, of="not --boost-method dopri5")
 
 
 class Enlarger:

@@ -79,9 +79,11 @@ def moved(layer: nn.Conv2d, by: Tensor, scale: Tensor | float = 1.0) -> Iterator
     weight = by[:, :-1].unflatten(1, layer.weight.shape[1:])
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        phi = inputs[0].float()
-        more = F.conv2d(phi, weight.to(phi), by[:, -1].to(phi), padding=layer.padding)
-        return out + (scale * more).to(out.dtype)
+        # In fp32 also where the network runs in bf16: what is added is small beside the output.
+        with torch.autocast(out.device.type, enabled=False):
+            phi = inputs[0].float()
+            more = F.conv2d(phi, weight.to(phi), by[:, -1].to(phi), padding=layer.padding)
+            return out.to(torch.promote_types(out.dtype, torch.float32)) + scale * more
 
     hook = layer.register_forward_hook(add)
     try:
@@ -243,13 +245,14 @@ def integrated(
 
     with watching(layer) as seen:
 
-        def both(z: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            u = predict(z[:, :channels], t, **cond)[2]
+        def both(z: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, ...]:
+            x0, eps, u, *_ = predict(z[:, :channels].contiguous(), t, **cond)
             phi = mixed(seen[-1].to(z), t, cfg, interval)
-            phi = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
-            w = t.view(-1, 1, 1, 1)
-            u = torch.cat([u, gain(t).to(z).view(-1, 1, 1, 1) * phi], 1)
-            return z - w * u, z + (1 - w) * u, u
+            v = gain(t).to(z).view(-1, 1, 1, 1) * F.pad(phi, (0, 0, 0, 0, 0, 1), value=1.0)
+            w, sums = t.view(-1, 1, 1, 1), z[:, channels:]
+            # The sample's own triple is taken as it is: recomputed, its last bits may be others.
+            sides = zip((x0, eps, u), (sums - w * v, sums + (1 - w) * v, v))
+            return tuple(torch.cat(side, 1) for side in sides)
 
         s = sample(both, wide, method=method, **how)
     x, phi, ones = s.x.split([channels, layer.in_channels, 1], 1)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import eval_fid
+from data import heldout
 from data.dataset import Dataset, latents_of
 from diffusion.weights import x0_share
 from experiments.arms import Sampler
@@ -32,7 +33,6 @@ from metrics.features import SIDE, Images, Pca, extract, fit_extractor, open_ima
 from metrics.inception import load_inception
 from metrics.paired import roughness
 from samplers import Generator, Sampling
-from training import heldout
 
 Predict = Callable[[Tensor, Tensor], tuple]
 GROUPS = ("all", "excluded", "rest")

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from ckpt import find_checkpoint, load_unet
 from ckpt.posteriors import save_posterior
-from data.dataset import Dataset, latents_of, open_dataset, rng
+from data.dataset import Dataset, open_dataset
 from data.images import to_float
-from diffusion.laplace import Curvature, Posterior, gain_of, integrated, score, shared, watching
+from data.uncertainty import fit, noise_of
+from diffusion.laplace import Posterior, gain_of, integrated, score, shared, watching
 from diffusion.sampling import sample
 from eval_fid import features_in
 from experiments.report import Picture, Report, Section, Table, number, write
@@ -46,11 +47,9 @@ from harness import record
 from harness.cli import UserError, cli, flag, parse
 from harness.files import make_dir, strict_json, write_text
 from harness.pictures import save_grid, to_uint8
-from harness.ranks import Ranks
 from metrics.distances import frechet_from_features, precision_recall
 from model import UNet
 from samplers import Generator, Sampling, describe
-from training import heldout
 
 RULE = """
 Written down before the first run.
@@ -125,36 +124,6 @@ def open_subject(ckpt: str) -> Subject:
     gen = Generator(objective, net.eval(), vae, shape, device=torch.device("cpu"), dtype="fp32")
     ds = open_dataset(data, resolution=gen.resolution)
     return Subject(net, gen, ds, ds.heldout, meta["fingerprint"])
-
-
-# ---- the posterior -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fit(subject: Subject, pairs: int) -> Posterior:
-    """Of `pairs` training images, each at a time of its own."""
-    gen = subject.gen
-
-    def loss(batch: dict[str, Tensor]) -> Any:
-        x0 = latents_of(gen.vae, batch)
-        return gen.objective.loss(subject.net, x0, eps=batch["eps"], t=batch["t"])
-
-    one = Ranks(0, 1, torch.device("cpu"))
-    noise = heldout.loss_of(loss, subject.held, [], gen.latent_shape, 0, one)["loss_by_t"]
-    curvature = Curvature(subject.layer, torch.tensor(noise))
-    with watching(subject.layer) as seen:
-        for numbers in torch.arange(pairs).split(64):
-            batch = subject.train.views((numbers % len(subject.train)).tolist())
-            batch["t"] = ((numbers * 0.6180339887) % 1).clamp(1e-3, gen.objective.t_max)
-            batch["eps"] = noise_of(numbers.tolist(), gen.latent_shape)
-            loss(batch)
-            curvature.add(seen[-1], batch["t"])
-    return curvature.posterior()
-
-
-def noise_of(numbers: list[int], shape: tuple[int, ...]) -> Tensor:
-    draws = [rng(0, "uncertainty", i).standard_normal(shape, dtype=np.float32) for i in numbers]
-    return torch.from_numpy(np.stack(draws))
 
 
 # ---- outliers ------------------------------------------------------------------------------------
@@ -399,7 +368,7 @@ def main() -> None:
         return
     size, subject, out = SIZES[cfg.size], open_subject(cfg.ckpt), Path(cfg.out)
     make_dir(out)
-    posterior = fit(subject, size.pairs)
+    posterior = fit(subject.gen, subject.layer, subject.train, size.pairs)
     save_posterior(out / "posterior.safetensors", posterior, subject.fingerprint)
     samples = draw(subject, posterior, size.samples, size.steps)
     found = {

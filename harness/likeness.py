@@ -23,7 +23,10 @@ from harness.typed import Hash, Length, check
 
 OWN = "twinpath flags"
 # Of the command, not of an image.
-COMMAND = ("ckpt", "like", "out", "npz", "grid_image", "device", "batch")
+COMMAND = (
+    "ckpt", "like", "out", "npz", "grid_image", "device", "batch", "uncertainty", "tangent",
+    "posterior", "posterior_data", "posterior_pairs",
+)  # fmt: skip
 # What may name a file, or lead to the network.
 PLACES = ("text", "vae", "guide_ckpt", "init", "mask", "boost", "lora")
 # Our methods as A1111 calls them; others have their own name.

@@ -144,5 +144,10 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 def grid_of(folder: Path) -> Path:
     """The picture of all, beside the folder: in it, it would be one of the samples."""
+    return beside(folder, "-grid.png")
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file that belongs to a folder of samples."""
     folder = folder if folder.name else folder.absolute()
-    return folder.with_name(f"{folder.name or 'samples'}-grid.png")
+    return folder.with_name(f"{folder.name or 'samples'}{ending}")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 import objectives
 import train
 from conftest import ROOT
+from data import heldout
 from data.buckets import Buckets
 from data.dataset import Stream, fit_vae, open_dataset, rng
 from data.images import to_float
 from data.order import BucketOrder
 from harness.run import checkpoints
 from objectives import Loss
-from training import heldout
 from vae import fit_pca
 
 BUCKETS = Buckets.of("64x64", 16)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
+from data import heldout
 from data.dataset import classes_of, latents_of, low_latents_of
 from diffusion.sampling import NonFinite
 from harness.pictures import save_grid
 from samplers import Generator
-from training import heldout
 from training.nonfinite import conclude
 from training.sharding import evenly, is_sharded, reshard, showing
 from training.trainer import Trainer

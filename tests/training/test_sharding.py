@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from ckpt import load_unet
+from data import heldout
 from data.dataset import open_dataset
 from harness.cli import UserError
 from harness.files import DIGESTS
@@ -18,7 +19,6 @@ from harness.run import checkpoints
 from harness.whole import state_files
 from model import PRESETS, build
 from sharded import FULL, ONE, config, killed, opened, ranks, shown, stepped, times, trained, whole
-from training import heldout
 from training.plan import plan_of
 from training.previews import held_out_loss
 from training.sharding import check_sharding, evenly, local, part

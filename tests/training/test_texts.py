@@ -18,6 +18,7 @@ import samplers
 import train
 from ckpt import load_unet
 from ckpt.byteunet import PAD, byte_ids
+from data import heldout
 from data.cache import check_index, open_cache, read_manifest
 from data.dataset import Stream, index_at, open_dataset
 from harness.cli import UserError
@@ -27,7 +28,6 @@ from samplers import Generator
 from test_resume import BASE, finish, losses
 from test_train import ALONE, FAST, a_quick_last_picture, go  # noqa: F401
 from train import Config, resolve
-from training import heldout
 from training.texts import texts_of
 from vae import vae_from_meta
 
