@@ -31,6 +31,7 @@ COMMANDS = {
     "experiments.stages": [],
     "experiments.boost": [],
     "experiments.compare": [],
+    "experiments.finetune": [],
     "experiments.prompts": [],
     "experiments.uncertainty": ["--ckpt", "none"],
     "ckpt.__main__": ["inspect", "none"],
