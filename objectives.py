@@ -130,7 +130,7 @@ class Objective:
         return noise * norm(torch.tensor(self.t_max))
 
     def source(self, z_up: Tensor, noise: Tensor) -> Tensor:
-        """coupling lowres: where the path starts, from enlarged low-resolution latents."""
+        """coupling lowres: the end of the path at t = 1, from enlarged low-resolution latents."""
         return add_noise(z_up, noise, self.noise_aug)
 
     # ---- training -------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Objective:
         Times: t (B,), or q (B,), uniform, which the objective turns into its own; stratified, over
         `strata` consecutive positions of a run, those of q being `position` (B,).
         low (B, C, H, W), coupling lowres: the enlarged low-resolution latents. The path starts from
-        them and eps, and the network sees them beside x.
+        them and eps (noise_aug 1: from eps alone), and the network sees them beside x.
         source (B, C, H, W) replaces eps by another starting distribution; only velocities know it.
         cond["concat"] (B, C', H, W) is put beside x on the network's input channels, the rest goes
         to it as it is."""
@@ -161,11 +161,11 @@ class Objective:
             raise ValueError("low= makes its own source=: give one of them.")
         if source is None and eps is None:
             eps = fresh(torch.randn, x0.shape, x0.device, generator)
-        if low is not None:
-            source, eps, cond = self.source(low, eps), None, {**cond, "concat": low}
         if source is not None and (self.target != "u" or eps is not None):
             raise ValueError("source= replaces eps= and needs the linear path with target 'u'.")
-        if source is None and self.coupling == "lowres":
+        if low is not None:
+            eps, cond = self.source(low, eps), {**cond, "concat": low}
+        elif source is None and self.coupling == "lowres":
             raise ValueError("coupling lowres needs low= (or source= and concat=).")
         if self.coupling == "ot" and source is None:
             eps = eps[ot_permutation(x0.float(), eps.float(), cond.get("y"))]
@@ -295,10 +295,10 @@ def problems(o: Objective) -> Iterator[str]:
         )
     if o.aligned and o.target == "u":
         yield "aligned reads a velocity out of eps, v or x0; target u is one already."
-    if o.coupling == "lowres" and (o.target != "u" or o.table):
+    if o.coupling == "lowres" and o.noise_aug < 1 and (o.target != "u" or o.table):
         yield (
             "coupling lowres needs target u on the linear path: its starting point is not the unit "
-            "noise that the others take for granted."
+            "noise that the others take for granted.  noise_aug 1 starts in that."
         )
     if not 0 <= o.noise_aug <= 1:
         yield f"noise_aug {o.noise_aug:g}: wanted 0 to 1, the noise's standard deviation."

@@ -179,10 +179,9 @@ class Generator:
         grid = how.get("grid")
         start = self.objective.t_max if grid is None else float(grid[0])
         noise, before = self.noise(seeds), self.evaluations
-        if low is None:
-            x = begin(self.objective, noise, start)
-        else:
-            x = self.objective.source(low, noise)
+        if low is not None:
+            noise = self.objective.source(low, noise)
+        x = begin(self.objective, noise, start)
         cond = self.cond(labels, low)
         walked = {"seeds": seeds, "t_start": start, "cond": cond, "callback": callback}
         s = self.walk(self.predict, x, **walked, **how)

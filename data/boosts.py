@@ -123,15 +123,19 @@ def open_stage(
         with autocast(device, dtype):
             return net(x, t, **cond)
 
+    def start(low: Tensor, noise: Tensor) -> Tensor:
+        return objective.prior(objective.source(low, noise))
+
     predict: Callable[..., tuple] = guided(objective, call)
     stage = Stage(
-        objective.source,
+        start,
         predict,
         vae.encode,
         vae.decode,
         objective.lowres,
         objective.upsample,
         bool(net.cfg.num_classes) and before.asked,
+        objective.t_max,
     )
     size = tuple(side * objective.lowres for side in before.size)
     return stage, before._replace(size=size, vae=vae)

@@ -29,6 +29,7 @@ class Stage(NamedTuple):
     factor: int
     upsample: str = "psu"  # as diffusion.coupling.upsampled knows it
     labelled: bool = False  # trained with classes
+    t_start: float = 1.0  # the time of source()'s point: where a table ends, for those that have one
 
 
 class Cost(NamedTuple):
@@ -82,7 +83,10 @@ def boost(
         if labels is not None and stage.labelled:
             cond["y"] = labels
         encoded = clock(low)
-        s = sample(stage.predict, stage.source(low, noise), method=method, cond=cond, **how)
+        start = stage.source(low, noise)
+        s = sample(
+            stage.predict, start, method=method, t_start=stage.t_start, cond=cond, **how
+        )
         sampled = clock(s.x)
         pixels = stage.decode(s.x).float()
         seconds = encoded - began, sampled - encoded, clock(pixels) - sampled

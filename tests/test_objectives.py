@@ -679,6 +679,7 @@ def test_older_checkpoints_objectives_load():
         (dict(target="u", aligned=True), "is one already"),
         (dict(target="v", table="cosine", coupling="lowres"), "needs target u"),
         (dict(target="u", table="gvp", coupling="lowres"), "on the linear path"),
+        (dict(target="eps", table="linear", coupling="lowres", noise_aug=0.99), "noise_aug 1"),
         (dict(target="u", noise_aug=1.5), "wanted 0 to 1"),
         (dict(target="u", density="mode", t_scale=2.0), "wanted -1 to 1.75"),
         (dict(target="u", density="gaussian", t_scale=0.0), "wanted more than 0"),
@@ -692,6 +693,27 @@ def test_older_checkpoints_objectives_load():
 def test_combinations_that_mean_nothing_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Objective("x", **fields)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "v", "x0"])
+def test_enlarging_from_pure_noise_is_diffusion_beside_the_small_picture(name):
+    """Of equal noise and times, bit for bit the preset's own loss with the same on its input."""
+    x0, eps = pair(8)
+    low = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    plain = make_objective(name)
+    cfm = make_objective("cfm", target=plain.target, table=plain.table, noise_aug=1.0)
+
+    def net(x, t):
+        assert x.shape[1] == 2 * x0.shape[1] and torch.equal(x[:, x0.shape[1] :], low)
+        return x[:, : x0.shape[1]] * 0.3 + low + t.view(-1, 1, 1, 1) / 1000
+
+    t = plain.time(torch.linspace(0.01, 0.99, len(x0), dtype=torch.float64))
+    one = cfm.loss(net, x0, eps=eps, t=t, low=low)
+    other = plain.loss(net, x0, eps=eps, t=t, concat=low)
+    assert torch.equal(one.per_sample, other.per_sample) and one.loss > 0
+    assert cfm.t_max == plain.t_max
+    with pytest.raises(ValueError, match="needs low="):
+        cfm.loss(net, x0, eps=eps, t=t)
 
 
 def test_stratified_loss_draws_one_time_a_stratum():
@@ -780,6 +802,10 @@ def go(tmp_path, **fields):
             dict(objective="cfm", upsample="nearest", lowres=4, noise_aug=0.3, loss="huber"),
             dict(upsample="nearest", lowres=4, noise_aug=0.3),
         ),
+        (
+            dict(objective="cfm", target="eps", table="linear", noise_aug=1.0),
+            dict(coupling="lowres", target="eps", table="linear"),
+        ),
     ],
     ids=lambda v: "-".join(map(str, v.values())) if "objective" in v or len(v) else "",
 )
@@ -806,7 +832,7 @@ def test_a_run_with_these_flags_leaves_a_checkpoint_that_samples(tmp_path, field
     start = objective.prior(noise)
     if objective.coupling == "lowres":
         cond["concat"] = torch.randn(2, C, side, side)
-        start = objective.source(cond["concat"], noise)
+        start = objective.prior(objective.source(cond["concat"], noise))
     out = sample(
         lambda x, t, **cond: objective.predict(net.eval(), x, t, **cond),
         start,
@@ -833,6 +859,7 @@ def test_a_run_with_these_flags_leaves_a_checkpoint_that_samples(tmp_path, field
         ("--aligned", "target u is one already"),
         ("--objective cfm --coupling ot", "--coupling changes nothing here"),
         ("--objective cfm --target v", "needs target u"),
+        ("--objective cfm --target eps --table linear --noise-aug 0.9", "noise_aug 1 starts"),
         ("--noise-aug 0.3", "--noise-aug changes nothing here: it is of --objective cfm"),
         ("--upsample nearest", "it is of --objective cfm"),
         ("--lowres 4", "it is of --objective cfm"),

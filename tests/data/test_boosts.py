@@ -7,17 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+import data.boosts
 import samplers
 from ckpt import save_unet
 from conftest import randomize
 from data.boosts import Before, open_stage
 from data.images import read_picture
-from diffusion.boosting import boost
-from diffusion.coupling import resize
+from diffusion.boosting import boost, boost_generators
+from diffusion.coupling import enlarged, resize
+from diffusion.sampling import draw
+from diffusion.schedules import norm, table_time
 from harness.pictures import to_uint8
 from model import UNet, UNetConfig
 from objectives import make_objective
-from samplers import Sampling, open_generator
+from samplers import Generator, Sampling, open_generator
 from vae import pixel
 
 NET = UNetConfig(12, 12, 32, (1,), num_res_blocks=1, attention=(0,), num_heads=2)
@@ -90,6 +93,62 @@ def test_what_is_enlarged_is_what_init_enlarges(tmp_path, user):
     stage, _ = open_stage(str(path), Before((8, 8), pixel(2), [], False), CPU, "fp32")
     large = boost([stage], small, [0], method="euler", steps=2).pixels
     assert abs(drawn(tmp_path / "s")[0] - to_uint8(large)[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+class Oracle(torch.nn.Module):
+    """The exact mean of what `objective` asks for, in float64, where a large latent is normal about
+    0.8 times what is known of it, with deviation 0.5."""
+
+    cfg = replace(NET, in_channels=24, num_classes=0)
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, x, k):
+        o, k = self.objective, k.double().view(-1, 1, 1, 1)
+        x, low = x.double().chunk(2, 1)
+        t = table_time(o.table, k, o.zero_snr) if o.table else k / 1000
+        x = x * norm(t) if o.table else x
+        mean, share = 0.8 * low, (1 - t) * 0.25 / ((1 - t) ** 2 * 0.25 + t**2)
+        x0 = mean + share * (x - (1 - t) * mean)
+        eps = (x - (1 - t) * x0) / t
+        return o.goal(x0, eps, t)
+
+
+CASCADES = [
+    dict(target="u"), dict(target="u", table="gvp"), dict(target="eps", table="linear"),
+    dict(target="v", table="cosine"), dict(target="v", table="linear", zero_snr=True),
+    dict(target="x0", table="cosine"), dict(target="eps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", CASCADES, ids=lambda v: "-".join(map(str, v.values())))
+def test_diffusion_from_pure_noise_is_drawn_along_its_own_path(monkeypatch, said):
+    """With the exact mean a sample keeps its quantile on the way from noise to data (the flow of
+    normal distributions is that in closed form), whatever the network says, and by both ways that
+    enlarge: as one of --boost, and --init."""
+    objective = make_objective("cfm", noise_aug=1.0, **said)
+    meta = {"objective": asdict(objective), "vae": pixel(2).meta(), "resolution": 16}
+    monkeypatch.setattr(data.boosts, "find_checkpoint", lambda name: name)
+    monkeypatch.setattr(data.boosts, "load_unet", lambda path, dtype: (Oracle(objective), meta))
+    small, vae = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5, pixel(2)
+    low = enlarged(small, (16, 16), vae.encode).double()
+
+    def wanted(noise):
+        end = torch.tensor(objective.t_max).double()
+        spread = ((1 - end) ** 2 * 0.25 + end**2).sqrt()
+        quantile = (noise.double() * norm(end) - (1 - end) * 0.8 * low) / spread
+        return vae.decode((0.8 * low + 0.5 * quantile).float())
+
+    how = {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6}
+    stage, _ = open_stage("a", Before((8, 8), vae, [], False), CPU, "fp32")
+    found = boost([stage], small, [3, 4], **how).pixels
+    noise = draw(boost_generators([3, 4], 0), low.float())
+    torch.testing.assert_close(found, wanted(noise), rtol=0, atol=6e-4)
+    gen = Generator(objective, Oracle(objective), vae, (12, 8, 8), device=CPU)
+    found = gen.images([3, 4], low=low.float(), **how).pixels
+    torch.testing.assert_close(found, wanted(gen.noise([3, 4])), rtol=0, atol=6e-4)
 
 
 def test_labels_go_to_networks_that_were_trained_with_the_same_classes(tmp_path, user):
