@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import train
 from diffusion.boosting import Stage
 from diffusion.guidance import guided
 from diffusion.schedules import time_quantile
 from experiments import boost
 from experiments.boost import Faces, enlarge, features, verdicts
+from harness.cli import parse
 from objectives import make_objective
 
 
@@ -91,6 +94,57 @@ def test_the_rule():
     assert words(cards(**{"coupled at 40": 1.1}), floor=0.102)[3] == "not shown"
     two = [card for card in cards() if card["seed"] < 2]
     assert words(two) == ["open: fewer than three seeds"] * 4
+
+
+def test_the_rule_of_cascaded_diffusion():
+    def beside(**patches):
+        found = cards()
+        for seed in range(3):
+            for arm in boost.DIFFUSION:
+                low = {4: 0.2, 10: 0.2} | patches.get(arm, {})
+                rows = [
+                    {"method": "euler", "nfe": float(k), "patches": low[k] * (1 + 0.02 * seed)}
+                    for k in (4, 10)
+                ]
+                found.append({"arm": arm, "seed": seed, "rows": rows})
+        return words(found)
+
+    assert beside() == ["suggested"] * 5
+    assert beside(eps={4: 0.05, 10: 0.05}, v={4: 0.05, 10: 0.05})[4] == "against"
+    assert beside(v={10: 0.1})[4] == "not shown"
+
+
+def test_a_card_is_kept_for_its_size_and_made_anew_for_another(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(boost, "train", lambda *args: made.append(args) or tmp_path)
+    monkeypatch.setattr(boost, "open_run", lambda run, small: (small, None))
+    monkeypatch.setattr(boost, "enlarge", lambda stage, faces, **how: (stage, 1.0))
+    monkeypatch.setattr(boost, "measured", lambda faces, pixels, nfe: {"small": pixels})
+    size = boost.SIZES["dry"]
+    first = boost.card_of(size, None, "eps", 0, tmp_path)
+    assert boost.card_of(size, None, "eps", 0, tmp_path)["rows"] == first["rows"]
+    assert len(made) == 1 and first["rows"][0]["small"] == 16
+    again = boost.card_of(size._replace(side=128), None, "eps", 0, tmp_path)
+    assert len(made) == 2 and again["rows"][0]["small"] == 32
+
+
+def test_committed_cards_are_of_the_size_that_is_run_today():
+    folder = boost.ROOT / "benchmarks" / "results" / "boost" / "cards"
+    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))]
+    assert all(card["asked"] == boost.asked_of(boost.SIZES["cpu"]) for card in found)
+
+
+@pytest.mark.parametrize("arm, target, table", [("eps", "eps", "linear"), ("v", "v", "cosine")])
+def test_diffusion_s_arms_differ_from_noise_in_what_they_say_alone(
+    tmp_path, monkeypatch, arm, target, table
+):
+    def objective(arm):
+        asked = []
+        monkeypatch.setattr(boost.subprocess, "run", lambda words, check: asked.extend(words[2:]))
+        boost.train(boost.SIZES["dry"], arm, 0, tmp_path)
+        return train.objective_of(train.resolve(parse(train.Config, "", asked)[0]))
+
+    assert objective(arm) == replace(objective("noise"), target=target, table=table)
 
 
 def test_the_committed_report_is_of_the_committed_cards():
