@@ -112,6 +112,7 @@ def test_the_rule_of_cascaded_diffusion():
     assert beside() == ["suggested"] * 5
     assert beside(eps={4: 0.05, 10: 0.05}, v={4: 0.05, 10: 0.05})[4] == "against"
     assert beside(v={10: 0.1})[4] == "not shown"
+    assert beside(v={4: 0.1})[4] == "not shown"
 
 
 def test_a_card_is_kept_for_its_size_and_made_anew_for_another(tmp_path, monkeypatch):
