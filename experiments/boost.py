@@ -12,7 +12,7 @@ they say: weights, order of images, times and noise are those of the seed.
                 table
     psu, pixels no network: the small picture enlarged, through the autoencoder and not
 
-It writes OUT/cards/*.json, report.md, report.html and samples.png, and goes on where it stopped.
+It writes OUT/cards/*.json, report.md, report.html and pictures, and goes on where it stopped.
 --size dry goes through all of it in a minute; robohash makes 64 px of robots 128 px.
 """
 
@@ -71,8 +71,11 @@ NETS = tuple(NOISE)
 # From noise 1.
 DIFFUSION = {"eps": ["--target", "eps", "--table", "linear"]}
 DIFFUSION["v"] = ["--target", "v", "--table", "cosine"]
-# Rows of the picture, top down, and how many faces it shows.
-DRAWN = ("regression", "none", "little", "coupled", "noise", *DIFFUSION)
+# Rows of the two pictures, top down, and how many faces they show.
+DRAWN = {
+    "samples": ("regression", "none", "little", "coupled", "noise"),
+    "diffusion": ("noise", *DIFFUSION),
+}
 SHOWN = 8
 MANY = 40
 
@@ -184,7 +187,8 @@ def walks(size: Size, arm: str) -> list[dict[str, Any]]:
     """How an arm is sampled."""
     if arm == "regression":
         return [{"method": "euler", "steps": 1}]
-    return [{"method": "euler", "steps": k} for k in size.euler] + [{"method": "dopri5"}]
+    euler = [{"method": "euler", "steps": k} for k in size.euler]
+    return euler if arm in DIFFUSION else [*euler, {"method": "dopri5"}]
 
 
 def card_of(size: Size, faces: Faces, arm: str, seed: int, out: Path) -> Card:
@@ -351,7 +355,7 @@ MEASURES = {
 
 
 def report(
-    size: Size, cards: list[Card], plain: dict[str, dict[str, float]], grid: Path
+    size: Size, cards: list[Card], plain: dict[str, dict[str, float]], out: Path
 ) -> Report:
     found = verdicts(cards, plain["floor"]["fd"])
     lead = [f"{v.name}: {v.word}. {v.why}." for v in found]
@@ -361,12 +365,16 @@ def report(
         "over seeds.",
     ]
     tests = Section("Numbers", text, [numbers(cards, plain)], [chart(cards, plain)])
-    caption = f"From the top: small; enlarged (psu); {DRAWN[0]}; {', '.join(DRAWN[1:])} at 10 "
-    picture = Picture("samples", caption + "evaluations; the truth.", grid.read_bytes())
+    pictures = []
+    for name, arms in DRAWN.items():
+        many = ", ".join(arm for arm in arms if arm != "regression")
+        one = "regression; " if "regression" in arms else ""
+        caption = f"From the top: small; enlarged (psu); {one}{many} at 10 evaluations; the truth."
+        pictures.append(Picture(name, caption, (out / f"{name}.png").read_bytes()))
     return Report(
         f"Boosting {size.small} px to {size.side} px: coupled or not",
         lead,
-        [tests, Section("Samples", [], [], [picture]), Section("The rule", paragraphs(RULE))],
+        [tests, Section("Samples", [], [], pictures), Section("The rule", paragraphs(RULE))],
     )
 
 
@@ -406,21 +414,23 @@ def chart(cards: list[Card], plain: dict[str, dict[str, float]]) -> Chart:
     return Chart("evaluations", "Over Euler steps; ± one standard error over seeds.", panels)
 
 
-def draw_grid(size: Size, faces: Faces, seed: int, out: Path) -> Path:
-    """Eight held-out faces by every arm of a seed."""
+def draw_grid(size: Size, faces: Faces, name: str, seed: int, out: Path) -> None:
+    """Eight held-out faces by the arms of a picture. One that is there stays where its runs are
+    gone."""
+    path, arms = out / f"{name}.png", DRAWN[name]
+    if path.is_file() and not all((out / f"{arm}-{seed}").is_dir() for arm in arms):
+        return
     few = Faces(faces.truth[:SHOWN], faces.small[:SHOWN], faces.others)
     large = (size.side, size.side)
     rows = [resize(few.small, large, "nearest")]
-    for arm in DRAWN:
+    for arm in arms:
         stage, vae = open_run(train(size, arm, seed, out), size.small)
         if len(rows) == 1:
             with torch.no_grad():
                 rows.append(vae.decode(enlarged(few.small, large, vae.encode)))
         steps = 1 if arm == "regression" else 10
         rows.append(enlarge(stage, few, method="euler", steps=steps)[0])
-    path = out / "samples.png"
     save_grid(to_uint8(torch.cat([*rows, few.truth])), path, columns=SHOWN)
-    return path
 
 
 def main() -> None:
@@ -436,14 +446,16 @@ def main() -> None:
         for arm in (*NETS, *DIFFUSION):
             cards.append(card_of(size, faces, arm, seed, out))
             print(f"{arm}, seed {seed}: {strict_json(cards[-1]['rows'][-1])}", flush=True)
-    _, vae = open_run(train(size, "coupled", cfg.seeds[0], out), size.small)
+    _, vae = open_run(train(size, "noise", cfg.seeds[0], out), size.small)
     plain = without_network(faces, vae)
     record.save(out / "cards" / "plain.json", plain)
     found = [each._asdict() for each in verdicts(cards, plain["floor"]["fd"])]
     record.save(
         out / "verdict.json", {**record.context(), "config": asdict(cfg), "verdicts": found}
     )
-    write(report(size, cards, plain, draw_grid(size, faces, cfg.seeds[0], out)), out)
+    for name in DRAWN:
+        draw_grid(size, faces, name, cfg.seeds[0], out)
+    write(report(size, cards, plain, out), out)
     print(out / "report.html")
 
 
