@@ -12,6 +12,7 @@ COMMANDS = (
     "experiments/architecture.py",
     "experiments/boost.py",
     "experiments/compare.py",
+    "experiments/end_to_end.py",
     "experiments/finetune.py",
     "experiments/protocol.py",
     "experiments/stages.py",

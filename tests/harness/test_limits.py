@@ -32,6 +32,7 @@ COMMANDS = {
     "experiments.boost": [],
     "experiments.compare": [],
     "experiments.finetune": [],
+    "experiments.end_to_end": [],
     "experiments.prompts": [],
     "experiments.uncertainty": ["--ckpt", "none"],
     "ckpt.__main__": ["inspect", "none"],
