@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     factor: int
     upsample: str = "psu"  # as diffusion.coupling.upsampled knows it
     labelled: bool = False  # trained with classes
-    t_start: float = 1.0  # the time of source()'s point: where a table ends, for those that have one
+    t_start: float = 1.0  # the time of source()'s point: where a table ends
 
 
 class Cost(NamedTuple):

@@ -256,8 +256,8 @@ def compared(cards: list[Card], key: str, budget: int) -> Paired:
 
     def by_seed(arm: str) -> dict[int, float]:
         own = [card for card in cards if card["arm"] == arm]
-        rows = {card["seed"]: card["rows"] for card in own}
-        return {s: row[key] for s, found in rows.items() for row in found if row["budget"] == budget}
+        rows = [(card["seed"], row) for card in own for row in card["rows"]]
+        return {seed: row[key] for seed, row in rows if row["budget"] == budget}
 
     return paired(by_seed("pair"), by_seed("single"))
 

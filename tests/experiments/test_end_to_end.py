@@ -21,7 +21,8 @@ COST = flops("nano")
 
 def test_costs_are_those_of_the_networks_that_train_py_builds():
     vae = fit_pca(torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    for name, objective, side in (("base", "fm", 32), ("enlarger", "cfm", 64), ("single", "fm", 64)):
+    built = (("base", "fm", 32), ("enlarger", "cfm", 64), ("single", "fm", 64))
+    for name, objective, side in built:
         cfg = network_config(PRESETS["nano"], "nano", vae, make_objective(objective), side, 0)
         assert getattr(COST, name) == flops_of(cfg, side // 8)
 
