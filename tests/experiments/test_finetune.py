@@ -25,12 +25,12 @@ def test_arms_differ_in_their_objective_alone(tmp_path, monkeypatch):
     for cfg in cfgs.values():
         same = {k: v for k, v in vars(cfg).items() if k not in told}
         assert same == {k: v for k, v in vars(first).items() if k not in told}
-        assert cfg.init == str(tmp_path / "base-3") and cfg.stage == "stage2" and cfg.lr == 0.001
+        assert cfg.init == str(tmp_path / "base-1000") and cfg.stage == "stage2" and cfg.lr == 0.001
     flow, aligned = (train.objective_of(cfgs[arm]) for arm in ("native", "aligned"))
     assert (flow.target, flow.table) == ("u", "")
     assert (aligned.target, aligned.table, aligned.aligned) == ("eps", "scaled_linear", True)
     assert flow.density == aligned.density == "logit_normal"
-    base = config_of(Run("base", 3), tmp_path, monkeypatch)
+    base = config_of(finetune.BASE, tmp_path, monkeypatch)
     assert train.objective_of(base) == train.objective_of(first)
     assert base.stage == "fine" and base.exclude_tags == first.exclude_tags
 
