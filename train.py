@@ -102,7 +102,7 @@ class Task:
     """Which network learns to say what."""
 
     model: str = flag("tiny", "tiny | toy-281m | sit-tiny | sit-b …", head="model and objective")
-    text: str = flag("", "bytes | clip-l:FILE: captions and tags say what to draw")
+    text: str = flag("", "bytes | clip-l:FILE | sdxl:FILE: captions and tags say what to draw")
     vae: str = flag(
         "pca", "pca | pixel[:N] | sd | sdxl | flux1 | flux2 | FILE | sdxl:FILE | hf:…"
     )

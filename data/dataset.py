@@ -430,8 +430,8 @@ class Stream:
     seed: int
     flip: bool = False  # mirror half of the images
     label_drop: float = 0.0  # share of labels replaced by -1, for classifier-free guidance
-    # What a network that reads is told of image i (training/texts.py).
-    texts: Callable[[int, np.random.Generator], Tensor] | None = None
+    # What a network that reads is told of image i, of these sizes (training/texts.py).
+    texts: Callable[[int, np.random.Generator, Tensor | None], dict[str, Tensor]] | None = None
     batch: int = 0  # of the run, over all ranks: in buckets each such batch is of one
 
     @cached_property
@@ -455,7 +455,8 @@ class Stream:
         if self.labels is not None:
             sample["y"] = -1 if drop < self.label_drop else int(self.labels[i])
         if self.texts is not None:
-            sample["context"] = self.texts(i, rng(self.seed, "caption", position))
+            draw = rng(self.seed, "caption", position)
+            sample |= self.texts(i, draw, view.get("sizes"))
         return sample
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | UserError:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from data.dataset import Dataset, classes_of, rng
 from harness.ranks import Ranks
@@ -23,13 +24,13 @@ def loss_of(
     latent_shape: tuple[int, int, int],
     seed: int,
     ranks: Ranks,
-    texts: Callable[[int], Tensor] | None = None,
+    texts: Callable[[int, Tensor | None], dict[str, Tensor]] | None = None,
     even: bool = False,
 ) -> dict[str, Any]:
     """{"n": images, "loss": mean, "loss_by_t": TIMES means}. Every rank takes its share.
 
     loss(batch) returns an objectives.Loss of a collated batch like those of training, but with
-    t (B,) instead of q. texts(i): what is said of image i of `held`. even: every rank takes all of
+    t (B,) instead of q. texts(i, sizes): what is said of image i of `held`, of these sizes. even: every rank takes all of
     it, as a sharded network needs, which all have to call equally often.
     """
     labels = classes_of(held, classes)[1] if classes else None
@@ -50,7 +51,7 @@ def batches(
     latent_shape: tuple[int, int, int],
     seed: int,
     share: slice,
-    texts: Callable[[int], Tensor] | None = None,
+    texts: Callable[[int, Tensor | None], dict[str, Tensor]] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Fixed (image, t, noise): the first IMAGES at TIMES times each, 64 pairs a batch; of them
     the `share` of a rank."""
@@ -65,7 +66,8 @@ def batches(
         if labels is not None:
             batch["y"] = torch.from_numpy(labels[[i for i, _ in chunk]])
         if texts is not None:
-            batch["context"] = torch.stack([texts(i) for i, _ in chunk])
+            sizes = batch.get("sizes", [None] * len(chunk))
+            batch |= default_collate([texts(i, told) for (i, _), told in zip(chunk, sizes)])
         yield batch
 
 

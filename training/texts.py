@@ -1,7 +1,8 @@
 """What a run tells its network in words: the flags --text and --caption-….
 
 texts = texts_of(cfg, ds, net.cfg, ranks)
-texts.drawn(i, rng)      # of image i, by chance: byte ids (places,), or CLIP's states (77, 768)
+texts.drawn(i, rng)      # of image i, by chance: {"context": byte ids (places,)}, or CLIP's states
+                         # (77, D), of SDXL also {"y": (2816,)}: the pooled output and the sizes
 """
 
 import hashlib
@@ -15,19 +16,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from ckpt.byteunet import ByteUNetConfig, byte_config, byte_ids
 from data.captions import ENDING, ByteTexts, Captions
 from data.dataset import Dataset
-from data.prompts import Conditions, Teller
+from data.prompts import Conditions, Teller, check_told
 from harness.cli import UserError, closest
 from harness.ranks import Ranks
 from model import PRESETS, UNetConfig
-from text import CONTEXT, TEXT_PRESETS, absolute, open_texts, pieces_of
+from text import CONTEXT, TEXT_PRESETS, Told, absolute, open_texts, pieces_of, size_vector, vector
 from training.checkpoints import beginning, checkpoints
 
-CLIP_L = "clip-l:"
-KEPT = 4096  # texts whose states a process remembers: 236 KB each
+CLIP_L, SDXL = "clip-l:", "sdxl:"
+# What their encoders tell: numbers a token, and an image (model.UNetConfig).
+TOLD = {CLIP_L: (TEXT_PRESETS["clip-l"].width, 0), SDXL: (2048, 2816)}
+SPELLED = f"bytes, {CLIP_L}FILE or {SDXL}FILE"
+KEPT = 4096  # texts of ViT-L whose states a process remembers, 236 KB each; of SDXL fewer
 PLAIN = Captions(caption_share=1.0, caption_empty=0.0)
 
 
@@ -40,11 +45,14 @@ def preset_of(flags: Any) -> Any:
             f"--model {model!r} is not a preset",
             do=f"{closest(model, PRESETS)}  Known: {', '.join(PRESETS)}.",
         )
-    if not text and getattr(cfg, "context_dim", 0):
+    reads = getattr(cfg, "context_dim", 0), getattr(cfg, "vector_dim", 0)
+    if not text and reads[0]:
+        known = [f"--text {key}FILE" for key, told in TOLD.items() if told == reads]
         raise UserError(
-            f"--model {model} is told what to draw by text that its encoders have read, and these "
-            "are not trained with here",
-            do="Choose another --model, or a small U-Net with --text bytes.",
+            f"--model {model} is told what to draw by text that its encoders have read"
+            + ("" if known else ", and these are not trained with here"),
+            do=f"Add {known[0]}." if known
+            else "Choose another --model, or a small U-Net with --text bytes.",
         )
     if not text:
         return cfg
@@ -54,17 +62,17 @@ def preset_of(flags: Any) -> Any:
             wanted="one of them",
             do="Leave --classes out: tags are told as texts.",
         )
-    if not isinstance(cfg, UNetConfig) or cfg.context_dim or cfg.vector_dim:
+    kind = text if text == "bytes" else text.partition(":")[0] + ":"
+    if kind != "bytes" and kind not in TOLD:
+        raise UserError(f"--text {text!r}", wanted=SPELLED, do="Name the encoder's file.")
+    if not isinstance(cfg, UNetConfig) or any(reads) and (kind == "bytes" or not reads[0]):
         raise UserError(
             f"--text {text} --model {model}", wanted="a U-Net without text", do="Try --model tiny."
         )
-    if text == "bytes":
+    if kind == "bytes":
         return byte_config(cfg)
-    if not text.startswith(CLIP_L):
-        raise UserError(
-            f"--text {text!r}", wanted=f"bytes or {CLIP_L}FILE", do="Name the encoder's file."
-        )
-    return replace(cfg, context_dim=TEXT_PRESETS["clip-l"].width)
+    context, vector = reads if any(reads) else TOLD[kind]
+    return replace(cfg, context_dim=context, vector_dim=vector)
 
 
 def student_preset(flags: Any) -> Any:
@@ -96,14 +104,14 @@ def data_hash(cfg: Any, source: Any) -> str:
 
 
 class Reader(Protocol):
-    """What turns a text into what a network is told of it; alone, so that it never depends on the
-    other texts of a batch."""
+    """What turns a text into what a network is told of it, without a first dimension; alone, so
+    that it never depends on the other texts of a batch."""
 
     room: str  # for how much of a text
     init: dict[str, Any]  # what a checkpoint says of it, of Init's fields (ckpt/native.py)
     teller: Teller
 
-    def read(self, text: str) -> Tensor: ...
+    def read(self, text: str) -> Told: ...
 
     def is_long(self, text: str) -> bool: ...
 
@@ -115,37 +123,41 @@ class ByteReader:
         self.teller, self.places = ByteTexts(net), net.text_places
         self.room = f"{self.places} bytes"
 
-    def read(self, text: str) -> Tensor:
-        return byte_ids([text], self.places)[0]
+    def read(self, text: str) -> Told:
+        return Told(byte_ids([text], self.places)[0], None)
 
     def is_long(self, text: str) -> bool:
         return len(text.encode()) > self.places
 
 
 class ClipReader:
-    """CLIP's ViT-L, frozen, on the CPU: each distinct text is encoded once a process."""
+    """CLIP's ViT-L, or SDXL's two encoders, frozen, on the CPU: each distinct text is encoded once
+    a process. spec: --text. "" is the null text, for guidance: of SDXL zeros."""
 
     room = f"{CONTEXT} tokens"
 
-    def __init__(self, file: str):
-        self.teller = open_texts(file)
-        if self.teller.context_dim != TEXT_PRESETS["clip-l"].width:
+    def __init__(self, spec: str):
+        kind, _, names = spec.partition(":")
+        self.teller = open_texts(names)
+        if kind + ":" == CLIP_L and self.teller.context_dim != TOLD[CLIP_L][0]:
             raise UserError(
-                f"--text {CLIP_L}{file} holds text encoders {self.teller.context_dim} wide",
+                f"--text {spec} holds text encoders {self.teller.context_dim} wide",
                 wanted="ViT-L's, 768 wide",
                 do="Name clip_l.safetensors, or a Stable Diffusion 1.",
             )
-        own = {"encoders": self.teller.fingerprint, "source": absolute(file)}
+        source = ",".join(map(absolute, names.split(",")))
+        own = {"encoders": self.teller.fingerprint, "source": source}
         self.init = {"text": own | {"chunks": 1, "skip": 0}}
         # Not lru_cache, which a loader's workers cannot take with them where they do not fork.
-        self.states: dict[str, Tensor] = {}
+        self.states: dict[str, Told] = {}
 
     @torch.no_grad()
-    def read(self, text: str) -> Tensor:
+    def read(self, text: str) -> Told:
         if text not in self.states:
-            if len(self.states) == KEPT:
+            if len(self.states) >= max(KEPT * TOLD[CLIP_L][0] // self.teller.context_dim, 1):
                 del self.states[next(iter(self.states))]
-            self.states[text] = self.teller.part([text], 1, 0).context[0]
+            told = self.teller.part([text], 1, 0) if text else self.teller.null(None)
+            self.states[text] = Told(*[None if x is None else x[0] for x in told])
         return self.states[text]
 
     def is_long(self, text: str) -> bool:
@@ -157,7 +169,8 @@ def reader_of(cfg: Any, net: Any, teacher: dict[str, Any] | None = None) -> Read
     teacher was trained, if that says so (ckpt.native.ToldBy)."""
     if isinstance(net, ByteUNetConfig):
         return ByteReader(net)
-    reader, run = ClipReader(cfg.text.removeprefix(CLIP_L)), Path(cfg.out) / cfg.name
+    reader, run = ClipReader(cfg.text), Path(cfg.out) / cfg.name
+    check_told(reader.teller, net, f"--text {cfg.text}", f"--model {cfg.model}")
     told = beginning(run)["init"].get("text") if checkpoints(run) else None
     if told and told["encoders"] != reader.init["text"]["encoders"]:
         raise UserError(
@@ -183,7 +196,7 @@ def check_taught(text: str, net: Any, name: str) -> None:
     if text == "bytes":
         fits = isinstance(net, ByteUNetConfig)
     elif text.startswith(CLIP_L):
-        fits = net.context_dim == TEXT_PRESETS["clip-l"].width and not net.vector_dim
+        fits = (net.context_dim, net.vector_dim) == TOLD[CLIP_L]
     else:
         raise UserError(
             f"--text {text!r}", wanted=f"bytes or {CLIP_L}FILE", do="Name the encoder's file."
@@ -216,19 +229,36 @@ class Texts:
         j = self.ds.index[i]
         return flags.say(self.captions[j], self.ds.source.tags[j], rng)
 
-    def drawn(self, i: int, rng: np.random.Generator) -> Tensor:
-        """What is said of image i, by chance, as its network is told it."""
-        return self.reader.read(self.text(self.flags, i, rng))
+    def drawn(
+        self, i: int, rng: np.random.Generator, sizes: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What is said of image i, by chance, as its network is told it: its conditions, without
+        a first dimension. sizes (6,): of data/buckets.size_numbers, for SDXL; None = the square
+        pictures of --resolution."""
+        return self.said(self.text(self.flags, i, rng), sizes)
 
-    def plain(self, i: int) -> Tensor:
+    def plain(self, i: int, sizes: Tensor | None = None) -> dict[str, Tensor]:
         """The same without chance: what held-out losses and previews show."""
-        return self.reader.read(self.text(PLAIN, i, np.random.default_rng(0)))
+        return self.said(self.text(PLAIN, i, np.random.default_rng(0)), sizes)
+
+    def said(self, text: str, sizes: Tensor | None) -> dict[str, Tensor]:
+        """What a network is told of one image."""
+        told = self.reader.read(text)
+        if told.pooled is None:
+            return {"context": told.context}
+        square = (self.ds.source.resolution,) * 2
+        height, width, top, left, *target = (
+            (*square, 0, 0, *square) if sizes is None else sizes.tolist()
+        )
+        waves = size_vector((height, width), (top, left), tuple(target))
+        one = Told(told.context[None], told.pooled[None])
+        return {"context": told.context, "y": vector(one, waves)[0]}
 
     def told(self, seeds: Sequence[int]) -> Conditions:
         """What previews of these seeds are told: of a held-out image each, if there are any."""
         shown = self.of(self.ds.heldout) if len(self.ds.heldout) else self
-        said = torch.stack([shown.plain(seed % len(shown.ds)) for seed in seeds])
-        return Conditions({"context": said}, {"context": self.reader.read("")[None]})
+        said = default_collate([shown.plain(seed % len(shown.ds)) for seed in seeds])
+        return Conditions(said, default_collate([self.said("", None)]))
 
 
 def texts_of(

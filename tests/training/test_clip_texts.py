@@ -49,20 +49,22 @@ def test_an_image_is_told_transformers_states_of_its_caption(folder, clip):
     texts = texts_of(cfg, cfg.open_data(), network(cfg), ALONE)
     draw = np.random.default_rng(0)
     for i, text in enumerate(["A Red circle, on white.", "Zoë's dog,  asleep", "", "tag 3, solo"]):
-        torch.testing.assert_close(texts.drawn(i, draw), theirs(net, text), rtol=0, atol=2e-5)
+        heard = texts.drawn(i, draw)["context"]
+        torch.testing.assert_close(heard, theirs(net, text), rtol=0, atol=2e-5)
     told = texts.told([0])
     torch.testing.assert_close(told.null["context"][0], theirs(net, ""), rtol=0, atol=2e-5)
-    assert texts.drawn(0, draw) is texts.drawn(0, draw)  # encoded once
+    heard = texts.drawn(0, draw)["context"]
+    assert heard is texts.drawn(0, draw)["context"]  # encoded once
     again = pickle.loads(pickle.dumps(texts))  # as workers get it that do not fork
-    assert torch.equal(again.drawn(3, draw), texts.drawn(3, draw))
+    assert torch.equal(again.drawn(3, draw)["context"], texts.drawn(3, draw)["context"])
 
 
 def test_the_texts_that_are_remembered_are_limited(clip, monkeypatch):
     monkeypatch.setattr(texts_py, "KEPT", 2)
-    reader = texts_py.ClipReader(str(clip[1]))
-    first = [reader.read(text) for text in ("a", "b", "c")]
+    reader = texts_py.ClipReader(f"clip-l:{clip[1]}")
+    first = [reader.read(text).context for text in ("a", "b", "c")]
     assert list(reader.states) == ["b", "c"]
-    assert torch.equal(reader.read("a"), first[0]) and list(reader.states) == ["c", "a"]
+    assert torch.equal(reader.read("a").context, first[0]) and list(reader.states) == ["c", "a"]
 
 
 def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_path, user):
@@ -116,8 +118,8 @@ def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_pa
     "text, line",
     [
         ("clip-l:nowhere.safetensors", "nowhere.safetensors"),
-        ("clip-g:x", "wanted bytes or clip-l:FILE"),
-        ("byte", "wanted bytes or clip-l:FILE"),
+        ("clip-g:x", "wanted bytes, clip-l:FILE or sdxl:FILE"),
+        ("byte", "wanted bytes, clip-l:FILE or sdxl:FILE"),
     ],
 )
 def test_what_is_no_encoder_is_one_line(tmp_path, user, text, line):

@@ -114,7 +114,7 @@ def test_a_table_with_a_caption_beside_its_tags(folder):
     assert texts.captions == ["One, TWO.", "Three, FOUR.", "", "", "", ""]
     draw = np.random.default_rng(0)
     # Of the second one the tags are pieces of its caption, which is not told in pieces.
-    heard = [spelled(texts.drawn(i, draw)) for i in range(4)]
+    heard = [spelled(texts.drawn(i, draw)["context"]) for i in range(4)]
     assert heard == ["solo", "Three, FOUR.", "a, b", ""]
 
 
