@@ -35,7 +35,7 @@ from data.sources import embedded_tags
 from diffusion.schedules import resolution_shift
 from eval_fid import FID
 from harness.cli import UserError, check_flags, cli, flag, parse
-from harness.ema import EMA, check_widths
+from harness.ema import EMA, Averaging, check_averages
 from harness.files import make_dir, write_text
 from harness.pictures import save_grid
 from harness.ranks import Ranks, autocast, check_batch, join_ranks
@@ -58,7 +58,7 @@ from training.precision import as_begun, cast_weights, settle_dtype, with_weight
 from training.previews import draw_samples, ema_net, held_out_loss, preview
 from training.sharding import Sharding, parallel
 from training.start import check_aligned, check_enlarging, check_room, check_table, fine_run
-from training.start import is_finished, network_config, take_weights, vae_name
+from training.start import is_finished, largest_shape, network_config, take_weights, vae_name
 from training.texts import preset_of, texts_of
 from training.trainer import Trainer
 from vae import AnyVAE, save_vae, vae_from_meta
@@ -117,7 +117,7 @@ class Task:
         None, "its centre: logit_normal 0, gaussian 0.5, lognormal -1.2", low=-10, high=10
     )
     t_scale: float | None = flag(
-        None, "its width: logit_normal 1, gaussian 0.2, lognormal 1.2, mode 1.29", low=-1, high=10
+        None, "width: 1, 0.2, 1.2, of mode 1.29", low=-1, high=10, beside=True
     )
     stratified: bool = flag(False, "training times spread evenly over each batch")
     shift: float | Literal["auto"] = flag(
@@ -139,7 +139,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Config(Run, Sharding, Optim, Captions, Task, data.BucketFlags, Data):
+class Config(Run, Sharding, Averaging, Optim, Captions, Task, data.BucketFlags, Data):
     """The flags of this script. --help shows the last base first."""
 
 
@@ -147,7 +147,7 @@ class Config(Run, Sharding, Optim, Captions, Task, data.BucketFlags, Data):
 FREE = {
     *("accum", "compile", "graph", "out", "resume", "log", "log_every", "eval_every", "keep"),
     *("preview_every", "save_every", "fid_every", "fid_features", "keep_every", "workers"),
-    *("device", "shard"),
+    *("device", "shard", "ema_device"),
 }
 # Flags that an Objective has under the same name.
 OBJECTIVE_FLAGS = (
@@ -174,7 +174,7 @@ def settle(cfg: Any, *words: str) -> Any:
     dispatch.chosen()
     check_flags(cfg)
     check_batch(cfg.batch, cfg.accum)
-    check_widths(cfg.ema)
+    check_averages(cfg)
     check_mirrors(cfg.log)
     cfg = with_weights(cfg)
     # im/ and im are one.
@@ -336,7 +336,7 @@ def assemble(
     """
     run, held = Path(cfg.out) / cfg.name, None
     check_room(run, net, vae, cfg, ranks)
-    check_plan(net, vae, vae.latent_shape(cfg.resolution), cfg, ranks)
+    check_plan(net, vae, largest_shape(cfg, vae), cfg, ranks)
     texts = texts_of(cfg, ds, net.cfg, ranks, init.get("text"))
     cfg = settle_dtype(cfg, ranks, net, vae.latent_shape(cfg.resolution))
     if ranks.rank == 0:
@@ -349,7 +349,7 @@ def assemble(
     # First: sharded, the network's parameters are other ones.
     model = parallel(net, cfg, ranks)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
-    tr = Trainer(*parts, make_optimizer(net, cfg), EMA(net, cfg.ema), classes, labels, init, held)
+    tr = Trainer(*parts, make_optimizer(net, cfg), EMA.of(net, cfg), classes, labels, init, held)
     tr.take_texts(texts)
     tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
     tr.late, tr.repeat = reads_late(tr), repeater(tr)
@@ -413,7 +413,7 @@ def update(tr: Trainer, norm: Tensor) -> None:
     """Clip and step; nothing, if the norm is not finite. conclude() averages."""
     if isinstance(tr.optimizer, AdamW8bit):
         # It clips and averages in the same pass.
-        pairs = tr.ema.pairs(tr.seen, tr.cfg.batch)
+        pairs = [] if tr.ema.aside else tr.ema.pairs(tr.seen, tr.cfg.batch)
         tr.optimizer.step(clip=tr.cfg.clip or None, norm=norm, ema=pairs)
         return
     if tr.cfg.clip:
@@ -478,6 +478,7 @@ def train(
                 if fid and is_due(tr, cfg.fid_every):
                     name, net = ema_net(tr)
                     log.write(fid(partial(draw_samples, tr, net, strict=True), tr.seen, name))
+                    del net  # --ema-device cpu: it is a copy on the GPU
                 if due(tr.seen, cfg.preview_every, cfg.batch):
                     preview(tr)
                 if due(tr.seen, cfg.save_every, cfg.batch):

@@ -30,8 +30,8 @@ def loss_of(
     """{"n": images, "loss": mean, "loss_by_t": TIMES means}. Every rank takes its share.
 
     loss(batch) returns an objectives.Loss of a collated batch like those of training, but with
-    t (B,) instead of q. texts(i, sizes): what is said of image i of `held`, of these sizes. even: every rank takes all of
-    it, as a sharded network needs, which all have to call equally often.
+    t (B,) instead of q. texts(i, sizes): what is said of image i of `held`. even: every rank takes
+    all of it, as a sharded network needs, which all have to call equally often.
     """
     labels = classes_of(held, classes)[1] if classes else None
     share = slice(None) if even else slice(ranks.rank, None, ranks.world)

@@ -127,6 +127,7 @@ def flag(
     off: Any = None,
     writes: str = "",
     head: str = "",
+    beside: bool = False,
 ) -> Any:
     """A field of a Config. Without a default it is required.
 
@@ -136,11 +137,11 @@ def flag(
         "--this or --that" (one of these conditions holds).
     off: the one value that switches this flag off, instead of 0, false or empty.
     writes: it names what is written: "folder", "file", or a file's ending, ".png".
-    head: a heading before it in --help.
+    head: a heading before it in --help; beside: it stands there in the line of the flag before.
     """
     of = (of,) if isinstance(of, str) else of
     metadata = {"help": help, "low": low, "high": high, "above": above, "of": of, "off": off}
-    metadata |= {"writes": writes, "head": head}
+    metadata |= {"writes": writes, "head": head, "beside": beside}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -426,6 +427,9 @@ def usage(classes: list[type], doc: str | None) -> str:
         if typing.get_origin(kind) is typing.Literal and "|" not in text:
             choices = " | ".join(choice for choice in typing.get_args(kind) if choice)
             text = f"{choices}: {text}".removesuffix(": ")
+        if field.metadata.get("beside"):
+            lines[-1] += f"; {dashed(field.name)}: {text}"
+            continue
         default = "" if field.default is None else shown(field.default)
         if field.default is dataclasses.MISSING:
             default = "required"

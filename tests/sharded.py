@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+import miniature  # noqa: F401  its network, which children know by name
 import train
 import training.checkpoints as checkpoints_py
 from harness.cli import UserError
@@ -90,9 +91,14 @@ def trained(group: Ranks, place: Path, flags: dict) -> list[tuple[float, float]]
         norm = train.step(tr, loader)
         train.conclude(tr)
         said.append((tr.meter.read()["loss"], float(norm)))
-        if tr.seen % 80 == 0:
+        if tr.seen % (tr.cfg.images // 2) == 0:
             checkpoints_py.save(tr)
     return said
+
+
+def trained_each(group: Ranks, place: Path, flags: dict, changes: dict[str, dict]) -> dict:
+    """trained() of several runs, one after the other: {name: what it returned}."""
+    return {name: trained(group, place / name, flags | more) for name, more in changes.items()}
 
 
 def digest(tensors: dict) -> dict[str, str]:
@@ -156,6 +162,19 @@ def killed(group: Ranks, place: Path, flags: dict, victim: int, step: int) -> li
         write(folder, tr, state, counts)
 
     checkpoints_py.write_shard = dying
+    return trained(group, place, flags)
+
+
+def struck(group: Ranks, place: Path, flags: dict, victims: list[int], at: int) -> list:
+    """Train; in the step after `at` images, before it changes a weight, ranks die."""
+    update = train.update
+
+    def dying(tr, norm):
+        if tr.seen > at and group.rank in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(tr, norm)
+
+    train.update = dying
     return trained(group, place, flags)
 
 

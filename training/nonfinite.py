@@ -78,9 +78,12 @@ def conclude(tr: Trainer) -> None:
     if math.isfinite(total):
         tr.bad = 0
         # AdamW8bit averages in the pass that changes the weights.
-        if not isinstance(tr.optimizer, AdamW8bit):
+        if tr.ema.aside or not isinstance(tr.optimizer, AdamW8bit):
             tr.ema.update(tr.net, tr.seen, tr.cfg.batch)
         return
+    if tr.ema.every > 1:
+        # An update stands for the steps before it, too.
+        tr.ema.update(tr.net, tr.seen, tr.cfg.batch)
     broken = [name for name, norm in zip(step.names, each) if not math.isfinite(norm)]
     report_bad_step(tr, step.batches, broken)
 

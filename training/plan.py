@@ -30,7 +30,7 @@ from objectives import Objective
 from training.optimizer import state_bytes
 from training.precision import inputs_of
 from training.sharding import gathered_bytes, is_wanted, shard_count
-from training.start import network_config
+from training.start import largest_shape, network_config
 from training.texts import preset_of
 from vae import VAE, AnyVAE, LinearVAE, VAEConfig, load_vae, pixel, read_name
 
@@ -48,6 +48,8 @@ class Plan(NamedTuple):
     activations: int
     # Do gradients stay while a pass makes its activations?
     at_once: bool
+    # Of averages that lie in host memory while a GPU trains: they take nothing of the device.
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -67,16 +69,23 @@ def plan_of(
     """
     shards = shard_count(cfg, ranks)
     weights, moments, averages = (-(-size // shards) for size in state_bytes(net, cfg))
+    aside = ranks.device.type == "cuda" and in_host(cfg)
     whole = gathered_bytes(net, cfg, ranks) if shards > 1 else 0
     return Plan(
         weights=weights + whole + sum(b.nbytes for b in net.buffers()),
         gradients=weights,
         moments=moments,
-        averages=averages,
+        averages=0 if aside else averages,
         autoencoder=sum(t.nbytes for t in vae.state_dict().values()),
         activations=activations(net.cfg, latent_shape, cfg, ranks),
         at_once=cfg.accum > 1 or ranks.world > 1,
+        host=averages if aside else 0,
     )
+
+
+def in_host(cfg: Any) -> bool:
+    """Do averages lie in host memory? Those of scripts without --ema-device never do."""
+    return getattr(cfg, "ema_device", "same") == "cpu"
 
 
 def activations(net_cfg: Any, latent_shape: tuple[int, int, int], cfg: Any, ranks: Ranks) -> int:
@@ -143,8 +152,8 @@ def check_plan(
     ways = []
     if cfg.batch > ranks.world * cfg.accum:
         ways.append("raise --accum")
-    if cfg.ema:
-        ways.append("drop --ema widths")
+    if plan.averages:
+        ways += ["drop --ema widths"] + ["add --ema-device cpu"] * hasattr(cfg, "ema_device")
     if cfg.optim != "adamw8bit":
         ways.append("add --optim adamw8bit")
     if ranks.world > 1 and not is_wanted(cfg):
@@ -160,7 +169,7 @@ def check_plan(
 
 def shares(plan: Plan) -> str:
     """The rows of a plan on one line."""
-    sizes = {name: size for name, size in plan._asdict().items() if name != "at_once"}
+    sizes = {name: size for name, size in plan._asdict().items() if name not in ("at_once", "host")}
     return ", ".join(f"{name} {size / GB:.1f}" for name, size in sizes.items())
 
 
@@ -178,6 +187,8 @@ def table(plan: Plan, cfg: Any, numbers: int, vae: str, ranks: Ranks) -> str:
         "autoencoder": vae,
         "activations": f"estimated, of {passes} images in {precision(ranks.device, cfg.dtype)}",
     }
+    if plan.host:
+        words["averages"] += f"; {plan.host / GB:.3f} in host memory"
     lines = [f"memory of a rank, of {ranks.world}, in GB:"]
     for name, text in words.items():
         lines.append(f"  {name:<12} {getattr(plan, name) / GB:8.3f}  {text}")
@@ -210,7 +221,7 @@ def memory_text(cfg: Any, objective: Objective) -> str:
         net = build(unet)
     _, world = place_here() or (0, 1)
     ranks = Ranks(0, world, pick_device(cfg.device))
-    plan = plan_of(net, vae, vae.latent_shape(cfg.resolution), cfg, ranks)
+    plan = plan_of(net, vae, largest_shape(cfg, vae), cfg, ranks)
     numbers = sum(p.numel() for p in net.parameters())
     return table(plan, cfg, numbers, vae.name, ranks)
 

@@ -31,6 +31,8 @@ def ema_net(tr: Trainer) -> tuple[str, Any]:
     width, weights = next(iter(tr.ema.weights.items()))
     if is_sharded(net):
         return f"ema-{width}", showing(net, weights)
+    # From host memory, with --ema-device cpu: a step's gradients are not there now.
+    weights = {name: weight.to(tr.ranks.device) for name, weight in weights.items()}
     return f"ema-{width}", lambda x, t, **cond: functional_call(net, weights, (x, t), cond)
 
 

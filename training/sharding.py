@@ -182,7 +182,8 @@ def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         whole = tensor.detach()
         if hasattr(whole, "full_tensor"):
-            whole = whole.full_tensor()
+            # Averages may lie in host memory, and NCCL sends what is on the GPU.
+            whole = whole.to(ranks.device).full_tensor()
         if ranks.rank == 0:
             found[name] = whole.cpu()
     return found

@@ -138,12 +138,23 @@ def network_config(
     return cfg
 
 
+def largest_shape(cfg: Any, vae: AnyVAE) -> tuple[int, int, int]:
+    """(C, h, w) of the largest latents of a run: those of --resolution, or of the bucket with the
+    most pixels, which need not be the square one."""
+    channels, *square = vae.latent_shape(cfg.resolution)
+    buckets = cfg.bucket_sizes()
+    if buckets:
+        width, height = max(buckets.sizes, key=lambda size: size[0] * size[1])
+        square = height // vae.factor, width // vae.factor
+    return channels, *square
+
+
 def check_room(run: Path, net: nn.Module, vae: AnyVAE, cfg: Any, ranks: Ranks) -> None:
     """Refuse a run whose checkpoints the disk, or whose micro-batches the memory cannot hold."""
     check_sharding(cfg, ranks)
     check_disk(run, sum(state_bytes(net, cfg)), cfg)
     micro, width = cfg.batch // (ranks.world * cfg.accum), getattr(net.cfg, "model_channels", 0)
-    shape = vae.latent_shape(cfg.resolution)
+    shape = largest_shape(cfg, vae)
     check_batch_memory("a micro-batch of", micro, cfg.resolution, shape, ranks.device, width)
 
 

@@ -1,10 +1,12 @@
 """Power-function averages of the weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from harness.cli import UserError
-from harness.ema import EMA, check_widths
+from harness.ema import EMA, check_averages, check_widths
 
 
 def test_power_ema_has_edm2s_exponents_and_their_closed_form():
@@ -25,3 +27,32 @@ def test_widths_are_shares_of_a_run_and_differ_in_their_files_names(widths):
     with pytest.raises(UserError, match="wanted different widths from 0.01 to 0.25"):
         check_widths(widths)
     check_widths((0.05, 0.1))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_average_of_every_third_network_has_its_closed_form(every):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2).double()
+    ema, seen, kept = EMA(net, (0.05, 0.1), every, "cpu"), 0, []
+    for step in range(1, 20):
+        for p in net.parameters():
+            p.data += torch.randn_like(p)
+        seen += 8
+        ema.update(net, seen, 8)
+        if step % every == 0:
+            kept.append(net.weight.detach().clone())
+    m = len(kept)
+    for key, e in ema.exponents.items():
+        # Of the j-th of m the weight is (j/m)^e - ((j-1)/m)^e: the power average of their steps.
+        shares = [((j + 1) / m) ** e - (j / m) ** e for j in range(m)]
+        wanted = sum(share * w for share, w in zip(shares, kept))
+        assert sum(shares) == pytest.approx(1)
+        assert torch.allclose(ema.weights[key]["weight"], wanted, atol=1e-12)
+
+
+def test_averages_that_would_never_be_made_are_refused():
+    cfg = SimpleNamespace(ema=(0.05,), ema_every=10, batch=8, images=79)
+    with pytest.raises(UserError, match="--ema-every 10: 10 steps of 8 images are more than"):
+        check_averages(cfg)
+    cfg.images = 80
+    check_averages(cfg)

@@ -15,6 +15,7 @@ from model import PRESETS, build
 from training.casts import cast_together
 from training.plan import Plan, activations, check_plan, plan_of, vae_by_name
 from training.precision import inputs_of
+from training.start import largest_shape
 from vae import pixel
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -154,7 +155,8 @@ def test_no_room_on_a_gpu_is_one_line_before_anything_is_written(tmp_path, monke
     assert code == 2 and len(errors) == 1 and not (tmp_path / "r").exists()
     assert "and this GPU has 0.0 GB" in errors[0] and "averages 0.0" in errors[0]
     assert errors[0].endswith(
-        "Raise --accum, or drop --ema widths, or add --optim adamw8bit, or add --weights bf16."
+        "Raise --accum, or drop --ema widths, or add --ema-device cpu, or add --optim adamw8bit, "
+        "or add --weights bf16."
     )
 
 
@@ -178,7 +180,7 @@ def test_a_dry_run_prints_the_table_beside_the_config(tmp_path, monkeypatch, use
     code, out, lines = user(train.main, *words, "--out", tmp_path / "r", "--dry-run")
     assert code == 0 and json.loads(out)["dtype"] == "bf16" and not (tmp_path / "r").exists()
     rows = {line.split("  ")[1].strip(): line for line in lines[1:]}
-    assert [*rows] == [*Plan._fields[:-1], "a step"]
+    assert [*rows] == [*Plan._fields[:6], "a step"]
     assert "370,688 in bf16" in rows["weights"] and "of 4 images in bf16" in rows["activations"]
     sizes = {name: float(line.split()[1 + (name == "a step")]) for name, line in rows.items()}
     step = sizes.pop("a step")
@@ -206,3 +208,39 @@ def test_an_autoencoder_that_only_its_file_knows_is_said_to_be_unknown(tmp_path,
     code, out, lines = user(train.main, *words)
     assert code == 0 and json.loads(out)["vae"] == "hf:someone/something"
     assert lines == ["memory: known once the autoencoder of --vae hf:someone/something was fetched"]
+
+
+def test_averages_in_host_memory_take_nothing_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(training.plan, "capacity", lambda device: 10**9)
+    cfg, net = flags(ema=(0.05, 0.1), ema_device="cpu"), build(PRESETS["nano"])
+    there = plan_of(net, pixel(), (32, 8, 8), flags(ema=(0.05, 0.1)), ON_A_GPU)
+    host = plan_of(net, pixel(), (32, 8, 8), cfg, ON_A_GPU)
+    assert host.averages == 0 and host.host == there.averages > 0 == there.host
+    assert there.peak - host.peak == there.averages
+    lines = training.plan.table(host, cfg, 1, "pixel", ON_A_GPU).splitlines()
+    assert any(f"; {host.host / 1e9:.3f} in host memory" in line for line in lines)
+    # Where a CPU trains, host memory is what it trains in.
+    assert plan_of(net, pixel(), (32, 8, 8), cfg, ALONE).averages == there.averages
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_of_buckets_the_largest_is_counted_whoever_holds_the_network(tmp_path, monkeypatch, shard):
+    """64×128 pixels are more than the square's 80×80, and within 92×92."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    bucketed = dict(buckets=True, area="92x92", step=16, resolution=64, shard=shard)
+    cfg, world = config(tmp_path, **bucketed), Ranks(0, 2, torch.device("cpu"))
+    assert cfg.resolution == 80
+    net, vae = build(PRESETS["nano"]), vae_by_name(cfg)
+    plan = plan_of(net, vae, largest_shape(cfg, vae), cfg, world)
+    each = {
+        size: activations(net.cfg, (32, size[1] // 8, size[0] // 8), cfg, world)
+        for size in cfg.bucket_sizes().sizes
+        if size[0] * size[1] >= 80 * 80
+    }
+    assert plan.activations == max(each.values()) == each[64, 128] > 1.1 * each[80, 80]
+    parts, whole = 2 if shard == "full" else 1, sum(p.nbytes for p in net.parameters())
+    assert plan.gradients == whole // parts and plan.averages == 2 * whole // parts
+    monkeypatch.setattr(training.plan, "place_here", lambda: (0, 2))
+    told = training.plan.memory_text(cfg, train.objective_of(cfg)).splitlines()
+    row = next(line for line in told if line.strip().startswith("activations"))
+    assert float(row.split()[1]) == pytest.approx(plan.activations / 1e9, abs=1e-3)
