@@ -54,7 +54,7 @@ def ranks(world: int, function, *args, each: int = 0) -> list:
     said = []
     for receive, _ in pipes:
         try:
-            said.append(receive.recv() if receive.poll(120) else None)
+            said.append(receive.recv() if receive.poll(300) else None)
         except EOFError:
             said.append(None)
     dead = None in said
