@@ -9,6 +9,7 @@ import torch
 
 import train
 from ckpt import load_unet
+from data import heldout
 from data.dataset import Stream
 from harness.run import checkpoints
 from miniature import FIRST, NAME, SECOND, sdxl
@@ -16,7 +17,6 @@ from model import timestep_embedding
 from samplers import Sampling, open_generator
 from sharded import ONE, config, opened
 from text import open_texts, size_vector
-from training import heldout
 from training.texts import texts_of
 
 SIZES = (1024, 1536, 0, 128, 832, 1216)  # height, width; top, left; height, width
