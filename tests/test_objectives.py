@@ -594,6 +594,30 @@ def test_a_perfect_pretrained_network_has_the_aligned_loss_of_a_perfect_flow(tar
     assert aligned.t_max == pretrained.t_max and torch.equal(aligned.prior(x), pretrained.prior(x))
 
 
+def test_a_perfect_eps_network_starts_at_the_optimum_aligned_and_above_it_native():
+    """Unit Gaussian data: E[eps | x] = s x in a network's coordinates, and the least loss of u at t
+    is 1 / ((1-t)² + t²), since u's covariance with x is 2t - 1."""
+    q = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    draw = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(20_000, 64, 1, 1, generator=draw) for _ in range(2))
+    table = {"table": "scaled_linear", "density": "logit_normal"}
+    pretrained = make_objective("ddpm", **table)
+    aligned, flow = replace(pretrained, aligned=True), make_objective("fm")
+    started, least = {}, {}
+    for objective in (aligned, flow):
+        t = objective.time(q).double()
+        least[objective.name] = float((1 / ((1 - t) ** 2 + t**2)).mean())
+        net = gaussian_net(pretrained, 0.0, 1.0)
+        started[objective.name] = float(objective.loss(net, x0, eps=eps, q=q).loss)
+    assert started["ddpm"] == pytest.approx(least["ddpm"], rel=0.01)
+    # Read as a flow, it sees x itself, and the row 1000 t.
+    s = coordinates(pretrained, flow.row(flow.time(q)))[1].flatten()
+    t = flow.time(q).double()
+    native = (s**2 * ((1 - t) ** 2 + t**2) - 2 * s * (2 * t - 1) + 2).mean()
+    assert started["fm"] == pytest.approx(float(native), rel=0.01)
+    assert least["fm"] == pytest.approx(1.741, abs=0.001) and float(native) > 1.25 * least["fm"]
+
+
 def test_aligned_times_are_the_flows_scaled_to_the_table():
     q = torch.linspace(0, 1, 1001, dtype=torch.float64)
     flow = make_objective("fm", shift=2.0).time(q)
