@@ -94,7 +94,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(4096, 16_000, 1_600, 400, (5e-4, 2e-3), "tiny", 256),
+    "cpu": Size(4096, 16_000, 800, 200, (5e-4, 2e-3), "tiny", 128),
     "dry": Size(400, 64, 64, 32, (2e-3, 4e-3), "nano", 16),
 }
 Card = dict[str, Any]
