@@ -14,10 +14,9 @@ It writes OUT/cards/*.json, report.md, report.html and samples.png, and goes on 
 """
 
 import json
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ if __name__ == "__main__":
 
 import torch
 
+import train
 from ckpt import load_unet
 from data.dataset import open_dataset
 from data.images import to_float
@@ -37,6 +37,7 @@ from experiments.boost import Verdict, says, shown
 from experiments.measures import References, held_out_u, in_u, open_references, sampled, sampling
 from experiments.page import band, cell, paragraphs
 from experiments.paired import Paired, mean_over_log, paired
+from experiments.parts import Stopped
 from experiments.report import Chart, Panel, Picture, Report, Section, Table, number, write
 from harness import record
 from harness.cli import cli, flag, parse
@@ -46,6 +47,7 @@ from harness.ranks import Ranks
 from harness.rows import read_log
 from objectives import make_objective
 from samplers import open_generator
+from training.precision import without_race
 from vae import vae_from_meta
 
 RULE = """
@@ -63,7 +65,6 @@ that the opposite is, all else is "not shown".
 4.  B4, the source: FD of native after all images is below that of eps. "Adapted well to the flow
     matching target" says at least this.
 """
-ROOT = Path(__file__).parent.parent
 CPU = Ranks(0, 1, torch.device("cpu"))
 TABLE = ("--objective", "ddpm", "--table", "scaled_linear")
 ARMS = {
@@ -88,14 +89,13 @@ class Size(NamedTuple):
     base: int
     images: int
     every: int
-    rates: tuple[float, ...]
     model: str
     n: int
 
 
 SIZES = {
-    "cpu": Size(4096, 16_000, 800, 200, (5e-4, 2e-3), "tiny", 128),
-    "dry": Size(400, 64, 64, 32, (2e-3, 4e-3), "nano", 16),
+    "cpu": Size(4096, 16_000, 800, 200, "tiny", 128),
+    "dry": Size(400, 64, 64, 32, "nano", 16),
 }
 Card = dict[str, Any]
 
@@ -104,7 +104,8 @@ Card = dict[str, Any]
 class Config:
     size: Literal["cpu", "dry"] = flag("cpu", "how much of everything")
     seeds: tuple[int, ...] = flag((0, 1, 2), "of the runs", low=0, high=1e6)
-    jobs: int = flag(1, "runs at once", low=1, high=64)
+    rates: tuple[float, ...] = flag((1e-3,), "learning rates that each arm tries", low=0, high=1)
+    only: bool = flag(False, "train these and stop: another process does the rest")
     out: str = flag("runs/finetune", "runs, cards and report", writes="folder")
 
 
@@ -155,10 +156,15 @@ def words_of(size: Size, run: Run, out: Path) -> list[str]:
     return list(map(str, words))
 
 
-def train(bench: Bench, run: Run) -> Path:
+def trained(bench: Bench, run: Run) -> Path:
     """A run's folder, trained where it is not yet."""
-    words = words_of(bench.size, run, bench.out)
-    subprocess.run([sys.executable, ROOT / "train.py", *words], check=True)
+    cfg, _ = parse(train.Config, "", words_of(bench.size, run, bench.out))
+    print(f"---- {run.name}", flush=True)
+    if train.train(without_race(train.resolve(cfg), CPU.device), CPU):
+        raise Stopped()
+    # A training waits with a stop for the end of its step, and here is none.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return bench.out / run.name
 
 
@@ -169,7 +175,7 @@ def card_of(bench: Bench, run: Run) -> Card:
         card = json.loads(file.read_text())
         if card["asked"] == json.loads(json.dumps(asked)):
             return card
-    folder = train(bench, run)
+    folder = trained(bench, run)
     card = {**run._asdict(), "asked": asked, **record.context()}
     card["curve"] = starts(bench, folder) if run.arm == "base" else curve(run.arm, folder)
     record.save(file, card)
@@ -220,11 +226,6 @@ def with_samples(bench: Bench, card: Card) -> Card:
     card["fd"] = found
     record.save(bench.out / "cards" / f"{run.name}.json", card)
     return card
-
-
-def in_parallel(bench: Bench, work: Callable[..., Card], items: list[Any], jobs: int) -> list[Card]:
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda item: work(bench, item), items))
 
 
 # ---- the rule ------------------------------------------------------------------------------------
@@ -372,11 +373,11 @@ def main() -> None:
         return
     bench = open_bench(SIZES[cfg.size], Path(cfg.out))
     base = card_of(bench, BASE)
-    runs = [
-        Run(arm, seed, rate) for seed in cfg.seeds for arm in ARMS for rate in bench.size.rates
-    ]
-    cards = in_parallel(bench, card_of, runs, cfg.jobs)
-    drawn = in_parallel(bench, with_samples, [base, *chosen(cards)], cfg.jobs)
+    runs = [Run(arm, seed, rate) for rate in cfg.rates for seed in cfg.seeds for arm in ARMS]
+    cards = [card_of(bench, run) for run in runs]
+    if cfg.only:
+        return
+    drawn = [with_samples(bench, card) for card in (base, *chosen(cards))]
     words = verdicts(drawn[1:])
     floor = bench.refs.floor("excluded", bench.size.n)
     found = {"config": asdict(cfg), "rates": best_rates(cards), "floor": floor}

@@ -155,6 +155,10 @@ def test_the_python_of_a_page_compiles_and_imports_every_name_it_uses(page, bloc
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            made.add(node.name)
+        if isinstance(node, ast.arg):
+            made.add(node.arg)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             made |= {alias.asname or alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
