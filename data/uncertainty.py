@@ -252,6 +252,8 @@ def fitted(cfg: Any, gen: Any, layer: nn.Conv2d) -> Posterior:
     print(f"uncertainty: fits a posterior to {cfg.posterior_pairs:,} pairs of {spec}", flush=True)
     try:
         return fit(gen, layer, ds, cfg.posterior_pairs)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{gen.path}: {error}", do="Name a network that was trained.") from None
 

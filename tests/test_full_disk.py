@@ -21,6 +21,7 @@ from ckpt.convert import convert
 from ckpt.posteriors import save_posterior
 from conftest import ROOT
 from data.stamps import Stamp, Stamps, write_stamps
+from data.uncertainty import Estimator
 from diffusion.laplace import Posterior
 from distillation.assessor import Assessor, AssessorConfig
 from experiments import report
@@ -41,6 +42,13 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 CFG = UNetConfig(4, 4, 32, (1,), num_res_blocks=1, attention=(1,), num_heads=2)
 PICTURES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
 POSTERIOR = Posterior(torch.eye(2).double(), 1.0, torch.ones(2).double(), 9, (1, 1), (0, 0))
+ESTIMATOR = Estimator(
+    SimpleNamespace(uncertainty=2, tangent=False),
+    SimpleNamespace(meta={"fingerprint": "ab" * 32}, solver={"method": "heun"}),
+    torch.nn.Conv2d(1, 1, 1),
+    POSTERIOR,
+)
+ESTIMATOR.found.append(torch.ones(2, 3, 3))
 LATENTS = torch.zeros(3, 1, 4, 2, 2, dtype=torch.float16)
 
 
@@ -79,6 +87,7 @@ WRITERS = {
     "a text encoder": lambda path: save_encoder(path, TextEncoder(TextConfig(8, 1, 1, "gelu"))),
     "an assessor": lambda path: Assessor(AssessorConfig({"mid": 32}, bins=4)).save(path, {}),
     "a posterior": lambda path: save_posterior(path, POSTERIOR, "ab" * 32),
+    "how sure a network is": lambda path: ESTIMATOR.save(PICTURES, path.with_name("s"), 0, False),
     "a grid": lambda path: save_grid(PICTURES, path),
     "npz": lambda path: save_npz(PICTURES, path),
     "statistics": lambda path: save_statistics(path, Statistics.of(torch.randn(9, 3)), {}),
@@ -100,6 +109,7 @@ WRITERS = {
     "of what features are": lambda path: features.describe_folder(path.parent, {}),
 }
 NAMES = {
+    "how sure a network is": "s-uncertainty.json",
     "digests": "digests.safetensors",
     "a bad batch": "bad-batch-000000000080-rank0.pt",
     "a line of the log": "log.jsonl",

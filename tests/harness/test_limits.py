@@ -55,6 +55,7 @@ COMMANDS = {
     "benchmarks.peer_schedulers": ["--ckpt", "none"],
     "benchmarks.rounding": ["--out", "none"],
     "benchmarks.text": [],
+    "benchmarks.uncertainty": [],
 }
 # What is no number, no whole one, or none that any of these flags takes.
 IMPOSSIBLE = ("1e30", "-1", "nan", "inf", "-inf", "9" * 50, "9" * 5000, "1.5e", "²", "")
