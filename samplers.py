@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ckpt import find_checkpoint, load_unet
+from ckpt import find_checkpoint, fingerprint, load_unet
 from ckpt.configs import Space, check_resolution, space_of
-from ckpt.lora import LoRA, merge_texts, merge_unet, read_loras
+from ckpt.lora import merge_unet, read_loras
 from ckpt.meaning import objective_from, said_table
+from ckpt.mmdit_configs import usual_shift
 from ckpt.usual import as_usual, usual_side
 from data import prompts
 from data.boosts import Boosting, Enlarger, open_enlarger
-from data.emphasis import weighted
 from data.images import EXTENSIONS
 from data.inits import Init, read_init
 from data.tags import pick_labels
@@ -252,6 +252,9 @@ class Sampling:
     )
     prompt: str | None = flag(
         None, "what to draw, in words, or @FILE: a line each, cycled over the images"
+    )
+    context: str = flag(
+        "", "FILE[:ROW] of text embeddings instead, cycled over its rows", of="not --prompt"
     )
     batch: int = flag(64, "images at a time", low=1, high=1e6)
     device: str = flag("auto", "auto | cpu | cuda | cuda:1")
@@ -499,7 +502,8 @@ def load_guide(
 
 def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, what: str) -> None:
     """Refuse flags that a network of config `net` cannot answer; warn of what it may not know."""
-    if cfg.cfg != 1.0 and not (cfg.labels or cfg.guide_ckpt or cfg.prompt is not None):
+    asks = cfg.labels or cfg.guide_ckpt or cfg.context or cfg.prompt is not None
+    if cfg.cfg != 1.0 and not asks:
         none = "" if net.num_classes else ", and this checkpoint was trained without classes"
         raise UserError(
             f"--cfg {cfg.cfg} needs --labels: guidance is away from the unconditional prediction"
@@ -522,6 +526,19 @@ def check_network(cfg: Sampling, net: Any, meta: dict[str, Any], vae: AnyVAE, wh
         )
 
 
+def as_authors(
+    cfg: Sampling, net: Any, meta: dict[str, Any], latent_shape: tuple[int, int, int], what: str
+) -> Sampling:
+    """The flags, with the shift of times of an SD3 or Flux as others wrote it, if none is given."""
+    solver = solver_of(cfg)
+    joint = meta.get("family") and getattr(net, "joint", 0)
+    if cfg.shift is not None or not joint or solver["method"] == "dopri5":
+        return cfg
+    shift = usual_shift(net, *latent_shape[1:], solver["steps"])
+    print(f"note: {what} is drawn with --shift {shift:.4g}, as by its authors", file=sys.stderr)
+    return replace(cfg, shift=shift)
+
+
 def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     """A checkpoint and the flags, as what draws. Refuses what does not fit, before it draws."""
     check(cfg)
@@ -530,8 +547,7 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     heads = ("num_heads", "num_head_channels", "attention_order", "objective")
     known = {name: getattr(cfg, name) for name in heads if getattr(cfg, name)}
     net, meta = load_unet(path, dtype=torch.float32, **known)
-    asks = cfg.prompt is not None
-    prompts.check_asked(net.cfg, asks, str(path))
+    asks = prompts.check_asked(net.cfg, cfg, str(path))
     for lora, strength in loras:
         merge_unet(net, lora, strength)
     objective, vae, latent_shape = describe(cfg, net.cfg, meta, str(path))
@@ -540,8 +556,9 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
         # It knows the times of its own steps only (distill.py).
         cfg = replace(cfg, method="euler", steps=cfg.steps or made["end_steps"])
     check_network(cfg, net.cfg, meta, vae, str(path))
+    cfg = as_authors(cfg, net.cfg, meta, latent_shape, str(path))
     size = latent_shape[1] * vae.factor, latent_shape[2] * vae.factor
-    told = tell(cfg, net.cfg, meta, size, str(path), loras, device) if asks else None
+    told = prompts.tell(cfg, net.cfg, meta, size, str(path), loras, device) if asks else None
     told, strength = prompts.with_strength(told, net.cfg, cfg, str(path))
     guide, guide_fingerprint = None, ""
     if cfg.guide_ckpt:
@@ -566,28 +583,6 @@ def open_generator(cfg: Sampling, device: torch.device) -> Generator:
     gen.loras = [f"{lora.fingerprint} {strength:g}" for lora, strength in loras]
     gen.sampled = sampled_of(cfg, gen, guide_fingerprint)
     return gen
-
-
-def tell(
-    cfg: Sampling,
-    net: Any,
-    meta: dict[str, Any],
-    size: tuple[int, int],
-    what: str,
-    loras: list[tuple[LoRA, float]],
-    device: torch.device,
-) -> prompts.Conditions:
-    """What --prompt and --negative say to a network of config `net`, for images of size (height,
-    width)."""
-    told = meta.get("init", {}).get("text") or {}
-    texts = prompts.open_tellers(cfg.text, cfg.ckpt, net, what, told)
-    for lora, strength in loras:
-        merge_texts(texts.encoders, lora, strength)
-    texts = weighted(texts.to(device), cfg.prompt_weights)
-    asked = prompts.read_prompts(cfg.prompt)
-    chunks = cfg.chunks if cfg.chunks > 1 else told.get("chunks", 1)
-    how = {"chunks": chunks, "skip": cfg.clip_skip or told.get("skip", 0)}
-    return prompts.conditions(texts, asked, cfg.negative, size, **how)
 
 
 def asked(cfg: Sampling, gen: Generator, n: int | None = None) -> Tensor | None:
@@ -621,6 +616,7 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
         "guide": guide,
         "size": cfg.size,
         "prompts": prompts.read_prompts(cfg.prompt),
+        "context": fingerprint(gen.told.cond) if cfg.context else "",
         "negative": [] if cfg.negative is None else [cfg.negative],
         "prompt weights": cfg.prompt_weights.replace("none", ""),
         "clip skip": cfg.clip_skip,

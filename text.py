@@ -250,11 +250,11 @@ class TextEncoder(nn.Module):
             found.append(layer(found[-1]))
         return found
 
-    def pool(self, last: Tensor, ids: Tensor) -> Tensor:
-        """Of each text's first EOS, projected: (B, projection)."""
+    def pool(self, last: Tensor, ids: Tensor, projected: bool = True) -> Tensor:
+        """Of each text's first EOS, projected: (B, projection); or as it is: (B, D)."""
         ends = (ids == EOS).int().argmax(1)
         pooled = last[torch.arange(len(ids), device=ids.device), ends]
-        return self.text_projection(pooled) if self.cfg.projection else pooled
+        return self.text_projection(pooled) if self.cfg.projection and projected else pooled
 
     def forward(self, ids: Tensor) -> Encoded:
         """ids (B, 77), with BOS and EOS -> Encoded. No mask hides the padding: Stable Diffusion's
@@ -333,9 +333,12 @@ def save_encoder(path: Path, net: TextEncoder, layout: str = "hf", prefix: str =
     stream_tensors(path, header, {"format": "pt"}, tensors.__getitem__)
 
 
-def open_texts(spec: str | Path, dtype: torch.dtype | None = torch.float32) -> "Texts":
+def open_texts(
+    spec: str | Path, dtype: torch.dtype | None = torch.float32, sd3: bool = False
+) -> "Texts":
     """All the text encoders of a checkpoint: of a file (Stable Diffusion's, or an encoder's own), a
-    folder or a repository of diffusers. FILE,FILE: two of SDXL's that lie apart, in any order."""
+    folder or a repository of diffusers. FILE,FILE: two of SDXL's that lie apart, in any order.
+    sd3: as Stable Diffusion 3 reads them."""
     names = [str(spec)] if isinstance(spec, Path) else spec.split(",")
     found, zeros = [], True
     for name in names:
@@ -351,15 +354,20 @@ def open_texts(spec: str | Path, dtype: torch.dtype | None = torch.float32) -> "
             wanted="one, or SDXL's two",
             do="Name files that have them: a whole checkpoint, or clip_l.safetensors …",
         )
-    return Texts(found, zeros)
+    return Texts(found, zeros, sd3)
 
 
 # ---- what a U-Net is told -----------------------------------------------------------------------
 
 
+# Stable Diffusion 3's third encoder, T5, is not part of this code: zeros stand in its place, as its
+# authors have it where T5 is left out. So wide is its state, and so long a text is for it.
+T5_WIDTH, T5_TOKENS = 4096, 77
+
+
 class Told(NamedTuple):
-    context: Tensor  # (n, 77 · chunks, D)
-    pooled: Tensor | None  # (n, P) of SDXL
+    context: Tensor  # (n, 77 · chunks, D); of Stable Diffusion 3 (n, 77 · chunks + 77, 4096)
+    pooled: Tensor | None  # (n, P) of SDXL and Stable Diffusion 3
 
 
 class Texts:
@@ -367,17 +375,23 @@ class Texts:
 
     One encoder is Stable Diffusion 1's or 2's: the state `skip` layers from the end, through the
     final norm. Two are SDXL's: their penultimate states side by side, without the norm, and the
-    second one's pooled output. zeros: SDXL's null text is zeros, not the encoded "".
+    second one's pooled output. zeros: SDXL's null text is zeros, not the encoded "". sd3: the same
+    two as Stable Diffusion 3 reads them (Esser et al. 2024), with the pooled outputs of both, the
+    first one's without its projection, and zeros for T5; its null text is the encoded "".
     """
 
-    def __init__(self, encoders: Sequence[TextEncoder], zeros: bool = True):
+    def __init__(self, encoders: Sequence[TextEncoder], zeros: bool = True, sd3: bool = False):
         self.encoders, self.double = list(encoders), len(encoders) == 2
-        self.zeros = zeros and self.double
+        self.sd3 = sd3 and self.double
+        self.zeros = zeros and self.double and not self.sd3
         first = self.encoders[0].cfg
         # Stable Diffusion 2 was trained on the last but one of 24 layers; some files lack the last.
         self.skip = 2 if self.double or first.width == TEXT_PRESETS["clip-h"].width else 1
         self.context_dim = sum(net.cfg.width for net in self.encoders)
         self.vector_dim = self.encoders[1].cfg.projection + 6 * WAVES if self.double else 0
+        if self.sd3:
+            self.context_dim = T5_WIDTH
+            self.vector_dim = first.width + self.encoders[1].cfg.projection
 
     @property
     def device(self) -> torch.device:
@@ -419,12 +433,20 @@ class Texts:
 
     def part(self, texts: Sequence[str], chunks: int, skip: int) -> Told:
         """tell() of one batch of distinct texts."""
-        contexts, pooled = [], None
+        contexts, pooled = [], []
         for net in self.encoders:
-            state, pooled = self.states(net, texts, chunks, skip)
+            state, one = self.states(net, texts, chunks, skip)
             contexts.append(state.reshape(len(texts), chunks * CONTEXT, -1))
-        # Of a text's first piece; the second encoder's stays.
-        return Told(torch.cat(contexts, dim=2), pooled[::chunks] if self.double else None)
+            pooled.append(one)
+        context = torch.cat(contexts, dim=2)
+        if not self.double:
+            return Told(context, None)
+        # Of a text's first piece.
+        pooled = [one[::chunks] for one in pooled]
+        if not self.sd3:
+            return Told(context, pooled[1])
+        room = (0, T5_WIDTH - context.shape[2], 0, T5_TOKENS)
+        return Told(F.pad(context, room), torch.cat(pooled, dim=1))
 
     def states(
         self, net: TextEncoder, texts: Sequence[str], chunks: int, skip: int
@@ -438,13 +460,14 @@ class Texts:
         return pieces_of(text, pad, chunks)
 
     def encode(self, net: TextEncoder, ids: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
-        """What a U-Net sees of one encoder's ids (n, 77): (n, 77, D), and SDXL's pooled (n, P)."""
+        """What a network sees of one encoder's ids (n, 77): (n, 77, D), and of two pooled (n, P)."""
         ids = ids.to(self.device)
         states = net.states(ids)
         state = states[self.state(net, skip or self.skip)]
         if not self.double:
             return net.final_layer_norm(state), None
-        return state, net.pool(net.final_layer_norm(states[-1]), ids)
+        plain = self.sd3 and net is self.encoders[0]
+        return state, net.pool(net.final_layer_norm(states[-1]), ids, projected=not plain)
 
     def state(self, net: TextEncoder, skip: int) -> int:
         """Which of net.states() is `skip` layers from the end of the whole encoder."""

@@ -26,9 +26,12 @@ from ckpt.layouts import (
 )
 from ckpt.meaning import ANOTHER, UNKNOWN, add_schedule, shown_betas
 from ckpt.mmdit_configs import usual_shift
+from ckpt.mmdits import is_sd3
 from ckpt.native import PROBE_LIMIT, Source, check_weights, find_checkpoint, probe
 from ckpt.texts import encoders_with
-from ckpt.usual import VAES, WIDTHS, as_usual, encoder_files, shown_encoders, usual_side
+from ckpt.usual import (
+    CLIPS, VAES, WIDTHS, as_usual, encoder_files, shown_encoders, usual_side,
+)  # fmt: skip
 from diffusion.schedules import shorter
 from harness.cli import UserError, dashed, printable
 from harness.files import (
@@ -270,8 +273,6 @@ def what_is_missing(source: Source, unsaid: set[str], objective: str | None) -> 
     latent = cfg.in_channels != 3 or meta.get("latent")
     if "vae" not in meta and latent and meta.get("family") not in VAES:
         missing.append("autoencoder (--vae)")
-    if getattr(cfg, "context_dim", 0) and not isinstance(cfg, UNetConfig):
-        missing.append("code for its text encoders: no flag gives it")
     if "resolution" not in meta and not usual_side(meta, objective or ""):
         missing.append("size of the images (--resolution)")
     return missing
@@ -286,17 +287,22 @@ def lies_elsewhere(source: Source, path: str) -> dict[str, str]:
         found[f"--vae {VAES[family]}"] = "autoencoder (--vae)"
     widths = [width for width, _ in encoders_of(source, path)]
     is_told = "text" in meta.get("init", {}) or is_repository(path)
-    reads = isinstance(source.cfg, UNetConfig) and not isinstance(source.cfg, ByteUNetConfig)
-    if reads and sum(widths) != context and not is_told:
-        found[f"--text {encoder_files(context) or 'FILE'}"] = (
-            f"text encoders (--text): {shown_encoders(context)}"
-        )
+    if is_sd3(source.cfg):
+        context = CLIPS  # of which the rest of its width is room for T5's
+    elif context and not isinstance(source.cfg, UNetConfig):
+        found["--context FILE"] = "what its text encoders say (--context)"
+        return found
+    if isinstance(source.cfg, ByteUNetConfig) or sum(widths) == context or is_told:
+        return found
+    found[f"--text {encoder_files(context) or 'FILE'}"] = (
+        f"text encoders (--text): {shown_encoders(context)}"
+    )
     return found
 
 
 def encoders_of(source: Source, path: str) -> list[tuple[int, str]]:
     """(width, place) of the text encoders that lie with a network which is told by them."""
-    reads = isinstance(source.cfg, UNetConfig) and source.cfg.context_dim
+    reads = isinstance(source.cfg, UNetConfig) and source.cfg.context_dim or is_sd3(source.cfg)
     return encoders_with(source.weights.path) if reads and not is_repository(path) else []
 
 

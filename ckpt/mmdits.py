@@ -12,7 +12,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,11 @@ def family(cfg: MMDiTConfig) -> str:
     if cfg.pos_max:
         return "sd3.5" if cfg.qk_norm else "sd3"
     return "flux1" if cfg.modulation == "own" else "flux2"
+
+
+def is_sd3(cfg: Any) -> bool:
+    """Is a config that of a network which is told by CLIP's states, as Stable Diffusion 3 is?"""
+    return isinstance(cfg, MMDiTConfig) and family(cfg) in ("sd3", "sd3.5")
 
 
 def pieces(cfg: MMDiTConfig, layout: str) -> dict[str, tuple[Piece, ...]]:

@@ -12,12 +12,16 @@ from typing import Any
 # (ckpt/meaning.py). Of 2.x there are two kinds, eps at 512 pixels and v at 768: that is no guess.
 TABLE = "scaled_linear"
 TARGETS = {"sd1": "eps", "sd2": None, "sdxl": "eps"}
-SIDES = {"sd1": 512, "sdxl": 1024}
+SIDES = {"sd1": 512} | dict.fromkeys(("sdxl", "sd3", "sd3.5", "flux1", "flux2"), 1024)
 SIDES_OF_2 = {"eps": 512, "v": 768}
 # The autoencoders that they were trained with, by their names in vae.py.
-VAES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+VAES = {
+    "sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd3.5": "sd3", "flux1": "flux1",
+    "flux2": "flux2",
+}  # fmt: skip
 # {how wide a context is: the encoders}, and the files that other programs keep them in.
 ENCODERS = {768: ("ViT-L",), 1024: ("ViT-H",), 1280: ("ViT-bigG",), 2048: ("ViT-L", "ViT-bigG")}
+CLIPS = 2048  # SDXL's two, which Stable Diffusion 3 has too
 FILES = {"ViT-L": "clip_l.safetensors", "ViT-H": "", "ViT-bigG": "clip_g.safetensors"}
 WIDTHS = {768: "ViT-L", 1024: "ViT-H", 1280: "ViT-bigG"}
 
@@ -42,7 +46,7 @@ def as_usual(meta: Mapping[str, Any], table: str = "") -> tuple[dict[str, Any], 
 
 
 def usual_side(meta: Mapping[str, Any], target: str) -> int:
-    """The side, in pixels, that a Stable Diffusion was trained at; 0 if that is not known."""
+    """The side, in pixels, that a network of a family was trained at; 0 if that is not known."""
     family = meta.get("family", "")
     return SIDES_OF_2.get(target, 0) if family == "sd2" else SIDES.get(family, 0)
 

@@ -63,12 +63,14 @@ class Family(NamedTuple):
 # recorded with every use.
 FILE = "diffusion_pytorch_model.safetensors"
 SD = f"hf:stable-diffusion-v1-5/stable-diffusion-v1-5/vae/{FILE}"
+SD3 = f"hf:stabilityai/stable-diffusion-3-medium-diffusers/vae/{FILE}"
 FLUX1 = "hf:black-forest-labs/FLUX.1-schnell/ae.safetensors"
 FLUX2 = "hf:black-forest-labs/FLUX.2-dev/ae.safetensors"
 FAMILIES = {
     "sd": Family(4, 0.18215, SD),
     "sdxl": Family(4, 0.13025, f"hf:stabilityai/sdxl-vae/{FILE}", fp16=False),
     "sdxl-fp16-fix": Family(4, 0.13025, f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"),
+    "sd3": Family(16, 1.5305, SD3, shift=0.0609, quant=False),
     "flux1": Family(16, 0.3611, FLUX1, shift=0.1159, quant=False),
     "flux2": Family(32, 1.0, FLUX2, stats=True),
 }
@@ -348,8 +350,6 @@ def pick_family(
     if said:
         words += f", {shown_scaling(said)}"
     what = f"{path} ({words}) can be {' or '.join(fits) or 'nothing known here'}"
-    if [*fits] == ["flux1"]:
-        what += " (or Stable Diffusion 3, not known here)"
     if given and given not in fits:
         raise UserError(f"{what}, not {given}", do="Name what it is, or another file.")
     if not given and (len(fits) != 1 or not cfg.stats and not said):

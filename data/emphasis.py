@@ -254,7 +254,7 @@ class Weighted(Texts):
     """Text encoders that read weights in their texts."""
 
     def __init__(self, texts: Texts, dialect: Dialect):
-        super().__init__(texts.encoders, texts.zeros)
+        super().__init__(texts.encoders, texts.zeros, texts.sd3)
         self.dialect = dialect
 
     def cut(self, text: str, pad: int, chunks: int) -> tuple[Tensor, str]:

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ckpt.byteunet import ByteUNetConfig
 from ckpt.configs import check_resolution
-from ckpt.containers import open_weights, unboxed
+from ckpt.containers import open_weights
 from ckpt.hub import data_from_file
 from ckpt.layouts import Config, target_of
 from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.meaning import objective_from, said_table, same_table
 from ckpt.native import ToldBy
 from data.dataset import Dataset, first_of, rng, vae_for
+from data.prompts import context_form, read_context
 from data.tags import one_form
 from diffusion.schedules import T, has_rows, norm, shorter, table_time
 from harness.cli import UserError, flag
@@ -417,28 +418,13 @@ def read_texts(cfg: Config, file: str, text: str = "") -> dict[str, Tensor]:
         if file:
             raise UserError(f"--context {file}, but the teacher takes no text", do=LEAVE_IT)
         return {}
-    wanted = {"context": (3, cfg.context_dim)}
-    form = f"context (n, tokens, {cfg.context_dim})"
-    if cfg.vector_dim:
-        wanted["y"] = (2, cfg.vector_dim)
-        form += f" and y (n, {cfg.vector_dim})"
     if not file:
         raise UserError(
             "the teacher is told what to draw by text",
-            do=f"Add --context FILE: safetensors with {form}, the text encoder's output for n "
-            "captions.  (distill.py --text clip-l:FILE tells what each picture shows.)",
+            do=f"Add --context FILE: safetensors with {context_form(cfg)}, the text encoder's "
+            "output for n captions.  (distill.py --text clip-l:FILE tells what each picture shows.)",
         )
-    box = unboxed(open_weights(file))
-    shapes = {name: box.shape(name) for name in box}
-    fits = shapes.keys() == wanted.keys() and all(
-        (len(shapes[name]), shapes[name][-1]) == shape for name, shape in wanted.items()
-    )
-    if not fits or len({shape[0] for shape in shapes.values()}) != 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise UserError(
-            f"{file} holds {found}", wanted=form, do="Write the text encoder's output so."
-        )
-    return {name: box[name].float() for name in wanted}
+    return read_context(file, cfg)
 
 
 def told_by(file: str) -> dict[str, Any] | None:

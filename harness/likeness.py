@@ -28,7 +28,7 @@ COMMAND = (
     "posterior", "posterior_data", "posterior_pairs",
 )  # fmt: skip
 # What may name a file, or lead to the network.
-PLACES = ("text", "vae", "guide_ckpt", "init", "mask", "boost", "lora")
+PLACES = ("text", "vae", "guide_ckpt", "init", "mask", "boost", "lora", "context")
 # Our methods as A1111 calls them; others have their own name.
 SAMPLERS = {
     "euler": "Euler",
