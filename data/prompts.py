@@ -265,7 +265,7 @@ def with_strength(
     if flags.cfg == 1.0:
         raise UserError(
             f"the network of {what} is told a strength of guidance",
-            do="Add --cfg: about 8 for an LCM (distilled for 3 to 13), 3.5 for Flux 1, 4 for Flux 2.",
+            do="Add --cfg: 8 for an LCM (distilled for 3 to 13), 3.5 for Flux 1, 4 for Flux 2.",
         )
     strength = {"guidance": torch.full((1,), flags.cfg)}
     many = {"guidance": strength["guidance"].repeat(len(told))}

@@ -422,7 +422,8 @@ def read_texts(cfg: Config, file: str, text: str = "") -> dict[str, Tensor]:
         raise UserError(
             "the teacher is told what to draw by text",
             do=f"Add --context FILE: safetensors with {context_form(cfg)}, the text encoder's "
-            "output for n captions.  (distill.py --text clip-l:FILE tells what each picture shows.)",
+            "output for n captions.  "
+            "(distill.py --text clip-l:FILE tells what each picture shows.)",
         )
     return read_context(file, cfg)
 

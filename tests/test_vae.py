@@ -237,7 +237,7 @@ def test_names_that_are_refused(tmp_path):
         ("flx2", (), "no autoencoder 'flx2'.*Closest: flux2"),
         (f"flux2:{tmp_path}/none", (), "no autoencoder 'flux2:"),
         (f"flux2:{file}", ("sd",), "got family flux2, wanted sd"),
-        (file, ("sd3",), "family 'sd3' is not one of"),
+        (file, ("sd4",), "family 'sd4' is not one of"),
         (file, (None, "packed"), "latents 'packed' is not one of unpacked32, packed128"),
         (
             f"flux2:packed128:{file}",
