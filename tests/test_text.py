@@ -535,8 +535,9 @@ def test_sdxls_sizes_are_height_width_top_left_and_the_targets():
     wanted = torch.tensor([0.98735, -0.53762, 0.68346, -0.15853, -0.84319])
     assert torch.allclose(found, wanted, atol=6e-6)
     assert torch.equal(y[512:768], torch.tensor([1.0] * 128 + [0.0] * 128))
-    assert float(y.double().sum()) == pytest.approx(374.70874, abs=1e-4)
-    assert float(y.double().abs().sum()) == pytest.approx(931.98858, abs=1e-4)
+    # An angle of 1,000 in fp32 is known to 6e-5, so that processors differ; and there are 1,536.
+    assert float(y.double().sum()) == pytest.approx(374.70874, abs=2e-3)
+    assert float(y.double().abs().sum()) == pytest.approx(931.98858, abs=2e-3)
     swapped = size_vector((1536, 1024), (128, 0), (1216, 832))
     assert relative(swapped, y) == pytest.approx(1.18, abs=0.005)
     told = Told(torch.zeros(2, 77, 8), torch.ones(2, 4))
