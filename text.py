@@ -460,7 +460,7 @@ class Texts:
         return pieces_of(text, pad, chunks)
 
     def encode(self, net: TextEncoder, ids: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
-        """What a network sees of an encoder's ids (n, 77): (n, 77, D); of two also pooled (n, P)."""
+        """What is seen of an encoder's ids (n, 77): (n, 77, D); of two also pooled (n, P)."""
         ids = ids.to(self.device)
         states = net.states(ids)
         state = states[self.state(net, skip or self.skip)]
