@@ -35,6 +35,10 @@
 #           the first seed; again = further, many times
 #           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
 #           (python -m metrics.inception --fetch)
+#   architecture  experiments/architecture.py --size gpu on these: U-Net against transformer, 71M at
+#           256 px, the first seed; again = further, many times
+#           needs numpy safetensors pillow tqdm scipy matplotlib, and FID's weights
+#           (python -m metrics.inception --fetch)
 #   text    python benchmarks/text.py: encoders and guided steps against transformers and diffusers
 #           needs safetensors huggingface_hub pillow tqdm transformers diffusers
 #   prompts train.py --text bytes on the latents of encode, then pictures of three prompts
@@ -52,7 +56,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
 PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step tiles encode \
-train graph distill compare text prompts "
+train graph distill compare architecture text prompts "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -169,6 +173,15 @@ run_compare() {
     part compare 570 "$PYTHON" experiments/compare.py "${size[@]}" --out "$OUT/compare"
 }
 
+run_architecture() {
+    local size=(--size gpu --data "$OUT/latents" --sizes 71m --resolutions 256 --seeds 0
+                --images 400_000 --n 2048)
+    [ -z "$DRY" ] || size=(--size dry)
+    # at the limit the run that is under way saves
+    part architecture 570 "$PYTHON" experiments/architecture.py "${size[@]}" \
+        --out "$OUT/architecture"
+}
+
 run_text() {
     [ -z "$DRY" ] || { part text 60 "$PYTHON" benchmarks/text.py --dry-run; return; }
     part text 300 "$PYTHON" benchmarks/text.py --out "$OUT/text.json"
@@ -188,8 +201,8 @@ run_prompts() {
 
 for name in "$@"; do
     case $name in
-        selfcheck | host | tiles | encode | train | graph | distill | compare | text | prompts)
-            "run_$name" ;;
+        selfcheck | host | tiles | encode | train | graph | distill | compare | architecture | text \
+            | prompts) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

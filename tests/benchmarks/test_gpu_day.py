@@ -19,6 +19,7 @@ MODULES = {
     "graph": "train",
     "distill": "benchmarks.distill, experiments.ablate",
     "compare": "experiments.compare",
+    "architecture": "experiments.architecture",
     "prompts": "train",
 }
 # Beside torch and triton. Their names on PyPI, where they are imported by another.
