@@ -365,11 +365,21 @@ HOST_STEP = "step of a miniature"
 
 def block_boost(up: str) -> str:
     """Does the coupling of boosting help?"""
-    if not is_measured("boost/verdict"):
+    return hypotheses(up, "boost")
+
+
+def block_end_to_end(up: str) -> str:
+    """Is boosting worth it from end to end?"""
+    return hypotheses(up, "end-to-end")
+
+
+def hypotheses(up: str, name: str) -> str:
+    """What became of each hypothesis of an experiment."""
+    if not is_measured(f"{name}/verdict"):
         return "The experiment has not been run yet."
-    r = results("boost/verdict")
+    r = results(f"{name}/verdict")
     rows = [[each["name"], each["word"], each["why"]] for each in r["verdicts"]]
-    folder = f"{up}benchmarks/results/boost"
+    folder = f"{up}benchmarks/results/{name}"
     seeds = ", ".join(map(str, r["config"]["seeds"]))
     return paragraphs(
         table(["hypothesis", "verdict", "measured"], rows, left=3),
@@ -981,6 +991,7 @@ BLOCKS = {
     "isa": block_isa,
     "host": block_host,
     "boost": block_boost,
+    "end_to_end": block_end_to_end,
     "sharding": block_sharding,
     "one_network": block_one_network,
 }
@@ -995,6 +1006,7 @@ ELSEWHERE = (
     "isa",
     "host",
     "boost",
+    "end_to_end",
     "rounding",
     "sharding",
     "one_network",
