@@ -107,6 +107,8 @@ def read_captions(
     for table in sorted(tables):
         for number, key, row in table_rows(root, table):
             value = row.get("caption") or ""
+            if isinstance(value, list) and row.get("tags") is None and row.get("text") is None:
+                value = ""  # it is the row's list of tags
             if not isinstance(value, str) or not is_text(value):
                 raise UserError(
                     f"{table}:{number}: the caption {ascii(str(value))[:60]} is not a text",

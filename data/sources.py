@@ -13,12 +13,13 @@ Hugging Face's {"bytes", "path"}) and one of the columns tags, text, caption: te
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -246,15 +247,17 @@ def open_folder(
     """A folder of images with their tags beside them."""
     names = found.names
     everything = [*names, *found.unusable]
-    sidecars = Spellings(str(Path(name).with_suffix(".txt")) for name in everything)
     parquet = {str(path.relative_to(root)) for path in found.parquet}
     notes = unused(
         found,
         {
             "parquet files beside images, not read": parquet,
-            "text files of no image's name (the tags of a.png lie in a.txt)": [
-                name for name in found.texts if not sidecars.find(name)
-            ],
+            "text files of no image's name (the tags of a.png lie in a.txt)": of_no_image(
+                found.texts, everything, ".txt"
+            ),
+            f"caption files of no image's name (that of a.png is a{ENDING})": of_no_image(
+                found.captions, everything, ENDING
+            ),
         },
     )
     if not names:
@@ -284,6 +287,12 @@ def open_folder(
         partial(read_captions, root, kept, found.tables, found.captions),
         seen.frames,
     )
+
+
+def of_no_image(files: set[str], images: Sequence[str], ending: str) -> list[str]:
+    """Those of the files that lie beside no image, as a.txt beside a.png."""
+    sidecars = Spellings(str(Path(name).with_suffix(ending)) for name in images)
+    return [name for name in files if not sidecars.find(name)]
 
 
 @dataclass
@@ -409,7 +418,8 @@ def open_parquet(
     """Images in columns. Those that memory does not hold are read again a row group at a time,
     best in order."""
     tables = {str(path.relative_to(root)) for path in found.tables}
-    notes = unused(found, {"files of tags beside parquet, not read": tables | found.texts})
+    beside = tables | found.texts | found.captions
+    notes = unused(found, {"files of tags or captions beside parquet, not read": beside})
     groups: list[Group] = []
     names: list[str] = []
     tags: list[tuple[str, ...]] = []
@@ -447,7 +457,7 @@ def parquet_captions(groups: list[Group], rows: list[int]) -> list[str]:
     """The column "caption" of each row, "" where there is none or it is no text."""
     found: list[str] = []
     for group in groups:
-        with parquet().ParquetFile(group.path) as file:
+        with explained_parquet(group.path), parquet().ParquetFile(group.path) as file:
             kinds = {field.name: str(field.type) for field in file.schema_arrow}
             values = [None] * file.metadata.row_group(group.number).num_rows
             if re.fullmatch(TEXT, kinds.get("caption", "")):
@@ -463,16 +473,23 @@ def read_parquet(
     from `first` on."""
     groups: list[Group] = []
     tags: list[tuple[str, ...]] = []
+    with explained_parquet(path), parquet().ParquetFile(path) as file:
+        image, text, note = columns_of(path, file.schema_arrow)
+        for number in range(file.num_row_groups):
+            groups.append(Group(first + len(tags), path, number, image))
+            values = [None] * file.metadata.row_group(number).num_rows
+            if text:
+                values = file.read_row_group(number, [text]).column(0).to_pylist()
+            for value in values:
+                tags.append(row_tags(f"{name}:{len(tags)}", text, value))
+    return note, groups, tags
+
+
+@contextlib.contextmanager
+def explained_parquet(path: Path) -> Iterator[None]:
+    """What Arrow says of a file that it cannot read, as a UserError."""
     try:
-        with parquet().ParquetFile(path) as file:
-            image, text, note = columns_of(path, file.schema_arrow)
-            for number in range(file.num_row_groups):
-                groups.append(Group(first + len(tags), path, number, image))
-                values = [None] * file.metadata.row_group(number).num_rows
-                if text:
-                    values = file.read_row_group(number, [text]).column(0).to_pylist()
-                for value in values:
-                    tags.append(row_tags(f"{name}:{len(tags)}", text, value))
+        yield
     except UserError:
         raise
     except (OSError, ValueError, TypeError) as error:  # Arrow's own errors are these
@@ -480,7 +497,6 @@ def read_parquet(
             f"{path} is damaged or not a parquet file ({' '.join(str(error).split())[:120]})",
             do="Copy it again.",
         ) from None
-    return note, groups, tags
 
 
 def row_tags(name: str, column: str | None, value: Any) -> tuple[str, ...]:
@@ -520,6 +536,9 @@ def columns_of(path: Path, schema: Any) -> tuple[str, str | None, str]:
             f"{path.name}: no tags are read from the column {column}, which is not text or lists "
             "of it"
         )
+    elif "caption" in types and texts[0] != "caption" and not re.fullmatch(TEXT, types["caption"]):
+        kind = types["caption"][:40]
+        note = f"{path.name}: no captions are read from the column caption ({kind}), no text"
     return "image" if "image" in images else images[0], next(iter(texts), None), note
 
 

@@ -127,13 +127,15 @@ def test_archives_and_parquet_beside_images_are_said(folder, tmp_path):
     for name in ("more.zip", "old.TAR.GZ", "train.parquet"):
         (folder / name).write_bytes(b"x")
     report = open_dataset(str(folder), resolution=32).report
-    assert "text files" not in report
-    for name in ("a/3.txt", "a/0.png.txt", "a/1.TXT"):
+    assert "text files" not in report and "caption files" not in report
+    for name in ("a/3.txt", "a/0.png.txt", "a/1.TXT", "a/0.png.caption", "a/1.caption"):
         (folder / name).write_text("x")
-    assert (
-        "2 text files of no image's name (the tags of a.png lie in a.txt) (first: a/0.png.txt)"
-        in open_dataset(str(folder), resolution=32).report
-    )
+    notes = open_dataset(str(folder), resolution=32).source.notes
+    tags, captions = [note for note in notes if "of no image's name" in note]
+    said = "2 text files of no image's name (the tags of a.png lie in a.txt) (first: a/0.png.txt)"
+    assert tags == said
+    said = "1 caption files of no image's name (that of a.png is a.caption) (first: a/0.png.capt"
+    assert captions.startswith(said)
     assert (
         "2 archives, not opened: unpack them (first: more.zip)" in report
         and "1 parquet files beside images, not read" in report
@@ -448,8 +450,20 @@ def test_parquet_drops_no_tags_and_no_files_in_silence(tmp_path):
         UserError, match="x.parquet:1, column tags: tags are text or a list of texts, got"
     ):
         open_dataset(str(tmp_path))
+    captions = pa.table({"image": rows(3), "tags": ["a", "b", "c"], "caption": [["x"], ["y"], []]})
+    pq.write_table(captions, file)
+    source = open_dataset(str(tmp_path), resolution=32, holdout=0).source
+    said = "x.parquet: no captions are read from the column caption (list<element: string>), no text"
+    assert said in source.notes and source.captions() == [""] * 3
+    offsets = pa.array([0, 2, 4, 4], pa.int32()).buffers()[1]
+    broken = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"\xff\xfeok"))
+    table = pa.table({"image": rows(3), "tags": ["a", "b", "c"], "caption": broken})
+    pq.write_table(table, file)
+    source = open_dataset(str(tmp_path), resolution=32, holdout=0).source
+    with pytest.raises(UserError, match="x.parquet is damaged or not a parquet file .*utf-8"):
+        source.captions()
     pq.write_table(pa.table({"image": rows(3)}), file)
-    for name in ("a.tif", "b.zip", "c.md", "metadata.jsonl", "d.txt"):
+    for name in ("a.tif", "b.zip", "c.md", "metadata.jsonl", "d.txt", "d.caption"):
         (tmp_path / name).write_text("?")
     report = open_dataset(str(tmp_path), resolution=32, holdout=0).report
     assert (
@@ -459,7 +473,7 @@ def test_parquet_drops_no_tags_and_no_files_in_silence(tmp_path):
     assert (
         "1 archives" in report
         and "first: c.md" in report
-        and "2 files of tags beside parquet, not read (first: d.txt)" in report
+        and "3 files of tags or captions beside parquet, not read (first: d.caption)" in report
     )
 
 

@@ -106,16 +106,17 @@ def test_a_table_with_a_caption_beside_its_tags(folder):
         {"file_name": "0.png", "tags": ["solo"], "caption": "One, TWO."},
         {"file_name": "1.png", "caption": "Three, FOUR."},
         {"file_name": "2.png", "tags": "a, b"},
+        {"file_name": "3.png", "caption": ["c", "d"]},  # tags, by the only column of words
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = config(folder, caption_share=0.0, caption_empty=0.0)
     ds = cfg.open_data()
     texts = texts_of(cfg, ds, network(cfg), ALONE)
-    assert texts.captions == ["One, TWO.", "Three, FOUR.", "", "", "", ""]
+    assert texts.captions == ["One, TWO.", "Three, FOUR.", *[""] * 4]
     draw = np.random.default_rng(0)
     # Of the second one the tags are pieces of its caption, which is not told in pieces.
-    heard = [spelled(texts.drawn(i, draw)["context"]) for i in range(4)]
-    assert heard == ["solo", "Three, FOUR.", "a, b", ""]
+    heard = [spelled(texts.drawn(i, draw)["context"]) for i in range(5)]
+    assert heard == ["solo", "Three, FOUR.", "a, b", "c, d", ""]
 
 
 def test_a_latent_cache_tells_what_its_folder_tells(tmp_path, folder, user):
@@ -341,6 +342,10 @@ def test_texts_that_cannot_be_are_one_line(tmp_path, folder, user):
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "tags": "a", "caption": 5}')
     code, _, errors = user(train.main, *flags)
     assert code == 2 and len(errors) == 1 and "metadata.jsonl:1: the caption '5'" in errors[0]
+    row = {"file_name": "0.png", "tags": "a", "caption": ["b", "c"]}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    code, _, errors = user(train.main, *flags)
+    assert code == 2 and len(errors) == 1 and "metadata.jsonl:1: the caption" in errors[0]
     assert not (tmp_path / "runs").exists()
 
 
