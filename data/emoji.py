@@ -25,7 +25,7 @@ from PIL import Image
 from harness.cli import UserError, cli, flag, parse
 from harness.files import make_dir, write_text
 from harness.pictures import save_png
-from harness.typed import Length, Open, check
+from harness.typed import Length, Like, Open, check
 
 PICTURES = "emoji-datasource-twitter-16.0.0.tgz"
 WORDS = "emojibase-data-17.0.0.tgz"
@@ -38,7 +38,8 @@ class Emoji(Open):
     """What is read of a row of emojibase's table."""
 
     label: Annotated[str, Length(1, 200)]
-    hexcode: Annotated[str, Length(1, 100)]
+    # A file is named by it.
+    hexcode: Annotated[str, Like("[0-9A-Fa-f]{1,8}(-[0-9A-Fa-f]{1,8}){0,15}", "such as 2764-FE0F")]
     tags: list[str] | None = None
 
 
@@ -52,7 +53,7 @@ def read_table(path: Path) -> list[Emoji]:
     """emojibase's rows; each stands for all skin tones."""
     with tarfile.open(path) as tar:
         rows = json.load(tar.extractfile(TABLE))
-    check(rows, list[Emoji], f"of {path}")
+    check(rows, list[Emoji], path, f"Fetch both again: {FETCH}")
     return [Emoji(row["label"], row["hexcode"], row.get("tags")) for row in rows]
 
 
@@ -77,7 +78,10 @@ def pictures(packages: Path) -> Iterator[tuple[Emoji, Image.Image]]:
             if not place:
                 continue
             data = tar.extractfile(place).read()
-            image = Image.open(io.BytesIO(data)).convert("RGBA")
+            try:
+                image = Image.open(io.BytesIO(data)).convert("RGBA")
+            except OSError as error:  # Pillow's own
+                raise ValueError(f"{place}: {type(error).__name__}") from None
             white = Image.new("RGBA", image.size, "white")
             yield emoji, Image.alpha_composite(white, image).convert("RGB")
 
@@ -108,10 +112,18 @@ def main() -> None:
             raise UserError(f"{packages / name} is not there", do=f"Fetch both: {FETCH}")
     try:
         n = write(Path(cfg.out), packages)
+    except UserError:
+        raise
     except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
         raise UserError(
-            f"{packages}: a package is damaged ({error})", do=f"Fetch both again: {FETCH}"
+            f"{packages}: a package is damaged ({' '.join(str(error).split())[:120]})",
+            do=f"Fetch both again: {FETCH}",
         ) from None
+    if not n:
+        raise UserError(
+            f"{packages / PICTURES} has no picture of any emoji of {WORDS}",
+            do=f"Fetch both again: {FETCH}",
+        )
     print(f"{n:,} emoji with a label and tags each", file=sys.stderr)
     print(cfg.out)
 

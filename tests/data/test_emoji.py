@@ -66,10 +66,24 @@ def test_a_package_that_is_missing_or_damaged_is_named(packages, user):
         (packages / emoji.PICTURES).write_bytes(data)
         code, _, lines = user(emoji.main, *flags)
         assert code == 2 and len(lines) == 1 and "npm pack emoji-datasource" in lines[0]
-    with tarfile.open(packages / emoji.WORDS, "w:gz") as tar:
-        add(tar, "en/data.json", json.dumps([{"label": "x"}]).encode())
+    for pictures, said in (({"2764-fe0f": b"x"}, "2764-fe0f.png: Unid"), ({}, "no picture of any")):
+        with tarfile.open(packages / emoji.PICTURES, "w:gz") as tar:
+            for name, data in pictures.items():
+                add(tar, f"img/twitter/64/{name}.png", data)
+        code, _, lines = user(emoji.main, *flags)
+        assert code == 2 and len(lines) == 1 and said in lines[0] and "npm pack" in lines[0]
+    # A name that led out of the folder would write there.
+    for row in ({"label": "x"}, {"label": "x", "hexcode": "../../2764"}):
+        with tarfile.open(packages / emoji.WORDS, "w:gz") as tar:
+            add(tar, "en/data.json", json.dumps([row]).encode())
+        code, _, lines = user(emoji.main, *flags)
+        assert code == 2 and len(lines) == 1 and "hexcode" in lines[0]
+        assert lines[0].count("npm pack") == 1
+    damaged = bytearray((packages / emoji.WORDS).read_bytes())
+    damaged[40:60] = bytes(20)
+    (packages / emoji.WORDS).write_bytes(damaged)
     code, _, lines = user(emoji.main, *flags)
-    assert code == 2 and len(lines) == 1 and "hexcode" in lines[0]
+    assert code == 2 and len(lines) == 1 and "a package is damaged" in lines[0]
     (packages / emoji.WORDS).unlink()
     code, _, lines = user(emoji.main, *flags)
     assert code == 2 and "emojibase-data-17.0.0.tgz is not there" in lines[0]
