@@ -453,7 +453,8 @@ def test_parquet_drops_no_tags_and_no_files_in_silence(tmp_path):
     captions = pa.table({"image": rows(3), "tags": ["a", "b", "c"], "caption": [["x"], ["y"], []]})
     pq.write_table(captions, file)
     source = open_dataset(str(tmp_path), resolution=32, holdout=0).source
-    said = "x.parquet: no captions are read from the column caption (list<element: string>), no text"
+    kind = "list<element: string>"
+    said = f"x.parquet: no captions are read from the column caption ({kind}), no text"
     assert said in source.notes and source.captions() == [""] * 3
     offsets = pa.array([0, 2, 4, 4], pa.int32()).buffers()[1]
     broken = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"\xff\xfeok"))
