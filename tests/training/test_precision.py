@@ -16,38 +16,16 @@ from torch import nn
 import train
 from experiments import parts
 from harness.cli import UserError
-from harness.ranks import Ranks
 from harness.run import checkpoints
 from model import PRESETS, UNet
+from test_train import ALONE, FAST as QUICK, a_quick_last_picture  # noqa: F401
 from train import Config, resolve
 from training import precision
 
 ROOT = Path(__file__).parent.parent.parent
-ALONE = Ranks(0, 1, torch.device("cpu"))
 CORE = "processor : 0\nflags\t\t: fpu avx512f {} sse2\n"
 HAS = CORE.format("avx512_bf16")
-FAST = dict(
-    model="nano",
-    data="toyfaces:24",
-    resolution=32,
-    batch=8,
-    images=32,
-    preview_every=0,
-    eval_every=0,
-    save_every=0,
-    log_every=16,
-)
-
-
-@pytest.fixture(autouse=True)
-def one_step_pictures(monkeypatch):
-    """A run's final grid in one step: 50 would be most of its time."""
-    draw = train.draw_samples
-
-    def quick(tr, net, seeds, **how):
-        return draw(tr, net, seeds, **{**how, "steps": 1})
-
-    monkeypatch.setattr(train, "draw_samples", quick)
+FAST = {**QUICK, "data": "toyfaces:24", "images": 32, "log_every": 16}
 
 
 def on_a_cpu(monkeypatch, tmp_path, cpuinfo: str) -> None:
