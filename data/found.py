@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.captions import ENDING
 from data.images import EXTENSIONS, OTHERS, sniff
-from data.tags import TABLES, printable
+from data.tags import TABLES, Spellings, printable
 
 # Folders that systems, cameras and network drives make for themselves; what begins with a dot is
 # of that kind too.
@@ -110,3 +110,21 @@ def unused(found: Found, more: dict[str, Iterable[str]]) -> list[str]:
         for what, files in kinds.items()
         if files
     ]
+
+
+def of_no_image(found: Found) -> dict[str, list[str]]:
+    """{what they are: names} of the files of tags and captions that lie beside no image."""
+    images = [*found.names, *found.unusable]
+
+    def strays(files: set[str], ending: str) -> list[str]:
+        beside = Spellings(str(Path(name).with_suffix(ending)) for name in images)
+        return [name for name in files if not beside.find(name)]
+
+    return {
+        "text files of no image's name (the tags of a.png lie in a.txt)": strays(
+            found.texts, ".txt"
+        ),
+        f"caption files of no image's name (that of a.png is a{ENDING})": strays(
+            found.captions, ENDING
+        ),
+    }

@@ -35,9 +35,9 @@ from ckpt.hub import HUB, ONLY_CACHED, explained, quoted
 from ckpt.patience import watched
 from data.buckets import Buckets, Frames
 from data.captions import ENDING, read_captions
-from data.found import Found, find_files, unused
+from data.found import Found, find_files, of_no_image, unused
 from data.images import EXTENSIONS, WIDE, BadImage, Size, cut, read_fitted, read_strip, upright_size
-from data.tags import COLUMNS, TABLES, Spellings, TagTable, of_one_form, printable
+from data.tags import COLUMNS, TABLES, TagTable, of_one_form, printable
 from data.tags import read_tags, tags_of
 from harness.cli import UserError, clipped
 from harness.memory import check_memory
@@ -252,12 +252,7 @@ def open_folder(
         found,
         {
             "parquet files beside images, not read": parquet,
-            "text files of no image's name (the tags of a.png lie in a.txt)": of_no_image(
-                found.texts, everything, ".txt"
-            ),
-            f"caption files of no image's name (that of a.png is a{ENDING})": of_no_image(
-                found.captions, everything, ENDING
-            ),
+            **of_no_image(found),
         },
     )
     if not names:
@@ -287,12 +282,6 @@ def open_folder(
         partial(read_captions, root, kept, found.tables, found.captions),
         seen.frames,
     )
-
-
-def of_no_image(files: set[str], images: Sequence[str], ending: str) -> list[str]:
-    """Those of the files that lie beside no image, as a.txt beside a.png."""
-    sidecars = Spellings(str(Path(name).with_suffix(ending)) for name in images)
-    return [name for name in files if not sidecars.find(name)]
 
 
 @dataclass

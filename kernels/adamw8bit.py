@@ -354,6 +354,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """Parameters with gradients, and (parameter, EMAs) of those without."""
         jobs, idle = [], []
         params = self._params()
+        if self.rounding is not None:
+            check_rounded(params)  # some may have come, or been cast, since
         for tensors, _ in ema:
             if len(tensors) != len(params):
                 raise ValueError(

@@ -141,3 +141,10 @@ def test_updates_below_half_a_spacing_are_kept_on_average(monkeypatch):
 def test_rounding_is_of_bf16_only():
     with pytest.raises(ValueError, match="float32: wanted bf16"):
         AdamW8bit([torch.nn.Parameter(torch.ones(3))], rounding=0)
+    # One that comes later would be rounded to bf16's values, and keep its dtype.
+    late = torch.nn.Parameter(torch.ones(3))
+    late.grad = torch.ones(3)
+    optimizer = AdamW8bit([torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], rounding=0)
+    optimizer.add_param_group({"params": [late]})
+    with pytest.raises(ValueError, match="float32: wanted bf16"):
+        optimizer.step()
