@@ -41,6 +41,8 @@
 #           (python -m metrics.inception --fetch)
 #   text    python benchmarks/text.py: encoders and guided steps against transformers and diffusers
 #           needs safetensors huggingface_hub pillow tqdm transformers diffusers
+#   sdxl    benchmarks/sdxl_step.py: steps of fine-tuning SDXL to a flow: images/s, MFU, peak memory
+#           needs safetensors tqdm
 #   prompts train.py --text bytes on the latents of encode, then pictures of three prompts
 #           needs numpy safetensors pillow tqdm
 #
@@ -56,7 +58,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
 PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step tiles encode \
-train graph distill compare architecture text prompts "
+train graph distill compare architecture text sdxl prompts "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -187,6 +189,12 @@ run_text() {
     part text 300 "$PYTHON" benchmarks/text.py --out "$OUT/text.json"
 }
 
+run_sdxl() {
+    local size=(--batches 1,2,4)
+    [ -z "$DRY" ] || size=(--batches 1,2 --mini)
+    part sdxl 590 "$PYTHON" benchmarks/sdxl_step.py "${size[@]}" --out "$OUT/sdxl.json"
+}
+
 run_prompts() {
     local size=(--model toy-281m --resolution 256 --batch 128 --lr 2e-4 --images 400_000
                 --ema 0.1 --eval-every 0 --preview-every 0)
@@ -202,7 +210,7 @@ run_prompts() {
 for name in "$@"; do
     case $name in
         selfcheck | host | tiles | encode | train | graph | distill | compare | architecture | text \
-            | prompts) "run_$name" ;;
+            | sdxl | prompts) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

@@ -963,6 +963,47 @@ def block_sharding(up: str) -> str:
     return paragraphs(table(head, rows, left=2), small)
 
 
+def block_budget(up: str) -> str:
+    """What a fine-tuning of SDXL comes to, beside what nyaflow-xl's authors say of theirs."""
+    r = results("budget")
+    source, sizes = r["source"], r["bytes"]
+    rows = [
+        [
+            f"{row['gpus']}",
+            f"{row['images/s']:.0f}",
+            f"{row['hours a pass']:.1f}",
+            f"{row['GPU-hours a pass']:.0f}",
+        ]
+        for row in r["speeds"]
+    ]
+    shown = source["shown"]
+    checkpoints = "; ".join(
+        f"{row['optim']} with {row['emas']} average{'s' if row['emas'] > 1 else ''} "
+        f"{row['bytes'] / 1e9:.0f} GB"
+        for row in r["checkpoints"]
+    )
+    text = r["speeds"][0]["text FLOP/s a GPU"]
+    return paragraphs(
+        table(["H100s", "images/s", "hours a pass", "GPU-hours a pass"], rows),
+        f"A pass is over the source's {source['images'] / 1e6:.1f} million pictures. A step takes "
+        f"{r['flops of a step, an image'] / 1e12:.1f} TFLOP an image of 1024 px, counted from "
+        f"shapes. That a step uses {r['utilisation']:.0%} of the GPU's {r['peak'] / 1e12:.0f} "
+        f"TFLOP/s is an assumption, and so is that {max(row['gpus'] for row in r['speeds'])} GPUs "
+        "lose nothing to each other. The source's "
+        f"{source['gpus']} H100s × {source['hours']} h are {source['GPU-hours']:,} GPU-hours: at "
+        f"most {shown / 1e6:.0f} million images so, {shown / source['images']:.0f} passes.",
+        f"Disk: {sizes['latents of an image'] / 1e3:.0f} kB of latents an image, "
+        f"{sizes['latents'] / 1e9:,.0f} GB in all. A checkpoint: {checkpoints}; there are up to "
+        f"{r['kept']} of them while one is written. Encoded texts would be "
+        f"{sizes['encoded text of an image'] / 1e3:.0f} kB an image, "
+        f"{sizes['encoded texts'] / 1e12:.1f} TB in all, so they are encoded as they come: "
+        f"{r['flops of a text'] / 1e12:.2f} TFLOP a text, {text / 1e12:.1f} TFLOP/s beside each "
+        "GPU at the speed above.",
+        f"<sub>`python benchmarks/budget.py`; commit {commit(r)}; counted from shapes, not "
+        "measured.</sub>",
+    )
+
+
 # ---- all of it -----------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -993,6 +1034,7 @@ BLOCKS = {
     "boost": block_boost,
     "end_to_end": block_end_to_end,
     "sharding": block_sharding,
+    "budget": block_budget,
     "one_network": block_one_network,
 }
 
@@ -1009,6 +1051,7 @@ ELSEWHERE = (
     "end_to_end",
     "rounding",
     "sharding",
+    "budget",
     "one_network",
 )
 

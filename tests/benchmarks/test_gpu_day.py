@@ -21,6 +21,7 @@ MODULES = {
     "compare": "experiments.compare",
     "architecture": "experiments.architecture",
     "prompts": "train",
+    "sdxl": "benchmarks.sdxl_step",
 }
 # Beside torch and triton. Their names on PyPI, where they are imported by another.
 PACKAGES = {"safetensors", "huggingface_hub", "PIL", "tqdm", "scipy", "matplotlib"}

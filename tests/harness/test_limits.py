@@ -54,6 +54,7 @@ COMMANDS = {
     "benchmarks.host": [],
     "benchmarks.peer_schedulers": ["--ckpt", "none"],
     "benchmarks.rounding": ["--out", "none"],
+    "benchmarks.sdxl_step": [],
     "benchmarks.text": [],
     "benchmarks.uncertainty": [],
 }
