@@ -388,6 +388,21 @@ def hypotheses(up: str, name: str) -> str:
     )
 
 
+def block_finetune(up: str) -> str:
+    """Native, aligned or as it was: how to go on from an eps network."""
+    if not is_measured("finetune/verdict"):
+        return "The experiment has not been run yet."
+    r = results("finetune/verdict")
+    rows = [[each["name"], each["word"], each["why"]] for each in r["verdicts"]]
+    folder = f"{up}benchmarks/results/finetune"
+    seeds = ", ".join(map(str, r["config"]["seeds"]))
+    return paragraphs(
+        table(["question", "verdict", "measured: ratio, 90% interval"], rows, left=3),
+        f"[Report]({folder}/report.md); [as one file]({folder}/report.html).",
+        origin(r, f"seeds {seeds}"),
+    )
+
+
 def block_one_network(up: str) -> str:
     """How an error of weights adds up over steps, and how it does not."""
     r = results("one_network")
@@ -1018,6 +1033,7 @@ BLOCKS = {
     "compare": block_compare,
     "kittens": block_kittens,
     "architecture": block_architecture,
+    "finetune": block_finetune,
     "peer": block_peer,
     "answer": block_answer,
     "protocol": block_protocol,
