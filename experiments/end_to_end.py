@@ -11,7 +11,7 @@ they are linear. "resized", the base's pictures enlarged without a network, says
 network adds.
 
 It writes OUT/cards/*.json, report.md, report.html and a picture, and goes on where it stopped.
---size dry goes through all of it in two minutes.
+--size dry goes through all of it in a minute.
 """
 
 import json
