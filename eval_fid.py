@@ -3,6 +3,7 @@
     python eval_fid.py --ckpt runs/toyfaces-fm-standard --n 10000  # against what it was trained on
     python eval_fid.py --ckpt RUN --ref "toyfaces:character:nova"  # against the images with a tag
     python eval_fid.py --fake DIR --ref DIR         # folders or npz: nothing is sampled
+    python eval_fid.py --boost CFM [--ckpt BASE]    # networks that enlarge: alone, or from noise on
     python eval_fid.py compare a.json b.json        # a table, unless the cards do not fit together
     torchrun --nproc_per_node=8 -- eval_fid.py --ckpt RUN  # without the -- torchrun takes --n
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ckpt.hub import data_from_file
+from data.boosts import Boosting, Enlarger, load_stage, open_enlarger
 from data.cache import is_cache
 from data.dataset import Dataset
 from data.images import to_float
@@ -37,6 +39,7 @@ from harness.files import make_dir, write_text
 from harness.memory import check_drawing
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import versions
+from metrics.boosted import paired_card
 from metrics.cards import Card, card_name, card_text, compare, show
 from metrics.clip_score import clip_card
 from metrics.distances import (
@@ -45,11 +48,8 @@ from metrics.distances import (
     frechet,
     frechet_distance,
     frechet_from_features,
-    frechet_infinity,
-    jackknife,
     kernel_distance,
     load_statistics,
-    memorisation,
     precision_recall,
     save_statistics,
 )
@@ -71,6 +71,7 @@ from metrics.features import (
     split_spec,
 )
 from metrics.inception import FIDInception, cache_folder, load_inception
+from metrics.sides import HELD, NAMES, Side, floor, measure, name_of, random_rows, side
 from samplers import Drawn, Generator, Sampling, asked, open_generator
 from vae import AnyVAE
 
@@ -91,18 +92,20 @@ FID_IMAGES = 2_048
 AT_ONCE = 64
 # Parts of the jackknife.
 GROUPS = 10
-# Held-out images; fewer say nothing of memorisation.
-HELD = 10
-NAMES = {"inception": ("FID", "KID"), "pca": ("FD-pca", "KD-pca")}
 
 
 @dataclass(frozen=True)
-class Config(Sampling):
+class Config(Boosting, Sampling):
     ckpt: str = flag("", "what to sample: a file, a run's folder, hf:org/name[/file] …")
     fake: str = flag(
         "",
         "… or images that are there: a folder, arr_0 in an npz, or mu and sigma in one",
         head="what is measured",
+    )
+    boost: tuple[str, ...] = flag(
+        (),
+        "cfm networks: enlarge what --ckpt draws; alone, held-out images against themselves",
+        head="enlarging",
     )
     n: int = flag(0, "images; default 10,000 of --ckpt, all of --fake", low=0, high=1e9)
     ref: str = flag("", "DATA[:tag expression], a folder, npz; default what --ckpt was trained on")
@@ -141,13 +144,13 @@ class Config(Sampling):
 
 
 # Flags of sampling that mean something without a checkpoint.
-USED_BY_FAKE = ("ckpt", "device", "resolution")
+USED_BY_FAKE = ("ckpt", "seed", "device", "resolution")
 
 
 def check(cfg: Config) -> None:
     """What can be said of the flags alone."""
     check_flags(cfg)
-    if bool(cfg.ckpt) == bool(cfg.fake):
+    if cfg.ckpt and cfg.fake or not (cfg.ckpt or cfg.fake or cfg.boost):
         raise UserError(
             "wanted either images to sample or images that are there",
             do="Give one of --ckpt (to sample from) and --fake (a folder, or an npz).",
@@ -173,21 +176,21 @@ def check(cfg: Config) -> None:
             do="Leave it out.",
         )
     if cfg.fake:
-        check_idle(cfg, moments)
+        more = [field.name for field in fields(Boosting)]
+        more += ["n", "seed"] if moments else []
+        check_idle(cfg, f"--fake {cfg.fake}", more)
+    elif not cfg.ckpt:
+        more = ["infinity", "save_stats", "cache"]
+        check_idle(cfg, "--boost without --ckpt", more, ("batch", "dtype"))
 
 
-def check_idle(cfg: Config, moments: bool) -> None:
+def check_idle(cfg: Config, what: str, more: list[str], used: tuple[str, ...] = ()) -> None:
     """Images that are there are not sampled, and moments cannot be chosen from."""
-    idle = {field.name: field.default for field in fields(Sampling)} | {"ckpt": ""}
-    if moments:
-        idle["n"] = 0
-    else:
-        del idle["seed"]
-    for name, default in idle.items():
-        if name not in USED_BY_FAKE and getattr(cfg, name) != default:
-            raise UserError(
-                f"{dashed(name)} does nothing with --fake {cfg.fake}", do="Leave it out."
-            )
+    sampling = {field.name for field in fields(Sampling)} - {*USED_BY_FAKE, *used}
+    for field in fields(cfg):
+        idle = field.name in sampling or field.name in more
+        if idle and getattr(cfg, field.name) != field.default:
+            raise UserError(f"{dashed(field.name)} does nothing with {what}", do="Leave it out.")
 
 
 def warn(ranks: Ranks, text: str) -> None:
@@ -208,16 +211,23 @@ class Checkpoint:
     means: dict[str, Any]  # … and what those mean: architecture and objective
     subject: dict[str, Any]  # whose weights
     trained: dict[str, Any]  # the run's config, {} if the file has none
+    enlarger: Enlarger | None = None
 
     @property
     def resolution(self) -> int:
-        return self.generator.resolution
+        return self.enlarger.sizes[-1][0] if self.enlarger else self.generator.resolution
 
     def draw(self, seeds: list[int]) -> Drawn:
-        if self.labels is None:
-            return self.generator.images(seeds)
-        rows = [seed % len(self.labels) for seed in seeds]
-        return self.generator.images(seeds, self.labels[rows])
+        labels = self.labels
+        if labels is not None:
+            labels = labels[[seed % len(labels) for seed in seeds]]
+        drawn = self.generator.images(seeds, labels)
+        if not self.enlarger:
+            return drawn
+        images, large = self.enlarger.enlarge(drawn.pixels, seeds, labels)
+        more = float(sum(cost.nfe_each for cost in large.costs).double().mean())
+        nfe, evaluations = drawn.nfe + more, drawn.evaluations + more
+        return drawn._replace(images=images, nfe=nfe, evaluations=evaluations)
 
     def key(self, seed: int, extractor: Any) -> dict[str, Any]:
         """What the features of its images depend on: the name they have on disk."""
@@ -323,101 +333,6 @@ def span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-# ---- measuring ----------------------------------------------------------------------------------
-
-
-class Side(NamedTuple):
-    """One of the two sets."""
-
-    stored: Stored | None  # None: only moments are known
-    parts: list[Statistics]  # they add up to the whole
-    n: int  # images; 0 = an npz that does not say
-
-    @property
-    def total(self) -> Statistics:
-        return sum(self.parts[1:], self.parts[0])
-
-    def best(self, leave: int | None = None) -> Statistics | Tensor:
-        """What frechet() takes: features of a set smaller than d, else statistics.
-        leave: without that part."""
-        if self.stored and self.n < len(self.parts[0].mean):
-            rows = self.stored.rows().double()
-            if leave is None:
-                return rows
-            return rows[torch.arange(len(rows)) % len(self.parts) != leave]
-        return self.total if leave is None else self.total - self.parts[leave]
-
-
-def side(stored: Stored, ranks: Ranks, groups: int = 1) -> Side:
-    """Every rank calls; every rank has it. Parts are for the jackknife."""
-    groups = groups if len(stored) >= 2 * groups else 1
-    return Side(stored, stored.statistics(ranks, groups), len(stored))
-
-
-def random_rows(stored: Stored, limit: int, seed: int = 0) -> Tensor:
-    """Features of at most `limit` images, chosen at random: float64 (N, d)."""
-    keep = stored.index
-    if len(stored) > limit:
-        keep = np.random.default_rng(seed).permutation(stored.index)[:limit]
-    return stored.select(keep).rows().double()
-
-
-def floor(ref: Side, n: int, limit: int) -> dict[str, Any]:
-    """Real against real: n (or half) of the reference, chosen at random, against the rest of it."""
-    m = min(n, ref.n // 2)
-    if not ref.stored or m < 2:
-        return {}
-    order = np.random.default_rng(0).permutation(ref.stored.index)
-    a, b = ref.stored.select(order[:m]), ref.stored.select(order[m:])
-    one = side(a, Ranks(0, 1, torch.device("cpu")))
-    rest = Side(b, [ref.total - one.parts[0]], len(b))
-    kernel = kernel_distance(random_rows(a, limit), random_rows(b, limit))
-    return {"n": m, "frechet": frechet(one.best(), rest.best()), "kernel": kernel}
-
-
-def measure(
-    fake: Side,
-    ref: Side,
-    held: Stored | None,
-    name: str,
-    *,
-    pairs: int = 5_000,
-    infinity: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Metrics by their names, which say n: {"FID10k": {"value", "error", "floor"}, …}."""
-    fd_name, kd_name = NAMES.get(name, (f"FD-{name}", f"KD-{name}"))
-    n = short(fake.n) if fake.n else ""
-    lowest, reference = floor(ref, fake.n, pairs), ref.best()
-    fd: dict[str, Any] = {"value": frechet(reference, fake.best())}
-    if len(fake.parts) > 1:
-        groups = range(len(fake.parts))
-        fd["error"] = jackknife([frechet(reference, fake.best(leave=g)) for g in groups])
-    if lowest:
-        fd |= {"floor": lowest["frechet"], "floor n": lowest["n"]}
-    out = {fd_name + n: fd}
-    if infinity:
-        fit = frechet_infinity(reference, fake.stored.rows())
-        out[f"{fd_name}-infinity"] = {"value": fit.value, "error": fit.error}
-    if not (fake.stored and ref.stored):
-        return out
-
-    x, y = random_rows(ref.stored, pairs), random_rows(fake.stored, pairs)
-    images = [len(x), len(y)]
-    kernel = kernel_distance(x, y)
-    kd: dict[str, Any] = {"value": kernel.value, "error": kernel.error}
-    if lowest:
-        kd |= {"floor": lowest["kernel"].value, "floor n": lowest["n"]}
-    out[kd_name + n] = {**kd, "images": images}
-    if min(images) > 5:
-        for key, value in precision_recall(x, y)._asdict().items():
-            out[key + n] = {"value": value, "images": images}
-    if held and len(held) >= HELD:
-        chunks = (chunk for _, chunk in ref.stored.batches())
-        memory = memorisation(y, chunks, random_rows(held, pairs))
-        out["memorisation"] = {"value": memory.ratio, **memory._asdict()}
-    return out
 
 
 # ---- a distance alone, without a card -----------------------------------------------------------
@@ -590,6 +505,9 @@ def holdout_of(cfg: Config, spec: str, trained: dict[str, Any]) -> float:
 def open_task(cfg: Config, ranks: Ranks) -> Task:
     """Load the checkpoint, open both sets, and refuse sets of two sizes."""
     checkpoint = open_checkpoint(cfg, ranks.device) if cfg.ckpt else None
+    if cfg.boost:
+        checkpoint.enlarger = open_enlarger(cfg, checkpoint.generator)
+        checkpoint.sampled |= checkpoint.enlarger.sampled()
     trained = checkpoint.trained if checkpoint else {}
     spec = cfg.ref or data_from_file(default_ref(trained, cfg.ckpt), "--ref")
     holdout = holdout_of(cfg, spec, trained)
@@ -623,13 +541,6 @@ def build_extractor(cfg: Any, images: Images | None, ranks: Ranks) -> Any:
             do="Give DATA or a folder.",
         )
     return fit_extractor(images)
-
-
-def name_of(extractor: Any) -> str:
-    """For NAMES; random weights never pass for FID."""
-    if str(extractor.id.get("weights")).startswith("random"):
-        return "random"
-    return extractor.id["features"]
 
 
 def moments_of(path: str, task: Task) -> tuple[Side, dict[str, Any]]:
@@ -723,9 +634,39 @@ def generated_side(task: Task) -> tuple[Side, dict[str, Any]]:
 
 
 def evaluate(cfg: Config, ranks: Ranks) -> Card:
-    """Open both sides, get their features, measure, and write down how."""
+    """Measure, and write down how."""
     check(cfg)
     start = time.perf_counter()
+    between = cfg.ckpt or cfg.fake
+    parts = between_sets(cfg, ranks) if between else ranks.broadcast(lambda: enlarging(cfg, ranks))
+    card = {
+        "kind": "metric card",
+        **parts,
+        "seconds": time.perf_counter() - start,
+        "ranks": ranks.world,
+        **versions("pillow", "scipy"),
+    }
+    return json.loads(json.dumps(card), parse_constant=lambda name: None)  # JSON has no NaN
+
+
+def enlarging(cfg: Config, ranks: Ranks) -> Card:
+    """Networks that enlarge, on images that they have not seen."""
+    loaded = [load_stage(name) for name in cfg.boost]
+    trained = loaded[-1].meta.get("config", {})
+    spec = cfg.ref or data_from_file(default_ref(trained, cfg.boost[-1]), "--ref")
+    holdout = holdout_of(cfg, spec, trained)
+    if is_statistics(spec):
+        raise UserError(f"--boost enlarges images, and {spec} is moments", do="Give images.")
+    images = open_images(spec, cfg.resolution or loaded[-1].meta.get("resolution", 0))
+    truth = images.split(holdout)[1] if holdout or not cfg.ref else images
+    extractor = build_extractor(cfg, images, ranks)
+    parts = paired_card(cfg, loaded, truth, extractor, ranks.device)
+    parts["measured"]["holdout"] = holdout
+    return parts | {"weights_sha256": getattr(extractor, "sha256", "")}
+
+
+def between_sets(cfg: Config, ranks: Ranks) -> Card:
+    """Open both sides, get their features, and measure."""
     clip = {"metrics": {}, "measured": {}}
     if cfg.clip:
         clip = ranks.broadcast(lambda: clip_card(cfg.fake, cfg.clip, cfg.seed, ranks.device))
@@ -750,18 +691,13 @@ def evaluate(cfg: Config, ranks: Ranks) -> Card:
     if task.checkpoint:
         seeds = [cfg.seed, cfg.seed + fake.n - 1]
         sampled = {**task.checkpoint.sampled, "seeds": seeds}
-    card = {
-        "kind": "metric card",
+    return {
         "metrics": metrics | clip["metrics"],
         "measured": measured_of(task, fake, ref, about) | clip["measured"],
         "sampled": sampled,
         "subject": subject,
         "weights_sha256": getattr(extractor, "sha256", ""),
-        "seconds": time.perf_counter() - start,
-        "ranks": ranks.world,
-        **versions("pillow", "scipy"),
     }
-    return json.loads(json.dumps(card), parse_constant=lambda name: None)  # JSON has no NaN
 
 
 def measured_of(task: Task, fake: Side, ref: Side, about: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ckpt.vaes import (
 )  # fmt: skip
 from harness.cli import UserError, cli, closest
 from harness.files import META, Container, check_shapes, read_meta, write_tensors
+from harness.pictures import decibels
 from harness.ranks import full_precision
 from harness.typed import check
 from kernels.attention import attention
@@ -530,8 +531,8 @@ def fit_pca(images: Tensor, channels: int = 32, factor: int = 8) -> LinearVAE:
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two image batches in [-1, 1] (peak to peak 2), over all
     pixels."""
-    mse = float((a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean())
-    return 10 * math.log10(4 / max(mse, 1e-12))
+    error = (a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean()
+    return float(decibels(error.clamp(min=1e-12), peak=2.0))
 
 
 AnyVAE = VAE | LinearVAE

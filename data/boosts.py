@@ -10,7 +10,8 @@ spawns, and that of the base from the seed itself (diffusion/boosting.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ckpt import find_checkpoint, load_unet
 from ckpt.configs import check_resolution
-from diffusion.boosting import Cost, Stage, boost
+from diffusion.boosting import Boosted, Cost, Stage, boost
 from diffusion.guidance import guided
 from diffusion.sampling import DETERMINISTIC, Sample, check_finite
 from harness.cli import UserError, flag
@@ -47,12 +48,24 @@ class Boosting:
 class Enlarger:
     """Stages one after the other, with what they have cost so far."""
 
-    def __init__(self, stages: list[Stage], sizes: list[tuple[int, int]], how: dict[str, Any]):
-        self.stages, self.sizes, self.how = stages, sizes, how
+    def __init__(
+        self,
+        stages: list[Stage],
+        sizes: list[tuple[int, int]],
+        how: dict[str, Any],
+        about: list[dict[str, Any]],
+    ):
+        self.stages, self.sizes, self.how, self.about = stages, sizes, how, about
         self.costs: list[list[Cost]] = []
 
     def __call__(self, pixels: Tensor, seeds: list[int], labels: Tensor | None) -> Tensor:
         """uint8 images of pixels (B, 3, h, w) in [-1, 1]. Raises NonFinite where they are none."""
+        return self.enlarge(pixels, seeds, labels)[0]
+
+    def enlarge(
+        self, pixels: Tensor, seeds: list[int], labels: Tensor | None = None
+    ) -> tuple[Tensor, Boosted]:
+        """The same, and what they are made from."""
         labels = None if labels is None else labels.to(pixels.device)
         large = boost(self.stages, pixels, seeds, labels, **self.how)
         self.costs.append(large.costs)
@@ -60,7 +73,11 @@ class Enlarger:
         nfe = sum(cost.nfe_each for cost in large.costs)
         s = Sample(large.pixels, int(nfe.max()), nfe, large.lost)
         check_finite(s, large.pixels, images, seeds)
-        return images
+        return images, large
+
+    def sampled(self) -> dict[str, Any]:
+        """What an enlarged image depends on, for metric cards."""
+        return {"boost": self.about, "boost how": self.how}
 
     def card(self) -> str:
         """A line a network: calls and seconds an image."""
@@ -81,9 +98,24 @@ class Before(NamedTuple):
     """What a network of --boost is given: by a network, or by the one of --boost before it."""
 
     size: tuple[int, int]
-    vae: AnyVAE
+    vae: AnyVAE | None  # None: they are real pictures
     classes: list[str]
     asked: bool  # for classes
+
+
+class Loaded(NamedTuple):
+    """A network of --boost and its file."""
+
+    path: Path
+    net: torch.nn.Module
+    meta: dict[str, Any]
+    objective: Objective
+    vae: AnyVAE
+
+    def about(self) -> dict[str, Any]:
+        """What its pictures depend on."""
+        meta = {name: self.meta.get(name) for name in ("fingerprint", "unet")}
+        return {**meta, "vae": self.vae.fingerprint, "objective": asdict(self.objective)}
 
 
 def open_enlarger(cfg: Any, gen: Any) -> Enlarger | None:
@@ -91,21 +123,31 @@ def open_enlarger(cfg: Any, gen: Any) -> Enlarger | None:
     if not cfg.boost:
         return None
     before = Before(gen.size, gen.vae, gen.classes, bool(cfg.labels))
+    return enlarger_of(cfg, [load_stage(name) for name in cfg.boost], before, gen.device)
+
+
+def enlarger_of(cfg: Any, loaded: list[Loaded], before: Before, device: torch.device) -> Enlarger:
+    """Networks one after the other, the first of which is given `before`."""
     stages, sizes = [], []
-    for name in cfg.boost:
-        stage, before = open_stage(name, before, gen.device, cfg.dtype)
+    for each in loaded:
+        stage, before = stage_of(each, before, device, cfg.dtype)
         stages.append(stage)
         sizes.append(before.size)
     how: dict[str, Any] = {"method": cfg.boost_method}
     if cfg.boost_method != "dopri5":
         how["steps"] = cfg.boost_steps
-    return Enlarger(stages, sizes, how)
+    return Enlarger(stages, sizes, how, [each.about() for each in loaded])
 
 
 def open_stage(
     name: str, before: Before, device: torch.device, dtype: str
 ) -> tuple[Stage, Before]:
     """One network of --boost, and what it hands on."""
+    return stage_of(load_stage(name), before, device, dtype)
+
+
+def load_stage(name: str) -> Loaded:
+    """UserError, if it does not enlarge."""
     path = find_checkpoint(name)
     net, meta = load_unet(path, dtype=torch.float32)
     said = meta.get("objective")
@@ -115,7 +157,14 @@ def open_stage(
             f"--boost {path} was not trained to enlarge pictures",
             do="Train one: python train.py --objective cfm.",
         )
-    vae = choose(meta=meta, network=str(path))
+    return Loaded(path, net, meta, objective, choose(meta=meta, network=str(path)))
+
+
+def stage_of(
+    loaded: Loaded, before: Before, device: torch.device, dtype: str
+) -> tuple[Stage, Before]:
+    """What a network does with what it is given, and what it hands on."""
+    path, net, meta, objective, vae = loaded
     check_follows(path, net.cfg, meta, objective, vae, before)
     net, vae = net.to(device).eval(), vae.to(device)
 
@@ -170,7 +219,7 @@ def check_follows(
         )
     if objective.upsample == "psu":
         return
-    if vae.fingerprint != before.vae.fingerprint:
+    if before.vae is not None and vae.fingerprint != before.vae.fingerprint:
         raise UserError(
             f"--boost {path} enlarges latents (--upsample {objective.upsample}), and those of its "
             "autoencoder are not those of the network before it",

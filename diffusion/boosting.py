@@ -45,6 +45,7 @@ class Boosted(NamedTuple):
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
     costs: list[Cost]  # of each stage
     lost: Tensor  # (B,) the time at which an image ceased to be finite in any stage; NaN = never
+    latents: Tensor  # of the last stage
 
 
 def boost_generators(seeds: Sequence[int], stage: int) -> list[np.random.Generator]:
@@ -73,6 +74,7 @@ def boost(
     if method not in (*DETERMINISTIC, "dpmpp_2m", "dopri5") or how.get("eta"):
         raise ValueError(f"boosting wants an ODE solver with eta 0, not {method}.")
     pixels, costs = small.float(), []
+    latents = pixels  # where there is no stage
     lost = torch.full((len(small),), torch.nan).double()
     for number, stage in enumerate(stages):
         began = clock(pixels)
@@ -88,11 +90,11 @@ def boost(
             stage.predict, start, method=method, t_start=stage.t_start, cond=cond, **how
         )
         sampled = clock(s.x)
-        pixels = stage.decode(s.x).float()
+        latents, pixels = s.x, stage.decode(s.x).float()
         seconds = encoded - began, sampled - encoded, clock(pixels) - sampled
         costs.append(Cost(s.nfe_each, *seconds))
         lost = torch.where(lost.isnan(), s.lost, lost)
-    return Boosted(pixels, costs, lost)
+    return Boosted(pixels, costs, lost, latents)
 
 
 def clock(x: Tensor) -> float:

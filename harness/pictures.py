@@ -24,6 +24,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
+def decibels(error: Tensor, peak: float) -> Tensor:
+    """Peak signal-to-noise ratio 10 log10(peak² / error) of mean squared errors, in any shape;
+    peak: the range of the values. Infinite where the error is 0."""
+    return 10 * (peak**2 / error.double()).log10()
+
+
 def to_image(image: Tensor) -> Image.Image:
     """uint8 (3, H, W) -> a Pillow image."""
     return Image.fromarray(image.permute(1, 2, 0).numpy())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.pictures import decibels
 from metrics.distances import frechet_from_features
 
 # Wang et al. 2004: a Gaussian window of standard deviation 1.5, 11 wide; constants (0.01, 0.03)².
@@ -25,7 +26,7 @@ CROPS, SIDE = 4, 8
 def psnr(found: Tensor, truth: Tensor) -> Tensor:
     """(B,) decibels of pictures (B, C, H, W) in [0, 1]; infinite where they are equal."""
     error = (found.double() - truth.double()).square().flatten(1).mean(1)
-    return -10 * error.log10()
+    return decibels(error, peak=1.0)
 
 
 def ssim(found: Tensor, truth: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def small():
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
 def test_two_networks_that_do_nothing_are_two_resizes(method):
-    large, costs, _ = boost([stage(still, 0.0)] * 2, small(), SEEDS, method=method)
+    large, costs, *_ = boost([stage(still, 0.0)] * 2, small(), SEEDS, method=method)
     torch.testing.assert_close(large, resize(resize(small(), (8, 8)), (16, 16)), rtol=0, atol=0)
     assert len(costs) == 2
 
@@ -67,7 +67,7 @@ def test_labels_reach_only_networks_that_know_them():
 
     stages = [stage(net, 0.0), stage(net, 0.0, labelled=True)]
     y = torch.tensor([2, 0, 1])
-    _, costs, _ = boost(stages, small(), SEEDS, y, method="euler", steps=1)
+    _, costs, *_ = boost(stages, small(), SEEDS, y, method="euler", steps=1)
     assert seen[0] is None and torch.equal(seen[1], y)
     assert [c.nfe_each.tolist() for c in costs] == [[1, 1, 1]] * 2
 
@@ -90,7 +90,7 @@ def test_an_image_that_is_lost_in_one_stage_is_named_and_spoils_no_other():
 
     for method in ("euler", "dopri5"):
         two = [stage(breaks, 0.0), stage(still, 0.0)]
-        large, _, lost = boost(two, begun, SEEDS, method=method)
+        large, _, lost, _ = boost(two, begun, SEEDS, method=method)
         assert lost.isnan().tolist() == [True, False, True]
         whole, *_ = boost([stage(lambda x, t: still(x, t) + 0.5, 0.0)], small(), SEEDS)
         torch.testing.assert_close(large[::2], resize(whole, (16, 16))[::2], rtol=1e-5, atol=1e-5)
