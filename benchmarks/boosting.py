@@ -1,4 +1,4 @@
-"""What boosting costs:  python benchmarks/boosting.py [--rounds 5] [--work DIR]
+"""What boosting costs:  python benchmarks/boosting.py [--rounds 9] [--work DIR]
 
 1. The pipeline (resize, encode, noise, solver, decode) over as many bare calls of its network.
 2. 64 px to 128 px by 10 evaluations, against 25 Heun steps of a network of the same size at 128 px.
@@ -6,10 +6,12 @@
    are trained here, briefly: what is drawn shows that it runs, not how good it is.
 4. FLOP of pipelines of Stable Diffusion's size, counted without computing.
 
-Sides take turns; medians. The networks of 1 and 2 are untrained: time does not depend on weights.
+Sides take turns; quartiles of a turn's ratios. The networks of 1 and 2 are untrained: time does not
+depend on weights.
 """
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -73,14 +75,22 @@ def times(rounds: int) -> dict[str, Any]:
         "its network": bare,
         "at full size": at_once,
     }
-    seconds = alternate(calls, rounds)
+    turns = [alternate(calls, 1) for _ in range(rounds)]
+    seconds = {name: [turn[name] for turn in turns] for name in calls}
+    over = [turn["boosting"] / turn["its network"] - 1 for turn in turns]
+    faster = [turn["at full size"] / turn["boosting"] for turn in turns]
     return {
         "batch": BATCH,
         "evaluations": {"boosting": NFE, "at full size": 2 * HEUN - 1},
-        "seconds": seconds,
-        "overhead": seconds["boosting"] / seconds["its network"] - 1,
-        "images/s over full size's": seconds["at full size"] / seconds["boosting"],
+        "seconds": {name: quartiles(values) for name, values in seconds.items()},
+        "overhead": quartiles(over),
+        "images/s over full size's": quartiles(faster),
     }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 # ---- one command ---------------------------------------------------------------------------------
@@ -162,14 +172,14 @@ def value_of(flag: str, default: str) -> str:
 
 
 def main() -> None:
-    rounds = int(value_of("--rounds", "5"))
+    rounds = int(value_of("--rounds", "9"))
     counted = flops()
     result = {"TFLOP": counted, "TFLOP of pipelines": pipelines(counted), "rounds": rounds}
     result["times"] = times(rounds)
     with tempfile.TemporaryDirectory() as folder:
         result["robohash"] = cascade(Path(value_of("--work", folder)))
     for name, value in result["times"]["seconds"].items():
-        print(f"{name:<14} {value:.3f} s")
+        print(f"{name:<14} {value[1]:.3f} s")
     record.write("boosting", result)
 
 

@@ -373,6 +373,32 @@ def block_end_to_end(up: str) -> str:
     return hypotheses(up, "end-to-end")
 
 
+def block_boosting(up: str) -> str:
+    """What boosting costs."""
+    if not is_measured("boosting"):
+        return "The benchmark has not been run yet."
+    r = results("boosting")
+    times, robots = r["times"], r["robohash"]
+    calls, seconds = times["evaluations"], times["seconds"]
+    over, ratio = times["overhead"], times["images/s over full size's"]
+    trained = sum(robots["training seconds"].values())
+    rows = [[name, f"{value:.0f}"] for name, value in r["TFLOP of pipelines"].items()]
+    return paragraphs(
+        f"{calls['boosting']} evaluations from 64 px to 128 px take {over[1]:+.1%} beside the bare "
+        f"calls of their network (quartiles {over[0]:+.1%} and {over[2]:+.1%}), and draw "
+        f"{ratio[1]:.1f} times as many images a second ({ratio[0]:.1f} to {ratio[2]:.1f}) as "
+        f"{calls['at full size']} evaluations of a network of the same size at 128 px: "
+        f"{seconds['boosting'][1]:.2f} s and {seconds['at full size'][1]:.2f} s for "
+        f"{times['batch']} images.",
+        f"Robohash of 64 px, made 128 and then {robots['sides'][-1]} px by one command: "
+        f"{robots['seconds of the one command']:.0f} s for {robots['drawn']} images, start of the "
+        f"program included. Training the three networks took {trained:.0f} s, on "
+        f"{robots['images each was trained on']} images each: it shows that this runs.",
+        table(["from Stable Diffusion's size to 1024 px", "TFLOP an image"], rows),
+        origin(r, f"seed 0; medians of {r['rounds']} rounds; untrained networks for times"),
+    )
+
+
 def hypotheses(up: str, name: str) -> str:
     """What became of each hypothesis of an experiment."""
     if not is_measured(f"{name}/verdict"):
@@ -1048,6 +1074,7 @@ BLOCKS = {
     "isa": block_isa,
     "host": block_host,
     "boost": block_boost,
+    "boosting": block_boosting,
     "end_to_end": block_end_to_end,
     "sharding": block_sharding,
     "budget": block_budget,
@@ -1064,6 +1091,7 @@ ELSEWHERE = (
     "isa",
     "host",
     "boost",
+    "boosting",
     "end_to_end",
     "rounding",
     "sharding",

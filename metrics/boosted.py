@@ -1,7 +1,7 @@
 """How well networks enlarge pictures whose large ones are known: a part of a metric card.
 
     loaded = [load_stage("runs/twice")]
-    paired_card(cfg, loaded, truth, extractor, device)    # {"metrics": {…}, "measured": {…}, …}
+    paired_card(cfg, loaded, truth, extractor, device)      # {"metrics", "measured", …}
 
 Held-out images are shrunk, enlarged by the networks, and compared with themselves, one by one
 (PSNR, SSIM, latent MSE) and as sets (a Fréchet distance of features, one of patches, sharpness).
