@@ -422,8 +422,19 @@ def block_finetune(up: str) -> str:
     rows = [[each["name"], each["word"], each["why"]] for each in r["verdicts"]]
     folder = f"{up}benchmarks/results/finetune"
     seeds = ", ".join(map(str, r["config"]["seeds"]))
+    by_t = []
+    for arm, rate in r["rates"].items():
+        cards = [results(f"finetune/cards/{arm}-{k}-{rate:g}") for k in r["config"]["seeds"]]
+        ends = [card["curve"][-1]["loss_by_t"] for card in cards]
+        by_t.append([arm, *(f"{statistics.mean(column):.2f}" for column in zip(*ends))])
+    n = len(by_t[0]) - 1
+    times = [f"{(k + 0.5) / n:.2f}" for k in range(n)]
+    images = cards[0]["curve"][-1]["images"]
     return paragraphs(
         table(["question", "verdict", "measured: ratio, 90% interval"], rows, left=3),
+        f"L_u, the squared error of the velocity on held-out faces, after {images:,} images, by "
+        "time (0 is data); means over seeds:",
+        table(["t", *times], by_t),
         f"[Report]({folder}/report.md); [as one file]({folder}/report.html).",
         origin(r, f"seeds {seeds}"),
     )

@@ -380,7 +380,9 @@ def main() -> None:
     drawn = [with_samples(bench, card) for card in (base, *chosen(cards))]
     words = verdicts(drawn[1:])
     floor = bench.refs.floor("excluded", bench.size.n)
-    found = {"config": asdict(cfg), "rates": best_rates(cards), "floor": floor}
+    # Where it lies means nothing elsewhere.
+    config = {name: value for name, value in asdict(cfg).items() if name != "out"}
+    found = {"config": config, "rates": best_rates(cards), "floor": floor}
     found["verdicts"] = [each._asdict() for each in words]
     record.save(bench.out / "verdict.json", {**record.context(), **found})
     grid = draw_grid(bench, drawn, cfg.seeds[0])

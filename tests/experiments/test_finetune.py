@@ -1,6 +1,8 @@
 """The fine-tuning experiment: its arms are trained as they say, its rule says what was fixed."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,14 @@ def test_the_way_counts_every_doubling_alike():
     rows = [{"images": 100, "loss": 4.0}, {"images": 200, "loss": 2.0}, {"images": 800, "loss": 1}]
     expected = (math.log(2) * 3 + math.log(4) * 1.5) / math.log(8)
     assert way({"curve": rows}) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_committed_report_is_of_the_committed_cards():
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "finetune"
+    if not (folder / "cards").is_dir():
+        pytest.skip("no results are committed")
+    found = [json.loads(path.read_text()) for path in sorted((folder / "cards").glob("*.json"))]
+    assert {card["arm"] for card in found} == {"base", *finetune.ARMS}
+    text = (folder / "report.md").read_text()
+    for verdict in verdicts(chosen(found)):
+        assert f"{verdict.name}: {verdict.word}. {verdict.why}." in text
