@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, read_tensors
+from ckpt import find_checkpoint, fingerprint, load_strict, load_unet, open_checked, read_tensors
 from ckpt.meaning import same_table
 from data.captions import Captions
 from data.dataset import classes_of, latents_of
@@ -757,7 +757,8 @@ def begin(
     if not cfg.init:
         load_strict(net, without_variance(teacher.net, net.cfg.out_channels), cfg.teacher)
         return cfg.teacher
-    other, meta = load_unet(cfg.init, dtype=torch.float32)
+    other = open_checked(cfg.init, "fp32")
+    meta = other.meta
     if "vae" in meta and vae_from_meta(meta["vae"]).fingerprint != vae.fingerprint:
         raise UserError(
             f"--init {cfg.init} was trained on other latents than the teacher",
@@ -769,7 +770,7 @@ def begin(
             f"{cfg.resolution}",
             do="Start from a network of its size.",
         )
-    line = take_weights(net, other, meta, classes, f"--init {cfg.init}")
+    line = take_weights(net, other, classes, f"--init {cfg.init}")
     if line and rank == 0:
         print(line, flush=True)
     return cfg.init

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import data.dataset as data
-from ckpt import fingerprint, load_like
+from ckpt import fingerprint, open_like
 from ckpt.meaning import said_table
 from data.captions import Captions
 from data.dataset import Dataset, latents_of
@@ -290,7 +290,8 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
     if not checkpoints(run):
         start = cfg.init or (str(fine_run(cfg)) if cfg.stage == "stage2" else "")
     if start:
-        other, meta = load_like(start, preset_of(cfg), cfg.model)
+        other = open_like(start, preset_of(cfg), cfg.model)
+        meta = other.meta
     if ranks.rank == 0:
         print(ds.report, flush=True)
     known = {"meta": meta, "network": f"--init {cfg.init}" if cfg.init else start}
@@ -310,7 +311,7 @@ def setup(cfg: Config, ranks: Ranks) -> Trainer:
             check_aligned(objective, meta, start)
         if cfg.stage == "stage2" and ranks.rank == 0:
             print_unfinished(start, meta)
-        line = take_weights(net, other, meta, classes, f"--init {start}")
+        line = take_weights(net, other, classes, f"--init {start}")
         if line and ranks.rank == 0:
             print(line, flush=True)
         init = {"path": start, "fingerprint": fingerprint(net.state_dict())}

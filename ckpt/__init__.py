@@ -14,11 +14,12 @@ if sys.argv[0] == "-m":
 
 from ckpt.convert import convert
 from ckpt.diffusers import UNetModel
-from ckpt.foreign import load_like, load_unet, open_unet
+from ckpt.foreign import load_like, load_unet, open_checked, open_like, open_unet
 from ckpt.native import find_checkpoint, read_tensors, save_checkpoint, save_unet
 from harness.files import fingerprint, load_strict
 
 __all__ = [
     "UNetModel", "convert", "find_checkpoint", "fingerprint", "load_like", "load_strict",
-    "load_unet", "open_unet", "read_tensors", "save_checkpoint", "save_unet",
+    "load_unet", "open_checked", "open_like", "open_unet", "read_tensors", "save_checkpoint",
+    "save_unet",
 ]  # fmt: skip

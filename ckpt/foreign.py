@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from ckpt.configs import check_fields, config_from, head_widths
-from ckpt.containers import open_weights
+from ckpt.containers import open_weights, rounded
 from ckpt.diffusers import config_beside, is_average
 from ckpt.hub import origin
 from ckpt.layouts import Config, detect, family, modern, native_names, native_view, target_of
@@ -84,6 +84,17 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
     source = open_own(box, ema, known)
     check_fits(skeleton(source.cfg), source.weights.header(), str(source.weights.path))
     return source
+
+
+def open_checked(path: Path | str, dtype: str = "", **known: Any) -> Source:
+    """A network's file of which nothing stays in memory: load_unet()'s checks have read every
+    tensor, one by one, and each is read again when it is asked for. dtype: "fp32" …, or the file's
+    own."""
+    source = open_unet(path, **known)
+    check_fits(skeleton(source.cfg), source.weights.header(), str(path))
+    meta = source.meta | {"fingerprint": check_weights(source, source.weights)}
+    weights = rounded(source.weights, dtype) if dtype else source.weights
+    return source._replace(weights=weights, meta=meta)
 
 
 def open_foreign(box: Container, ema: bool | None, known: dict[str, Any]) -> Source:
@@ -252,6 +263,18 @@ def load_like(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to start from. Where its file does not say its heads and their order, `preset`
     does, and must be what it was made with. `name`: the preset's, for messages."""
+    file, heads = file_like(path, preset, name)
+    return load_unet(file, dtype=dtype, **heads)
+
+
+def open_like(path: Path | str, preset: Any, name: str = "") -> Source:
+    """load_like() of weights in fp32 of which none stays in memory: see open_checked()."""
+    file, heads = file_like(path, preset, name)
+    return open_checked(file, "fp32", **heads)
+
+
+def file_like(path: Path | str, preset: Any, name: str) -> tuple[Path, dict[str, Any]]:
+    """(the file of a network to start from, what it does not say of its heads)."""
     file = find_checkpoint(path)
     source, unsaid = open_guessing(file)
     if "unet" not in source.meta and isinstance(source.cfg, UNetConfig):
@@ -273,7 +296,7 @@ def load_like(
         heads = {"num_heads": preset.num_heads, "num_head_channels": preset.num_head_channels}
     if "order" in unsaid:
         heads["attention_order"] = preset.attention_order
-    return load_unet(file, dtype=dtype, **heads)
+    return file, heads
 
 
 def traits(cfg: Any, unsaid: set[str]) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ckpt import load_strict, load_unet, open_unet, save_checkpoint, save_unet
+from ckpt import open_checked, open_unet, save_checkpoint, save_unet
 from ckpt.native import begin_checkpoint, end_checkpoint
 from data.watch import wait
 from harness.cli import UserError
-from harness.files import atomic, check_fits, read_digests, write_tensors
+from harness.files import atomic, read_digests, write_tensors
 from harness.run import check_same, checkpoints, recorded_config, versions
 from harness.typed import Open, check
 from harness.whole import LISTED, check_checkpoint, state_name
 from kernels import proof
 from kernels.adamw8bit import local
-from training.sharding import gathered, is_sharded, place_of, put, writes
+from training.sharding import fill, gathered, is_sharded, place_of, put, writes
 from training.states import check_moments, check_weights_of, load_optimizer, optimizer_state
 from training.states import read_state
 from training.trainer import Trainer
@@ -54,28 +54,15 @@ def beginning(run: Path) -> dict[str, Any]:
 def load_weights(
     folder: Path, net: nn.Module, emas: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights into a network, and its averages where they belong; returns the
-    network's metadata."""
-    saved, meta = load_unet(folder / "model.safetensors")
-    if is_sharded(net):
-        load_shards(net, saved.state_dict(), str(folder))
-    else:
-        load_strict(net, saved.state_dict(), str(folder))
-    # Before the next one is in memory.
-    del saved
+    """Put a checkpoint's weights into a network, and its averages where they belong, tensor by
+    tensor; returns the network's metadata."""
+    saved = open_checked(folder / "model.safetensors")
+    fill(net, saved.weights, str(folder))
     for width, weights in emas.items():
-        average, _ = load_unet(folder / f"ema-{width}.safetensors")
-        found = average.state_dict()
+        average = open_checked(folder / f"ema-{width}.safetensors").weights
         for name, weight in weights.items():
-            put(weight, found[name])
-    return meta
-
-
-def load_shards(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """load_strict() of whole tensors into a sharded net: each rank takes its rows."""
-    check_fits(net, {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, what)
-    for name, own in net.state_dict(keep_vars=True).items():
-        put(own, tensors[name])
+            put(weight, average[name])
+    return saved.meta
 
 
 def save(tr: Trainer) -> None:

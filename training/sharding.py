@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.cli import UserError, flag
+from harness.files import Container, check_fits
 from harness.ranks import Ranks, precision, variable
 from kernels.adamw8bit import distributed, local
 from training.casts import cast_together
@@ -163,6 +164,15 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
 def put(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or of it what belongs there, into a tensor of this rank."""
     local(target).copy_(part(whole, target))
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """load_strict() of whole tensors, one after the other: of those that are read on access no
+    second copy of a network is ever in memory. Of a sharded net each rank takes its rows."""
+    header = tensors.header() if isinstance(tensors, Container) else {}
+    check_fits(net, header or {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, what)
+    for name, own in net.state_dict(keep_vars=True).items():
+        put(own, tensors[name])
 
 
 def as_shard(x: Tensor, p: Tensor, flat: bool = False) -> Tensor:

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ckpt import fingerprint, load_like, load_strict, load_unet
+from ckpt import fingerprint, open_checked, open_like
 from ckpt.hub import ask
 from ckpt.meaning import same_table
+from ckpt.native import Source
 from data.buckets import Buckets
 from data.cache import is_cache
 from data.dataset import first_of
 from data.tags import one_form
 from diffusion.schedules import shorter
 from harness.cli import UserError
+from harness.files import Entry
 from harness.memory import check_batch_memory
 from harness.ranks import Ranks
 from harness.run import FINAL, begun_with, check_config, check_disk, checkpoints, images_seen
@@ -26,7 +28,7 @@ from model import PRESETS, network_name
 from objectives import Objective
 from training.checkpoints import beginning, check_resume
 from training.optimizer import state_bytes
-from training.sharding import check_sharding
+from training.sharding import check_sharding, fill
 from training.texts import data_hash, preset_of
 from vae import AnyVAE, choose, read_name
 
@@ -94,10 +96,10 @@ def same_init(cfg: Any, run: Path) -> bool:
     """Does --init hold the weights that the run began with?"""
     before = beginning(run)["init"]
     if cfg.model in PRESETS:
-        net, _ = load_like(cfg.init, preset_of(cfg), cfg.model)
+        other = open_like(cfg.init, preset_of(cfg), cfg.model)
     else:
-        net, _ = load_unet(cfg.init, dtype=torch.float32)
-    return fingerprint(net.state_dict()) == before["fingerprint"]
+        other = open_checked(cfg.init, "fp32")
+    return fingerprint(other.weights) == before["fingerprint"]
 
 
 def network_config(
@@ -231,21 +233,19 @@ BIAS = "t_embedder.mlp.2.bias"  # of a transformer: added to whatever it is told
 SHOWN = 20  # classes of a line
 
 
-def take_weights(
-    net: nn.Module, other: nn.Module, meta: dict[str, Any], classes: list[str], what: str
-) -> str:
+def take_weights(net: nn.Module, other: Source, classes: list[str], what: str) -> str:
     """Load another network's weights, each class's row of the embedding by the class's name.
 
-    meta: of the other's file, which names its classes. A class that it has not keeps the row of
-    the network as it was begun. Returns a line that says which were taken, new, dropped; "" if
-    neither knows classes.
+    other: its file, which names its classes, and is read tensor by tensor. A class that it has not
+    keeps the row of the network as it was begun. Returns a line that says which were taken, new,
+    dropped; "" if neither knows classes.
     """
     check_places(net, other, what)
     key, none = ROWS.get(network_name(net.cfg), ("", 0))
-    weights, own = other.state_dict(), net.state_dict().get(key)
-    theirs = weights.pop(key, None)
+    meta, table, own = other.meta, dict(other.weights.table), net.state_dict().get(key)
+    theirs = table.pop(key).read() if key in table else None
     if own is None and theirs is None:
-        load_strict(net, weights, what)
+        fill(net, other.weights, what)
         return ""
     names = names_of(meta, 0 if theirs is None else len(theirs) - none, classes, what)
     place = {one_form(name): row for row, name in enumerate(names)}
@@ -253,26 +253,28 @@ def take_weights(
     new = [name for name in classes if one_form(name) not in place]
     kept = {one_form(name) for name in taken}
     dropped = [name for name in names if one_form(name) not in kept]
-    if own is not None:
-        weights[key] = own.clone()
-        for row, name in enumerate(classes):
-            if name in taken:
-                weights[key][row] = theirs[place[one_form(name)]]
+    changed = {} if own is None else {key: own.clone()}
+    for row, name in enumerate(classes):
+        if name in taken:
+            changed[key][row] = theirs[place[one_form(name)]]
     if none:
         # Of "no class" it says the same as before.
-        silence = torch.zeros_like(weights[BIAS]) if theirs is None else theirs[-1]
+        bias = table[BIAS].read()
+        silence = torch.zeros_like(bias) if theirs is None else theirs[-1]
         if own is None:
-            weights[BIAS] = weights[BIAS] + silence
+            changed[BIAS] = bias + silence
         else:
-            weights[key][-1] = silence
-    load_strict(net, weights, what)
+            changed[key][-1] = silence
+    for name, x in changed.items():
+        table[name] = Entry(x.dtype, tuple(x.shape), partial(changed.get, name))
+    fill(net, other.weights.over(table), what)
     words = {"taken": taken, "new": new, "dropped": dropped}
     told = [f"{word} {first_of(found, SHOWN) or 'none'}" for word, found in words.items()]
     unnamed = "" if "classes" in meta or theirs is None else " (by number: it names none)"
     return f"classes of {what}{unnamed}: {'; '.join(told)}"
 
 
-def check_places(net: nn.Module, other: nn.Module, what: str) -> None:
+def check_places(net: nn.Module, other: Source, what: str) -> None:
     """Refuse a transformer that has learnt its places by another table."""
     ours, theirs = (getattr(each.cfg, "pos_max", 0) for each in (net, other))
     if ours != theirs:

@@ -13,7 +13,9 @@ import samplers
 import train
 from ckpt import load_unet, save_unet
 from ckpt.convert import inspect
+from ckpt.native import Source
 from harness.cli import UserError
+from harness.files import Container, Entry
 from model import PRESETS, build, network_name
 from objectives import make_objective
 from test_train import ALONE, FAST, go
@@ -27,6 +29,14 @@ SIT = replace(PRESETS["sit-nano"], in_channels=3, out_channels=3, pos_max=32)
 
 def network(classes, seed, cfg=NANO):
     return randomize(build(replace(cfg, num_classes=classes)), seed).eval()
+
+
+def opened(net, meta):
+    """A network as if its file were open."""
+    table = {
+        name: Entry(x.dtype, tuple(x.shape), x.clone) for name, x in net.state_dict().items()
+    }
+    return Source(net.cfg, Container("f", "safetensors", table, {}), meta, "native", {})
 
 
 @pytest.mark.parametrize("cfg", [NANO, SIT], ids=["unet", "transformer"])
@@ -53,7 +63,7 @@ def test_each_class_takes_its_own_row_by_name(theirs, ours, taken, new, dropped,
         return torch.allclose(a, b, rtol=0, atol=0 if cfg is NANO else 1e-5)
 
     meta = {"classes": theirs} if theirs else {}
-    line = take_weights(net, other, meta, ours, "--init f")
+    line = take_weights(net, opened(other, meta), ours, "--init f")
     assert line == f"classes of --init f: taken {taken}; new {new}; dropped {dropped}"
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(1, 3, 32, 32, generator=g), torch.full((1,), 500.0)
@@ -81,18 +91,18 @@ def test_each_class_takes_its_own_row_by_name(theirs, ours, taken, new, dropped,
 )
 def test_names_that_do_not_fit_are_refused(rows, meta, ours, message):
     with pytest.raises(UserError, match=message):
-        take_weights(network(len(ours), 1), network(rows, 0), meta, ours, "--init f")
+        take_weights(network(len(ours), 1), opened(network(rows, 0), meta), ours, "--init f")
 
 
 def test_a_file_without_names_goes_by_number_where_the_counts_agree():
     other, net = network(2, 0), network(2, 1)
-    line = take_weights(net, other, {}, ["a", "b"], "f")
+    line = take_weights(net, opened(other, {}), ["a", "b"], "f")
     assert line == "classes of f (by number: it names none): taken a, b; new none; dropped none"
     rows, _ = ROWS["UNet"]
     assert torch.equal(net.state_dict()[rows], other.state_dict()[rows])
-    line = take_weights(network(0, 1), other, {}, [], "f")
+    line = take_weights(network(0, 1), opened(other, {}), [], "f")
     assert line.endswith("taken none; new none; dropped number 0, number 1")
-    assert take_weights(network(0, 1), network(0, 0), {}, [], "f") == ""
+    assert take_weights(network(0, 1), opened(network(0, 0), {}), [], "f") == ""
 
 
 def test_training_begins_with_the_rows_of_the_names(tmp_path, capsys):
