@@ -88,7 +88,7 @@ def open_unet(path: Path | str, *, ema: bool | None = None, **known: Any) -> Sou
 
 def open_checked(path: Path | str, dtype: str = "", **known: Any) -> Source:
     """A network's file of which nothing stays in memory: load_unet()'s checks have read every
-    tensor, one by one, and each is read again when it is asked for. dtype: "fp32" …, or the file's
+    tensor, one by one, and each is read again when it is asked for. dtype: "fp32", or the file's
     own."""
     source = open_unet(path, **known)
     check_fits(skeleton(source.cfg), source.weights.header(), str(path))
