@@ -89,6 +89,7 @@ def test_the_committed_report_is_of_the_committed_cards():
     folder = ROOT / "benchmarks" / "results" / "end-to-end"
     if not (folder / "cards").is_dir():
         pytest.skip("no results are committed")
+    assert json.loads((folder / "verdict.json").read_text())["verdicts"]
     found = [json.loads(p.read_text()) for p in sorted((folder / "cards").glob("*-*.json"))]
     text = (folder / "report.md").read_text()
     for verdict in verdicts(found, SIZES["cpu"].budgets):
