@@ -532,7 +532,8 @@ def as_authors(
     """The flags, with the shift of times of an SD3 or Flux as others wrote it, if none is given."""
     solver = solver_of(cfg)
     joint = meta.get("family") and getattr(net, "joint", 0)
-    if cfg.shift is not None or not joint or solver["method"] == "dopri5":
+    own = cfg.shift is not None or solver["method"] == "dopri5" or cfg.grid not in ("", "uniform")
+    if own or not joint:
         return cfg
     shift = usual_shift(net, *latent_shape[1:], solver["steps"])
     print(f"note: {what} is drawn with --shift {shift:.4g}, as by its authors", file=sys.stderr)

@@ -98,10 +98,12 @@ def check_asked(net: Any, flags: Any, what: str) -> bool:
 # ---- embeddings of a file ------------------------------------------------------------------------
 
 
-def context_form(net: Any) -> str:
+def context_form(net: Any, prefix: str = "", rows: str = "n") -> str:
     """What a network of config `net` is told, as --context FILE has it."""
-    form = f"context (n, tokens, {net.context_dim})"
-    return form + f" and y (n, {net.vector_dim})" if net.vector_dim else form
+    form = f"{prefix}context ({rows}, tokens, {net.context_dim})"
+    if net.vector_dim:
+        form += f" and {prefix}y ({rows}, {net.vector_dim})"
+    return form
 
 
 def read_context(file: str, net: Any, null: bool = False) -> dict[str, Tensor]:
@@ -127,9 +129,7 @@ def read_context(file: str, net: Any, null: bool = False) -> dict[str, Tensor]:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise UserError(
             f"{file} holds {found}",
-            wanted=f"{context_form(net)}; for guidance also null_{context_form(net)}".replace(
-                "null_context (n", "null_context (1"
-            ),
+            wanted=f"{context_form(net)}; for guidance also {context_form(net, 'null_', '1')}",
             do="Write the text encoder's output so.",
         )
     tensors = {name: box[name].float() for name in (both if null else wanted)}
@@ -155,7 +155,7 @@ def embedded(flags: Any, net: Any) -> Conditions:
     if not null and flags.cfg != 1.0 and not net_guided(net) and not flags.guide_ckpt:
         raise UserError(
             f"--cfg {flags.cfg:g} leads away from a null text, and {file} has none",
-            wanted="null_context (1, tokens, width), and null_y of a network that takes y",
+            wanted=context_form(net, "null_", "1"),
             do="Add it to the file, or leave --cfg out.",
         )
     return Conditions(cond, null or {name: value[:1] for name, value in cond.items()})
