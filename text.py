@@ -346,8 +346,8 @@ def open_texts(
         zeros = zeros and index.get("force_zeros_for_empty_prompt", True) is not False
         for box in map(open_weights, paths):
             found += [load_encoder(box, part, dtype) for part in files.encoders(box)]
-    if len(names) > 1:
-        found.sort(key=lambda net: net.cfg.width)
+    # SD3's file names clip_g before clip_l, and files that lie apart come in any order.
+    found.sort(key=lambda net: net.cfg.width)
     if not 1 <= len(found) <= 2:
         raise UserError(
             f"{spec} holds {len(found) or 'no'} text encoders",

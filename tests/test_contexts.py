@@ -5,12 +5,15 @@ import torch
 import pytest
 from safetensors.torch import save_file
 
-from ckpt.texts import INDEX
+from ckpt import load_unet
+from ckpt.texts import INDEX, foreign_text
 from data.prompts import embedded, read_context
 from harness.cli import UserError
 from mmdit import MMDiTConfig
 from pipelines import encoder, tokenizer
 from samplers import Sampling, open_generator
+from text import open_texts
+from vae import load_vae
 
 SIDE, STEPS = 64, 3
 CPU = torch.device("cpu")
@@ -110,6 +113,58 @@ def test_sd3_draws_what_diffusers_draws_from_a_prompt(sd3, capsys):
     ours = gen.images([5], [0]).pixels
     assert apart(ours, theirs) < 1e-4
     assert float(theirs.std()) > 0.05
+
+
+def test_the_first_encoders_pooled_output_is_not_projected(sd3, tmp_path):
+    from transformers import CLIPTextModelWithProjection
+
+    pipe, folder = sd3
+    net = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
+    net.text_projection.weight.data = torch.randn(768, 768)
+    net.save_pretrained(tmp_path / "first")
+    files = (tmp_path / "first", folder / "text_encoder_2")
+    spec = ",".join(f"{file}/model.safetensors" for file in files)
+    texts = open_texts(spec, sd3=True)
+    told = texts.tell(["a red cat"])
+    ids = pipe.tokenizer("a red cat", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = net.text_model(ids).pooler_output
+    assert told.pooled.shape == (1, 2048) and told.context.shape == (1, 154, 4096)
+    assert torch.allclose(told.pooled[:, :768], wanted, atol=1e-5)
+    assert not told.context[:, 77:].any() and not told.context[..., 2048:].any()
+
+
+def test_one_file_of_stability_ai_draws_what_its_folder_draws(sd3, tmp_path):
+    _, folder = sd3
+    net, _ = load_unet(folder)
+    vae = load_vae(f"sd3:{folder / 'vae'}")
+    parts = {"model.diffusion_model.": net.state_dict(), "first_stage_model.": vae.state_dict()}
+    for name, encoder in zip(("clip_l", "clip_g"), open_texts(folder).encoders):
+        parts[f"text_encoders.{name}.transformer."] = foreign_text(encoder.state_dict(), "hf")
+    tensors = {
+        prefix + name: tensor.contiguous()
+        for prefix, part in parts.items()
+        for name, tensor in part.items()
+    }
+    save_file(tensors, tmp_path / "sd3.safetensors")
+    how = {"method": "euler", "steps": 2, "resolution": SIDE, "dtype": "fp32"}
+    drawn = [
+        open_generator(Sampling(str(name), prompt="a red cat", **how), CPU).images([0], [0]).pixels
+        for name in (folder, tmp_path / "sd3.safetensors")
+    ]
+    assert float((drawn[0] - drawn[1]).abs().max()) < 1e-6
+
+
+def test_a_picture_beyond_the_table_of_places_is_refused(sd3):
+    asks = Sampling(str(sd3[1]), prompt="a cat", resolution=512)
+    with pytest.raises(UserError, match="knows no places"):
+        open_generator(asks, CPU)
+
+
+def test_sides_that_do_not_make_whole_patches_are_refused(sd3):
+    asks = Sampling(str(sd3[1]), prompt="a cat", resolution=72)
+    with pytest.raises(UserError, match="multiple of 16"):
+        open_generator(asks, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -373,7 +373,7 @@ def test_bf16_autocast_is_near(name):
     assert distance(got, wanted) < 2 * distance(whole, wanted) < 0.05
 
 
-@pytest.mark.parametrize("name", ["sit", "sd3.5", "flux1", "flux2"])
+@pytest.mark.parametrize("name", ["sit", "sd3", "sd3.5", "flux1", "flux2"])
 def test_it_compiles_as_one_graph(name):
     net, inputs = filled(SMALL[name], torch.float32), told(SMALL[name], torch.float32)
     torch._dynamo.reset()  # it gives up on code that it has compiled for too many networks
