@@ -1015,6 +1015,18 @@ def block_sharding(up: str) -> str:
     return paragraphs(table(head, rows, left=2), small)
 
 
+def block_loading(up: str) -> str:
+    """The most memory of a rank, in copies of its network."""
+    r = results("loading")
+    rows = [
+        [f"begun {how}" if how.startswith("from") else how, *(f"{n:.2f}" for n in part.values())]
+        for how, part in r["copies"].items()
+    ]
+    head = ["a run that is", *next(iter(r["copies"].values()))]
+    words = f"{r['parameters']:,} fp32 weights are one copy; the most of {r['ranks']} ranks"
+    return paragraphs(table(head, rows), origin(r, f"{words}, {r['optim']}; one run"))
+
+
 def block_budget(up: str) -> str:
     """What a fine-tuning of SDXL comes to, beside what nyaflow-xl's authors say of theirs."""
     r = results("budget")
@@ -1088,6 +1100,7 @@ BLOCKS = {
     "boosting": block_boosting,
     "end_to_end": block_end_to_end,
     "sharding": block_sharding,
+    "loading": block_loading,
     "budget": block_budget,
     "one_network": block_one_network,
 }
@@ -1106,6 +1119,7 @@ ELSEWHERE = (
     "end_to_end",
     "rounding",
     "sharding",
+    "loading",
     "budget",
     "one_network",
 )
