@@ -1015,6 +1015,17 @@ def block_sharding(up: str) -> str:
     return paragraphs(table(head, rows, left=2), small)
 
 
+def block_uncertainty_cost(up: str) -> str:
+    """What --uncertainty costs."""
+    r, rows = results("uncertainty_cost"), []
+    for name, row in r["results"].items():
+        if name != "plain":
+            low, high = row["quartiles"]
+            rows.append([name, f"{row['ratio']:.2f}×", f"{low:.2f} to {high:.2f}"])
+    head = ["16 images", "CPU time of plain sampling", "quartiles"]
+    return paragraphs(table(head, rows), origin(r, f"medians of {r['rounds']} rounds"))
+
+
 def block_loading(up: str) -> str:
     """The most memory of a rank, in copies of its network."""
     r = results("loading")
@@ -1101,6 +1112,7 @@ BLOCKS = {
     "end_to_end": block_end_to_end,
     "sharding": block_sharding,
     "loading": block_loading,
+    "uncertainty_cost": block_uncertainty_cost,
     "budget": block_budget,
     "one_network": block_one_network,
 }
@@ -1120,6 +1132,7 @@ ELSEWHERE = (
     "rounding",
     "sharding",
     "loading",
+    "uncertainty_cost",
     "budget",
     "one_network",
 )
