@@ -450,9 +450,8 @@ def main() -> None:
     plain = without_network(faces, vae)
     record.save(out / "cards" / "plain.json", plain)
     found = [each._asdict() for each in verdicts(cards, plain["floor"]["fd"])]
-    record.save(
-        out / "verdict.json", {**record.context(), "config": asdict(cfg), "verdicts": found}
-    )
+    said = {"size": cfg.size, "seeds": cfg.seeds}
+    record.save(out / "verdict.json", {**record.context(), "config": said, "verdicts": found})
     for name in DRAWN:
         draw_grid(size, faces, name, cfg.seeds[0], out)
     write(report(size, cards, plain, out), out)
