@@ -157,8 +157,8 @@ class Objective:
                 position = torch.arange(len(q), device=q.device) if position is None else position
                 q = stratify(q, position, strata or len(q))
             t = self.time(q)
-        if low is not None and source is not None:
-            raise ValueError("low= makes its own source=: give one of them.")
+        if low is not None and (source is not None or self.coupling != "lowres"):
+            raise ValueError("low= is for coupling lowres, and makes its own source=.")
         if source is None and eps is None:
             eps = fresh(torch.randn, x0.shape, x0.device, generator)
         if source is not None and (self.target != "u" or eps is not None):

@@ -10,7 +10,6 @@ Sides take turns; quartiles of a turn's ratios. The networks of 1 and 2 are untr
 depend on weights.
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("KERNELS", "torch")
 
 import torch
 from PIL import Image

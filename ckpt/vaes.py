@@ -70,8 +70,8 @@ FAMILIES = {
     "sd": Family(4, 0.18215, SD),
     "sdxl": Family(4, 0.13025, f"hf:stabilityai/sdxl-vae/{FILE}", fp16=False),
     "sdxl-fp16-fix": Family(4, 0.13025, f"hf:madebyollin/sdxl-vae-fp16-fix/{FILE}"),
-    "sd3": Family(16, 1.5305, SD3, shift=0.0609, quant=False),
     "flux1": Family(16, 0.3611, FLUX1, shift=0.1159, quant=False),
+    "sd3": Family(16, 1.5305, SD3, shift=0.0609, quant=False),
     "flux2": Family(32, 1.0, FLUX2, stats=True),
 }
 # Where a folder or a repository keeps its autoencoder, most specific first.

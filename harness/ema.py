@@ -94,7 +94,7 @@ def check_averages(cfg: Any) -> None:
     """Refuse averages that cannot be told apart, or that would never move."""
     check_widths(cfg.ema)
     every = getattr(cfg, "ema_every", 1)
-    if every * cfg.batch > cfg.images:
+    if every > 1 and every * cfg.batch > cfg.images:
         raise UserError(
             f"--ema-every {every}: {every} steps of {cfg.batch} images are more than --images "
             f"{cfg.images:,}, so no average would ever be made",

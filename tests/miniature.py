@@ -16,7 +16,7 @@ from PIL import Image
 from model import PRESETS
 from text import TextConfig, TextEncoder, save_encoder
 
-NAME = "sdxl-nano"
+NAME = "nano-sdxl"
 FIRST = TextConfig(16, 2, 2, "quick_gelu")
 SECOND = TextConfig(32, 2, 2, "gelu", 24, pad=0)
 PRESETS[NAME] = replace(

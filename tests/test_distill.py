@@ -695,9 +695,10 @@ def test_one_step_of_the_progressive_target_is_two_steps_of_the_teacher(home, tm
 def test_progressive_halves_run_by_run_and_resumes(home, tmp_path, user, monkeypatch):
     drawn, plain = [], samplers.sample
     monkeypatch.setattr(
-        samplers,
-        "sample",
-        lambda *args, **how: drawn.append((how["method"], how.get("steps"))) or plain(*args, **how),
+        samplers.Generator,
+        "walk",
+        lambda self, *args, **how: drawn.append((how["method"], how.get("steps")))
+        or plain(*args, **how),
     )
     flags = [
         "--teacher",

@@ -239,7 +239,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, change, message):
             "4 latent channels. can be sd or sdxl or sdxl-fp16-fix.  What it is .* say it: --vae "
             "FAMILY:FILE",
         ),
-        ("flux1", None, None, "can be flux1 .or Stable Diffusion 3.*--vae flux1:FILE"),
+        ("flux1", None, None, "can be flux1 or sd3.*--vae FAMILY:FILE"),
         ("sd", None, "flux1", "can be sd or .*, not flux1"),
         ("flux2", None, "sd", "running statistics. can be flux2, not sd"),
         ("sd", '{"scaling_factor": 0.13025}', "sd", "0.13025. can be sdxl or .*, not sd"),
@@ -337,7 +337,7 @@ def test_latents_are_normalised_as_the_file_says(
     "config, beside, scale, means, stds",
     [
         (None, {"scale_factor": torch.tensor(1.5305)}, 1.5305, 0.0, 1.0),
-        ('{"scaling_factor": 1.5305}', {}, 1.5305, 0.0, 1.0),
+        ('{"scaling_factor": 1.7}', {}, 1.7, 0.0, 1.0),
         (KL % ', "scaling_factor": 1.5305, "shift_factor": 0.0609', {}, 1.5305, 0.0609, 1.0),
         (json.dumps({"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}), {}, 0.3611, 0.5, 2.0),
     ],

@@ -111,7 +111,7 @@ def test_the_loss_of_a_low_resolution_is_that_of_its_source_and_condition():
     assert drawn[0].loss == drawn[1].loss != drawn[2].loss
     with pytest.raises(ValueError, match="needs low="):
         CFM.loss(net, z)
-    with pytest.raises(ValueError, match="needs the linear path with target 'u'"):
+    with pytest.raises(ValueError, match="low= is for coupling lowres"):
         make_objective("ddpm").loss(net, z, low=low)
 
 
