@@ -76,6 +76,12 @@ def no_weights(path: Path, head: bytes) -> UserError:
     size = path.stat().st_size
     if not size:
         return UserError(f"{path} is empty (0 bytes)", do=AGAIN)
+    if head.startswith(b"GGUF"):
+        return UserError(
+            f"{path} is a GGUF file: its weights are quantised, and what was rounded away is not "
+            "in it",
+            do="Wanted safetensors, in fp32, bf16 or fp16.",
+        )
     if head.startswith(b"version https://git-lfs"):
         what = "it is a Git LFS pointer; fetch the real file with git lfs pull"
     elif head.lstrip()[:1] == b"<":

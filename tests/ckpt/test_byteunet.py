@@ -15,7 +15,8 @@ from ckpt.convert import convert, inspect
 from harness.cli import UserError
 from model import PRESETS, UNet, build
 
-TEXTS = ["Red hair, glasses", "", "Zoë 🙂, 赤い", "a  b c;d e", "x" * 300, " (red) hair  ", "2 cats"]
+TEXTS = ["Red hair, glasses", "", "Zoë 🙂, 赤い", "a  b c;d e", "x" * 300]
+TEXTS += [" (red) hair  ", "2 cats"]
 NANO = byte_config(replace(PRESETS["nano"], in_channels=4, out_channels=4), 32)
 
 
