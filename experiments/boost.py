@@ -13,7 +13,8 @@ they say: weights, order of images, times and noise are those of the seed.
     psu, pixels no network: the small picture enlarged, through the autoencoder and not
 
 It writes OUT/cards/*.json, report.md, report.html and pictures, and goes on where it stopped.
---size dry goes through all of it in a minute; robohash makes 64 px of robots 128 px.
+--size dry goes through all of it in a minute; twice makes faces of 32 px 64 px large, robohash
+pictures of 64 px 128 px.
 """
 
 import json
@@ -98,14 +99,15 @@ class Size(NamedTuple):
 SIZES = {
     "cpu": Size(8_000, 4096, 0.0625, "tiny", (1, 2, 4, 10, MANY)),
     "dry": Size(64, 400, 0.5, "nano", (1, 2, 4, 10, MANY)),
-    "robohash": Size(8_000, 4096, 0.0625, "tiny", (1, 2, 4, 10, MANY), "robohash", 128, 2),
+    "twice": Size(8_000, 4096, 0.0625, "tiny", (1, 2, 4, 10, MANY), "toyfaces", 64, 2),
+    "robohash": Size(4_000, 2048, 0.0625, "tiny", (1, 2, 4, 10, MANY), "robohash", 128, 2),
 }
 Card = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Config:
-    size: Literal["cpu", "dry", "robohash"] = flag("cpu", "how much of everything")
+    size: Literal["cpu", "dry", "twice", "robohash"] = flag("cpu", "how much of everything")
     seeds: tuple[int, ...] = flag((0, 1, 2), "of the runs", low=0, high=1e6)
     out: str = flag("runs/boost", "runs, cards and report", writes="folder")
 
