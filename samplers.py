@@ -35,7 +35,7 @@ from ckpt.meaning import objective_from, said_table
 from ckpt.mmdit_configs import usual_shift
 from ckpt.usual import as_usual, usual_side
 from data import prompts
-from data.boosts import Boosting, Enlarger, open_enlarger
+from data.boosts import Boosting, Enlarger, open_enlarger, without_base
 from data.images import EXTENSIONS
 from data.inits import Init, read_init
 from data.tags import pick_labels
@@ -632,6 +632,11 @@ def sampled_of(cfg: Sampling, gen: Generator, guide: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Config(Uncertain, Boosting, Sampling):
+    ckpt: str = flag(
+        "",
+        "a U-Net's file, a run's folder (newest, first EMA), a diffusers folder, "
+        "hf:org/name[/file]; none: --boost enlarges --init",
+    )
     n: int = flag(16, "images", low=1, high=1e9, head="what to draw")
     like: str = flag("", "a PNG that this drew: its settings, where no flag says others")
     init: tuple[str, ...] = flag((), "images to start from, cycled; a cfm network enlarges them")
@@ -770,6 +775,7 @@ def said(cfg: Config, gen: Generator, size: tuple[int, int], seed: int) -> dict[
 
 def main() -> None:
     cfg, dry_run = likeness.parse_like(Config, __doc__)
+    cfg = without_base(cfg)
     check_command(cfg)
     device = pick_device(cfg.device)
     if dry_run:
@@ -796,7 +802,7 @@ def main() -> None:
         line += f" ({gen.evaluations / cfg.n:g} network evaluations: guidance)"
     print(f"{line}  {seconds / cfg.n:.3f} s/image  {cfg.n / seconds:.2f} images/s")
     if enlarger:
-        print(enlarger.card())
+        print(enlarger.card(seconds))
     if estimator:
         print(estimator.save(images, out, cfg.seed, cfg.grid_image))
     print(grid_of(out) if cfg.grid_image else cfg.npz or out)

@@ -2,7 +2,7 @@
 
     enlarger = open_enlarger(cfg, gen)          # of samplers.py's Config and Generator; None: none
     images = enlarger(pixels, seeds, labels)    # (B, 3, h, w) fp32 -> uint8 (B, 3, H, W)
-    print(enlarger.card())                      # where the time went
+    print(enlarger.card(seconds))               # where they went
 
 Between two networks pictures stay pixels in fp32: no rounding to 8 bits, and each network may have
 an autoencoder of its own. The noise of the k-th network is drawn from a stream that the seed
@@ -10,19 +10,20 @@ spawns, and that of the base from the seed itself (diffusion/boosting.py).
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ckpt import find_checkpoint, load_unet
+from ckpt import find_checkpoint, load_unet, open_unet
 from ckpt.configs import check_resolution
+from data import prompts
 from diffusion.boosting import Boosted, Cost, Stage, boost
-from diffusion.guidance import guided
+from diffusion.guidance import EVERYWHERE, guided
 from diffusion.sampling import DETERMINISTIC, Sample, check_finite
-from harness.cli import UserError, flag
+from harness.cli import UserError, check_flags, field_of, flag
 from harness.pictures import to_uint8
 from harness.ranks import autocast
 from objectives import Objective
@@ -79,9 +80,11 @@ class Enlarger:
         """What an enlarged image depends on, for metric cards."""
         return {"boost": self.about, "boost how": self.how}
 
-    def card(self) -> str:
-        """A line a network: calls and seconds an image."""
-        lines = []
+    def card(self, seconds: float) -> str:
+        """A line a network: calls and seconds an image. seconds: of all that was drawn."""
+        images = sum(len(costs[0].nfe_each) for costs in self.costs)
+        own = sum(sum(cost[1:]) for costs in self.costs for cost in costs)
+        lines = [f"base  s/image: network and decode {(seconds - own) / images:.3f}"]
         for size, costs in zip(self.sizes, zip(*self.costs)):
             nfe = torch.cat([cost.nfe_each for cost in costs]).double()
             parts = (sum(cost.enlarge for cost in costs), sum(cost.network for cost in costs))
@@ -101,6 +104,8 @@ class Before(NamedTuple):
     vae: AnyVAE | None  # None: they are real pictures
     classes: list[str]
     asked: bool  # for classes
+    flags: Any = None  # samplers.Sampling: what is asked for, and how strongly
+    strength: float = 1.0  # of guidance
 
 
 class Loaded(NamedTuple):
@@ -122,7 +127,10 @@ def open_enlarger(cfg: Any, gen: Any) -> Enlarger | None:
     """Open --boost. UserError for what does not follow from one another."""
     if not cfg.boost:
         return None
-    before = Before(gen.size, gen.vae, gen.classes, bool(cfg.labels))
+    # What the base is told as a number, or is led away from by another network, is its own.
+    own = prompts.net_guided(gen.net.cfg) or cfg.guide_ckpt
+    strength = 1.0 if own else cfg.cfg
+    before = Before(gen.size, gen.vae, gen.classes, bool(cfg.labels), cfg, strength)
     return enlarger_of(cfg, [load_stage(name) for name in cfg.boost], before, gen.device)
 
 
@@ -139,6 +147,27 @@ def enlarger_of(cfg: Any, loaded: list[Loaded], before: Before, device: torch.de
     return Enlarger(stages, sizes, how, [each.about() for each in loaded])
 
 
+def without_base(cfg: Any) -> Any:
+    """samplers.py's Config, if it names no --ckpt: the first network of --boost enlarges --init,
+    walked as --boost-method says, and those after it enlarge what it has drawn."""
+    if cfg.ckpt:
+        return cfg
+    if not (cfg.boost and cfg.init):
+        raise UserError("--ckpt is required", do="See --help; only --init with --boost needs none.")
+    first, *rest = cfg.boost
+    check_enlarges(first, open_unet(first).meta)
+    own: dict[str, Any] = {"ckpt": first, "boost": tuple(rest)}
+    if not cfg.method:
+        own["method"] = cfg.boost_method
+        if cfg.boost_method != "dopri5":
+            own["steps"] = cfg.steps or cfg.boost_steps
+    if not rest:
+        own |= {name: field_of(Boosting, name).default for name in ("boost_method", "boost_steps")}
+    cfg = replace(cfg, **own)
+    check_flags(cfg)
+    return cfg
+
+
 def open_stage(
     name: str, before: Before, device: torch.device, dtype: str
 ) -> tuple[Stage, Before]:
@@ -150,6 +179,12 @@ def load_stage(name: str) -> Loaded:
     """UserError, if it does not enlarge."""
     path = find_checkpoint(name)
     net, meta = load_unet(path, dtype=torch.float32)
+    objective = check_enlarges(path, meta)
+    return Loaded(path, net, meta, objective, choose(meta=meta, network=str(path)))
+
+
+def check_enlarges(path: Path | str, meta: dict[str, Any]) -> Objective:
+    """What a network was trained to say; UserError, if it does not enlarge."""
     said = meta.get("objective")
     objective = Objective(**said) if isinstance(said, dict) else None
     if objective is None or objective.coupling != "lowres":
@@ -157,7 +192,7 @@ def load_stage(name: str) -> Loaded:
             f"--boost {path} was not trained to enlarge pictures",
             do="Train one: python train.py --objective cfm.",
         )
-    return Loaded(path, net, meta, objective, choose(meta=meta, network=str(path)))
+    return objective
 
 
 def stage_of(
@@ -175,7 +210,8 @@ def stage_of(
     def start(low: Tensor, noise: Tensor) -> Tensor:
         return objective.prior(objective.source(low, noise))
 
-    predict: Callable[..., tuple] = guided(objective, call)
+    told, guidance = telling(loaded, before, device)
+    predict: Callable[..., tuple] = guided(objective, call, **guidance)
     stage = Stage(
         start,
         predict,
@@ -183,11 +219,34 @@ def stage_of(
         vae.decode,
         objective.lowres,
         objective.upsample,
-        bool(net.cfg.num_classes) and before.asked,
+        told,
         objective.t_max,
     )
     size = tuple(side * objective.lowres for side in before.size)
     return stage, before._replace(size=size, vae=vae)
+
+
+def telling(
+    loaded: Loaded, before: Before, device: torch.device
+) -> tuple[Callable[[Tensor], dict[str, Tensor]] | None, dict[str, Any]]:
+    """What a network is told of labels (Stage.told), and how it is guided (of guided())."""
+    net, flags, path = loaded.net.cfg, before.flags, str(loaded.path)
+    guidance: dict[str, Any] = {}
+    if flags and before.strength != 1.0:
+        guidance = {"cfg": before.strength, "rescale": flags.cfg_rescale}
+        guidance["interval"] = flags.cfg_interval or EVERYWHERE
+    if not prompts.reads_text(net):
+        asked = bool(net.num_classes and before.asked)
+        return (lambda y: {"y": y}, guidance) if asked else (None, {})
+    if flags is None:
+        raise ValueError(f"{path} reads texts: wanted flags that say some.")
+    asked = flags.prompt is not None or bool(flags.context)
+    own = replace(flags, ckpt=path, prompt=flags.prompt if asked else "")
+    size = tuple(side * loaded.objective.lowres for side in before.size)
+    told = prompts.tell(own, net, loaded.meta, size, path, [], device).to(device)
+    if not asked:
+        return lambda y: told.rows(torch.full_like(y, -1)), {}
+    return told.rows, {**guidance, "null": told.null}
 
 
 def check_follows(
@@ -203,12 +262,20 @@ def check_follows(
             wanted=f"a side of {own // factor}",
             do="Take one of another factor, or put another before it.",
         )
-    if net.in_channels != 2 * vae.channels or getattr(net, "context_dim", 0):
+    if net.in_channels != 2 * vae.channels:
         raise UserError(
             f"--boost {path} takes {net.in_channels} channels of latents and pictures, and its "
             f"autoencoder makes {vae.channels}",
-            wanted="twice as many, and no text",
+            wanted="twice as many",
             do="Take a network that python train.py --objective cfm has trained.",
+        )
+    unit = vae.factor * net.multiple
+    if any(side * factor % unit for side in before.size):
+        raise UserError(
+            f"--boost {path} enlarges {factor} times",
+            got=f"pictures of {width}x{height}",
+            wanted=f"{factor} times a side to be a multiple of {unit}",
+            do="Name a base of another size, or draw it so with --resolution.",
         )
     for side in before.size:
         check_resolution(net, vae.factor, side * factor)

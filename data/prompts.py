@@ -68,11 +68,16 @@ class Conditions(NamedTuple):
         return Conditions(*moved)
 
 
+def reads_text(net: Any) -> bool:
+    """Is a network of config `net` told what to draw by texts, or by embeddings of them?"""
+    return bool(getattr(net, "context_dim", 0)) or isinstance(net, ByteUNetConfig)
+
+
 def check_asked(net: Any, flags: Any, what: str) -> bool:
     """Is a network asked for something by --prompt or --context? Refuse what it cannot read, and
     one that reads texts without any. flags: samplers.Sampling."""
     context, vector = getattr(net, "context_dim", 0), getattr(net, "vector_dim", 0)
-    reads = context or isinstance(net, ByteUNetConfig)
+    reads = reads_text(net)
     asks = flags.prompt is not None
     if vector and not reads or (context, vector) == REFINER:
         raise UserError(

@@ -28,7 +28,8 @@ class Stage(NamedTuple):
     decode: Callable[[Tensor], Tensor]
     factor: int
     upsample: str = "psu"  # as diffusion.coupling.upsampled knows it
-    labelled: bool = False  # trained with classes
+    # What the network is told of labels (B,), -1 = none; None: nothing.
+    told: Callable[[Tensor], dict[str, Tensor]] | None = None
     t_start: float = 1.0  # the time of source()'s point: where a table ends
 
 
@@ -67,9 +68,9 @@ def boost(
 ) -> Boosted:
     """Pixels small (B, 3, h, w) in [-1, 1], fp32, through all stages.
 
-    labels (B,) go to the stages that were trained with classes. method and how: sample()'s, an
-    ODE's only (eta 0): a step that adds noise takes the path to begin in unit noise, and this one
-    begins in a picture. Raises ValueError for others.
+    labels (B,), numbers of classes or of texts, go to the stages that know them. method and how:
+    sample()'s, an ODE's only (eta 0): a step that adds noise takes the path to begin in unit noise,
+    and this one begins in a picture. Raises ValueError for others.
     """
     if method not in (*DETERMINISTIC, "dpmpp_2m", "dopri5") or how.get("eta"):
         raise ValueError(f"boosting wants an ODE solver with eta 0, not {method}.")
@@ -82,8 +83,9 @@ def boost(
         low = enlarged(pixels, size, stage.encode, stage.upsample)
         noise = draw(boost_generators(seeds, number), low)
         cond = {"concat": low}
-        if labels is not None and stage.labelled:
-            cond["y"] = labels
+        if stage.told:
+            none = torch.full((len(low),), -1, device=low.device)
+            cond |= stage.told(none if labels is None else labels)
         encoded = clock(low)
         start = stage.source(low, noise)
         s = sample(

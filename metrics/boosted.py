@@ -45,7 +45,7 @@ def paired_card(
     if len(truth) < 2:
         raise too_few(f"what is held out of {truth.spec}", len(truth))
     small = small_size(loaded, truth.size)
-    before = Before(small, None, [], False)
+    before = Before(small, None, [], False, cfg)
     enlarger = enlarger_of(cfg, loaded, before, device)
     own, alone = Tally(extractor, device), Tally(extractor, device)
     for lo in range(0, len(truth), cfg.batch):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize
@@ -10,10 +11,15 @@ from safetensors.torch import load_file, save_file
 import diffusion.sampling as sampling
 import samplers
 from ckpt import load_unet, save_unet
+from ckpt.byteunet import ByteUNet, byte_config, byte_ids
 from ckpt.convert import convert, inspect
 from ckpt.lcm import LCMUNet, LCMUNetConfig
+from diffusion.coupling import resize
+from harness.pictures import to_uint8
 from model import UNet, UNetConfig, timestep_embedding
+from objectives import make_objective
 from samplers import Sampling, open_generator
+from vae import pixel
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -84,6 +90,29 @@ def test_its_pictures_are_diffusers(lcm, monkeypatch, steps, cfg):
     assert (ours - theirs).abs().max() < 1e-4
     other = open_generator(Sampling(str(folder), resolution=64, **{**flags, "cfg": 5.0}), CPU)
     assert (other.images([3], [0]).images.int() - gen.images([3], [0]).images.int()).abs().max() > 2
+
+
+def test_its_pictures_are_enlarged_by_a_reader_of_texts_that_its_strength_does_not_guide(
+    lcm, user, tmp_path
+):
+    """--boost behind an LCM: x - u of one Euler step, with u of the prompt alone, though --cfg is
+    8."""
+    like = UNetConfig(24, 12, 32, (1,), num_res_blocks=1, attention=(0,), num_heads=2)
+    net = randomize(ByteUNet(byte_config(like, 32))).eval()
+    meta = {"objective": asdict(make_objective("cfm", noise_aug=0.0)), "vae": pixel(2).meta()}
+    save_unet(tmp_path / "twice", net, meta | {"resolution": 128})
+    flags = {"prompt": PROMPT, "method": "lcm", "steps": 2, "cfg": 8.0, "resolution": 64}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    words += ["--ckpt", lcm[1], "--n", 1, "--seed", 3, "--boost", tmp_path / "twice"]
+    words += ["--boost-method", "euler", "--boost-steps", 1, "--npz", tmp_path / "s.npz"]
+    code, out, errors = user(samplers.main, *words, "--out", tmp_path / "s")
+    assert code == 0 and "boost to 128x128  NFE/image 1 " in out, errors
+    pixels = open_generator(Sampling(str(lcm[1]), **flags), CPU).images([3], [0]).pixels
+    low = pixel(2).encode(resize(pixels, (128, 128)))
+    with torch.no_grad():
+        u = net(torch.cat([low, low], 1), torch.tensor([1000.0]), context=byte_ids([PROMPT]))
+    wanted = to_uint8(pixel(2).decode(low - u)).permute(0, 2, 3, 1).int().numpy()
+    assert abs(np.load(tmp_path / "s.npz")["arr_0"].astype(int) - wanted).max() <= 1
 
 
 def test_its_tensors_have_one_name_in_each_layout(lcm, tmp_path):

@@ -72,12 +72,11 @@ def draw_samples(
     )
     how = tr.loss.drawing or how or {"method": "heun", "steps": 10}
     tr.net.eval()
-    labels = [seed % len(tr.classes) for seed in seeds] if tr.classes else None
-    if told is not None:
-        labels = list(range(len(seeds)))
-    low = None
+    labels, low = [seed % len(tr.classes) for seed in seeds] if tr.classes else None, None
     if tr.objective.coupling == "lowres":
         low, labels = enlarged(tr, seeds)
+    if told is not None:  # of the pictures that are enlarged, too
+        labels = list(range(len(seeds)))
     try:
         return generator.images_on(tr.ranks, seeds, labels, low=low, **how)[:n]
     except NonFinite as error:

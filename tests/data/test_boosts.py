@@ -9,11 +9,12 @@ from PIL import Image
 
 import data.boosts
 import samplers
-from ckpt import save_unet
+from ckpt import load_unet, save_unet
+from ckpt.byteunet import ByteUNet, byte_config, byte_ids
 from conftest import randomize
-from data.boosts import Before, open_stage
+from data.boosts import Before, Enlarger, open_stage
 from data.images import read_picture
-from diffusion.boosting import boost, boost_generators
+from diffusion.boosting import Cost, boost, boost_generators
 from diffusion.coupling import enlarged, resize
 from diffusion.sampling import draw
 from diffusion.schedules import norm, table_time
@@ -34,14 +35,22 @@ def base(path, **more):
     return path
 
 
-def cfm(path, resolution=16, seed=None, vae=None, classes=(), in_channels=24, **objective):
-    """An untrained network says u = 0; one with a seed, something."""
+def cfm(
+    path, resolution=16, seed=None, vae=None, classes=(), in_channels=24, kind=UNet, **objective
+):
+    """An untrained network says u = 0; one with a seed, something. kind: of its config."""
     cfg = replace(NET, in_channels=in_channels, num_classes=len(classes))
-    net = UNet(cfg) if seed is None else randomize(UNet(cfg), seed)
+    net = kind(cfg) if seed is None else randomize(kind(cfg), seed)
     said = make_objective("cfm", **{"noise_aug": 0.0, **objective})
     meta = {"objective": asdict(said), "vae": (vae or pixel(2)).meta(), "resolution": resolution}
-    save_unet(path, net, meta | ({"classes": list(classes)} if classes else {}))
+    meta |= {"classes": list(classes)} if classes else {}
+    save_unet(path, net, {key: value for key, value in meta.items() if value})
     return path
+
+
+def reader(cfg):
+    """A network that is told what to draw in bytes."""
+    return ByteUNet(byte_config(cfg, 32))
 
 
 def drawn(folder):
@@ -68,6 +77,24 @@ def test_networks_that_do_nothing_resize_what_the_base_drew_without_rounding(tmp
     lines = [line for line in out.splitlines() if line.startswith("boost to ")]
     assert [line.split()[2] for line in lines] == ["16x16", "32x32"]
     assert all("NFE/image" in line and "decode" in line for line in lines)
+    code, out, err = run(user, tmp_path, "--boost", boosts, "--npz", tmp_path / "s.npz", out="z")
+    assert code == 0, err
+    assert (np.load(tmp_path / "s.npz")["arr_0"] == drawn(tmp_path / "z")).all()
+
+
+def test_the_card_splits_the_seconds_of_all_that_was_drawn():
+    enlarger = Enlarger([], [(16, 16), (32, 32)], {}, [])
+    two, one = torch.tensor([10, 10]), torch.tensor([13])
+    enlarger.costs = [
+        [Cost(two, 0.2, 0.4, 0.6), Cost(two, 2.0, 4.0, 6.0)],
+        [Cost(one, 0.1, 0.2, 0.3), Cost(one, 1.0, 2.0, 3.0)],
+    ]
+    base, first, second = enlarger.card(seconds=25.8).splitlines()
+    assert base == "base  s/image: network and decode 2.000"  # 25.8 less 19.8, of three images
+    times = "resize and encode 0.100  network 0.200  decode 0.300"
+    assert first == f"boost to 16x16  NFE/image 11  s/image: {times}"
+    times = "resize and encode 1.000  network 2.000  decode 3.000"
+    assert second == f"boost to 32x32  NFE/image 11  s/image: {times}"
 
 
 def test_a_seed_s_picture_is_the_same_in_any_batch_and_holds_noise_of_its_own(tmp_path, user):
@@ -93,6 +120,45 @@ def test_what_is_enlarged_is_what_init_enlarges(tmp_path, user):
     stage, _ = open_stage(str(path), Before((8, 8), pixel(2), [], False), CPU, "fp32")
     large = boost([stage], small, [0], method="euler", steps=2).pixels
     assert abs(drawn(tmp_path / "s")[0] - to_uint8(large)[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_picture_of_the_user_s_needs_no_base(tmp_path, user):
+    """--init alone: the first network of --boost is --ckpt, walked as --boost-method says."""
+    a, b = cfm(tmp_path / "base", seed=3, noise_aug=0.4), cfm(tmp_path / "b", 32, seed=4)
+    r = np.random.default_rng(0)
+    Image.fromarray(r.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "p.png")
+    picture, euler = ["--init", tmp_path / "p.png"], ["--boost-method", "euler"]
+    euler += ["--boost-steps", 2]
+    code, _, err = run(user, tmp_path, *picture, "--method", "euler", "--boost", b, *euler)
+    assert code == 0, err
+    words = ["--n", 3, *picture, *euler, "--out"]
+    code, out, err = user(samplers.main, *words, tmp_path / "o", "--boost", f"{a},{b}")
+    assert code == 0 and "boost to 32x32  NFE/image 2 " in out, err
+    assert (drawn(tmp_path / "o") == drawn(tmp_path / "s")).all()
+    assert (drawn(tmp_path / "o")[0] != drawn(tmp_path / "o")[1]).any()  # noise of their own
+    # Without noise on the way both are what boost() makes of the pixels.
+    cfm(tmp_path / "still", seed=3)
+    code, _, err = user(samplers.main, *words, tmp_path / "w", "--boost", tmp_path / "still")
+    assert code == 0, err
+    small = read_picture(str(tmp_path / "p.png"), 8)[None] / 127.5 - 1
+    stage, _ = open_stage(str(tmp_path / "still"), Before((8, 8), None, [], False), CPU, "fp32")
+    large = boost([stage], small, [0], method="euler", steps=2).pixels
+    assert abs(drawn(tmp_path / "w") - to_uint8(large).permute(0, 2, 3, 1).numpy()).max() <= 1
+
+
+def test_without_a_base_what_does_not_enlarge_or_has_no_picture_is_refused(tmp_path, user):
+    base(tmp_path / "base"), cfm(tmp_path / "a")
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    for words, message in [
+        (["--init", tmp_path / "p.png", "--boost", tmp_path / "base"], "not trained to enlarge"),
+        (["--boost", tmp_path / "a"], "--ckpt is required"),
+        (["--init", tmp_path / "p.png"], "--ckpt is required"),
+        (["--init", tmp_path / "p.png", "--boost", tmp_path / "a", "--boost-steps", 3], "dopri5"),
+        (["--init", tmp_path / "p.png", "--boost", tmp_path / "a", "--steps", 3], "dopri5"),
+    ]:
+        code, _, err = user(samplers.main, *words, "--out", tmp_path / "s")
+        assert code == 2 and len(err) == 1 and message in err[0], err
+    assert not (tmp_path / "s").exists()
 
 
 class Oracle(torch.nn.Module):
@@ -163,7 +229,7 @@ def test_labels_go_to_networks_that_were_trained_with_the_same_classes(tmp_path,
         stage, _ = open_stage(
             str(tmp_path / "own"), Before((8, 8), pixel(2), ["cat", "dog"], True), CPU, "fp32"
         )
-        assert stage.labelled
+        assert stage.told
         gen = open_generator(
             Sampling(str(tmp_path / "base"), steps=2, labels=(label,), device="cpu"), CPU
         )
@@ -175,6 +241,68 @@ def test_labels_go_to_networks_that_were_trained_with_the_same_classes(tmp_path,
     assert code == 2 and len(err) == 1 and "other classes" in err[0]
 
 
+def by_hand(path, pixels, told, null, cfg):
+    """What a network without noise makes of pixels (3, 3, 8, 8) in one Euler step from t = 1:
+    x - u, with u = weak + cfg (strong - weak)."""
+    net, vae = load_unet(path)[0].eval(), pixel(2)
+    low = vae.encode(resize(pixels, (16, 16)))
+    t, both = torch.full((3,), 1000.0), torch.cat([low, low], 1)
+    with torch.no_grad():
+        strong, weak = net(both, t, **told), net(both, t, **null)
+    large = vae.decode(low - (weak + cfg * (strong - weak)))
+    return to_uint8(large).permute(0, 2, 3, 1).numpy()
+
+
+ONE = ["--boost-method", "euler", "--boost-steps", 1]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_guidance_reaches_networks_with_classes(tmp_path, user, cfg):
+    base(tmp_path / "base", classes=["cat", "dog"])
+    path = cfm(tmp_path / "own", seed=5, classes=["cat", "dog"])
+    flags = ["--labels", "dog,cat", "--cfg", cfg, "--boost", path, *ONE]
+    code, _, err = run(user, tmp_path, *flags)
+    assert code == 0, err
+    said = Sampling(str(tmp_path / "base"), steps=2, labels=("dog",), cfg=cfg, device="cpu")
+    y = torch.tensor([1, 0, 1])
+    pixels = open_generator(said, CPU).images([0, 1, 2], y).pixels
+    wanted = by_hand(path, pixels, {"y": y}, {"y": torch.full_like(y, -1)}, cfg)
+    assert abs(drawn(tmp_path / "s") - wanted).max() <= 1
+    # Autoguidance is of the base's own network: the strength is its, too.
+    if cfg != 1.0:
+        more = ["--guide-ckpt", tmp_path / "base"]
+        code, _, err = run(user, tmp_path, *flags, *more, out="auto")
+        assert code == 0, err
+        gen = open_generator(replace(said, guide_ckpt=said.ckpt), CPU)
+        pixels = gen.images([0, 1, 2], y).pixels
+        wanted = by_hand(path, pixels, {"y": y}, {"y": y}, 1.0)
+        assert abs(drawn(tmp_path / "auto") - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("prompts, cfg", [(["glasses", "a hat"], 1.0), (["a hat"], 2.5), ([], 1.0)])
+def test_prompts_reach_networks_that_read_texts(tmp_path, user, prompts, cfg):
+    """Whose base may read none: then they are told the null text, as unlabelled ones no class."""
+    meta = {"objective": asdict(make_objective("fm")), "vae": pixel(2).meta(), "resolution": 8}
+    save_unet(tmp_path / "base", randomize((reader if prompts else UNet)(NET), 1), meta)
+    path = cfm(tmp_path / "own", seed=5, kind=reader)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    asks = ["--prompt", f"@{tmp_path / 'prompts.txt'}", "--cfg", cfg] if prompts else []
+    code, _, err = run(user, tmp_path, *asks, "--boost", path, *ONE)
+    assert code == 0, err
+    said = {"steps": 2, "cfg": cfg, "device": "cpu"}
+    said |= {"prompt": asks[1]} if prompts else {}
+    gen = open_generator(Sampling(str(tmp_path / "base"), **said), CPU)
+    index = torch.arange(3) % len(prompts) if prompts else None
+    pixels = gen.images([0, 1, 2], index).pixels
+    texts = [prompts[i] for i in index] if prompts else [""] * 3
+    null = {"context": byte_ids([""] * 3)}
+    wanted = by_hand(path, pixels, {"context": byte_ids(texts)}, null, cfg)
+    assert abs(drawn(tmp_path / "s") - wanted).max() <= 1
+    if prompts:
+        other = by_hand(path, pixels, null, null, 1.0)
+        assert abs(other - wanted).max() > 2
+
+
 @pytest.mark.parametrize(
     "made, message",
     [
@@ -183,8 +311,12 @@ def test_labels_go_to_networks_that_were_trained_with_the_same_classes(tmp_path,
         ({"in_channels": 16}, "takes 16 channels"),
         ({"vae": pixel(1), "in_channels": 24}, "takes 24 channels"),
         ({"upsample": "nearest", "vae": pixel(4), "in_channels": 96}, "are not those of"),
+        (
+            {"resolution": 0, "vae": pixel(5), "in_channels": 150},
+            "pictures of 8x8, wanted 2 times a side to be a multiple of 5",
+        ),
     ],
-    ids=["factor", "size", "channels", "family", "autoencoder"],
+    ids=["factor", "size", "channels", "family", "autoencoder", "not divisible"],
 )
 def test_what_does_not_follow_is_refused_in_one_line(tmp_path, user, made, message):
     base(tmp_path / "base")
@@ -207,3 +339,19 @@ def test_a_network_that_does_not_enlarge_is_refused(tmp_path, user):
     assert code == 2 and len(err) == 1 and "was not trained to enlarge" in err[0]
     code, _, err = run(user, tmp_path, "--boost-steps", 3)
     assert code == 2 and len(err) == 1 and "--boost" in err[0]
+
+
+def test_who_reads_texts_and_is_asked_nothing_is_told_the_null_text(tmp_path, monkeypatch):
+    """Which need not be the empty one: SDXL's is zeros."""
+    zeros, ones = ({"context": torch.full((1, 4), i)} for i in (0.0, 1.0))
+    said = data.boosts.prompts.Conditions(ones, zeros)
+    monkeypatch.setattr(data.boosts.prompts, "tell", lambda *args: said)
+    path, flags = cfm(tmp_path / "a", kind=reader), Sampling("base")
+    before = Before((8, 8), None, [], False, flags)
+    told = open_stage(str(path), before, CPU, "fp32")[0].told
+    assert torch.equal(told(torch.tensor([-1, 3]))["context"], torch.zeros(2, 4))
+    asked = before._replace(flags=replace(flags, prompt="a"))
+    told = open_stage(str(path), asked, CPU, "fp32")[0].told
+    assert torch.equal(told(torch.tensor([0]))["context"], torch.ones(1, 4))
+    with pytest.raises(ValueError, match="wanted flags"):
+        open_stage(str(path), before._replace(flags=None), CPU, "fp32")

@@ -18,9 +18,9 @@ def same(x):
     return x
 
 
-def stage(net, noise_aug, labelled=False):
+def stage(net, noise_aug, told=None):
     cfm = replace(make_objective("cfm"), noise_aug=noise_aug)
-    return Stage(cfm.source, guided(cfm, net), same, same, 2, labelled=labelled)
+    return Stage(cfm.source, guided(cfm, net), same, same, 2, told=told)
 
 
 def still(x, t, y=None):
@@ -58,18 +58,20 @@ def test_an_image_is_the_same_alone_and_its_stages_have_noises_of_their_own():
     assert not torch.equal(apart[0], apart[1])
 
 
-def test_labels_reach_only_networks_that_know_them():
+def test_labels_reach_only_networks_that_know_them_and_none_is_minus_one():
     seen = []
 
     def net(x, t, y=None):
         seen.append(y)
         return still(x, t)
 
-    stages = [stage(net, 0.0), stage(net, 0.0, labelled=True)]
+    stages = [stage(net, 0.0), stage(net, 0.0, told=lambda y: {"y": y})]
     y = torch.tensor([2, 0, 1])
     _, costs, *_ = boost(stages, small(), SEEDS, y, method="euler", steps=1)
     assert seen[0] is None and torch.equal(seen[1], y)
     assert [c.nfe_each.tolist() for c in costs] == [[1, 1, 1]] * 2
+    boost(stages[1:], small(), SEEDS, method="euler", steps=1)
+    assert seen[2].tolist() == [-1, -1, -1]
 
 
 def test_a_method_that_adds_noise_is_refused():

@@ -249,6 +249,28 @@ def test_prompts_draw_what_the_network_is_told_by_hand(tmp_path, user):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_pictures_that_are_enlarged_are_shown_with_their_own_texts(tmp_path, folder, monkeypatch):
+    """Previews of cfm: picture i with the text of picture i."""
+    heard, call = [], Generator.images
+    monkeypatch.setattr(
+        Generator,
+        "images",
+        lambda self, seeds, labels, **how: (
+            heard.append((self.cond(labels)["context"], how["low"]))
+            or call(self, seeds, labels, **how)
+        ),
+    )
+    run = go(tmp_path, text="bytes", objective="cfm", data=str(folder), holdout=0.0, images=8)
+    assert (run / train.FINAL).is_file()
+    context, low = heard[-1]
+    assert len(context) == len(low) == 32
+    told = {spelled(row): i for i, row in enumerate(context[:6])}
+    assert len(told) == 6
+    assert torch.equal(context[:6], context[6:12]) and torch.equal(low[:6], low[6:12])
+    texts = ["A Red circle, on white.", "Zoë's dog,  asleep", "", "tag 3, solo", "tag 4, solo"]
+    assert list(told) == [*texts, "tag 5, solo"]
+
+
 def test_a_long_prompt_is_cut_and_said(tmp_path, user):
     run = go(tmp_path, text="bytes", images=8)
     flags = ["--ckpt", run, "--n", 1, "--steps", 1, "--out", tmp_path / "drawn", "--prompt"]
