@@ -72,8 +72,12 @@ ARMS = {
     "aligned": (*TABLE, "--aligned", "--density", "logit_normal"),
     "eps": TABLE,
 }
-# What the log's held-out loss is the loss of.
-SAYS = {"native": "u", "aligned": "u", "eps": "eps"}
+# How an arm's network is read.
+READ = {
+    "native": make_objective("fm"),
+    "aligned": make_objective("ddpm", table="scaled_linear", aligned=True),
+    "eps": make_objective("ddpm", table="scaled_linear"),
+}
 NEW = "glasses | night background"
 SIDE, HOLDOUT, SHOWN = 32, 0.0625, 8
 SAMPLERS = (Sampler("heun", 8), Sampler("ddim", 16, 1.0))
@@ -187,7 +191,7 @@ def curve(arm: str, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for _, row in read_log(folder / "log.jsonl")[0]:
         if row["event"] == "held-out":
-            by_t = in_u(row["loss_by_t"], SAYS[arm])
+            by_t = in_u(row["loss_by_t"], READ[arm])
             rows.append({"images": row["images"], "loss": sum(by_t) / len(by_t), "loss_by_t": by_t})
     return rows
 
@@ -198,11 +202,9 @@ def starts(bench: Bench, folder: Path) -> list[dict[str, Any]]:
     vae, net = vae_from_meta(meta["vae"]), net.eval()
     shape = vae.latent_shape(SIDE)
     rows = []
-    for arm, objective in (
-        ("native", make_objective("fm")),
-        ("aligned", make_objective("ddpm", table="scaled_linear")),
-    ):
-        def plain(x: Any, t: Any, read: Any = objective) -> Any:
+    for arm in ("native", "aligned"):
+
+        def plain(x: Any, t: Any, read: Any = READ[arm]) -> Any:
             return read.predict(net, x, t)
 
         gen = SimpleNamespace(plain=plain, vae=vae, latent_shape=shape)

@@ -32,6 +32,7 @@ from metrics.distances import compact, frechet, kernel_distance, memorisation, p
 from metrics.features import SIDE, Images, Pca, extract, fit_extractor, open_images, pooled
 from metrics.inception import load_inception
 from metrics.paired import roughness
+from objectives import Objective
 from samplers import Generator, Sampling
 
 Predict = Callable[[Tensor, Tensor], tuple]
@@ -270,12 +271,17 @@ def held_out_u(gen: Generator, held: Dataset, ranks: Ranks) -> dict[str, Any]:
     return heldout.loss_of(loss, held, [], gen.latent_shape, 0, ranks)
 
 
-def in_u(loss_by_t: list[float], target: str) -> list[float]:
-    """A held-out loss by t of train.py's log, which is the target's, as L_u: at one time the two
-    differ by a factor."""
+def in_u(loss_by_t: list[float], objective: Objective) -> list[float]:
+    """A held-out loss by t of train.py's log, a plain mean square of what an objective asks for, as
+    L_u: at one time the two differ by a factor. Beyond the end of an eps network's table it is
+    nearly one; predict() divides by 1 - t_max there."""
+    if objective.aligned:
+        return list(loss_by_t)
     n = len(loss_by_t)
     t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    factor = x0_share(t, target) / x0_share(t, "u")
+    factor = x0_share(t, objective.what) / x0_share(t, "u")
+    if objective.target == "eps":
+        factor = (1 + t / (1 - t).clamp(min=1 - objective.t_max)).square()
     return (torch.tensor(loss_by_t, dtype=torch.float64) * factor).tolist()
 
 

@@ -278,10 +278,9 @@ def curve_of(objective: Objective, run: Path) -> list[dict[str, Any]]:
     plain_loss = objective.loss_type == "mse" and objective.weight == "uniform"
     if not plain_loss or objective.learn_sigma:
         return []
-    target = "u" if objective.aligned else objective.what
     rows, _ = read_log(run / "log.jsonl")
     return [
-        {"images": row["images"], "loss_by_t": in_u(row["loss_by_t"], target)}
+        {"images": row["images"], "loss_by_t": in_u(row["loss_by_t"], objective)}
         for _, row in rows
         if row.get("event") == "held-out"
     ]
