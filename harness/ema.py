@@ -93,11 +93,11 @@ def exponent(width: float) -> float:
 def check_averages(cfg: Any) -> None:
     """Refuse averages that cannot be told apart, or that would never move."""
     check_widths(cfg.ema)
-    every = getattr(cfg, "ema_every", 1)
-    if every > 1 and every * cfg.batch > cfg.images:
+    every, steps = getattr(cfg, "ema_every", 1), -(-cfg.images // cfg.batch)
+    if every > steps:
         raise UserError(
-            f"--ema-every {every}: {every} steps of {cfg.batch} images are more than --images "
-            f"{cfg.images:,}, so no average would ever be made",
+            f"--ema-every {every}: a run of --images {cfg.images:,} takes {steps:,} steps of "
+            f"{cfg.batch}, so no average would ever be made",
             do="Lower it.",
         )
 

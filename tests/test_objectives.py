@@ -21,6 +21,7 @@ from diffusion.schedules import (
 )
 from diffusion.variance import posterior
 from samplers import sample
+from test_train import a_quick_last_picture  # noqa: F401
 
 NAMES = tuple(name for name in PRESETS if name != "cfm")  # cfm: test_coupling.py
 KINDS = [

@@ -62,8 +62,9 @@ def preset_of(flags: Any) -> Any:
             wanted="one of them",
             do="Leave --classes out: tags are told as texts.",
         )
-    kind = text if text == "bytes" else text.partition(":")[0] + ":"
-    if kind != "bytes" and kind not in TOLD:
+    word, colon, names = text.partition(":")
+    kind = word + colon
+    if text != "bytes" and not (kind in TOLD and all(names.split(","))):
         raise UserError(f"--text {text!r}", wanted=SPELLED, do="Name the encoder's file.")
     if not isinstance(cfg, UNetConfig) or any(reads) and (kind == "bytes" or not reads[0]):
         raise UserError(

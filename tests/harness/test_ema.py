@@ -50,9 +50,23 @@ def test_an_average_of_every_third_network_has_its_closed_form(every):
         assert torch.allclose(ema.weights[key]["weight"], wanted, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_an_average_of_bf16_weights_is_in_fp32(device):
+    """What bf16 could not tell from 1: the mean of 1 and 1 + 1/128, near the second one."""
+    net = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    ema = EMA(net, (0.1,), every=2, device=device)
+    for seen, value in ((16, 1.0), (32, 1 + 1 / 128)):
+        net.weight.data.fill_(value)
+        ema.update(net, seen, 8)
+    (average,) = ema.weights["0.100"].values()
+    share = 0.5 ** ema.exponents["0.100"]
+    assert average.dtype == torch.float32
+    assert float(average) == pytest.approx(1 + (1 - share) / 128, abs=1e-7) != 1 + 1 / 128
+
+
 def test_averages_that_would_never_be_made_are_refused():
-    cfg = SimpleNamespace(ema=(0.05,), ema_every=10, batch=8, images=79)
-    with pytest.raises(UserError, match="--ema-every 10: 10 steps of 8 images are more than"):
+    cfg = SimpleNamespace(ema=(0.05,), ema_every=10, batch=8, images=72)
+    with pytest.raises(UserError, match="--ema-every 10: a run of --images 72 takes 9 steps of 8,"):
         check_averages(cfg)
-    cfg.images = 80
+    cfg.images = 73  # the last step is a whole one, too
     check_averages(cfg)

@@ -41,9 +41,12 @@ def test_two_shards_keep_the_same_averages_in_host_memory(tmp_path):
     assert said == ranks(2, stepped, tmp_path / "device", FULL, 2)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
-def test_every_third_network_is_averaged_and_a_resume_goes_on_with_the_same(tmp_path, optim):
-    flags = {"ema_device": "cpu", "ema_every": 3, "optim": optim, "images": 160}
+@pytest.mark.parametrize("optim, device", [("adamw", "cpu"), ("adamw8bit", "same")])
+def test_every_third_network_is_averaged_and_a_resume_goes_on_with_the_same(
+    tmp_path, optim, device
+):
+    """adamw8bit averages in its own pass, and not these."""
+    flags = {"ema_device": device, "ema_every": 3, "optim": optim, "images": 160}
     tr = opened(ONE, tmp_path / "a", flags)
     loader, kept = train.load(tr), []
     for step in range(1, 21):
@@ -86,3 +89,14 @@ def test_another_rhythm_is_another_run(plain, tmp_path):
     shutil.copytree(plain[0] / "run", tmp_path / "run")
     with pytest.raises(UserError, match="ema_every 1 -> 2"):
         train.train(config(tmp_path, {"images": 80, "ema_every": 2}), ONE)
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [("--ema-every 9", "of 8, so no average would ever"), ("--ema 0.1,0.1", "wanted different")],
+)
+def test_averages_that_cannot_be_are_one_line(user, tmp_path, flags, line):
+    small = "--model nano --data toyfaces:8 --resolution 32 --images 64 --batch 8".split()
+    code, _, errors = user(train.main, *small, *flags.split(), "--out", tmp_path / "runs")
+    assert code == 2 and len(errors) == 1 and line in errors[0]
+    assert not (tmp_path / "runs").exists()

@@ -120,6 +120,9 @@ def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_pa
         ("clip-l:nowhere.safetensors", "nowhere.safetensors"),
         ("clip-g:x", "wanted bytes, clip-l:FILE or sdxl:FILE"),
         ("byte", "wanted bytes, clip-l:FILE or sdxl:FILE"),
+        ("clip-l", "'clip-l': wanted bytes, clip-l:FILE or sdxl:FILE"),
+        ("sdxl:", "'sdxl:': wanted bytes, clip-l:FILE or sdxl:FILE"),
+        ("clip-l:a.safetensors,", "wanted bytes, clip-l:FILE or sdxl:FILE"),
     ],
 )
 def test_what_is_no_encoder_is_one_line(tmp_path, user, text, line):
