@@ -75,6 +75,7 @@ from harness.seeds import torch_seed
 from model import PRESETS, build, network_name
 from objectives import Loss, Net, Objective, make_objective
 from training.checkpoints import beginning
+from training.sharding import Sharding
 from training.start import take_weights
 from training.texts import check_taught, student_preset
 from vae import AnyVAE, vae_from_meta
@@ -93,7 +94,7 @@ WEIGHT = {"low": 0, "high": 1e6}
 
 
 @dataclass(frozen=True)
-class Config(TeacherFlags, train.Run, train.Optim, Captions, train.Data):
+class Config(TeacherFlags, train.Run, Sharding, train.Optim, Captions, train.Data):
     """The flags of this script: train.py's of data, optimiser and run, with other defaults; a
     teacher, a student, and what the one learns from the other."""
 
@@ -433,6 +434,7 @@ class DistillLoss:
     assessor: Assessor | None = None
     sampler: TimestepSampler | None = None
     heads: LocalHeads | None = None
+    texts: Any = None  # of --text (training/texts.py)
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
@@ -463,6 +465,7 @@ class DistillLoss:
         cfg = self.cfg
         text = self.teacher.text(cfg.seed, batch.get("position"), len(batch["eps"]))
         batch = {k: v.to(self.ranks.device, non_blocking=True) for k, v in batch.items()}
+        batch = self.texts.heard(batch) if self.texts else batch
         cond = {key: batch[key] for key in ("y", "context") if key in batch} | text
         x0 = latents_of(self.vae, batch)  # outside autocast: only networks run in bf16
         features: dict[str, Tensor] = {}
@@ -651,9 +654,8 @@ def setup(cfg: Config, ranks: Ranks) -> train.Trainer:
         heads = add_heads(cfg, tr) if cfg.local_heads else None
         if teacher.texts:
             add_caption(tr.net, teacher)
-        return DistillLoss(
-            tr.cfg, ranks, vae, tr.objective, tr.net, teacher, weights, judge, sampler, heads
-        )
+        parts = tr.cfg, ranks, vae, tr.objective, tr.net, teacher, weights
+        return DistillLoss(*parts, judge, sampler, heads, tr.texts)
 
     objective = student_objective(cfg)
     return train.assemble(cfg, ranks, ds, vae, objective, net, classes, labels, init, make_loss)

@@ -93,6 +93,9 @@ class Optim:
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
     weights: Literal["fp32", "bf16"] = flag("fp32", "bf16: no fp32 copies, rounded stochastically")
     compile: bool = flag(False, "the network, with torch.compile")
+    checkpointing: bool = flag(
+        False, "blocks keep no activations, and compute them again", beside=True
+    )
     graph: bool = flag(True, "a step's passes as one CUDA graph, if that is exact")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 
@@ -147,7 +150,7 @@ class Config(Run, Sharding, Averaging, Optim, Captions, Task, data.BucketFlags, 
 FREE = {
     *("accum", "compile", "graph", "out", "resume", "log", "log_every", "eval_every", "keep"),
     *("preview_every", "save_every", "fid_every", "fid_features", "keep_every", "workers"),
-    *("device", "shard", "ema_device"),
+    *("device", "shard", "ema_device", "checkpointing"),
 }
 # Flags that an Objective has under the same name.
 OBJECTIVE_FLAGS = (
@@ -239,6 +242,7 @@ class ObjectiveLoss:
     ranks: Ranks
     vae: AnyVAE
     objective: Objective
+    texts: Any = None
 
     # How the run's samples are drawn, as arguments of sample(); None = like any network's.
     drawing: ClassVar[dict[str, Any] | None] = None
@@ -252,6 +256,7 @@ class ObjectiveLoss:
     def __call__(self, net: Any, batch: dict[str, Tensor]) -> Loss:
         """The loss of a collated batch, which brings everything random with it."""
         batch = {key: x.to(self.ranks.device, non_blocking=True) for key, x in batch.items()}
+        batch = self.texts.heard(batch) if self.texts else batch
         cond = {key: batch[key] for key in ("y", "context") if key in batch}
         # Outside autocast: only the network runs in bf16.
         x0, kind = latents_of(self.vae, batch), self.objective
@@ -347,12 +352,13 @@ def assemble(
         write_text(run / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
         save_vae(run / "vae.safetensors", vae, weights=False)
     init = cast_weights(net, init, cfg)
+    net.checkpointing = cfg.checkpointing
     # First: sharded, the network's parameters are other ones.
     model = parallel(net, cfg, ranks)
     parts = (cfg, ranks, run, ds, vae, objective, net, model)
     tr = Trainer(*parts, make_optimizer(net, cfg), EMA.of(net, cfg), classes, labels, init, held)
     tr.take_texts(texts)
-    tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective)
+    tr.loss = make_loss(tr) if make_loss else ObjectiveLoss(cfg, ranks, vae, objective, texts)
     tr.late, tr.repeat = reads_late(tr), repeater(tr)
     if checkpoints(run):
         load_state(tr)

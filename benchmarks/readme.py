@@ -1072,7 +1072,7 @@ def block_budget(up: str) -> str:
         f"{r['kept']} of them while one is written. Encoded texts would be "
         f"{sizes['encoded text of an image'] / 1e3:.0f} kB an image, "
         f"{sizes['encoded texts'] / 1e12:.1f} TB in all, so they are encoded as they come: "
-        f"{r['flops of a text'] / 1e12:.2f} TFLOP a text, {text / 1e12:.1f} TFLOP/s beside each "
+        f"{r['flops of a text'] / 1e12:.2f} TFLOP a text, {text / 1e12:.1f} TFLOP/s of each "
         "GPU at the speed above.",
         f"<sub>`python benchmarks/budget.py`; commit {commit(r)}; counted from shapes, not "
         "measured.</sub>",

@@ -41,6 +41,7 @@ class Config:
     batches: tuple[int, ...] = flag((1, 2, 4), "images a step, one after the other", low=1, high=64)
     weights: Literal["fp32", "bf16"] = flag("bf16", "as train.py's")
     optim: Literal["adamw", "adamw8bit"] = flag("adamw8bit", "as train.py's")
+    checkpointing: bool = flag(False, "as train.py's")
     mini: bool = flag(False, "SDXL in miniature, to show that it runs")
     device: str = flag("auto", "auto | cpu | cuda")
     out: str = flag("", "JSON file; default benchmarks/results/sdxl_step.json", writes=".json")
@@ -93,6 +94,7 @@ def measure(cfg: Config, batch: int, device: torch.device) -> dict[str, Any]:
     """One row: of steps of a batch."""
     like, side = network(cfg)
     net = random_network(cfg, device)
+    net.checkpointing = cfg.checkpointing
     flags = SimpleNamespace(lr=1e-5, weight_decay=0.01, seed=0, **vars(cfg))
     optimizer, flow = make_optimizer(net, flags), make_objective("fm")
     given = inputs_of(like, batch, (like.in_channels, side, side))
@@ -161,6 +163,7 @@ def main() -> None:
         **record.context(),
         "weights": cfg.weights,
         "optim": cfg.optim,
+        "checkpointing": cfg.checkpointing,
         "mini": cfg.mini,
         "forward FLOP an image": flops,
         "matmul FLOP/s": rate,

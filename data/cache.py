@@ -123,6 +123,9 @@ class Manifest(Open):
     vae: Hash
     shards: list[Shard]
     contents: Hash = ""
+    # Of the index as it would be without captions, where it has some: those are compared only by
+    # runs that tell them (training/texts.py). Caches that are older have none.
+    bare: Hash = ""
 
 
 @dataclass
@@ -425,11 +428,16 @@ def open_cache(
         first=index["first"],
         resolution=resolution,
         unreadable=meta["unreadable"],
-        hash=digest([identity(manifest["plan"]), manifest["index"], manifest["shards"]]),
+        hash=digest([identity(manifest["plan"]), bare_index(manifest), manifest["shards"]]),
         notes=meta["notes"],
         frames=frames_of(box.path, index, manifest["plan"], buckets),
         captions=captions,
     )
+
+
+def bare_index(manifest: dict[str, Any]) -> str:
+    """The hash of a cache's index without captions."""
+    return manifest.get("bare") or manifest["index"]
 
 
 def check_whole(root: Path, manifest: dict[str, Any]) -> None:

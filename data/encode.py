@@ -416,6 +416,11 @@ def finish(out: Path, plan: dict[str, Any], source: Source, captions: list[str])
         "vae": digest(vae_path(out)),
         "shards": [shard_record(out, k) for k in shards],
     }
+    if any(captions):
+        bare = out / ".bare-index.safetensors"
+        write_index(bare, source, plan, [])
+        manifest["bare"] = digest(bare)
+        bare.unlink()
     if source.contents:
         manifest |= {"source": source.hash, "contents": write_contents(out, source)}
     write_text(out / "manifest.json", sealed(manifest))

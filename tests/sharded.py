@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
+import distill
 import miniature  # noqa: F401  its network, which children know by name
 import train
 import training.checkpoints as checkpoints_py
@@ -78,8 +81,14 @@ def child(place: tuple[int, ...], end, function, args) -> None:
     group.leave()
 
 
-def config(place: Path, flags: dict) -> train.Config:
-    return train.resolve(train.Config(**{**FLAGS, "out": str(place), **flags}))
+def script_of(flags: dict):
+    """Whose flags they are."""
+    return distill if "teacher" in flags else train
+
+
+def config(place: Path, flags: dict) -> train.Config | distill.Config:
+    script = script_of(flags)
+    return script.resolve(script.Config(**{**FLAGS, "out": str(place), **flags}))
 
 
 def trained(group: Ranks, place: Path, flags: dict) -> list[tuple[float, float]]:
@@ -96,9 +105,23 @@ def trained(group: Ranks, place: Path, flags: dict) -> list[tuple[float, float]]
     return said
 
 
-def trained_each(group: Ranks, place: Path, flags: dict, changes: dict[str, dict]) -> dict:
-    """trained() of several runs, one after the other: {name: what it returned}."""
-    return {name: trained(group, place / name, flags | more) for name, more in changes.items()}
+def newest(place: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, {FILE:KEY: tensor}."""
+    folder = checkpoints(place / "run")[-1]
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{path.name}:{key}": x for path in files for key, x in load_file(path).items()}
+
+
+def check_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and len(a) > 300
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def check_losses(said: list, alone: list, norms: float = 1e-3) -> None:
+    """What trained() returned, to 1e-5 in its losses; norms: how close those of gradients are."""
+    assert len(said) == len(alone)
+    for i, rel in enumerate((1e-5, norms)):
+        assert [row[i] for row in said] == pytest.approx([row[i] for row in alone], rel=rel)
 
 
 def digest(tensors: dict) -> dict[str, str]:
@@ -111,7 +134,7 @@ def digest(tensors: dict) -> dict[str, str]:
 
 
 def opened(group: Ranks, place: Path, flags: dict) -> train.Trainer:
-    tr = train.setup(config(place, flags), group)
+    tr = script_of(flags).setup(config(place, flags), group)
     if tr.held:
         tr.held.close()
     return tr

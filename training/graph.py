@@ -48,6 +48,7 @@ def obstacle(tr: Trainer) -> str:
         "several ranks share a step": tr.ranks.world > 1,
         "--accum adds up several passes": tr.cfg.accum > 1,
         "--compile launches them its own way": tr.cfg.compile,
+        "--checkpointing reads the state of random numbers": tr.cfg.checkpointing,
         "--buckets gives batches of several shapes": tr.ds.frames is not None,
         "dropout is seeded in every step": getattr(tr.net.cfg, "dropout", 0) > 0,
         "--coupling ot pairs on the CPU": tr.objective.coupling == "ot",

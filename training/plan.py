@@ -3,7 +3,8 @@
 Weights, gradients, moments, averages and the autoencoder follow from shapes, to the byte. Of
 activations there is an estimate: a forward pass of one micro-batch is walked through with tensors
 that have no memory, by the kernels that the device would run, and what autograd keeps of it is
-added up, the bf16 copies of fp32 weights among it. What kernels need while they run, and what an
+added up, the bf16 copies of fp32 weights among it; with --checkpointing, what goes into blocks, and
+all that the largest block keeps. What kernels need while they run, and what an
 allocator cannot fill, is not in it: a run needs somewhat more than is said here, never less.
 """
 
@@ -29,9 +30,9 @@ from model import build
 from objectives import Objective
 from training.optimizer import state_bytes
 from training.precision import inputs_of
-from training.sharding import gathered_bytes, is_wanted, shard_count
+from training.sharding import gathered_bytes, is_wanted, shard_count, units
 from training.start import largest_shape, network_config
-from training.texts import preset_of
+from training.texts import encoder_bytes, preset_of
 from vae import VAE, AnyVAE, LinearVAE, VAEConfig, load_vae, pixel, read_name
 
 GB = 1e9
@@ -50,13 +51,15 @@ class Plan(NamedTuple):
     at_once: bool
     # Of averages that lie in host memory while a GPU trains: they take nothing of the device.
     host: int = 0
+    # Of the text encoders of --text.
+    encoders: int = 0
 
     @property
     def peak(self) -> int:
         """What a step needs at least. Gradients take the place of activations, one by one, unless
         they stay from one micro-batch to the next or in the buckets that ranks exchange."""
         passing = [self.gradients, self.activations]
-        always = self.weights + self.moments + self.averages + self.autoencoder
+        always = self.weights + self.moments + self.averages + self.autoencoder + self.encoders
         return always + (sum(passing) if self.at_once else max(passing))
 
 
@@ -80,6 +83,7 @@ def plan_of(
         activations=activations(net.cfg, latent_shape, cfg, ranks),
         at_once=cfg.accum > 1 or ranks.world > 1,
         host=averages if aside else 0,
+        encoders=encoder_bytes(cfg, ranks.device),
     )
 
 
@@ -93,26 +97,58 @@ def activations(net_cfg: Any, latent_shape: tuple[int, int, int], cfg: Any, rank
     dtype = precision(ranks.device, cfg.dtype)
     with torch.device("meta"):
         net = build(net_cfg)
-    found: dict[int, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), paths_of(ranks.device):
         own = materialise(net, torch.bfloat16 if cfg.weights == "bf16" else torch.float32)
         inputs = inputs_of(net_cfg, cfg.batch // (ranks.world * cfg.accum), latent_shape)
         if not inputs.get("y", inputs["x"]).is_floating_point():
             # Classes have values, which are looked at; what they add is a row an image.
             inputs.pop("y")
-
-        def keep(x: Tensor) -> Tensor:
-            memory = x.untyped_storage()
-            if memory._cdata not in own:
-                found[memory._cdata] = memory
-            return x
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        kept = Kept(own)
+        for block in units(net) if cfg.checkpointing else []:
+            block.register_forward_pre_hook(kept.enter)
+            block.register_forward_hook(kept.leave)
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda x: x)
         # Such tensors are a CPU's, whose autocast casts what a GPU's does.
         with hooks, torch.enable_grad(), autocast(torch.device("cpu"), dtype):
             out = net(**inputs)
         del out
-        return sum(memory.nbytes() for memory in found.values())
+        return kept.nbytes
+
+
+class Kept:
+    """The memories that a pass leaves to its backward pass, each counted once; `own`: those that
+    are there anyway. Blocks that call enter() and leave() keep what goes in, and the rest only
+    while it is their turn."""
+
+    def __init__(self, own: dict[int, Any]):
+        self.own = own
+        self.always: dict[int, Any] = {}
+        self.blocks: list[dict[int, Any]] = []
+        self.inside = False
+
+    def keep(self, x: Tensor) -> Tensor:
+        memory = x.untyped_storage()
+        if memory._cdata not in self.own:
+            (self.blocks[-1] if self.inside else self.always)[memory._cdata] = memory
+        return x
+
+    def enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for x in inputs:
+            if isinstance(x, Tensor):
+                self.keep(x)
+        self.blocks.append({})
+        self.inside = True
+
+    def leave(self, *_: Any) -> None:
+        self.inside = False
+
+    @property
+    def nbytes(self) -> int:
+        turns = [
+            sum(memory.nbytes() for key, memory in block.items() if key not in self.always)
+            for block in self.blocks
+        ]
+        return sum(memory.nbytes() for memory in self.always.values()) + max(turns, default=0)
 
 
 def materialise(net: nn.Module, dtype: torch.dtype) -> dict[int, Any]:
@@ -154,6 +190,8 @@ def check_plan(
         ways.append("raise --accum")
     if plan.averages:
         ways += ["drop --ema widths"] + ["add --ema-device cpu"] * hasattr(cfg, "ema_device")
+    if not cfg.checkpointing:
+        ways.append("add --checkpointing")
     if cfg.optim != "adamw8bit":
         ways.append("add --optim adamw8bit")
     if ranks.world > 1 and not is_wanted(cfg):
@@ -169,7 +207,8 @@ def check_plan(
 
 def shares(plan: Plan) -> str:
     """The rows of a plan on one line."""
-    sizes = {name: size for name, size in plan._asdict().items() if name not in ("at_once", "host")}
+    left_out = ["at_once", "host"] + ["encoders"] * (not plan.encoders)
+    sizes = {name: size for name, size in plan._asdict().items() if name not in left_out}
     return ", ".join(f"{name} {size / GB:.1f}" for name, size in sizes.items())
 
 
@@ -190,6 +229,8 @@ def table(plan: Plan, cfg: Any, numbers: int, vae: str, ranks: Ranks) -> str:
     if plan.host:
         words["averages"] += f"; {plan.host / GB:.3f} in host memory"
     lines = [f"memory of a rank, of {ranks.world}, in GB:"]
+    if plan.encoders:
+        words["encoders"] = f"of --text {cfg.text}, frozen"
     for name, text in words.items():
         lines.append(f"  {name:<12} {getattr(plan, name) / GB:8.3f}  {text}")
     fits = "it fits" if plan.peak <= there else "it does not fit"

@@ -64,6 +64,8 @@ def test_the_rule():
     assert words(cards(aligned={"loss": 2.5, "fd": 2.5, "way": 2.5})) == [
         "against", "against", "suggested", "suggested",
     ]  # fmt: skip
+    late = ["suggested", "against", "suggested", "suggested"]
+    assert words(cards(aligned={"way": 4.0})) == late
     assert words(cards(aligned={"fd": 2.5}))[0] == "not shown"
     assert words(cards(aligned={"fd": 3.5}))[2] == "against"
     assert words(cards(native={"fd": 3.5}))[3] == "against"

@@ -4,23 +4,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
 from harness.cli import UserError
-from harness.run import checkpoints
-from sharded import FULL, ONE, config, opened, ranks, stepped, trained
-
-
-def newest(place) -> dict[str, torch.Tensor]:
-    folder = checkpoints(place / "run")[-1]
-    files = sorted(folder.glob("*.safetensors"))
-    return {f"{path.name}:{key}": x for path in files for key, x in load_file(path).items()}
-
-
-def differing(a: dict, b: dict) -> list[str]:
-    assert a.keys() == b.keys() and len(a) > 300
-    return [key for key in a if not torch.equal(a[key], b[key])]
+from sharded import FULL, ONE, check_bits, config, newest, opened, ranks, stepped, trained
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +18,7 @@ def plain(tmp_path_factory):
 
 def test_averages_in_host_memory_are_the_same_bits(plain, tmp_path):
     assert trained(ONE, tmp_path, {"images": 80, "ema_device": "cpu"}) == plain[1]
-    assert differing(newest(tmp_path), newest(plain[0])) == []
+    check_bits(newest(tmp_path), newest(plain[0]))
 
 
 def test_two_shards_keep_the_same_averages_in_host_memory(tmp_path):

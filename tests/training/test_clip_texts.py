@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
 
 import distill
 import samplers
@@ -48,23 +49,63 @@ def test_an_image_is_told_transformers_states_of_its_caption(folder, clip):
     cfg = config(folder, text=f"clip-l:{path}", caption_share=1.0, caption_empty=0.0)
     texts = texts_of(cfg, cfg.open_data(), network(cfg), ALONE)
     draw = np.random.default_rng(0)
-    for i, text in enumerate(["A Red circle, on white.", "Zoë's dog,  asleep", "", "tag 3, solo"]):
-        heard = texts.drawn(i, draw)["context"]
+    said = ["A Red circle, on white.", "Zoë's dog,  asleep", "", "tag 3, solo"]
+    batch = default_collate([texts.drawn(i, draw) for i in range(4)])
+    assert [*batch] == ["ids"]  # which is all that a loader sends
+    for heard, text in zip(texts.heard(batch)["context"], said, strict=True):
         torch.testing.assert_close(heard, theirs(net, text), rtol=0, atol=2e-5)
     told = texts.told([0])
     torch.testing.assert_close(told.null["context"][0], theirs(net, ""), rtol=0, atol=2e-5)
-    heard = texts.drawn(0, draw)["context"]
-    assert heard is texts.drawn(0, draw)["context"]  # encoded once
-    again = pickle.loads(pickle.dumps(texts))  # as workers get it that do not fork
-    assert torch.equal(again.drawn(3, draw)["context"], texts.drawn(3, draw)["context"])
+    kept = pickle.dumps(texts)  # as workers get it that do not fork: without encoders
+    assert len(kept) < 1e6 < path.stat().st_size
+    assert torch.equal(pickle.loads(kept).drawn(3, draw)["ids"], texts.drawn(3, draw)["ids"])
 
 
-def test_the_texts_that_are_remembered_are_limited(clip, monkeypatch):
-    monkeypatch.setattr(texts_py, "KEPT", 2)
-    reader = texts_py.ClipReader(f"clip-l:{clip[1]}")
-    first = [reader.read(text).context for text in ("a", "b", "c")]
-    assert list(reader.states) == ["b", "c"]
-    assert torch.equal(reader.read("a").context, first[0]) and list(reader.states) == ["c", "a"]
+def reader_on_a_cpu(clip, dtype="fp32"):
+    return texts_py.ClipReader(f"clip-l:{clip[1]}", torch.device("cpu"), dtype)
+
+
+def test_each_text_is_encoded_alone_and_once_and_a_gigabyte_of_them_is_remembered(
+    clip, monkeypatch
+):
+    reader, calls, encoded = reader_on_a_cpu(clip), [], texts_py.ClipReader.encoded
+    monkeypatch.setattr(
+        texts_py.ClipReader, "encoded", lambda self, ids: calls.append(ids) or encoded(self, ids)
+    )
+    words = ["a", "b", "a", "a red dog"]
+    ids = {text: reader.read(text)["ids"] for text in words}
+    first = reader.hear({"ids": torch.stack([ids[text] for text in words])})["context"]
+    assert [len(one) for one in calls] == [1, 1, 1] and torch.equal(first[0], first[2])
+    again = reader.hear({"ids": ids["a red dog"][None]})["context"]
+    assert len(calls) == 3 and torch.equal(again[0], first[3])
+    # Bytes of two.
+    monkeypatch.setattr(texts_py, "KEPT", 2 * 4 * 77 * 768)
+    calls.clear()
+    reader.states.clear()
+    for text in ("a", "b", "a red dog", "b", "a"):
+        heard = reader.hear({"ids": ids[text][None]})["context"][0]
+        assert torch.equal(heard, first[words.index(text)]) and len(reader.states) <= 2
+    assert len(calls) == 4  # "b" was still there
+
+
+@pytest.mark.parametrize("dtype, apart", [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_batch_as_a_gpu_encodes_it_says_what_each_text_says_alone(clip, dtype, apart):
+    """Its matrices are in the run's precision; what is added up stays in fp32."""
+    net, reader = clip[0], reader_on_a_cpu(clip, dtype)
+    reader.remembers = False
+    words = ["a red dog", "", "tag 3, solo", "Zoë's dog,  asleep"]
+    batch = default_collate([reader.read(text) | {"q": 0.5} for text in words])
+    told = reader.hear(batch)
+    assert told.keys() == {"context", "q"} and "ids" in batch
+    assert told["context"].dtype == torch.float32
+    for heard, text in zip(told["context"], words, strict=True):
+        wanted = theirs(net, text)
+        assert float((heard - wanted).norm() / wanted.norm()) < apart, text
+    layers = texts_py.matrices(reader.teller.encoders)
+    assert {p.dtype for layer in layers for p in layer.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+    assert reader.teller.encoders[0].final_layer_norm.weight.dtype == torch.float32
+    # By the same encoder, whatever it was rounded to.
+    assert reader.init == reader_on_a_cpu(clip).init
 
 
 def test_a_run_resumes_bitwise_and_draws_by_its_own_encoder(folder, clip, tmp_path, user):

@@ -38,7 +38,7 @@ def config(out, **fields):
 
 def flags(**fields):
     usual = dict(batch=1, accum=1, optim="adamw8bit", weights="bf16", dtype="bf16", ema=())
-    return SimpleNamespace(**{**usual, **fields})
+    return SimpleNamespace(**{**usual, "checkpointing": False, **fields})
 
 
 def bytes_of(tensors) -> int:
@@ -155,18 +155,21 @@ def test_no_room_on_a_gpu_is_one_line_before_anything_is_written(tmp_path, monke
     assert code == 2 and len(errors) == 1 and not (tmp_path / "r").exists()
     assert "and this GPU has 0.0 GB" in errors[0] and "averages 0.0" in errors[0]
     assert errors[0].endswith(
-        "Raise --accum, or drop --ema widths, or add --ema-device cpu, or add --optim adamw8bit, "
-        "or add --weights bf16."
+        "Raise --accum, or drop --ema widths, or add --ema-device cpu, or add --checkpointing, "
+        "or add --optim adamw8bit, or add --weights bf16."
     )
 
 
 def test_what_helps_is_what_can_be_changed(monkeypatch):
     monkeypatch.setattr(training.plan, "capacity", lambda device: 1_000)
     net = build(PRESETS["nano"])
+    most = dict(checkpointing=True)
     with pytest.raises(UserError, match="Choose a smaller --model.$"):
-        check_plan(net, pixel(), (32, 8, 8), flags(), ON_A_GPU)
+        check_plan(net, pixel(), (32, 8, 8), flags(**most), ON_A_GPU)
     with pytest.raises(UserError, match="  Add --weights bf16.$"):
-        check_plan(net, pixel(), (32, 8, 8), flags(weights="fp32"), ON_A_GPU)
+        check_plan(net, pixel(), (32, 8, 8), flags(**most, weights="fp32"), ON_A_GPU)
+    with pytest.raises(UserError, match="  Add --checkpointing.$"):
+        check_plan(net, pixel(), (32, 8, 8), flags(), ON_A_GPU)
     check_plan(net, pixel(), (32, 8, 8), flags(), ALONE)  # a CPU may have a disk to swap to
     monkeypatch.setattr(training.plan, "capacity", lambda device: 10**9)
     check_plan(net, pixel(), (32, 8, 8), flags(), ON_A_GPU)

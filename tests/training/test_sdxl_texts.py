@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 import train
+import training.texts as texts_py
 from ckpt import load_unet
 from data import heldout
 from data.dataset import Stream
@@ -65,7 +67,7 @@ def test_sizes_become_the_waves_that_diffusers_makes_of_its_time_ids():
 
 
 def test_each_sample_is_told_its_own_sizes_in_diffusers_order(stream):
-    pooled, shapes, crops = SECOND.projection, set(), 0
+    shapes, crops = set(), 0
     for position in range(60):
         sample = stream[position]
         height, width, top, left, h, w = map(int, sample["sizes"])
@@ -73,26 +75,52 @@ def test_each_sample_is_told_its_own_sizes_in_diffusers_order(stream):
         original = stream.ds.frames.originals[stream.ds.index[stream.order(position)]]
         assert (width, height) == tuple(original) and sample["image"].shape == (3, h, w)
         ids = theirs((height, width), (top, left), (h, w)).flatten()
-        assert torch.equal(sample["y"][pooled:], timestep_embedding(ids, 256).flatten())
+        assert torch.equal(sample["y"], timestep_embedding(ids, 256).flatten())
         shapes.add((h, w))
         crops += (top > 0) + (left > 0)
     assert len(shapes) >= 4 and crops > 10 and any(h != w for h, w in shapes)
+
+
+def heard(texts, text, sizes):
+    """What the network is told of one text."""
+    told = texts.heard(default_collate([texts.said(text, sizes)]))
+    return {name: x[0] for name, x in told.items()}
 
 
 def test_text_is_that_of_both_encoders_and_silence_is_zeros(stream, flags):
     teller = open_texts(flags["text"].removeprefix("sdxl:"))
     texts, pooled = stream.texts.__self__, SECOND.projection
     told = teller.tell(["A picture of 3 things"])
-    said = texts.said("A picture of 3 things", None)
+    said = heard(texts, "A picture of 3 things", None)
     assert said["context"].shape == (77, FIRST.width + SECOND.width)
     assert torch.equal(said["context"], told.context[0])
     assert torch.equal(said["y"][:pooled], told.pooled[0]) and float(told.pooled.abs().max()) > 0.1
     assert torch.equal(said["y"][pooled:], size_vector((64, 64)))  # of a square picture
-    silent = texts.said("", torch.tensor([90.0, 50, 0, 8, 48, 80]))
+    silent = heard(texts, "", torch.tensor([90.0, 50, 0, 8, 48, 80]))
     assert not silent["context"].any() and not silent["y"][:pooled].any()
     assert torch.equal(silent["y"][pooled:], size_vector((90, 50), (0, 8), (48, 80)))
-    heard = {float(stream[p]["context"].abs().sum()) for p in range(120)}
-    assert 0.0 in heard and len(heard) > 20
+    sums = {float(stream[p]["ids"].sum()) for p in range(120)}
+    assert 0.0 in sums and len(sums) > 20
+
+
+@pytest.mark.parametrize("dtype, apart", [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_batch_is_encoded_as_each_text_is_alone(stream, flags, dtype, apart, monkeypatch):
+    """As on a GPU; and what the plan counts of it."""
+    texts, cpu = stream.texts.__self__, torch.device("cpu")
+    reader = texts_py.ClipReader(flags["text"], cpu, dtype)
+    reader.remembers = False
+    batch = default_collate([texts.said(text, None) for text in ("a cat", "", "tag 3, solo")])
+    alone, told = texts.heard(batch), reader.hear(batch)
+    for name in ("context", "y"):
+        for a, b in zip(alone[name], told[name]):
+            assert float((a - b).norm()) <= apart * float(a.norm())
+    assert not told["context"][1].any() and not told["y"][1, : SECOND.projection].any()
+    small = {"clip-l": FIRST, "clip-bigg": SECOND}
+    monkeypatch.setattr(texts_py, "TEXT_PRESETS", small)
+    monkeypatch.setattr(texts_py, "dtype_of", lambda cfg, device: dtype)
+    counted = texts_py.encoder_bytes(SimpleNamespace(text=flags["text"]), cpu)
+    assert counted == sum(p.nbytes for net in reader.teller.encoders for p in net.parameters())
+    assert texts_py.encoder_bytes(SimpleNamespace(text="bytes"), cpu) == 0
 
 
 def test_held_out_losses_and_previews_are_told_sizes(flags, tmp_path):
@@ -104,7 +132,7 @@ def test_held_out_losses_and_previews_are_told_sizes(flags, tmp_path):
     rows = 0
     for batch in batches:
         for sizes, y in zip(batch["sizes"], batch["y"]):
-            assert torch.equal(y[pooled:], timestep_embedding(sizes, 256).flatten())
+            assert torch.equal(y, timestep_embedding(sizes, 256).flatten())
             rows += 1
     assert rows == len(ds.heldout) > 3
     shown = texts.told([0, 1])
@@ -126,7 +154,7 @@ def test_a_network_learns_by_its_vector_and_draws_by_its_own_encoders(flags, tmp
     _, meta = load_unet(checkpoints(tr.run)[-1] / "model.safetensors")
     assert meta["init"]["text"]["source"] == flags["text"].removeprefix("sdxl:")
     gen = open_generator(Sampling(str(tr.run), prompt="tag 3, solo"), torch.device("cpu"))
-    assert torch.equal(gen.told.cond["y"][0], tr.texts.said("tag 3, solo", None)["y"])
+    assert torch.equal(gen.told.cond["y"][0], heard(tr.texts, "tag 3, solo", None)["y"])
 
 
 @pytest.mark.parametrize(

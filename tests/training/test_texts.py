@@ -19,7 +19,7 @@ import train
 from ckpt import load_unet
 from ckpt.byteunet import PAD, byte_ids
 from data import heldout
-from data.cache import check_index, open_cache, read_manifest
+from data.cache import check_index, open_cache, read_manifest, sealed
 from data.dataset import Stream, index_at, open_dataset
 from harness.cli import UserError
 from harness.run import checkpoints
@@ -28,7 +28,7 @@ from samplers import Generator
 from test_resume import BASE, finish, losses
 from test_train import ALONE, FAST, a_quick_last_picture, go  # noqa: F401
 from train import Config, resolve
-from training.texts import texts_of
+from training.texts import data_hash, texts_of
 from vae import vae_from_meta
 
 CAPTIONS = {0: "A Red circle, on white.", 1: "Zoë's dog,  asleep", 2: ""}
@@ -139,7 +139,20 @@ def test_a_latent_cache_tells_what_its_folder_tells(tmp_path, folder, user):
     encode.encode(encode.Encode(str(out), **how), ALONE)
     again = open_cache(str(out), 32)
     assert again.captions() == ["A blue circle.", CAPTIONS[1], *[""] * 4]
-    assert again.hash != ds.source.hash
+    # Only who tells them has other data: the rest of a run goes on.
+    assert again.hash == ds.source.hash and again.manifest["index"] != ds.source.manifest["index"]
+    silent, telling = config(out, text=""), config(out)
+    assert data_hash(silent, again) == data_hash(silent, ds.source) == ds.source.hash
+    assert data_hash(telling, again) != data_hash(telling, ds.source)
+    (folder / "5.txt").write_text("another tag")
+    encode.encode(encode.Encode(str(out), **how), ALONE)
+    assert open_cache(str(out), 32).hash != again.hash
+    # A cache from before there was that hash.
+    old = read_manifest(out)
+    del old["bare"]
+    (out / "manifest.json").write_text(sealed(old))
+    assert open_cache(str(out), 32).hash not in (again.hash, ds.source.hash)
+    assert not [*out.glob(".bare*")]
     assert (out / "shard-00000.safetensors").read_bytes() == latents
     # What is no text is found before anything is encoded.
     (folder / "0.caption").write_bytes(b"caf\xe9")
