@@ -116,11 +116,15 @@ def test_sdxls_state_is_6_bytes_a_parameter_and_trains_on_24_gib(monkeypatch):
     with torch.device("meta"):
         net = build(PRESETS["sdxl"])
     numbers = sum(p.numel() for p in net.parameters())
-    plan = plan_of(net, vae_by_name(flags(vae="sdxl", data="x")), (4, 128, 128), flags(), ON_A_GPU)
+    given, vae = flags(text="sdxl:FILE"), vae_by_name(flags(vae="sdxl", data="x"))
+    plan = plan_of(net, vae, (4, 128, 128), given, ON_A_GPU)
     state = (plan.weights + plan.gradients + plan.moments) / numbers
     assert numbers == 2_567_463_684
     assert state == pytest.approx(6 + 8 / 256, abs=0.01)
     assert plan.autoencoder == pytest.approx(4 * 83_653_863)
+    # Both encoders, by their counts; of a layer of width d, 12 d² + 9 d are of matrices in bf16.
+    matrices = sum(n * (12 * d**2 + 9 * d) for n, d in ((12, 768), (32, 1280))) + 1280**2
+    assert plan.encoders == 4 * (123_060_480 + 694_659_840) - 2 * matrices
     assert plan.peak < 24 * 2**30
     # As train.py would have it by default: 4 + 4 + 8 + 2 · 4 bytes a parameter.
     monkeypatch.setattr(training.plan, "activations", lambda *args: 0)
@@ -180,11 +184,13 @@ def test_a_dry_run_prints_the_table_beside_the_config(tmp_path, monkeypatch, use
     monkeypatch.setattr(training.plan, "capacity", lambda device: int(there))
     words = [w for k, v in FAST.items() for w in (f"--{k.replace('_', '-')}", v)]
     words += ["--accum", 2, "--optim", "adamw8bit", "--weights", "bf16", "--device", "cpu"]
+    words += ["--text", "clip-l:FILE"]
     code, out, lines = user(train.main, *words, "--out", tmp_path / "r", "--dry-run")
     assert code == 0 and json.loads(out)["dtype"] == "bf16" and not (tmp_path / "r").exists()
     rows = {line.split("  ")[1].strip(): line for line in lines[1:]}
-    assert [*rows] == [*Plan._fields[:6], "a step"]
-    assert "370,688 in bf16" in rows["weights"] and "of 4 images in bf16" in rows["activations"]
+    assert [*rows] == [*Plan._fields[:6], "encoders", "a step"]
+    assert "of --text clip-l:FILE" in rows["encoders"] and "0.492" in rows["encoders"]
+    assert "of 4 images in bf16" in rows["activations"]
     sizes = {name: float(line.split()[1 + (name == "a step")]) for name, line in rows.items()}
     step = sizes.pop("a step")
     assert step == pytest.approx(sum(sizes.values()), abs=0.004)  # --accum keeps the gradients
