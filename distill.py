@@ -55,6 +55,7 @@ from distillation.tally import Tally
 from distillation.teacher import (
     Teacher,
     TeacherFlags,
+    add_caption,
     describe_teacher,
     like_the_teacher,
     open_teacher,
@@ -739,15 +740,6 @@ def add_heads(cfg: Config, tr: train.Trainer) -> LocalHeads:
 
     tr.optimizer.register_step_post_hook(follow)
     return heads
-
-
-def add_caption(net: torch.nn.Module, teacher: Teacher) -> None:
-    """Where nobody says a caption, as in previews, the network gets the first one."""
-
-    def first(net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, teacher.text(0, None, len(args[0])) | kwargs
-
-    net.register_forward_pre_hook(first, with_kwargs=True)
 
 
 def begin(

@@ -93,9 +93,7 @@ class Optim:
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto = bf16 where it is faster")
     weights: Literal["fp32", "bf16"] = flag("fp32", "bf16: no fp32 copies, rounded stochastically")
     compile: bool = flag(False, "the network, with torch.compile")
-    checkpointing: bool = flag(
-        False, "blocks keep no activations, and compute them again", beside=True
-    )
+    checkpointing: bool = flag(False, "blocks computed twice, for memory", beside=True)
     graph: bool = flag(True, "a step's passes as one CUDA graph, if that is exact")
     seed: int = flag(0, "of weights, order, noise, times", low=0, high=2**63 - 1)
 

@@ -439,6 +439,15 @@ def told_by(file: str) -> dict[str, Any] | None:
     return check(found, ToldBy, file) if "encoders" in found else None
 
 
+def add_caption(net: nn.Module, teacher: Teacher) -> None:
+    """Where nobody says a caption, as in previews, the network gets the first one."""
+
+    def first(net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, teacher.text(0, None, len(args[0])) | kwargs
+
+    net.register_forward_pre_hook(first, with_kwargs=True)
+
+
 # ---- its student ---------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ def test_a_batch_as_a_gpu_encodes_it_says_what_each_text_says_alone(clip, dtype,
         wanted = theirs(net, text)
         assert float((heard - wanted).norm() / wanted.norm()) < apart, text
     layers = texts_py.matrices(reader.teller.encoders)
-    assert {p.dtype for layer in layers for p in layer.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+    low = torch.bfloat16 if dtype == "bf16" else torch.float32
+    assert {p.dtype for layer in layers for p in layer.parameters()} == {low}
     assert reader.teller.encoders[0].final_layer_norm.weight.dtype == torch.float32
     # By the same encoder, whatever it was rounded to.
     assert reader.init == reader_on_a_cpu(clip).init
