@@ -1,6 +1,8 @@
 """Two networks against one: equal arithmetic, the same pictures in any batch, a rule kept."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +59,94 @@ def test_real_images_are_those_of_training_and_the_others_and_are_no_distance_fr
     same, other = measured(real, seen), measured(real, held)
     assert same["fd"] < 1e-6 * other["fd"] and same["patches"] > 0
     assert other["patches"] < 1e-9 and abs(other["sharpness"] - 1) < 1e-6
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Runs that are not trained, and pictures that say by how many steps they were drawn."""
+    made = []
+
+    def pixels_of(run, steps, n):
+        return torch.full((n, 3, 64 if run == "single" else 32, 8), steps / 1000)
+
+    def enlarge(run, small, steps):
+        assert run == "enlarger" and small.shape[2] == 32
+        return torch.full((len(small), 3, 64, 8), float(small[0, 0, 0, 0]) + steps)
+
+    def measured(real, pixels):
+        assert len(pixels) == SIZES["dry"].n and pixels.shape[2] == 64
+        return {"fd": float(pixels.mean())}
+
+    monkeypatch.setattr(end_to_end, "train", lambda *said: made.append(said) or dict(NAMES))
+    monkeypatch.setattr(end_to_end, "pixels_of", pixels_of)
+    monkeypatch.setattr(end_to_end, "enlarge", enlarge)
+    monkeypatch.setattr(end_to_end, "measured", measured)
+    return made
+
+
+NAMES = {name: name for name in ("base", "enlarger", "single")}
+
+
+def test_cards_are_of_each_network_s_own_steps_and_are_kept(drawn, tmp_path):
+    size = SIZES["dry"]
+    pair, single = end_to_end.cards_of(size, None, 3, tmp_path)
+    assert (pair["arm"], single["arm"], pair["seed"], len(drawn)) == ("pair", "single", 3, 1)
+    for budget, row, other in zip(size.budgets, pair["rows"], single["rows"], strict=True):
+        steps = steps_of(budget, flops(size.model))
+        assert (row["budget"], row["steps"]) == (budget, [steps.base, steps.enlarger])
+        assert row["fd"] == pytest.approx(steps.base / 1000 + steps.enlarger, rel=1e-4)
+        assert row["resized"]["fd"] == pytest.approx(steps.base / 1000, rel=1e-4)
+        assert other["fd"] == pytest.approx(budget / 1000, rel=1e-4)
+        assert row["flops"] <= other["flops"]
+    assert pair["training flops"] <= single["training flops"]
+    assert end_to_end.cards_of(size, None, 3, tmp_path) == [pair, single] and len(drawn) == 1
+    end_to_end.cards_of(size._replace(faces=8), None, 3, tmp_path)
+    assert len(drawn) == 2
+
+
+def test_networks_of_a_seed_see_the_same_data_and_each_its_own_number_of_images(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        end_to_end, "trained", lambda folder, words: asked.update({folder.name: words})
+    )
+    end_to_end.train(SIZES["cpu"], 2, ROOT)
+    seen, found = images_of(4_000, flops("tiny")), {}
+    for name in NAMES:
+        words = list(map(str, asked[f"{name}-2"]))
+        flags = found[name] = dict(zip(words[::2], words[1::2], strict=True))
+        assert int(flags.pop("--images")) == getattr(seen, name)
+        assert flags["--seed"] == "2" and flags["--data"] == "toyfaces:4096"
+    assert found["single"] == found["base"] | {"--resolution": "64"}
+    assert found["enlarger"] == found["single"] | {"--objective": "cfm", "--lowres": "2"}
+
+
+def test_each_picture_is_enlarged_by_its_own_noise(monkeypatch):
+    said = []
+
+    def boost(stages, small, seeds, **how):
+        said.append((stages, how))
+        return SimpleNamespace(pixels=small * 10 + torch.tensor(seeds))
+
+    monkeypatch.setattr(end_to_end, "BATCH", 4)
+    monkeypatch.setattr(end_to_end, "open_stage", lambda *asked: (asked[0], None))
+    monkeypatch.setattr(end_to_end, "boost", boost)
+    found = end_to_end.enlarge(Path("run"), torch.arange(10), 7)
+    assert found.tolist() == [11 * i for i in range(10)]
+    assert said == [(["run"], {"method": "euler", "steps": 7})] * 3
+
+
+def test_real_images_are_compared_with_others(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        end_to_end, "frechet_from_features", lambda *both: asked.append(both) or 1.0
+    )
+    monkeypatch.setattr(end_to_end, "crops", lambda images: images)
+    real = end_to_end.Real(None, torch.arange(100), torch.arange(20))
+    end_to_end.floors(SIZES["dry"], real)
+    for one, other in asked:
+        whole = 100 if len(one) == SIZES["dry"].n else 20
+        assert sorted([*one.tolist(), *other.tolist()]) == list(range(whole))
+    assert [len(one) for one, _ in asked] in ([32, 10], [10, 32])
 
 
 def cards(pair, seeds=(0, 1, 2)):
