@@ -134,8 +134,8 @@ class Estimator:
             "method": solver["method"],
             "steps": solver.get("steps"),
             "prior": self.posterior.prior,
-            "pairs": self.posterior.rows // deviations[0].numel(),
-            "white": float(deviations.max()),
+            "places": self.posterior.rows,
+            "map": {"none": float(deviations.min()), "red": float(deviations.max())},
         }
         scores = [
             {"seed": i, "score": one, "deviation": deviation}
@@ -153,7 +153,8 @@ def mapped(images: Tensor, deviations: Tensor) -> Tensor:
     """uint8 (2n, 3, H, W): each picture of (n, 3, H, W), and behind it itself in grey, with the
     standard deviation (n, h, w) over it: red is the largest of all, none the smallest."""
     heat = deviations - deviations.min()
-    heat = F.interpolate(heat[:, None] / heat.max(), images.shape[-2:], mode="bilinear")
+    heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)  # all alike: no red
+    heat = F.interpolate(heat[:, None], images.shape[-2:], mode="bilinear")
     grey = images.float().mean(1, keepdim=True) / 2 + 64
     red = torch.tensor([255.0, 32.0, 0.0]).view(3, 1, 1)
     over = (grey + heat * (red - grey)).round().to(torch.uint8)
@@ -172,8 +173,10 @@ def open_estimator(cfg: Any, gen: Any) -> Estimator | None:
     path = Path(cfg.posterior)
     if cfg.posterior and path.exists():
         posterior = load_posterior(path, gen.meta["fingerprint"])
-        if len(posterior.root) != layer.weight[0].numel() + 1:
-            raise UserError(f"{path} is of a layer of another size", do="Fit it anew.")
+        kind = len(posterior.root), posterior.kernel, posterior.padding
+        if kind != (layer.weight[0].numel() + 1, layer.kernel_size, layer.padding):
+            raise UserError(f"{path} is of a layer of another form", do="Fit it anew.")
+        print(f"uncertainty: takes the posterior of {path}", flush=True)
     else:
         posterior = fitted(cfg, gen, layer)
         if cfg.posterior:
@@ -217,7 +220,7 @@ def check_flags(cfg: Any, gen: Any) -> None:
         return
     method, eta = gen.solver["method"], gen.solver.get("eta")
     if method not in SUMMED or eta:
-        wrong = f"--method {method}{' --eta' if eta else ''}: wanted one of {', '.join(SUMMED)}"
+        wrong = f"--method {method}{' --eta' if cfg.eta else ''}: wanted one of {', '.join(SUMMED)}"
     elif cfg.cfg_rescale:
         wrong = "--cfg-rescale, which is not linear in what the network says"
     elif cfg.guide_ckpt:
@@ -237,7 +240,7 @@ def fitted(cfg: Any, gen: Any, layer: nn.Conv2d) -> Posterior:
     if gen.told is not None:
         raise UserError(
             f"--uncertainty: {cfg.ckpt} reads text, and no posterior can be fitted to that here",
-            do="Name one that was fitted before: --posterior FILE.",
+            do="Leave it out.",
         )
     own = check(gen.meta.get("config", {}), Recorded, f"{gen.path}: its config")
     spec = cfg.posterior_data or data_from_file(own.get("data", ""), "--posterior-data")

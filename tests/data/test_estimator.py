@@ -201,13 +201,25 @@ def test_a_posterior_is_fitted_written_and_taken_up_and_another_network_s_refuse
     code, out, err = run(user, tmp_path, *flags)
     assert code == 0 and "fits a posterior to 40 pairs of toyfaces:64" in out, err
     said, written = found(tmp_path), file.read_bytes()
-    assert said["pairs"] == 40 and load_posterior(file, said["network"]).prior == said["prior"]
+    assert said["places"] == 40 * 4 * 4 and load_posterior(file, said["network"]).prior == said["prior"]
     code, out, err = run(user, tmp_path, *flags, out="again")
     assert code == 0 and "fits" not in out and file.read_bytes() == written, err
-    assert scores(found(tmp_path, "again")).equal(scores(said))
+    assert scores(found(tmp_path, "again")).equal(scores(said)) and f"posterior of {file}" in out
+    code, _, err = run(user, tmp_path, *flags, "--resolution", 64, out="large")
+    assert code == 0 and found(tmp_path, "large")["places"] == 40 * 4 * 4, err
     code, out, err = run(user, tmp_path, *flags, out="o", net="other")
     assert code == 2 and len(err) == 1 and "is of the network" in err[0], err
     assert not (tmp_path / "o").exists() and file.read_bytes() == written
+
+
+@pytest.mark.parametrize("kernel, padding", [((9, 9), (1, 1)), ((1, 9), (0, 4)), ((3, 3), (2, 0))])
+def test_a_posterior_of_another_form_of_layer_is_refused(tmp_path, user, kernel, padding):
+    file = known(network(tmp_path / "net"))
+    fingerprint = load_unet(tmp_path / "net")[1]["fingerprint"]
+    other = replace(load_posterior(file, fingerprint), kernel=kernel, padding=padding)
+    save_posterior(file, other, fingerprint)
+    code, _, err = run(user, tmp_path, "--uncertainty", "integrated", "--posterior", file)
+    assert code == 2 and len(err) == 1 and "a layer of another form" in err[0], err
 
 
 def test_what_it_is_fitted_to_is_the_network_s_features_of_its_own_pictures(tmp_path, user):
@@ -258,6 +270,7 @@ REFUSED = {
     "another method": (["--method", "dopri5"], "integrated with --method dopri5: wanted one of"),
     "noise": (["--method", "ddim", "--eta", 1], "integrated with --method ddim --eta"),
     "stochastic": (["--method", "ddpm"], "integrated with --method ddpm"),
+    "noise of its own": (["--method", "euler_ancestral"], "euler_ancestral: wanted"),
     "rescale": (["--labels", 0, "--cfg", 2, "--cfg-rescale", 0.5], "--cfg-rescale, which is not"),
     "guide": (["--cfg", 2, "--guide-ckpt", "NET"], "--guide-ckpt, which is another network"),
     "init": (["--init", "PNG"], "--uncertainty with --init"),
@@ -336,9 +349,12 @@ def test_a_map_lies_over_its_picture_red_where_it_is_largest(tmp_path, user):
     assert both.shape == (4, 3, 8, 8) and (both[[0, 2]] == images).all()
     assert (both[1] == 114).all()  # half of 100, and 64
     assert both[3, :, 0, 0].tolist() == [255, 32, 0] and (both[3, :, 7, 7] == 114).all()
+    assert (mapped(images, torch.full((2, 2, 2), 0.1))[[1, 3]] == 114).all()  # all alike
     file = known(network(tmp_path / "net"))
     flags = ["--uncertainty", "integrated", "--posterior", file]
     code, _, err = run(user, tmp_path, *flags)
+    said = found(tmp_path)
+    assert 0 < said["map"]["none"] < said["map"]["red"]
     assert Image.open(tmp_path / "s-uncertainty.png").size == (104, 70)  # 6 of 32 px
     code, _, err = run(user, tmp_path, *flags, "--no-grid-image", out="n")
     assert not (tmp_path / "n-uncertainty.png").exists() and found(tmp_path, "n")
