@@ -180,7 +180,7 @@ def check(cfg: Config) -> None:
         more += ["n", "seed"] if moments else []
         check_idle(cfg, f"--fake {cfg.fake}", more)
     elif not cfg.ckpt:
-        more = ["infinity", "save_stats", "cache"]
+        more = ["infinity", "save_stats", "cache", "pairs"]
         check_idle(cfg, "--boost without --ckpt", more, ("batch", "dtype"))
 
 

@@ -288,9 +288,9 @@ def check_flags(cfg: Any) -> None:
     nothing."""
     check_values(cfg)
     for name, condition in idle_flags(cfg).items():
-        raise UserError(
-            f"{dashed(name)} changes nothing here: it is of {condition}", do="Leave it out."
-        )
+        but = condition.removeprefix("not ")
+        where = f"here: it is of {condition}" if but == condition else f"with {but}"
+        raise UserError(f"{dashed(name)} changes nothing {where}", do="Leave it out.")
 
 
 def check_values(cfg: Any) -> None:

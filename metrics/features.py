@@ -261,6 +261,8 @@ class Pca:
 def fit_extractor(images: Images) -> Pca:
     """Fitted to the images of the whole source, whatever its filter: subsets of one data set share
     it."""
+    if not images.total:
+        raise too_few(images.spec, 0)
     height, width = images.load(0).shape[:2]
     if height % 8 or width % 8:
         raise UserError(

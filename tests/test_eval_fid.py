@@ -349,6 +349,7 @@ def test_moments_at_another_resolution_are_refused(cache, command):
         ),
         ("--fake x --ref big --features pca", "the two sides have"),
         ("--fake x --ref bad.npz --features pca", "wanted images as arr_0"),
+        ("--fake x --ref empty.npz --features pca", "empty.npz has 0 images"),
         ("--fake x --ref none.npz --weights random:0", "wanted mu and sigma"),
         ("--fake x --ref x:hat --features pca", "matches 0 of 3 images"),
         ("--fake x --ref nan.npz --weights random:0", "not finite"),
@@ -364,6 +365,7 @@ def test_bad_input_is_one_line(line, what, run, cache, command):
         pictures(Path(name), n, (size, size))
     pictures(Path("mixed") / "sub", 2, (40, 40))
     np.savez("bad.npz", arr_0=np.zeros((3, 8, 8), np.uint8))
+    np.savez("empty.npz", arr_0=np.zeros((0, 32, 32, 3), np.uint8))
     np.savez("none.npz", a=np.zeros(3))
     np.savez("nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
     np.savez("odd.npz", arr_0=np.zeros((3, 36, 36, 3), np.uint8))

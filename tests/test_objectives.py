@@ -882,7 +882,7 @@ def test_a_run_with_these_flags_leaves_a_checkpoint_that_samples(tmp_path, field
         ("--objective cfm --table gvp", "on the linear path"),
         ("--learn-sigma", "needs a table"),
         ("--aligned", "target u is one already"),
-        ("--objective cfm --coupling ot", "--coupling changes nothing here"),
+        ("--objective cfm --coupling ot", "--coupling changes nothing with --objective cfm"),
         ("--objective cfm --target v", "needs target u"),
         ("--objective cfm --target eps --table linear --noise-aug 0.9", "noise_aug 1 starts"),
         ("--noise-aug 0.3", "--noise-aug changes nothing here: it is of --objective cfm"),

@@ -201,7 +201,8 @@ def test_a_posterior_is_fitted_written_and_taken_up_and_another_network_s_refuse
     code, out, err = run(user, tmp_path, *flags)
     assert code == 0 and "fits a posterior to 40 pairs of toyfaces:64" in out, err
     said, written = found(tmp_path), file.read_bytes()
-    assert said["places"] == 40 * 4 * 4 and load_posterior(file, said["network"]).prior == said["prior"]
+    assert said["places"] == 40 * 4 * 4
+    assert load_posterior(file, said["network"]).prior == said["prior"]
     code, out, err = run(user, tmp_path, *flags, out="again")
     assert code == 0 and "fits" not in out and file.read_bytes() == written, err
     assert scores(found(tmp_path, "again")).equal(scores(said)) and f"posterior of {file}" in out
@@ -276,7 +277,7 @@ REFUSED = {
     "init": (["--init", "PNG"], "--uncertainty with --init"),
     "no data": (["--posterior-data", "nowhere"], "nowhere"),
     "no posterior": (["--posterior", "NET.safetensors"], "holds no posterior"),
-    "idle": (["--tangent"], "--tangent changes nothing here"),
+    "idle": (["--tangent"], "--tangent changes nothing with --uncertainty integrated"),
 }
 
 

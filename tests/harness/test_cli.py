@@ -55,7 +55,7 @@ def test_words_become_the_declared_types():
         ("--weight min_snr --gamma 0", "--gamma 0.0: wanted more than 0"),
         ("--gamma 4", "--gamma changes nothing here: it is of --weight min_snr | soft_min_snr."),
         ("--keep-head", "--keep-head changes nothing here: it is of --init.  Leave it out."),
-        ("--keep-head --init x --fresh", "--keep-head changes nothing here: it is of not --fresh"),
+        ("--keep-head --init x --fresh", "--keep-head changes nothing with --fresh"),
         ("--wieght min_snr", "unknown flag --wieght.  Closest: weight"),
         ("--weight min", "--weight 'min' is not one of uniform, min_snr, soft_min_snr.  Closest: "),
         ("--lr", "--lr needs a value"),

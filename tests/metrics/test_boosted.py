@@ -166,6 +166,7 @@ def test_boosted_samples_are_those_that_samplers_draws(here, command, user):
         ("--ckpt base --boost wide", "are not those of the network before it"),
         ("--ckpt base --boost five", "enlarges 5 times to 40 px: got pictures of 16x16"),
         ("--boost two --steps 3", "--steps does nothing with --boost without --ckpt"),
+        ("--boost two --pairs 20", "--pairs does nothing with --boost without --ckpt"),
         ("--fake base --ref toyfaces:9 --boost two", "--boost does nothing with --fake"),
         ("--ckpt base --boost-steps 3", "--boost"),
         ("--boost two --holdout 0 --ref toyfaces:1", "has 1 images"),
