@@ -304,6 +304,8 @@ def decode(path: Path, resolution: int) -> np.ndarray:
 
 def read_picture(path: str, resolution: int) -> Tensor:
     """An image file as uint8 (3, resolution, resolution): shorter side resized, centre crop."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, wanted an image", do="Name an image in it.")
     try:
         pixels = decode(Path(path), resolution)
     except BadImage as error:

@@ -256,7 +256,7 @@ def convert(key: str, text: str, kind: Any) -> Any:
             choices = ", ".join(filter(None, inner))
             raise UserError(
                 f"--{key} {clipped(text)!r} is not one of {choices}",
-                do=closest(text, inner) or f"Choose one of {choices}.",
+                do=closest(text, inner) or "Choose one of them.",
             )
         return text
     if origin is tuple:

@@ -1121,6 +1121,7 @@ def test_rows_of_a_table_and_a_learned_variance_through_the_command(tmp_path, us
         ("--init INIT --mask WIDE", "is 20×16, but"),
         ("--init INIT --mask CKPT", "Give an image"),
         ("--init CKPT", "Give an image"),
+        ("--init .", "error: . is a folder, wanted an image.  Name an image in it."),
         ("--init nowhere.png", "nowhere.png"),
         ("--init INIT --interpolate", "wanted two images"),
         (

@@ -71,6 +71,14 @@ def test_what_cannot_be_is_refused_in_one_line_that_says_what_to_do(words, messa
     assert line.startswith(message) and "\n" not in line and line.endswith((".", "help."))
 
 
+def test_an_error_lists_what_may_be_chosen_once():
+    with pytest.raises(UserError) as caught:
+        read("--weight", "p2")
+    assert str(caught.value) == (
+        "--weight 'p2' is not one of uniform, min_snr, soft_min_snr.  Choose one of them."
+    )
+
+
 def test_a_number_may_be_larger_than_any_float():
     assert read("--seed", "1" + "0" * 400).seed == 10**400
 
