@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    import harness.interrupt  # noqa: F401
 
 import torch
 from PIL import Image
@@ -31,6 +33,7 @@ from diffusion.boosting import Stage, boost
 from diffusion.guidance import guided
 from diffusion.sampling import sample
 from harness import record
+from harness.cli import cli, flag, parse
 from model import PRESETS, UNet
 from objectives import make_objective
 from vae import VAE, VAEConfig, fit_pca
@@ -38,6 +41,12 @@ from vae import VAE, VAEConfig, fit_pca
 BATCH, NFE, HEUN = 4, 10, 25
 TRAINED = {"base": 64, "twice": 128, "again": 256}
 FACES, IMAGES, DRAWN = 64, 128, 4
+
+
+@dataclass(frozen=True)
+class Config:
+    rounds: int = flag(9, "turns of all sides", low=3, high=1000)
+    work: str = flag("", "folder of the networks of 3; default a temporary one", writes="folder")
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -165,21 +174,20 @@ def pipelines(one: dict[str, float]) -> dict[str, float]:
     return out
 
 
-def value_of(flag: str, default: str) -> str:
-    return sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else default
-
-
 def main() -> None:
-    rounds = int(value_of("--rounds", "9"))
+    cfg, dry_run = parse(Config, __doc__)
+    if dry_run:
+        print(cfg)
+        return
     counted = flops()
-    result = {"TFLOP": counted, "TFLOP of pipelines": pipelines(counted), "rounds": rounds}
-    result["times"] = times(rounds)
+    result = {"TFLOP": counted, "TFLOP of pipelines": pipelines(counted), "rounds": cfg.rounds}
+    result["times"] = times(cfg.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        result["robohash"] = cascade(Path(value_of("--work", folder)))
+        result["robohash"] = cascade(Path(cfg.work or folder))
     for name, value in result["times"]["seconds"].items():
         print(f"{name:<14} {value[1]:.3f} s")
     record.write("boosting", result)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -98,13 +98,16 @@ def test_the_loss_of_a_low_resolution_is_that_of_its_source_and_condition():
     noise, t = draws(4, 1, 3, 8, 8)[0], torch.tensor([0.1, 0.4, 0.6, 0.9])
     seen = []
 
-    def net(x, k):
+    def net(x, k, y=None):
         seen.append(x)
-        return x[:, :3] - 0.5 * x[:, 3:]
+        return x[:, :3] - 0.5 * x[:, 3:] + (0 if y is None else y.view(-1, 1, 1, 1))
 
-    ours = CFM.loss(net, z, low=low, eps=noise, t=t)
-    by_hand = CFM.loss(net, z, source=CFM.source(low, noise), concat=low, t=t)
+    y = torch.arange(4)
+    ours = CFM.loss(net, z, low=low, eps=noise, t=t, y=y)
+    by_hand = CFM.loss(net, z, source=CFM.source(low, noise), concat=low, t=t, y=y)
     assert torch.equal(ours.per_sample, by_hand.per_sample) and torch.equal(*seen)
+    without = CFM.loss(net, z, low=low, eps=noise, t=t).per_sample
+    assert ((without != ours.per_sample) == (y > 0)).all()
     drawn = [
         CFM.loss(net, z, low=low, generator=torch.Generator().manual_seed(i)) for i in (0, 0, 1)
     ]
@@ -113,6 +116,9 @@ def test_the_loss_of_a_low_resolution_is_that_of_its_source_and_condition():
         CFM.loss(net, z)
     with pytest.raises(ValueError, match="low= is for coupling lowres"):
         make_objective("ddpm").loss(net, z, low=low)
+    for objective, more in ((CFM, {"eps": noise, "concat": low}), (make_objective("ddpm"), {})):
+        with pytest.raises(ValueError, match="source= replaces eps="):
+            objective.loss(net, z, source=noise, t=t, **more)
 
 
 @pytest.mark.parametrize("how", ["psu", "bilinear", "nearest"])

@@ -52,6 +52,7 @@ COMMANDS = {
     "benchmarks.digests": [],
     "benchmarks.isa": [],
     "benchmarks.host": [],
+    "benchmarks.boosting": [],
     "benchmarks.peer_schedulers": ["--ckpt", "none"],
     "benchmarks.rounding": ["--out", "none"],
     "benchmarks.sdxl_step": [],

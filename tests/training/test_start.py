@@ -124,6 +124,33 @@ def test_training_begins_with_the_rows_of_the_names(tmp_path, capsys):
     assert tr.classes == ["glasses", "bow", "smile"]
 
 
+def test_a_start_is_read_in_fp32_known_again_and_compared_with_its_fingerprint(tmp_path, user):
+    path, first = tmp_path / "init.safetensors", pixel(1).meta()
+    save_unet(path, network(0, 0).bfloat16(), {"objective": "fm", "vae": first})
+    flags = {**FAST, "out": str(tmp_path / "runs"), "vae": "pixel", "init": str(path)}
+    cfg = resolve(Config(**flags, name="a"))
+    tr = train.setup(cfg, ALONE)
+    for name, x in load_file(path).items():
+        own = tr.net.state_dict()[name]
+        assert x.dtype == torch.bfloat16 and own.dtype == torch.float32
+        assert torch.equal(own, x.float()), name
+    # Wherever it lies now; another network is another.
+    saved = tr.run / "ckpt" / f"{8:012d}" / "model.safetensors"
+    saved.parent.mkdir(parents=True)
+    save_unet(saved, network(0, 2), {"init": tr.init})
+    shutil.move(path, tmp_path / "moved.safetensors")
+    assert same_init(replace(cfg, init=str(tmp_path / "moved.safetensors")), tr.run)
+    save_unet(path, network(0, 1), {"objective": "fm", "vae": first})
+    assert not same_init(cfg, tr.run)
+    damaged = bytearray(path.read_bytes())
+    damaged[-9] ^= 1
+    path.write_bytes(damaged)
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value)]
+    code, _, err = user(train.main, *words, "--name", "b")
+    assert code == 2 and len(err) == 1 and "do not match their own fingerprint" in err[0], err
+    assert not (tmp_path / "runs/b").exists()
+
+
 # ---- a noise schedule of the user's ------------------------------------------------------------
 
 
