@@ -64,7 +64,10 @@ def card_name(card: Card) -> str:
     """The card's own file name: whose weights, the first metric, and a hash of all conditions."""
     subject = card["subject"]
     parts = [safe_name(subject[k]) for k in ("run", "images", "fingerprint") if subject.get(k)]
-    stem = "-".join(parts)[:60] or Path(subject.get("fake", "")).stem
+    fake = Path(subject.get("fake", ""))
+    # A dot in a folder's name is no ending: it may stand in an EMA's width.
+    own = fake.stem if fake.suffix in (".npz", ".parquet") else fake.name
+    stem = ("-".join(parts) or own)[:60]
     first = next(iter(card["metrics"]))
     conditions = key_of({**card["measured"], **card["sampled"], **subject})
     return f"cards/{stem}-{first}-{conditions[:6]}.json"

@@ -48,6 +48,20 @@ def test_a_card_is_named_as_before(old):
     )
 
 
+@pytest.mark.parametrize(
+    "fake, stem",
+    [
+        ("samples/faces-6000-ema-0.050-2b6461-steps=4", "faces-6000-ema-0.050-2b6461-steps=4"),
+        ("a/drawn.npz", "drawn"),
+        ("pictures", "pictures"),
+        ("samples/" + 200 * "x", 60 * "x"),
+    ],
+)
+def test_a_card_of_pictures_is_named_after_their_folder(old, fake, stem):
+    old["subject"] = {"fake": fake}
+    assert cards.card_name(old).startswith(f"cards/{stem}-FD-pca32-")
+
+
 def test_a_card_is_shown_with_its_floor_and_its_copies(old):
     lines = cards.show(old).splitlines()
     assert lines[0].split() == ["value", "±", "s.e.", "floor"]
