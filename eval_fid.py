@@ -39,7 +39,7 @@ from harness.files import make_dir, write_text
 from harness.memory import check_drawing
 from harness.ranks import PATIENCE, Ranks, join_ranks
 from harness.run import versions
-from metrics.boosted import paired_card
+from metrics.boosted import Others, paired_card
 from metrics.cards import Card, card_name, card_text, compare, show
 from metrics.clip_score import clip_card
 from metrics.distances import (
@@ -180,7 +180,7 @@ def check(cfg: Config) -> None:
         more += ["n", "seed"] if moments else []
         check_idle(cfg, f"--fake {cfg.fake}", more)
     elif not cfg.ckpt:
-        more = ["infinity", "save_stats", "cache", "pairs"]
+        more = ["infinity", "save_stats", "pairs"]
         check_idle(cfg, "--boost without --ckpt", more, ("batch", "dtype"))
 
 
@@ -527,8 +527,12 @@ def open_task(cfg: Config, ranks: Ranks) -> Task:
         )
     size = sizes[0] if sizes else None
     extractor = build_extractor(cfg, images.get(spec), ranks)
-    cache = Path(cfg.cache) if cfg.cache else cache_folder() / "features"
+    cache = features_folder(cfg)
     return Task(cfg, ranks, checkpoint, spec, holdout, images, size, extractor, cache)
+
+
+def features_folder(cfg: Config) -> Path:
+    return Path(cfg.cache) if cfg.cache else cache_folder() / "features"
 
 
 def build_extractor(cfg: Any, images: Images | None, ranks: Ranks) -> Any:
@@ -658,9 +662,14 @@ def enlarging(cfg: Config, ranks: Ranks) -> Card:
     if is_statistics(spec):
         raise UserError(f"--boost enlarges images, and {spec} is moments", do="Give images.")
     images = open_images(spec, cfg.resolution or loaded[-1].meta.get("resolution", 0))
-    truth = images.split(holdout)[1] if holdout or not cfg.ref else images
+    seen, held = images.split(holdout)
+    truth = held if holdout or not cfg.ref else images
     extractor = build_extractor(cfg, images, ranks)
-    parts = paired_card(cfg, loaded, truth, extractor, ranks.device)
+    others = None
+    if truth is held and len(seen) > 1:
+        cache, alone = features_folder(cfg), Ranks(0, 1, ranks.device)
+        others = Others(seen, side(extract(seen, extractor, cache, alone), alone))
+    parts = paired_card(cfg, loaded, truth, extractor, ranks.device, others)
     parts["measured"]["holdout"] = holdout
     return parts | {"weights_sha256": getattr(extractor, "sha256", "")}
 

@@ -43,6 +43,9 @@
 #           needs safetensors huggingface_hub pillow tqdm transformers diffusers
 #   sdxl    benchmarks/sdxl_step.py: steps of fine-tuning SDXL to a flow: images/s, MFU, peak memory
 #           needs safetensors tqdm
+#   boost   benchmarks/boosting_sd.py: sd15 at 512 px, made 1024 px large by a network of toy-281m's
+#           size, and what --uncertainty integrated costs: images/s by part, peak memory
+#           needs numpy safetensors pillow tqdm
 #   prompts train.py --text bytes on the latents of encode, then pictures of three prompts
 #           needs numpy safetensors pillow tqdm
 #
@@ -58,7 +61,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu_day}
 DRY=${DRY:-}
 PARTS=" selfcheck host tests gpu kernels adamw bench groupnorm attention optimizer step tiles encode \
-train graph distill compare architecture text sdxl prompts "
+train graph distill compare architecture text sdxl boost prompts "
 [ $# -gt 0 ] || set -- selfcheck host tests bench step encode train
 for name in "$@"; do
     [ "$name" != --help ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0; }
@@ -195,6 +198,12 @@ run_sdxl() {
     part sdxl 590 "$PYTHON" benchmarks/sdxl_step.py "${size[@]}" --out "$OUT/sdxl.json"
 }
 
+run_boost() {
+    local size=(--batches 1,4,8)
+    [ -z "$DRY" ] || size=(--batches 1,2 --rounds 2 --mini)
+    part boost 590 "$PYTHON" benchmarks/boosting_sd.py "${size[@]}" --out "$OUT/boost.json"
+}
+
 run_prompts() {
     local size=(--model toy-281m --resolution 256 --batch 128 --lr 2e-4 --images 400_000
                 --ema 0.1 --eval-every 0 --preview-every 0)
@@ -210,7 +219,7 @@ run_prompts() {
 for name in "$@"; do
     case $name in
         selfcheck | host | tiles | encode | train | graph | distill | compare | architecture | text \
-            | sdxl | prompts) "run_$name" ;;
+            | sdxl | boost | prompts) "run_$name" ;;
         tests) run_tests gpu tests/gpu; test_kernels; test_adamw ;;
         gpu) run_tests gpu tests/gpu ;;
         kernels) test_kernels ;;

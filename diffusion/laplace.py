@@ -30,6 +30,7 @@ their number (tests/diffusion/test_laplace.py has the table). Three ways that ke
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,10 +114,15 @@ class Posterior:
     kernel: tuple[int, int]
     padding: tuple[int, int]
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """Of root. It costs K³ operations, so once is enough."""
+        eye = torch.eye(len(self.root), dtype=self.root.dtype)
+        return torch.linalg.solve_triangular(self.root, eye, upper=False)
+
     def whiten(self, like: Tensor) -> Tensor:
         """(K, K) M with P = M^T M: the squares of M u add up to u^T P u."""
-        eye = torch.eye(len(self.root), dtype=self.root.dtype)
-        return torch.linalg.solve_triangular(self.root, eye, upper=False).to(like)
+        return self.inverse.to(like)
 
     def variance(self, phi: Tensor, ones: Tensor | float = 1.0) -> Tensor:
         """u^T P u at each place, (B, H, W), from features phi (B, C, H, W). ones: what stands in

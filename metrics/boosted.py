@@ -5,12 +5,13 @@
 
 Held-out images are shrunk, enlarged by the networks, and compared with themselves, one by one
 (PSNR, SSIM, latent MSE) and as sets (a Fréchet distance of features, one of patches, sharpness).
-The floor is what the last autoencoder alone makes of the true pictures.
+Unpaired is the distance to the images that training saw, as a card of samples has it. The floor is
+what the last autoencoder alone makes of the true pictures.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,24 +23,39 @@ from diffusion.coupling import resize
 from harness.cli import UserError
 from harness.pictures import to_uint8
 from harness.ranks import precision
-from metrics.distances import compact, frechet, jackknife
+from metrics.distances import Statistics, compact, frechet, jackknife
 from metrics.features import Extractor, Images, features_in_batches, short, too_few
 from metrics.paired import CROPS, SIDE, crops, psnr, roughness, ssim
-from metrics.sides import NAMES, name_of
+from metrics.sides import NAMES, Side, name_of
 
 # Parts of the jackknife; a pair is left out as one.
 GROUPS = 10
+# The distance to images that are not those enlarged, which a card of samples has, too.
+UNPAIRED = "unpaired"
 # Images measured at once.
 AT_ONCE = 64
 
 
+class Others(NamedTuple):
+    """Images that are not those enlarged, and their features."""
+
+    images: Images
+    side: Side
+
+
 def paired_card(
-    cfg: Any, loaded: list[Loaded], truth: Images, extractor: Extractor, device: torch.device
+    cfg: Any,
+    loaded: list[Loaded],
+    truth: Images,
+    extractor: Extractor,
+    device: torch.device,
+    others: Others | None = None,
 ) -> dict[str, Any]:
     """The parts of a card that differ between cards.
 
-    cfg: eval_fid.py's Config; truth: images that the networks have not seen, at full size. Raises
-    UserError where their sides cannot be divided by what the networks enlarge.
+    cfg: eval_fid.py's Config; truth: images that the networks have not seen, at full size; others:
+    those that they have seen, if there are any. Raises UserError where their sides cannot be
+    divided by what the networks enlarge.
     """
     truth = truth.take(cfg.n, cfg.seed)
     if len(truth) < 2:
@@ -58,9 +74,11 @@ def paired_card(
             through = to_uint8(enlarger.stages[-1].decode(latents))
         own.add(found, images, large.latents, latents)
         alone.add(through, images, latents, latents)
-    numbers, lowest = own.numbers(), alone.numbers()
+    reference = others.side.best() if others else None
+    numbers, lowest = own.numbers(reference), alone.numbers(reference)
     kind = name_of(extractor)
-    names = {"FD": NAMES.get(kind, (f"FD-{kind}",))[0]}
+    distance = NAMES.get(kind, (f"FD-{kind}",))[0]
+    names = {"FD": distance, UNPAIRED: f"{UNPAIRED} {distance}"}
     return {
         "metrics": {
             names.get(name, name) + short(len(truth)): {**numbers[name], "floor": floor["value"]}
@@ -77,10 +95,17 @@ def paired_card(
             "size": list(truth.size),
             "small": list(small[::-1]),
             "crops": [CROPS, SIDE],
+            **(others_of(others.images) if others else {}),
         },
         "sampled": sampled_of(cfg, enlarger, device),
         "subject": subject_of(loaded[-1]),
     }
+
+
+def others_of(seen: Images) -> dict[str, Any]:
+    """What the card says of the images of the unpaired distance."""
+    own = {"reference": seen.spec, "reference hash": seen.hash, "reference images": len(seen)}
+    return {f"{UNPAIRED} {name}": value for name, value in own.items()}
 
 
 def small_size(loaded: list[Loaded], size: tuple[int, int]) -> tuple[int, int]:
@@ -144,8 +169,9 @@ class Tally:
 
         return features_in_batches(self.extractor, load, range(len(images)), self.device).double()
 
-    def numbers(self) -> dict[str, dict[str, float]]:
-        """{name: {"value", "error"}}."""
+    def numbers(self, reference: Tensor | Statistics | None = None) -> dict[str, dict[str, float]]:
+        """{name: {"value", "error"}}; unpaired: the distance of features to a reference of other
+        images, as frechet() takes it."""
         out = {}
         for name, parts in self.each.items():
             values = torch.cat(parts)
@@ -159,6 +185,11 @@ class Tally:
                     compact(truth[keep[image]]), compact(found[keep[image]])
                 ),
                 self.n,
+            )
+        if reference is not None:
+            found = torch.cat([own for own, _ in self.sets["FD"]])
+            out[UNPAIRED] = with_error(
+                lambda keep, found=found: frechet(reference, compact(found[keep])), self.n
             )
         rough = torch.tensor(self.rough).double()
         out["sharpness"] = with_error(

@@ -22,6 +22,7 @@ MODULES = {
     "architecture": "experiments.architecture",
     "prompts": "train",
     "sdxl": "benchmarks.sdxl_step",
+    "boost": "benchmarks.boosting_sd",
 }
 # Beside torch and triton. Their names on PyPI, where they are imported by another.
 PACKAGES = {"safetensors", "huggingface_hub", "PIL", "tqdm", "scipy", "matplotlib"}

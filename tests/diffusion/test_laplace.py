@@ -2,6 +2,7 @@
 samples' spread is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_parts_of_the_data_add_up_to_the_whole():
     parts.add(phi[1:], T[1:])
     torch.testing.assert_close(parts.A, whole.A, rtol=1e-12, atol=1e-12)
     assert parts.rows == whole.rows == 48
+    # As two ranks have them, each with its own half.
+    first, second = Curvature(of, NOISE), Curvature(of, NOISE)
+    first.add(phi[:1], T[:1])
+    second.add(phi[1:], T[1:])
+    torch.testing.assert_close(first.A + second.A, whole.A, rtol=1e-12, atol=1e-12)
+    assert first.rows + second.rows == 48
 
 
 def test_the_variance_is_J_P_JT_and_so_is_that_of_networks_drawn():
@@ -190,13 +197,28 @@ def test_weights_drawn_anew_at_each_step_cancel_out_and_one_network_s_do_not():
         assert float((S * SD).square().sum().sqrt()) == pytest.approx(one[steps], rel=0.03)
 
 
+def test_an_unknown_offset_is_one_in_the_sample_and_less_by_the_root_of_steps_drawn_anew(
+    monkeypatch,
+):
+    """Nothing but the bias counts: a sample of one network moves by its error, once."""
+    monkeypatch.setattr(Line, "phi", lambda self, x, t: torch.zeros_like(x))
+    net, x = Line(), torch.full((1, 1, 1, 1), 1.2)
+    for steps in (10, 50):
+        assert by_hand(steps, True) / SD[1] == pytest.approx(1 / math.sqrt(steps), rel=0.03)
+        _, variance = integrated(net, net.last, LINE, x, method="euler", steps=steps)
+        assert float(variance.sqrt()) == pytest.approx(float(SD[1]), rel=1e-5)
+        walk = lambda: sample(net, x, method="euler", steps=steps).x  # noqa: E731, B023
+        moved = tangent(walk, net.last, LINE, 4, seed=1).flatten()
+        torch.testing.assert_close(moved, -LINE.draws(4, 1, seed=1)[:, 0, 1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", ["euler", "heun", "rk4", "dpmpp_2m", "dopri5"])
 def test_the_tangent_is_the_limit_of_small_moves(method):
     net, x = Line(), torch.full((2, 1, 1, 1), 1.2).double()
     net = net.double()
     how = {"rtol": 1e-9, "atol": 1e-9} if method == "dopri5" else {"steps": 6}
     walk = lambda: sample(net, x, method=method, **how).x  # noqa: E731
-    small = Posterior(1e3 * LINE.root, *tuple(vars(LINE).values())[1:])
+    small = replace(LINE, root=1e3 * LINE.root)
     before = walk()
     along = tangent(walk, net.last, small, 3)
     kept = shared(walk, net.last, small, 3) - before
@@ -287,11 +309,19 @@ def test_guidance_mixes_features_of_one_network(cfg):
     with laplace.watching(net.last) as seen:
         before = predict(x, t, y=y)[2]
         phi = laplace.mixed(seen[-1], t, cfg)
+        net(x, 1000 * t)
+        without = seen[-1]
+        net(x, 1000 * t, y=y)
+        predicted = seen[-1]
     by = posterior.draws(1, 3)[0]
     with laplace.moved(net.last, by):
         after = predict(x, t, y=y)[2]
     moved = nn.functional.conv2d(phi, by[:, :-1].unflatten(1, (5, 3, 3)), by[:, -1], padding=1)
     torch.testing.assert_close(after - before, moved, rtol=1e-3, atol=1e-4)
+    if cfg < 2:  # the variance is that of the half that alone is left: without a label, or with it
+        alone = [without, predicted][int(cfg)]
+        same = posterior.variance(phi), posterior.variance(alone)
+        torch.testing.assert_close(*same, rtol=1e-4, atol=0)
     same = torch.cat([phi, phi])
     torch.testing.assert_close(laplace.mixed(same, t, 7.5), phi, rtol=1e-5, atol=1e-5)
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "benchmarks.kernels": [],
     "benchmarks.tiles": [],
     "benchmarks.bf16": [],
+    "benchmarks.boosting_sd": [],
     "benchmarks.startup": [],
     "benchmarks.convert": [],
     "benchmarks.digests": [],

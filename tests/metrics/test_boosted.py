@@ -102,6 +102,14 @@ def test_two_networks_that_do_nothing_are_measured_as_two_resizes(here, command)
     fx, fy = (extractor(images).double().numpy() for images in (truth, found))
     assert got[f"FD-pca{n}"]["value"] == pytest.approx(frechet_by_hand(fx, fy), rel=1e-3)
 
+    # Unpaired: to what training saw, of which there are fewer than d, too.
+    seen = open_dataset("toyfaces:96", resolution=32, holdout=0.4)
+    fs = extractor(seen.images(range(len(seen)))).double().numpy()
+    far = got[f"unpaired FD-pca{n}"]
+    assert far["value"] == pytest.approx(frechet_by_hand(fs, fy), rel=1e-3)
+    assert far["floor"] == pytest.approx(frechet_by_hand(fs, fx), rel=1e-3)  # true pictures'
+    assert card["measured"]["unpaired reference images"] == len(seen) == 96 - n
+
     def rough(images):
         images = images.double() / 255
         return sum(float(images.diff(dim=dim).square().mean()) for dim in (-1, -2))
@@ -150,6 +158,12 @@ def test_boosted_samples_are_those_that_samplers_draws(here, command, user):
     assert card["measured"]["size"] == [32, 32] and card["sampled"]["nfe"] == 4
     for name, metric in card["metrics"].items():
         assert other["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-6), name
+    # The distance of both cards is to the same images, so their gap is of the small pictures.
+    paired = card_of(command, f"--boost a {FAST}")["measured"]
+    for name in ("reference", "reference hash", "reference images"):
+        assert paired[f"unpaired {name}"] == card["measured"][name]
+    given = card_of(command, f"--boost a {FAST} --ref toyfaces:20 --resolution 32")
+    assert not any("unpaired" in name for name in (*given["metrics"], *given["measured"]))
     # Another network has features of its own, and its card does not stand beside the first.
     cfm("b", seed=6, noise_aug=0.3)
     third = card_of(command, f"--ckpt base --boost b --n 30 --features pca {line}")
