@@ -41,7 +41,7 @@ PARTS = ("base", "encode", "network", "decode")
 
 @dataclass(frozen=True)
 class Config:
-    batches: tuple[int, ...] = flag((1, 4, 8), "images at once, one after the other", low=1, high=64)
+    batches: tuple[int, ...] = flag((1, 4, 8), "images at once", low=1, high=64)
     rounds: int = flag(5, "turns of all sides, after a first one", low=2, high=1000)
     mini: bool = flag(False, "miniatures and two Heun steps, to show that it runs")
     device: str = flag("auto", "auto | cpu | cuda")

@@ -368,6 +368,16 @@ def block_boost(up: str) -> str:
     return hypotheses(up, "boost")
 
 
+def block_boost_twice(up: str) -> str:
+    """The same for 32 px to 64 px."""
+    return hypotheses(up, "boost-twice")
+
+
+def block_boost_robohash(up: str) -> str:
+    """The same for robohash, 64 px to 128 px."""
+    return hypotheses(up, "boost-robohash")
+
+
 def block_end_to_end(up: str) -> str:
     """Is boosting worth it from end to end?"""
     return hypotheses(up, "end-to-end")
@@ -1108,6 +1118,8 @@ BLOCKS = {
     "isa": block_isa,
     "host": block_host,
     "boost": block_boost,
+    "boost_twice": block_boost_twice,
+    "boost_robohash": block_boost_robohash,
     "boosting": block_boosting,
     "end_to_end": block_end_to_end,
     "sharding": block_sharding,
@@ -1127,6 +1139,8 @@ ELSEWHERE = (
     "isa",
     "host",
     "boost",
+    "boost_twice",
+    "boost_robohash",
     "boosting",
     "end_to_end",
     "rounding",

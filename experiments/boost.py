@@ -451,13 +451,9 @@ def draw_grid(size: Size, faces: Faces, name: str, seed: int, out: Path) -> None
     save_grid(to_uint8(torch.cat([*rows, few.truth])), path, columns=SHOWN)
 
 
-def main() -> None:
-    cfg, dry_run = parse(Config, __doc__)
-    if dry_run:
-        print(json.dumps(asdict(cfg), indent=1))
-        return
-    size, out = SIZES[cfg.size], Path(cfg.out)
-    make_dir(out / "cards")
+def answered(cfg: Config, out: Path) -> tuple[list[Verdict], Report]:
+    """What became of each hypothesis, and the report."""
+    size = SIZES[cfg.size]
     faces = open_faces(size)
     cards = []
     for seed in cfg.seeds:
@@ -467,13 +463,32 @@ def main() -> None:
     _, vae = open_run(train(size, "noise", cfg.seeds[0], out), size.small)
     plain = without_network(faces, vae)
     record.save(out / "cards" / "plain.json", plain)
-    found = [each._asdict() for each in verdicts(cards, plain["floor"]["fd"])]
-    said = {"size": cfg.size, "seeds": cfg.seeds}
-    record.save(out / "verdict.json", {**record.context(), "config": said, "verdicts": found})
     for name in size.pictures:
         draw_grid(size, faces, name, cfg.seeds[0], out)
-    write(report(size, cards, plain, out), out)
+    return verdicts(cards, plain["floor"]["fd"]), report(size, cards, plain, out)
+
+
+def command(
+    cls: type, doc: str, answered: Callable[[Any, Path], tuple[list[Verdict], Report]]
+) -> None:
+    """An experiment's command: cls are its flags, with `out`, where answered() finds OUT/cards."""
+    cfg, dry_run = parse(cls, doc)
+    if dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
+    out = Path(cfg.out)
+    make_dir(out / "cards")
+    found, page = answered(cfg, out)
+    # Where it lies means nothing elsewhere.
+    config = {name: value for name, value in asdict(cfg).items() if name != "out"}
+    about = {"config": config, "verdicts": [each._asdict() for each in found]}
+    record.save(out / "verdict.json", {**record.context(), **about})
+    write(page, out)
     print(out / "report.html")
+
+
+def main() -> None:
+    command(Config, __doc__, answered)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ It writes OUT/cards/*.json, report.md, report.html and a picture, and goes on wh
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,14 +32,14 @@ from torch import Tensor
 from data.boosts import Before, open_stage
 from diffusion.boosting import boost
 from diffusion.coupling import resize
-from experiments.boost import CPU, Card, Verdict, says, shown, trained
+from experiments.boost import CPU, Card, Verdict, command, says, shown, trained
 from experiments.costs import TRAINING, flops_of
 from experiments.page import band, cell, paragraphs
 from experiments.paired import Paired, paired
-from experiments.report import Chart, Panel, Picture, Report, Section, Table, number, write
+from experiments.report import Chart, Panel, Picture, Report, Section, Table, number
 from harness import record
-from harness.cli import cli, flag, parse
-from harness.files import make_dir, strict_json
+from harness.cli import cli, flag
+from harness.files import strict_json
 from harness.pictures import save_grid, to_uint8
 from metrics.distances import frechet_from_features
 from metrics.features import fit_extractor, open_images, pooled
@@ -344,13 +344,9 @@ def draw_grid(size: Size, real: Real, seed: int, out: Path) -> bytes:
     return path.read_bytes()
 
 
-def main() -> None:
-    cfg, dry_run = parse(Config, __doc__)
-    if dry_run:
-        print(json.dumps(asdict(cfg), indent=1))
-        return
-    size, out = SIZES[cfg.size], Path(cfg.out)
-    make_dir(out / "cards")
+def answered(cfg: Config, out: Path) -> tuple[list[Verdict], Report]:
+    """What became of each hypothesis, and the report."""
+    size = SIZES[cfg.size]
     real, cards = open_real(size), []
     for seed in cfg.seeds:
         cards += cards_of(size, real, seed, out)
@@ -358,11 +354,12 @@ def main() -> None:
             print(f"{card['arm']}, seed {seed}: {strict_json(card['rows'])}", flush=True)
     floor = floors(size, real)
     record.save(out / "cards" / "floor.json", floor)
-    found = [each._asdict() for each in verdicts(cards, size.budgets)]
-    about = {**record.context(), "config": asdict(cfg), "verdicts": found}
-    record.save(out / "verdict.json", about)
-    write(report(size, cards, floor["floor"], draw_grid(size, real, cfg.seeds[0], out)), out)
-    print(out / "report.html")
+    grid = draw_grid(size, real, cfg.seeds[0], out)
+    return verdicts(cards, size.budgets), report(size, cards, floor["floor"], grid)
+
+
+def main() -> None:
+    command(Config, __doc__, answered)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from diffusion.guidance import guided
 from diffusion.schedules import time_quantile
 from experiments import boost
 from experiments.boost import Faces, enlarge, features, verdicts
+from experiments.report import Report
 from harness.cli import parse
 from objectives import make_objective
 
@@ -129,10 +130,24 @@ def test_a_card_is_kept_for_its_size_and_made_anew_for_another(tmp_path, monkeyp
     assert len(made) == 2 and again["rows"][0]["small"] == 32
 
 
-def test_committed_cards_are_of_the_size_that_is_run_today():
-    folder = boost.ROOT / "benchmarks" / "results" / "boost" / "cards"
-    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*-*.json"))]
-    assert all(card["asked"] == boost.asked_of(boost.SIZES["cpu"]) for card in found)
+RESULTS = {"cpu": "boost", "twice": "boost-twice", "robohash": "boost-robohash"}
+
+
+def committed(size):
+    """(folder, cards) of a size's results; skips, if there are none."""
+    folder = boost.ROOT / "benchmarks" / "results" / RESULTS[size]
+    if not (folder / "cards").is_dir():
+        pytest.skip("no results are committed")
+    found = [json.loads(p.read_text()) for p in sorted((folder / "cards").glob("*-*.json"))]
+    assert found
+    return folder, found
+
+
+@pytest.mark.parametrize("size", RESULTS)
+def test_committed_cards_are_of_the_size_that_is_run_today(size):
+    _, found = committed(size)
+    assert all(card["asked"] == boost.asked_of(boost.SIZES[size]) for card in found)
+    assert {card["arm"] for card in found} == set(boost.SIZES[size].arms)
 
 
 @pytest.mark.parametrize("arm, target, table", [("eps", "eps", "linear"), ("v", "v", "cosine")])
@@ -148,12 +163,34 @@ def test_diffusion_s_arms_differ_from_noise_in_what_they_say_alone(
     assert objective(arm) == replace(objective("noise"), target=target, table=table)
 
 
-def test_the_committed_report_is_of_the_committed_cards():
-    folder = boost.ROOT / "benchmarks" / "results" / "boost"
-    if not (folder / "cards").is_dir():
-        pytest.skip("no results are committed")
-    found = [json.loads(p.read_text()) for p in sorted((folder / "cards").glob("*-*.json"))]
+@pytest.mark.parametrize("size", RESULTS)
+def test_the_committed_report_is_of_the_committed_cards(size):
+    folder, found = committed(size)
+    said = json.loads((folder / "verdict.json").read_text())
+    assert said["config"]["size"] == size
+    assert sorted(said["config"]["seeds"]) == sorted({card["seed"] for card in found})
     plain = json.loads((folder / "cards" / "plain.json").read_text())
     text = (folder / "report.md").read_text()
     for verdict in verdicts(found, plain["floor"]["fd"]):
         assert f"{verdict.name}: {verdict.word}." in text
+        assert verdict._asdict() in said["verdicts"]
+
+
+def test_a_command_leaves_verdicts_without_its_place_and_a_report(tmp_path, user):
+    def answered(cfg, out):
+        assert (out / "cards").is_dir() and cfg.seeds == (4,)
+        return [boost.Verdict("A1", "against", "because")], Report("Of nothing", ["A1."], [])
+
+    place = tmp_path / "o"
+    code, out, err = user(
+        lambda: boost.command(boost.Config, "", answered), "--seeds", 4, "--out", place
+    )
+    assert code == 0 and out.splitlines()[-1] == str(place / "report.html"), err
+    said = json.loads((place / "verdict.json").read_text())
+    assert said["config"] == {"size": "cpu", "seeds": [4]}
+    assert said["verdicts"] == [{"name": "A1", "word": "against", "why": "because"}]
+    assert "Of nothing" in (place / "report.md").read_text()
+    assert str(tmp_path) not in (place / "verdict.json").read_text()
+    words = ["--seeds", 4, "--out", tmp_path / "dry", "--dry-run"]
+    code, out, _ = user(lambda: boost.command(boost.Config, "", answered), *words)
+    assert code == 0 and json.loads(out)["seeds"] == [4] and not (tmp_path / "dry").exists()
