@@ -84,28 +84,36 @@ def paired_card(
             names.get(name, name) + short(len(truth)): {**numbers[name], "floor": floor["value"]}
             for name, floor in lowest.items()
         },
-        "measured": {
-            **extractor.id,
-            "task": "held-out images shrunk and enlarged, against themselves",
-            "n": len(truth),
-            "reference": truth.spec,
-            "reference hash": truth.hash,
-            "filter": truth.filter,
-            "reference images": len(truth),
-            "size": list(truth.size),
-            "small": list(small[::-1]),
-            "crops": [CROPS, SIDE],
-            **(others_of(others.images) if others else {}),
-        },
+        "measured": measured_of(truth, small, extractor, others),
         "sampled": sampled_of(cfg, enlarger, device),
         "subject": subject_of(loaded[-1]),
     }
 
 
-def others_of(seen: Images) -> dict[str, Any]:
-    """What the card says of the images of the unpaired distance."""
-    own = {"reference": seen.spec, "reference hash": seen.hash, "reference images": len(seen)}
-    return {f"{UNPAIRED} {name}": value for name, value in own.items()}
+def measured_of(
+    truth: Images, small: tuple[int, int], extractor: Extractor, others: Others | None
+) -> dict[str, Any]:
+    """What was compared with what."""
+    about = {
+        **extractor.id,
+        "task": "held-out images shrunk and enlarged, against themselves",
+        "n": len(truth),
+        **reference_of(truth),
+        "filter": truth.filter,
+        "size": list(truth.size),
+        "small": list(small[::-1]),
+        "crops": [CROPS, SIDE],
+    }
+    unpaired = reference_of(others.images) if others else {}
+    return about | {f"{UNPAIRED} {name}": value for name, value in unpaired.items()}
+
+
+def reference_of(images: Images) -> dict[str, Any]:
+    return {
+        "reference": images.spec,
+        "reference hash": images.hash,
+        "reference images": len(images),
+    }
 
 
 def small_size(loaded: list[Loaded], size: tuple[int, int]) -> tuple[int, int]:
