@@ -12,10 +12,9 @@ attend together. A *single block* takes both as one, attention beside MLP. Tenso
 SD3's names (Flux's: ckpt/). Who imports this file finds the network in model.NETWORKS.
 """
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -26,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 import model
 from diffusion.positions import rotate, rotations, sincos
 from kernels.attention import attention
-from model import Maybe, check_labels, check_shape, timestep_embedding
+from model import Maybe, check_input, check_shape, timestep_embedding
 
 EPS = 1e-6  # of every norm
 WAVES = 256  # numbers that a time is written in
+Told = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,15 @@ class Attention(Heads):
 
 
 # ---- blocks -------------------------------------------------------------------------------------
+# A block takes the image's tokens x (B, N, W), the text's (B, M, W) or None, what each kind of
+# tokens is told of the sample (MMDiT._condition), and the rotations of all; it returns both kinds.
+
+
+def moves(block: nn.Module, told: Tensor) -> Sequence[Tensor]:
+    """What moves tokens: shift, scale, gate (B, 1, W) of attention, of the MLP, of a second
+    attention. Once a sample, not a token."""
+    rows = block.adaLN_modulation[1](told) if block.cfg.modulation == "own" else told
+    return rows[:, None].split(block.cfg.width, -1)
 
 
 class Stream(nn.Module):
@@ -192,9 +201,8 @@ class Stream(nn.Module):
     def __init__(self, cfg: MMDiTConfig, dual: bool = False, pre_only: bool = False):
         super().__init__()
         self.cfg, self.dual, self.pre_only = cfg, dual, pre_only
-        self.chunks = 6 + 3 * dual - 4 * pre_only
         if cfg.modulation == "own":
-            self.adaLN_modulation = modulation(cfg, self.chunks)
+            self.adaLN_modulation = modulation(cfg, 6 + 3 * dual - 4 * pre_only)
         self.attn = Attention(cfg, out=not pre_only)
         if dual:
             self.attn2 = Attention(cfg)
@@ -203,25 +211,23 @@ class Stream(nn.Module):
             layers = {"fc1": nn.Linear(W, wide, cfg.bias), "fc2": nn.Linear(hidden, W, cfg.bias)}
             self.mlp = nn.ModuleDict(layers)
 
-    def begin(self, x: Tensor, c: Tensor, shared: Maybe) -> tuple[Sequence[Tensor], Any]:
-        """(q, k, v of x (B, N, W); what moves x: shift, scale, gate (B, 1, W) of attention, of the
-        MLP, of the second attention). Once a sample, not a token."""
-        rows = self.adaLN_modulation[1](c) if shared is None else shared
-        moves = rows[:, None].chunk(self.chunks, -1)
-        return self.attn(modulate(x, *moves[:2])), moves
+    def begin(self, x: Tensor, told: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """(q, k, v of x (B, N, W), what moves x)."""
+        by = moves(self, told)
+        return self.attn(modulate(x, *by[:2])), by
 
-    def end(self, x: Tensor, h: Tensor, moves: Sequence[Tensor]) -> Tensor:
+    def end(self, x: Tensor, h: Tensor, by: Sequence[Tensor]) -> Tensor:
         """The block's output, of its input x (B, N, W) and what attention made of it."""
-        out = x + moves[2] * self.attn.proj(h)
+        out = x + by[2] * self.attn.proj(h)
         if self.dual:  # of the same input
-            (h,) = attend([self.attn2(modulate(x, *moves[6:8]))])
-            out = out + moves[8] * self.attn2.proj(h)
-        h = activate(self.cfg, self.mlp["fc1"](modulate(out, *moves[3:5])))
-        return out + moves[5] * self.mlp["fc2"](h)
+            (h,) = attend([self.attn2(modulate(x, *by[6:8]))])
+            out = out + by[8] * self.attn2.proj(h)
+        h = activate(self.cfg, self.mlp["fc1"](modulate(out, *by[3:5])))
+        return out + by[5] * self.mlp["fc2"](h)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        qkv, moves = self.begin(x, c, None)
-        return self.end(x, *attend([qkv]), moves)
+    def forward(self, x: Tensor, text: Maybe, told: Told, turns: Maybe) -> tuple[Tensor, Maybe]:
+        qkv, by = self.begin(x, told["x_block"])
+        return self.end(x, *attend([qkv], turns), by), text
 
 
 class JointBlock(nn.Module):
@@ -232,20 +238,17 @@ class JointBlock(nn.Module):
         self.context_block = Stream(cfg, pre_only=pre_only)
         self.x_block = Stream(cfg, dual)
 
-    def forward(
-        self, x: Tensor, text: Tensor, c: Tensor, turns: Maybe, of_x: Maybe, of_text: Maybe
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, N, W), text (B, M, W), c (B, W); turns: of all; of_…: shared modulations."""
-        qkv_x, moves_x = self.x_block.begin(x, c, of_x)
-        qkv_text, moves_text = self.context_block.begin(text, c, of_text)
+    def forward(self, x: Tensor, text: Tensor, told: Told, turns: Maybe) -> tuple[Tensor, Tensor]:
+        qkv_x, by_x = self.x_block.begin(x, told["x_block"])
+        qkv_text, by_text = self.context_block.begin(text, told["context_block"])
         h_text, h_x = attend([qkv_text, qkv_x], turns)
         if not self.context_block.pre_only:
-            text = self.context_block.end(text, h_text, moves_text)
-        return self.x_block.end(x, h_x, moves_x), text
+            text = self.context_block.end(text, h_text, by_text)
+        return self.x_block.end(x, h_x, by_x), text
 
 
 class SingleBlock(Heads):
-    """Both as one stream, attention beside MLP."""
+    """Both as one stream x (B, M + N, W), attention beside MLP."""
 
     def __init__(self, cfg: MMDiTConfig):
         super().__init__(cfg)
@@ -255,13 +258,12 @@ class SingleBlock(Heads):
         self.linear1 = nn.Linear(W, 3 * W + wide, cfg.bias)
         self.linear2 = nn.Linear(W + hidden, W, cfg.bias)
 
-    def forward(self, x: Tensor, c: Tensor, turns: Maybe, shared: Maybe) -> Tensor:
-        rows = self.adaLN_modulation[1](c) if shared is None else shared
-        shift, scale, gate = rows[:, None].chunk(3, -1)
+    def forward(self, x: Tensor, text: None, told: Told, turns: Maybe) -> tuple[Tensor, None]:
+        shift, scale, gate = moves(self, told["single"])
         h = self.linear1(modulate(x, shift, scale))
         qkv, h = h.tensor_split([3 * self.cfg.width], -1)
         (attended,) = attend([self.split(qkv)], turns)
-        return x + gate * self.linear2(torch.cat([attended, activate(self.cfg, h)], -1))
+        return x + gate * self.linear2(torch.cat([attended, activate(self.cfg, h)], -1)), text
 
 
 # ---- the network --------------------------------------------------------------------------------
@@ -309,11 +311,14 @@ class MMDiT(nn.Module):
             elif weight.ndim > 1:
                 nn.init.xavier_uniform_(weight.view(len(weight), -1))
 
+    def _blocks(self) -> dict[str, nn.Module]:
+        kinds = ("blocks", "joint_blocks", "single_blocks")
+        return {f"{kind}.{i}": b for kind in kinds for i, b in enumerate(getattr(self, kind))}
+
     @property
     def block_names(self) -> tuple[str, ...]:
         """What `features` may name, in the order of the forward pass."""
-        kinds = ("blocks", "joint_blocks", "single_blocks")
-        return tuple(f"{kind}.{i}" for kind in kinds for i in range(len(getattr(self, kind))))
+        return tuple(self._blocks())
 
     def forward(
         self, x: Tensor, t: Tensor, y: Maybe = None, context: Maybe = None, guidance: Maybe = None,
@@ -325,50 +330,30 @@ class MMDiT(nn.Module):
         (B,): a strength, such as 3.5. With `features`, of block_names, also {name: the image after
         that block (B, width, H / patch, W / patch)}.
         """
-        self._check(x, y, context, guidance, features or ())
-        cfg, seen = self.cfg, dict.fromkeys(features or ())
+        check_input(self, x, y, context, features or ())
+        cfg, text, turns, seen = self.cfg, None, None, dict.fromkeys(features or ())
         h, w = (side // cfg.patch for side in x.shape[2:])
         c = F.silu(self._condition(t, y, guidance, x))  # (B, W)
-        tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2)  # (B, N, W)
-        if cfg.pos_max:
-            top, left = (cfg.pos_max - h) // 2, (cfg.pos_max - w) // 2
-            places = self.pos_embed.view(1, cfg.pos_max, cfg.pos_max, cfg.width)
-            tokens = tokens + places[:, top : top + h, left : left + w].flatten(1, 2)
-        text = self.context_embedder(context.to(x.dtype)) if cfg.joint else None  # (B, M, W)
-        for name, tokens in self._walk(tokens, text, c, h, w):
-            if name in seen:
-                seen[name] = tokens.transpose(1, 2).unflatten(2, (h, w))
-        out = self._pixels(tokens, c, h, w)
-        return out if features is None else (out, seen)
-
-    def _walk(
-        self, x: Tensor, text: Maybe, c: Tensor, h: int, w: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The name of each block, and the image's tokens after it."""
-        cfg, turns, shared = self.cfg, None, (None, None, None)
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, c)
-            yield f"blocks.{i}", x
-        if not cfg.joint:
-            return
-        M = text.shape[1]
-        if cfg.rope:
-            turns = rotations(cfg.rope, cfg.theta, cfg.text_axis, M, h, w, x.device)
+        told = dict.fromkeys(("x_block", "context_block", "single"), c)
         if cfg.modulation == "shared":
-            shared = [layer[1](c) for layer in self.adaLN_modulation.values()]
-        for i, block in enumerate(self.joint_blocks):
-            x, text = self._run(block, x, text, c, turns, *shared[:2])
-            yield f"joint_blocks.{i}", x
-        if cfg.single:
-            x = torch.cat([text, x], 1)
-        for i, block in enumerate(self.single_blocks):
-            x = self._run(block, x, c, turns, shared[2])
-            yield f"single_blocks.{i}", x[:, M:]
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            told = {kind: layer[1](c) for kind, layer in self.adaLN_modulation.items()}
+        if cfg.joint:
+            text = self.context_embedder(context.to(x.dtype))  # (B, M, W)
+        if cfg.rope:
+            M = text.shape[1]
+            turns = rotations(cfg.rope, cfg.theta, cfg.text_axis, M, h, w, x.device)
+        x, first = self._tokens(x, h, w), 0  # (B, N, W), and which of them is the image's first
+        for name, block in self._blocks().items():
+            if name == "single_blocks.0":
+                x, text, first = torch.cat([text, x], 1), None, text.shape[1]
+            if self.checkpointing and torch.is_grad_enabled():
+                x, text = checkpoint(block, x, text, told, turns, use_reentrant=False)
+            else:
+                x, text = block(x, text, told, turns)
+            if name in seen:
+                seen[name] = x[:, first:].transpose(1, 2).unflatten(2, (h, w))
+        out = self._pixels(x[:, first:], c, h, w)
+        return out if features is None else (out, seen)
 
     def _condition(self, t: Tensor, y: Maybe, guidance: Maybe, x: Tensor) -> Tensor:
         """(B, W): all that is told of a sample."""
@@ -376,8 +361,11 @@ class MMDiT(nn.Module):
         t = 1 - t.float() / 1000 if cfg.reversed_time else t
         c = self.t_embedder["mlp"](timestep_embedding(t, WAVES).to(x.dtype))
         if cfg.guidance:
+            check_shape("guidance", guidance, len(x))
             waves = timestep_embedding(1000 * guidance.float(), WAVES).to(x.dtype)
             c = c + self.guidance_embedder["mlp"](waves)
+        elif guidance is not None:
+            raise ValueError("this MMDiT takes no guidance: it must be None.")
         if cfg.vector_dim:
             c = c + self.y_embedder["mlp"](y.to(x.dtype))
         elif cfg.num_classes:
@@ -386,42 +374,29 @@ class MMDiT(nn.Module):
             c = c + self.y_embedder["embedding_table"](rows)
         return c
 
+    def _tokens(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, C, H, W) -> (B, N, W), told where they are unless that is rope's."""
+        cfg, side = self.cfg, self.cfg.pos_max
+        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2)
+        if not side:
+            return x
+        if max(h, w) > side:
+            got = f"{h * cfg.patch}×{w * cfg.patch}"
+            raise ValueError(f"H×W = {got}: its table of places ends at {cfg.largest}.")
+        top, left = (side - h) // 2, (side - w) // 2
+        places = self.pos_embed.view(1, side, side, cfg.width)
+        return x + places[:, top : top + h, left : left + w].flatten(1, 2)
+
     def _pixels(self, tokens: Tensor, c: Tensor, h: int, w: int) -> Tensor:
         """(B, N, W) -> (B, out, H, W)."""
         p, C = self.cfg.patch, self.cfg.out_channels
-        moves = self.final_layer["adaLN_modulation"][1](c)[:, None].chunk(2, -1)
-        out = self.final_layer["linear"](modulate(tokens, *moves))  # (B, N, p · p · out)
+        by = self.final_layer["adaLN_modulation"][1](c)[:, None].chunk(2, -1)
+        out = self.final_layer["linear"](modulate(tokens, *by))  # (B, N, p · p · out)
         if self.cfg.tokens == "cpq":
             out = out.view(-1, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5)
         else:
             out = out.view(-1, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)
         return out.reshape(-1, C, h * p, w * p)
-
-    def _check(
-        self, x: Tensor, y: Maybe, context: Maybe, guidance: Maybe, features: tuple[str, ...]
-    ) -> None:
-        cfg, B, (H, W) = self.cfg, len(x), x.shape[2:]
-        if H % cfg.patch or W % cfg.patch:
-            raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.patch}.")
-        if cfg.largest and max(H, W) > cfg.largest:
-            raise ValueError(f"H×W = {H}×{W}: its table of places ends at {cfg.largest}.")
-        takes = {"y": cfg.num_classes or cfg.vector_dim, "context": cfg.context_dim}
-        takes["guidance"] = cfg.guidance
-        for name, given in (("y", y), ("context", context), ("guidance", guidance)):
-            if given is not None and not takes[name]:
-                raise ValueError(f"this transformer takes no {name}: it must be None.")
-        if cfg.context_dim:
-            check_shape("context", context, B, "tokens", cfg.context_dim)
-        if cfg.guidance:
-            check_shape("guidance", guidance, B)
-        if cfg.vector_dim:
-            check_shape("y", y, B, cfg.vector_dim)
-        elif y is not None:
-            check_labels(y, B, cfg.num_classes)
-        for name in features:
-            if name not in self.block_names:
-                near = ", ".join(difflib.get_close_matches(name, self.block_names))
-                raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
 
 
 # ---- presets ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ by one line of NETWORKS. This file and kernels/ need nothing else of the reposit
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -383,7 +383,7 @@ class UNet(nn.Module):
         `features`, of block_names, also {name: what that block returned (B, C', H', W')}.
         added (B, model_channels): joins the sinusoids of t.
         """
-        self._check(x, y, context, features or ())
+        check_input(self, x, y, context, features or ())
         waves = timestep_embedding(t, self.cfg.model_channels, self.cfg.like_ho)
         waves = waves if added is None else waves + added
         emb = self.time_embed(waves.to(x.dtype))
@@ -410,28 +410,30 @@ class UNet(nn.Module):
         out = self.out[2](norm_act(self.out[0], h))
         return out if features is None else (out, seen)
 
-    def _check(self, x: Tensor, y: Maybe, context: Maybe, features: tuple[str, ...]) -> None:
-        cfg, B, (H, W) = self.cfg, len(x), x.shape[2:]
-        if H % cfg.multiple or W % cfg.multiple:
-            raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.multiple}.")
-        if context is not None and not cfg.context_dim:
-            raise ValueError("this U-Net has no cross-attention: context must be None.")
-        if y is not None and not cfg.num_classes and not cfg.vector_dim:
-            raise ValueError("this U-Net is unconditional: y must be None.")
-        if cfg.context_dim:
-            check_shape("context", context, B, "tokens", cfg.context_dim)
-        if cfg.vector_dim:
-            check_shape("y", y, B, cfg.vector_dim)
-        elif y is not None:
-            check_labels(y, B, cfg.num_classes)
-        for name in features:
-            if name not in self.block_names:
-                near = ", ".join(difflib.get_close_matches(name, self.block_names))
-                raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
-
 
 def mlp(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out), nn.SiLU(), nn.Linear(out, out))
+
+
+def check_input(net: Any, x: Tensor, y: Maybe, context: Maybe, features: Sequence[str]) -> None:
+    """Refuse what a network cannot read; its config and its block_names say what it can."""
+    cfg, B, (H, W) = net.cfg, len(x), x.shape[2:]
+    if H % cfg.multiple or W % cfg.multiple:
+        raise ValueError(f"H×W = {H}×{W} must be divisible by {cfg.multiple}.")
+    takes = {"context": cfg.context_dim, "y": cfg.num_classes or cfg.vector_dim}
+    for name, given in (("context", context), ("y", y)):
+        if given is not None and not takes[name]:
+            raise ValueError(f"this {type(net).__name__} takes no {name}: it must be None.")
+    if cfg.context_dim:
+        check_shape("context", context, B, "tokens", cfg.context_dim)
+    if cfg.vector_dim:
+        check_shape("y", y, B, cfg.vector_dim)
+    elif y is not None:
+        check_labels(y, B, cfg.num_classes)
+    for name in features:
+        if name not in net.block_names:
+            near = ", ".join(difflib.get_close_matches(name, net.block_names))
+            raise ValueError(f"features: no block {name!r}.  Closest: {near or 'none'}.")
 
 
 def check_shape(name: str, x: Maybe, *wanted: int | str) -> None:

@@ -433,7 +433,7 @@ def test_attention_matches_its_fp64_reference_on_strided_inputs():
         (lambda: UNet(SMALL)(torch.randn(1, 4, 6, 8), torch.tensor([1.0])), "divisible by 4"),
         (
             lambda: UNet(SMALL)(torch.randn(1, 4, 8, 8), torch.tensor([1.0]), torch.tensor([0])),
-            "unconditional",
+            "takes no y",
         ),
         (lambda: UNetConfig(num_heads=24), "do not split into 24 heads"),
         (
@@ -451,7 +451,7 @@ def test_attention_matches_its_fp64_reference_on_strided_inputs():
         (lambda: UNetConfig(channel_mult=(2**-10, 1)), "level 0 has 0 channels"),
         (lambda: UNetConfig(attention=(0, 2)), "without context_dim"),
         (lambda: replace(SD, num_classes=2), "set one"),
-        (lambda: UNet(SMALL)(**batch(SMALL), context=torch.zeros(2, 5, 24)), "no cross-attention"),
+        (lambda: UNet(SMALL)(**batch(SMALL), context=torch.zeros(2, 5, 24)), "takes no context"),
         (
             lambda: UNet(SD)(**(batch(SD) | {"context": None})),
             r"context is None: wanted \(2, tokens, 24\)",
