@@ -1,5 +1,7 @@
 """Transformers that read texts, from files of diffusers to pictures: Stable Diffusion 3 by --prompt
-without T5, Flux by --context. diffusers' own pipelines are the truth."""
+without T5, and 3.5, Flux 1 and Flux 2 by --context. diffusers' own pipelines are the truth."""
+
+from functools import cache
 
 import torch
 import pytest
@@ -16,6 +18,7 @@ from text import open_texts
 from vae import load_vae
 
 SIDE, STEPS = 64, 3
+CONTEXT, VECTOR = 24, 16  # numbers of a token, and of an image, of what encoders say
 CPU = torch.device("cpu")
 
 
@@ -46,18 +49,26 @@ def autoencoder(scale, shift):
     )
 
 
+def autoencoder_of_flux2():
+    """Its latents are normalised by statistics of 2×2 of them."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(block_out_channels=(32, 32, 32, 32), norm_num_groups=32)
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.1, 1.1)
+    return shaken(vae)
+
+
 def scheduler(**how):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**how)
 
 
-@pytest.fixture(scope="module")
-def sd3(tmp_path_factory):
-    """(diffusers' pipeline, its folder)."""
+def sd3_of(*encoders, **how):
+    """A pipeline of Stable Diffusion 3 or 3.5; encoders: two with their tokenizers, or none."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    torch.manual_seed(0)
     net = SD3Transformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -65,24 +76,87 @@ def sd3(tmp_path_factory):
         num_attention_heads=2,
         caption_projection_dim=128,
         pos_embed_max_size=12,
+        **how,
     )
+    parts = encoders or (None,) * 4
+    return StableDiffusion3Pipeline(
+        shaken(net), scheduler(shift=3.0), autoencoder(1.5305, 0.0609), *parts, None, None
+    )
+
+
+def sd3_that_reads():
     first = encoder(768, "quick_gelu", 768)
     # As released: the identity, since Stable Diffusion 3 reads this one's pooled output as it is.
     first.text_projection.weight.data = torch.eye(768)
-    pipe = StableDiffusion3Pipeline(
-        shaken(net),
-        scheduler(shift=3.0),
-        autoencoder(1.5305, 0.0609),
-        first,
-        tokenizer("<|endoftext|>"),
-        encoder(1280, "gelu", 1280),
-        tokenizer("!"),
-        None,
-        None,
+    second = encoder(1280, "gelu", 1280)
+    return sd3_of(first, tokenizer("<|endoftext|>"), second, tokenizer("!"))
+
+
+def flux1_of(guided, **times):
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    net = FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        num_attention_heads=2,
+        joint_attention_dim=CONTEXT,
+        pooled_projection_dim=VECTOR,
+        guidance_embeds=guided,
     )
-    folder = tmp_path_factory.mktemp("sd3") / "sd3"
-    pipe.save_pretrained(folder)
-    return pipe, folder
+    return FluxPipeline(
+        scheduler(**times), autoencoder(0.3611, 0.1159), None, None, None, None, shaken(net)
+    )
+
+
+def flux2_of(pipeline, guided):
+    import diffusers
+
+    net = diffusers.Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        num_attention_heads=2,
+        joint_attention_dim=CONTEXT,
+        guidance_embeds=guided,
+    )
+    times = scheduler(use_dynamic_shifting=True)
+    cls = getattr(diffusers, pipeline)
+    return cls(times, autoencoder_of_flux2(), None, None, shaken(net))
+
+
+TOLD = {"joint_attention_dim": CONTEXT, "pooled_projection_dim": VECTOR, "qk_norm": "rms_norm"}
+PIPELINES = {
+    "sd3": sd3_that_reads,
+    "sd3.5-medium": lambda: sd3_of(**TOLD, dual_attention_layers=(0,)),
+    "sd3.5-large": lambda: sd3_of(**TOLD),
+    "flux1-dev": lambda: flux1_of(True, use_dynamic_shifting=True, max_shift=1.15, base_shift=0.5),
+    "flux1-schnell": lambda: flux1_of(False),
+    "flux2-dev": lambda: flux2_of("Flux2Pipeline", True),
+    "flux2-klein": lambda: flux2_of("Flux2KleinPipeline", False),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(name of PIPELINES) -> (diffusers' pipeline, its folder), of each once."""
+
+    @cache
+    def make(name):
+        torch.manual_seed(0)
+        pipe, folder = PIPELINES[name](), tmp_path_factory.mktemp(name) / "pipeline"
+        pipe.save_pretrained(folder)
+        return pipe, folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sd3(made):
+    return made("sd3")
+
+
+@pytest.fixture(scope="module")
+def flux(made):
+    return made("flux1-dev")
 
 
 def apart(ours, theirs):
@@ -167,49 +241,53 @@ def test_sides_that_do_not_make_whole_patches_are_refused(sd3):
         open_generator(asks, CPU)
 
 
+# {name: --cfg}: of the networks that are told it, and of those that lead away from a null text.
+STRENGTHS = {"flux1-dev": 3.5, "flux2-dev": 4.0}
+AWAY = {"sd3.5-medium": 4.5, "sd3.5-large": 4.5, "flux2-klein": 4.0, "flux1-schnell": 1.0}
+
+
 @pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    """(diffusers' pipeline, its folder, a file of what encoders said)."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    net = FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=2,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-    )
-    pipe = FluxPipeline(
-        scheduler(use_dynamic_shifting=True, max_shift=1.15, base_shift=0.5),
-        autoencoder(0.3611, 0.1159),
-        None,
-        None,
-        None,
-        None,
-        shaken(net),
-    )
-    folder = tmp_path_factory.mktemp("flux")
-    pipe.save_pretrained(folder / "flux")
-    texts = {"context": torch.randn(3, 9, 24), "y": torch.randn(3, 16)}
-    save_file(texts, folder / "texts.safetensors")
-    return pipe, folder / "flux", folder / "texts.safetensors"
+def said(tmp_path_factory):
+    """(what encoders said, {False: its file, True: a file without a vector}) and a null text."""
+    g, folder = torch.Generator().manual_seed(2), tmp_path_factory.mktemp("said")
+    shapes = {"context": (3, 9, CONTEXT), "null_context": (1, 9, CONTEXT)}
+    vectors = {"y": (3, VECTOR), "null_y": (1, VECTOR)}
+    texts = {k: torch.randn(shape, generator=g) for k, shape in (shapes | vectors).items()}
+    save_file(texts, folder / "vector.safetensors")
+    save_file({k: texts[k] for k in shapes}, folder / "tokens.safetensors")
+    return texts, folder
 
 
-def test_flux_draws_what_diffusers_draws_from_embeddings(flux):
-    pipe, folder, texts = flux
+def asked_of_theirs(name, pipe, texts, noise):
+    """What diffusers' pipeline takes, for row 1."""
+    asked = {"prompt_embeds": texts["context"][1:2]}
+    away = AWAY.get(name, 1.0) > 1
+    if away:
+        asked["negative_prompt_embeds"] = texts["null_context"]
+    if not name.startswith("flux2"):
+        asked["pooled_prompt_embeds"] = texts["y"][1:2]
+        if away:
+            asked["negative_pooled_prompt_embeds"] = texts["null_y"]
+    if name.startswith("sd3"):
+        return asked | {"latents": noise, "sigmas": grid()}
+    if name.startswith("flux2"):
+        return asked | {"latents": pipe._patchify_latents(noise)}
+    return asked | {"latents": pipe._pack_latents(noise, 1, *noise.shape[1:])}
+
+
+@pytest.mark.parametrize("name", STRENGTHS | AWAY)
+def test_embeddings_are_drawn_as_diffusers_draws_them(name, made, said):
+    (pipe, folder), (texts, files) = made(name), said
+    strength = (STRENGTHS | AWAY)[name]
+    file = files / ("tokens.safetensors" if name.startswith("flux2") else "vector.safetensors")
     how = {"method": "euler", "steps": STEPS, "resolution": SIDE, "dtype": "fp32"}
-    gen = open_generator(Sampling(str(folder), context=str(texts), cfg=3.5, **how), CPU)
-    said, noise = read_context(str(texts), gen_cfg(24, 16)), gen.noise([5])
+    gen = open_generator(Sampling(str(folder), context=str(file), cfg=strength, **how), CPU)
     theirs = pipe(
-        prompt_embeds=said["context"][1:2],
-        pooled_prompt_embeds=said["y"][1:2],
-        guidance_scale=3.5,
+        **asked_of_theirs(name, pipe, texts, gen.noise([5])),
+        guidance_scale=strength,
         num_inference_steps=STEPS,
         height=SIDE,
         width=SIDE,
-        latents=pipe._pack_latents(noise, 1, *noise.shape[1:]),
         output_type="pt",
     ).images
     ours = gen.images([5], [1]).pixels
@@ -217,6 +295,7 @@ def test_flux_draws_what_diffusers_draws_from_embeddings(flux):
     assert float(theirs.std()) > 0.05
     other = gen.images([5], [2]).pixels
     assert float((ours - other).abs().max()) > 1e-3
+    assert gen.evaluations == STEPS * 2 * (2 if AWAY.get(name, 1.0) > 1 else 1)
 
 
 def gen_cfg(context, vector):
@@ -268,7 +347,7 @@ def test_embeddings_that_do_not_fit_are_refused(tmp_path, tensors):
 
 
 def test_a_transformer_without_what_it_reads_says_what_is_wanted(flux, sd3):
-    _, folder, _ = flux
+    _, folder = flux
     with pytest.raises(UserError, match=r"--context FILE: .*with context \(n, tokens, 24"):
         open_generator(Sampling(str(folder), prompt="a cat"), CPU)
     with pytest.raises(UserError, match="draws what a text says"):
