@@ -7,6 +7,7 @@ import torch
 import pytest
 from safetensors.torch import save_file
 
+import samplers
 from ckpt import load_unet
 from ckpt.texts import INDEX, foreign_text
 from data.prompts import embedded, read_context
@@ -296,6 +297,29 @@ def test_embeddings_are_drawn_as_diffusers_draws_them(name, made, said):
     other = gen.images([5], [2]).pixels
     assert float((ours - other).abs().max()) > 1e-3
     assert gen.evaluations == STEPS * 2 * (2 if AWAY.get(name, 1.0) > 1 else 1)
+
+
+NO_NULL = "is told no strength of guidance, it is led away from a null text"
+GUIDANCE = {
+    "flux1-dev": ([], "is told a strength of guidance.  Add --cfg: "),
+    "flux2-dev": (["--cfg", 4, "--cfg-interval", "0.3,5"], "--cfg-interval: the network of "),
+    "flux1-schnell": (["--cfg", 3.5], NO_NULL),
+    "flux2-klein": (["--cfg", 4], NO_NULL),
+    "sd3.5-large": (["--cfg", 4.5], NO_NULL),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_guidance_that_a_network_has_not_is_one_line(name, made, said, tmp_path, user):
+    """A strength for those that are told one, and a null text for those that are not."""
+    texts, (words, wanted) = said[0], GUIDANCE[name]
+    names = ("context",) if name.startswith("flux2") else ("context", "y")
+    save_file({key: texts[key] for key in names}, tmp_path / "rows.safetensors")
+    asked = ["--ckpt", made(name)[1], "--context", tmp_path / "rows.safetensors", "--n", 1]
+    asked += ["--steps", 1, "--resolution", SIDE, "--out", tmp_path / "out", "--device", "cpu"]
+    code, _, err = user(samplers.main, *asked, *words)
+    assert code == 2 and wanted in err[-1], err
+    assert not (tmp_path / "out").exists() and not any("Traceback" in line for line in err)
 
 
 def gen_cfg(context, vector):

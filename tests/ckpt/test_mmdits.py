@@ -232,6 +232,15 @@ def test_a_sits_file_is_sampled(tmp_path, user):
     assert code == 2 and "Add --objective fm (SiT) or eps (DiT)" in err[-1]
 
 
+def test_a_transformer_without_classes_is_led_away_from_nothing(tmp_path, user):
+    cfg = replace(FILES["sit"], in_channels=12, out_channels=24, num_classes=0)
+    save_file(authors(filled(cfg, torch.float32)), tmp_path / "sit.safetensors")
+    words = ["--ckpt", tmp_path / "sit.safetensors", "--num-heads", "2", "--vae", "pixel:2"]
+    words += ["--resolution", "24", "--objective", "fm", "--out", tmp_path / "s", "--cfg", "2"]
+    code, _, err = user(samplers.main, *words)
+    assert code == 2 and "this checkpoint was trained without classes.  Leave --cfg out" in err[-1]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_inspect_says_what_it_is(name, tmp_path):
     _, path = written(tmp_path, name)
