@@ -4,8 +4,8 @@
     drawn = gen.images(seeds)                   # bit for bit as without it
     print(estimator.save(images, folder, 0))    # FOLDER-uncertainty.png, FOLDER-uncertainty.json
 
-The posterior is the exact one of the network's last convolution (diffusion/laplace.py). It is
-fitted to training pairs, pictures and noise, of the data that the network was trained on.
+The posterior is the exact one of the network's last layer (diffusion/laplace.py). It is fitted to
+training pairs, pictures and noise, of the data that the network was trained on.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from diffusion.guidance import EVERYWHERE
 from diffusion.laplace import (
     SUMMED,
     Curvature,
+    Layer,
     Posterior,
     check_layer,
     gain_of,
@@ -35,6 +36,7 @@ from diffusion.laplace import (
     shared,
     tangent,
     watching,
+    window,
 )
 from diffusion.sampling import Predict, Sample, sample
 from harness.cli import UserError, flag
@@ -43,6 +45,7 @@ from harness.pictures import beside, save_grid
 from harness.ranks import Ranks
 from harness.run import Recorded
 from harness.typed import check
+from mmdit import MMDiT
 
 BATCH = 64  # pairs at a time
 
@@ -84,7 +87,7 @@ class Uncertain:
 class Estimator:
     """In the place of sample(): draws the same, and keeps the variance of each place."""
 
-    def __init__(self, cfg: Any, gen: Any, layer: nn.Conv2d, posterior: Posterior):
+    def __init__(self, cfg: Any, gen: Any, layer: Layer, posterior: Posterior):
         self.cfg, self.gen, self.layer, self.posterior = cfg, gen, layer, posterior
         self.mode = "integrated"
         if cfg.uncertainty != "integrated":
@@ -174,7 +177,7 @@ def open_estimator(cfg: Any, gen: Any) -> Estimator | None:
     if cfg.posterior and path.exists():
         posterior = load_posterior(path, gen.meta["fingerprint"])
         kind = len(posterior.root), posterior.kernel, posterior.padding
-        if kind != (layer.weight[0].numel() + 1, layer.kernel_size, layer.padding):
+        if kind != (layer.weight[0].numel() + 1, *window(layer)):
             raise UserError(f"{path} is of a layer of another form", do="Fit it anew.")
         print(f"uncertainty: takes the posterior of {path}", flush=True)
     else:
@@ -187,16 +190,19 @@ def open_estimator(cfg: Any, gen: Any) -> Estimator | None:
     return estimator
 
 
-def last_layer(cfg: Any, gen: Any) -> nn.Conv2d:
-    """The convolution that a U-Net ends with."""
-    out = getattr(gen.net, "out", None)
-    layer = out[2] if isinstance(out, nn.Sequential) and len(out) > 2 else None
+def last_layer(cfg: Any, gen: Any) -> Layer:
+    """The convolution that a U-Net ends with, or what makes pixels of a transformer's tokens."""
+    if isinstance(gen.net, MMDiT):
+        layer = gen.net.final_layer["linear"]
+    else:
+        out = getattr(gen.net, "out", None)
+        layer = out[2] if isinstance(out, nn.Sequential) and len(out) > 2 else None
     try:
         check_layer(layer)
     except ValueError as error:
         raise UserError(
-            f"--uncertainty: {cfg.ckpt} does not end as a U-Net does: {error}",
-            do="Name a U-Net, or leave it out.",
+            f"--uncertainty: {cfg.ckpt} does not end as a U-Net or a SiT does: {error}",
+            do="Name one of these, or leave it out.",
         ) from None
     return layer
 
@@ -235,7 +241,7 @@ def check_flags(cfg: Any, gen: Any) -> None:
 # ---- the posterior ------------------------------------------------------------------------------
 
 
-def fitted(cfg: Any, gen: Any, layer: nn.Conv2d) -> Posterior:
+def fitted(cfg: Any, gen: Any, layer: Layer) -> Posterior:
     """The posterior of --posterior-data, or of the network's own data."""
     if gen.told is not None:
         raise UserError(
@@ -262,7 +268,7 @@ def fitted(cfg: Any, gen: Any, layer: nn.Conv2d) -> Posterior:
 
 
 @torch.no_grad()
-def fit(gen: Any, layer: nn.Conv2d, ds: Dataset, pairs: int) -> Posterior:
+def fit(gen: Any, layer: Layer, ds: Dataset, pairs: int) -> Posterior:
     """Of `pairs` images of ds, each at a time of its own; how far off the network is at each time
     is asked of the held-out ones, if there are any."""
     evaluations, kind = gen.evaluations, gen.objective

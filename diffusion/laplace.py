@@ -1,4 +1,5 @@
-"""How sure a network is of what it says: the exact posterior of its last convolution.
+"""How sure a network is of what it says: the exact posterior of its last layer, a convolution or,
+of a transformer, the projection of its tokens.
 
     curvature = Curvature(layer, noise)             # noise: the target's squared error by time
     with watching(layer) as seen:                   # for every batch of training pairs
@@ -8,9 +9,9 @@
     posterior.variance(features)                    # (B, H, W), of each output channel
     shared(walk, layer, posterior, 8).var(0)        # of whole samples: walk() draws them
 
-Daxberger et al. 2021, "Laplace redux". With squared errors, the last convolution out = W * phi + b
-has a quadratic loss, so its Laplace approximation is exact: with u (K) the patch of phi at a place
-and a 1, each output channel's weights are N(those of the network, P), all with the same
+Daxberger et al. 2021, "Laplace redux". With squared errors, the last layer out = W * phi + b has a
+quadratic loss, so its Laplace approximation is exact: with u (K) the patch of phi at a place, or
+the token there, and a 1, each output's weights are N(those of the network, P), all with the same
 
     P = (A + prior I)^-1,   A = sum over pairs and places of u u^T / noise(t),
 
@@ -27,6 +28,7 @@ their number (tests/diffusion/test_laplace.py has the table). Three ways that ke
                 more, but what an error does to later steps is left out
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,21 +52,46 @@ SUMMED = (*DETERMINISTIC, "dpmpp_2m")
 # ---- a layer and what reaches it -----------------------------------------------------------------
 
 
+Layer = nn.Conv2d | nn.Linear  # Linear: of tokens (B, N, C), each of a square of the output
+ONE = (1, 1), (0, 0)  # the kernel and the padding of one that sees a token alone
+
+
 def check_layer(layer: nn.Module) -> None:
     """ValueError, if it is none of those whose patches are known here."""
+    if isinstance(layer, nn.Linear) and layer.bias is not None:
+        return
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is not None
     plain = plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if not (plain and layer.stride == (1, 1) and layer.dilation == (1, 1)):
-        raise ValueError("the posterior is known of a plain convolution with a bias.")
+        raise ValueError("the posterior is known of a plain convolution or projection with a bias.")
+
+
+def window(layer: Layer) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The kernel and the padding of its patches."""
+    if isinstance(layer, nn.Linear):
+        return ONE
+    return tuple(layer.kernel_size), tuple(layer.padding)
+
+
+def spread(phi: Tensor, H: int, W: int) -> Tensor:
+    """Features (B, C, N, 1) of tokens, row by row, at the places of their squares: (B, C, H, W).
+    Features that have places (B, C, H, W) stay as they are."""
+    if phi.shape[2:] == (H, W):
+        return phi
+    side = math.isqrt(H * W // phi.shape[2])
+    phi = phi.unflatten(2, (H // side, W // side)).squeeze(4)
+    return phi.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
 @contextmanager
-def watching(layer: nn.Conv2d) -> Iterator[list[Tensor]]:
-    """A list that holds, last, what the layer was given (B, C, H, W) in the network's last call."""
+def watching(layer: Layer) -> Iterator[list[Tensor]]:
+    """A list that holds, last, what the layer was given (B, C, H, W) in the network's last call;
+    of tokens (B, C, N, 1)."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[:] = [inputs[0].detach()]
+        phi = inputs[0].detach()
+        seen[:] = [phi.transpose(1, 2)[..., None] if isinstance(layer, nn.Linear) else phi]
 
     hook = layer.register_forward_pre_hook(keep)
     try:
@@ -74,7 +101,7 @@ def watching(layer: nn.Conv2d) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def moved(layer: nn.Conv2d, by: Tensor, scale: Tensor | float = 1.0) -> Iterator[None]:
+def moved(layer: Layer, by: Tensor, scale: Tensor | float = 1.0) -> Iterator[None]:
     """The layer with other weights: by (out, K), times scale, is added. What it holds is not
     touched, so there is nothing to be put back."""
     weight = by[:, :-1].unflatten(1, layer.weight.shape[1:])
@@ -83,7 +110,10 @@ def moved(layer: nn.Conv2d, by: Tensor, scale: Tensor | float = 1.0) -> Iterator
         # In fp32 also where the network runs in bf16: what is added is small beside the output.
         with torch.autocast(out.device.type, enabled=False):
             phi = inputs[0].float()
-            more = F.conv2d(phi, weight.to(phi), by[:, -1].to(phi), padding=layer.padding)
+            if isinstance(layer, nn.Linear):
+                more = F.linear(phi, weight.to(phi), by[:, -1].to(phi))
+            else:
+                more = F.conv2d(phi, weight.to(phi), by[:, -1].to(phi), padding=layer.padding)
             return out.to(torch.promote_types(out.dtype, torch.float32)) + scale * more
 
     hook = layer.register_forward_hook(add)
@@ -93,9 +123,10 @@ def moved(layer: nn.Conv2d, by: Tensor, scale: Tensor | float = 1.0) -> Iterator
         hook.remove()
 
 
-def patches(phi: Tensor, layer: nn.Conv2d) -> Tensor:
+def patches(phi: Tensor, layer: Layer) -> Tensor:
     """(B, C, H, W) -> float64 (K, B·H·W): what each output is a weighted sum of; last, the 1."""
-    columns = F.unfold(phi.double(), layer.kernel_size, padding=layer.padding)
+    kernel, padding = window(layer)
+    columns = F.unfold(phi.double(), kernel, padding=padding)
     flat = columns.transpose(0, 1).flatten(1)
     return torch.cat([flat, flat.new_ones(1, flat.shape[1])])
 
@@ -105,7 +136,7 @@ def patches(phi: Tensor, layer: nn.Conv2d) -> Tensor:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Of the weights of each output channel of a convolution; equal for all, and independent."""
+    """Of the weights of each output of a layer; equal for all, and independent."""
 
     root: Tensor  # (K, K) float64, lower: A + prior I = root root^T
     prior: float  # precision of the weights before any data
@@ -154,7 +185,7 @@ class Posterior:
 class Curvature:
     """A, summed up batch by batch; those of ranks or of halves of the data may be added."""
 
-    def __init__(self, layer: nn.Conv2d, noise: Tensor):
+    def __init__(self, layer: Layer, noise: Tensor):
         check_layer(layer)
         self.layer, self.noise = layer, noise.double().cpu()
         K = layer.weight[0].numel() + 1
@@ -162,7 +193,7 @@ class Curvature:
         self.rows = 0
 
     def add(self, phi: Tensor, t: Tensor) -> None:
-        """Features (B, C, H, W) of pairs at times t (B,)."""
+        """Features (B, C, H, W), as watched, of pairs at times t (B,)."""
         u = patches(phi, self.layer).cpu()
         bins = (t.double().cpu() * len(self.noise)).long().clamp(0, len(self.noise) - 1)
         weight = (1 / self.noise[bins]).repeat_interleave(u.shape[1] // len(t))
@@ -175,8 +206,7 @@ class Curvature:
             prior = self.likeliest()
         eye = torch.eye(len(self.A), dtype=torch.float64)
         root = torch.linalg.cholesky(self.A + prior * eye)
-        size = tuple(self.layer.kernel_size), tuple(self.layer.padding)
-        return Posterior(root, prior, self.noise, self.rows, *size)
+        return Posterior(root, prior, self.noise, self.rows, *window(self.layer))
 
     def likeliest(self, rounds: int = 100) -> float:
         """The fixed point of prior = gamma / |w|², gamma the number of weights that the data
@@ -196,25 +226,25 @@ class Curvature:
 
 
 def shared(
-    walk: Callable[[], Tensor], layer: nn.Conv2d, posterior: Posterior, n: int, seed: int = 0
+    walk: Callable[[], Tensor], layer: Layer, posterior: Posterior, n: int, seed: int = 0
 ) -> Tensor:
     """What walk(), which draws samples (B, C, H, W) from a start and noise that stay the same,
     comes to with each of n networks drawn: (n, B, C, H, W). Its variance over n has the relative
     error sqrt(2 / (n - 1))."""
     found = []
-    for by in posterior.draws(n, layer.out_channels, seed):
+    for by in posterior.draws(n, len(layer.weight), seed):
         with moved(layer, by.to(layer.weight.device)):
             found.append(walk())
     return torch.stack(found)
 
 
 def tangent(
-    walk: Callable[[], Tensor], layer: nn.Conv2d, posterior: Posterior, n: int, seed: int = 0
+    walk: Callable[[], Tensor], layer: Layer, posterior: Posterior, n: int, seed: int = 0
 ) -> Tensor:
     """The derivative of walk() along each of n differences drawn, (n, B, C, H, W): the mean of
     their squares is the variance, to first order; the samples stay those of the network."""
     found = []
-    for by in posterior.draws(n, layer.out_channels, seed):
+    for by in posterior.draws(n, len(layer.weight), seed):
         by = by.to(layer.weight.device)
         with forward_ad.dual_level():
             scale = forward_ad.make_dual(by.new_zeros(()), by.new_ones(()))
@@ -227,7 +257,7 @@ def tangent(
 @torch.no_grad()
 def integrated(
     predict: Predict,
-    layer: nn.Conv2d,
+    layer: Layer,
     posterior: Posterior,
     x: Tensor,
     gain: Callable[[Tensor], Tensor] = torch.ones_like,
@@ -246,14 +276,14 @@ def integrated(
     """
     if method not in SUMMED or how.get("eta"):
         raise ValueError(f"features are summed up along {', '.join(SUMMED)}, not {method}.")
-    channels = x.shape[1]
-    wide = torch.cat([x, x.new_zeros(len(x), layer.in_channels + 1, *x.shape[2:])], 1)
+    (channels, *size), features = x.shape[1:], layer.weight.shape[1]
+    wide = torch.cat([x, x.new_zeros(len(x), features + 1, *size)], 1)
 
     with watching(layer) as seen:
 
         def both(z: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, ...]:
             x0, eps, u, *_ = predict(z[:, :channels].contiguous(), t, **cond)
-            phi = mixed(seen[-1].to(z), t, cfg, interval)
+            phi = spread(mixed(seen[-1].to(z), t, cfg, interval), *size)
             v = gain(t).to(z).view(-1, 1, 1, 1) * F.pad(phi, (0, 0, 0, 0, 0, 1), value=1.0)
             w, sums = t.view(-1, 1, 1, 1), z[:, channels:]
             # The sample's own triple is taken as it is: recomputed, its last bits may be others.
@@ -261,7 +291,7 @@ def integrated(
             return tuple(torch.cat(side, 1) for side in sides)
 
         s = sample(both, wide, method=method, **how)
-    x, phi, ones = s.x.split([channels, layer.in_channels, 1], 1)
+    x, phi, ones = s.x.split([channels, features, 1], 1)
     return s._replace(x=x), posterior.variance(phi, ones)
 
 

@@ -17,26 +17,28 @@ from conftest import randomize
 from data.dataset import open_dataset
 from data.uncertainty import fit, mapped, noise_of, open_estimator
 from diffusion.guidance import guided
-from diffusion.laplace import Curvature, watching
+from diffusion.laplace import Curvature
 from diffusion.sampling import sample
 from mmdit import PRESETS, MMDiT
-from model import UNet, UNetConfig
+from model import UNet, UNetConfig, build
 from objectives import make_objective
 from samplers import Config, Sampling, open_generator
 from vae import pixel
 
 # Norms, attention and two levels, as the real ones have them.
 NET = UNetConfig(192, 192, 32, (1, 2), num_res_blocks=1, attention=(0, 1), num_heads=2)
+# Tokens of 2×2.
+SIT = replace(PRESETS["sit-nano"], in_channels=192, out_channels=192, patch=2, pos_max=2)
 SHAPE, PIXEL = (192, 4, 4), pixel(8)
 CPU = torch.device("cpu")
 N = 3
 PAIRS = 12
 
 
-def network(path, objective="fm", seed=1, config=None, **more):
-    """A small U-Net of 32 px toy faces, whose last layer is not all noise."""
+def network(path, objective="fm", seed=1, config=None, cfg=NET, **more):
+    """A small network of 32 px toy faces, whose last layer is not all noise."""
     classes = more.get("classes", ())
-    net = randomize(UNet(replace(NET, num_classes=len(classes))), seed)
+    net = randomize(build(replace(cfg, num_classes=len(classes))), seed)
     if isinstance(objective, str):
         objective = asdict(make_objective(objective))
     meta = {"objective": objective, "vae": PIXEL.meta(), "resolution": 32}
@@ -45,11 +47,17 @@ def network(path, objective="fm", seed=1, config=None, **more):
     return path
 
 
+def last_of(net):
+    return net.final_layer["linear"] if isinstance(net, MMDiT) else net.out[2]
+
+
 def known(path, prior=50.0, scale=1.0):
     """A posterior of a network in a file, of features that nobody saw."""
     net, meta = load_unet(path)
-    curvature = Curvature(net.out[2], torch.tensor([0.5, 2.0]))
-    phi = torch.randn(8, 32, 4, 4, generator=torch.Generator().manual_seed(2)).relu()
+    layer = last_of(net)
+    curvature = Curvature(layer, torch.tensor([0.5, 2.0]))
+    size = layer.weight.shape[1], *((4, 1) if isinstance(net, MMDiT) else (4, 4))
+    phi = torch.randn(8, *size, generator=torch.Generator().manual_seed(2)).relu()
     curvature.add(phi, torch.rand(8, generator=torch.Generator().manual_seed(3)))
     curvature.A *= scale
     file = path.with_name(f"{path.name}-posterior.safetensors")
@@ -87,11 +95,19 @@ MODES = {
 
 
 @pytest.mark.parametrize(
-    "objective, mode",
-    [("fm", "shared"), ("fm", "tangent"), ("fm", "integrated"), ("ddpm", "integrated")],
+    "objective, mode, cfg",
+    [
+        ("fm", "shared", NET),
+        ("fm", "tangent", NET),
+        ("fm", "integrated", NET),
+        ("ddpm", "integrated", NET),
+        ("fm", "shared", SIT),
+        ("fm", "tangent", SIT),
+        ("fm", "integrated", SIT),
+    ],
 )
-def test_pictures_are_those_of_plain_sampling_bit_for_bit(tmp_path, user, objective, mode):
-    posterior = known(network(tmp_path / "net", objective))
+def test_pictures_are_those_of_plain_sampling_bit_for_bit(tmp_path, user, objective, mode, cfg):
+    posterior = known(network(tmp_path / "net", objective, cfg=cfg))
     method = ["--method", "dpmpp_2m"] if objective == "ddpm" else []
     code, out, err = run(user, tmp_path, *method, out="plain")
     assert code == 0, err
@@ -223,9 +239,10 @@ def test_a_posterior_of_another_form_of_layer_is_refused(tmp_path, user, kernel,
     assert code == 2 and len(err) == 1 and "a layer of another form" in err[0], err
 
 
-def test_what_it_is_fitted_to_is_the_network_s_features_of_its_own_pictures(tmp_path, user):
+@pytest.mark.parametrize("cfg", [NET, SIT], ids=["U-Net", "SiT"])
+def test_what_it_is_fitted_to_is_the_network_s_features_of_its_own_pictures(tmp_path, user, cfg):
     """A of pairs by hand: labels, pictures that are not held out, times and noise."""
-    path = network(tmp_path / "net", "v", classes=["glasses", "cat ears"])
+    path = network(tmp_path / "net", "v", cfg=cfg, classes=["glasses", "cat ears"])
     file = tmp_path / "p.safetensors"
     flags = ["--uncertainty", "integrated", "--posterior-pairs", PAIRS, "--posterior", file]
     code, _, err = run(user, tmp_path, *flags, "--labels", "1")
@@ -241,9 +258,15 @@ def test_what_it_is_fitted_to_is_the_network_s_features_of_its_own_pictures(tmp_
     t = ((torch.arange(PAIRS) * 0.6180339887) % 1).clamp(1e-3, objective.t_max)
     w = t.view(-1, 1, 1, 1)
     x = (1 - w) * x0 + w * noise_of(list(range(PAIRS)), SHAPE)
-    with watching(net.out[2]) as seen, torch.no_grad():
+    seen = []
+    last_of(net).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
+    with torch.no_grad():
         objective.predict(net, x, t, y=torch.tensor(labels))
-    u = F.unfold(seen[-1].double(), 3, padding=1).transpose(0, 1)
+    if cfg is SIT:
+        u = seen[-1].permute(2, 0, 1)  # of tokens (pairs, places, K - 1)
+    else:
+        u = F.unfold(seen[-1], 3, padding=1).transpose(0, 1)
+    assert found(tmp_path)["places"] == PAIRS * (4 if cfg is SIT else 16)
     u = torch.cat([u, torch.ones_like(u[:1])])  # (K, pairs, places)
     noise = posterior.noise[(t * len(posterior.noise)).long()]
     A = torch.einsum("kbp,lbp,b->kl", u, u, 1 / noise)
@@ -316,14 +339,9 @@ def test_networks_without_a_plain_last_layer_or_without_data_are_refused(tmp_pat
     flags = ["--uncertainty", 4, "--posterior-data", "toyfaces:8"]
     code, _, err = run(user, tmp_path, *flags, net="zeros")
     assert code == 2 and len(err) == 1 and "never trained" in err[0], err
-    transformer = MMDiT(replace(PRESETS["sit-nano"], in_channels=192, out_channels=192))
-    save_unet(
-        tmp_path / "sit",
-        randomize(transformer),
-        {"objective": asdict(make_objective("fm")), "vae": PIXEL.meta(), "resolution": 32},
-    )
-    code, _, err = run(user, tmp_path, *flags, net="sit")
-    assert code == 2 and len(err) == 1 and "does not end as a U-Net does" in err[0], err
+    network(tmp_path / "bare", cfg=replace(SIT, bias=False))
+    code, _, err = run(user, tmp_path, *flags, net="bare")
+    assert code == 2 and len(err) == 1 and "does not end as a U-Net or a SiT does" in err[0], err
 
 
 def test_a_network_that_enlarges_says_it_of_what_it_enlarges(tmp_path, user):

@@ -133,9 +133,31 @@ def test_the_likeliest_prior_is_where_the_evidence_is_largest():
 
 
 def test_a_layer_with_another_way_to_its_patches_is_refused():
-    for other in [nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 1, bias=False), nn.Linear(2, 2)]:
-        with pytest.raises(ValueError, match="plain convolution"):
+    bare = [nn.Conv2d(4, 4, 1, bias=False), nn.Linear(2, 2, bias=False)]
+    for other in [nn.Conv2d(4, 4, 3, stride=2), *bare, nn.Identity()]:
+        with pytest.raises(ValueError, match="plain convolution or projection"):
             Curvature(other, NOISE)
+
+
+def test_a_projection_of_tokens_is_a_convolution_that_sees_one_place():
+    """Of the same weights and features the posterior is the same, bit for bit."""
+    of, phi = layer(kernel=1), rand(3, 2, 4, 5)
+    tokens = nn.Linear(2, 3)
+    tokens.load_state_dict({"weight": of.weight[..., 0, 0], "bias": of.bias})
+    with laplace.watching(tokens) as seen:
+        tokens(phi.flatten(2).transpose(1, 2))
+    one, two = known(of, phi), known(tokens, seen[-1])
+    assert torch.equal(one[0].A, two[0].A) and one[0].rows == two[0].rows == 60
+    assert one[0].likeliest() == two[0].likeliest() and two[1].kernel == (1, 1)
+    wanted = one[1].variance(phi)
+    assert torch.equal(two[1].variance(laplace.spread(seen[-1], 4, 5)), wanted)
+
+
+def test_a_token_s_features_stand_at_all_places_of_its_square():
+    grid = rand(2, 3, 4, 6)
+    wanted = nn.functional.interpolate(grid, scale_factor=2, mode="nearest")
+    assert torch.equal(laplace.spread(grid.flatten(2)[..., None], 8, 12), wanted)
+    assert laplace.spread(grid, 4, 6) is grid
 
 
 # ---- whole samples ------------------------------------------------------------------------------
@@ -241,26 +263,58 @@ class Features(nn.Module):
         return self.last(torch.tanh(h))
 
 
-def case(seed=0):
-    net = Features()
+class Tokens(Features):
+    """The same, whose last layer sees tokens of 2×2 and says all numbers of their pixels."""
+
+    def __init__(self, channels=3):
+        super().__init__(channels)
+        self.first, self.last = nn.Conv2d(channels, 5, 2, 2), nn.Linear(5, 4 * channels)
+
+    def forward(self, x, t, y=None):
+        h = torch.tanh(self.first(x) + t.view(-1, 1, 1, 1) / 1000)
+        out = self.last(h.flatten(2).transpose(1, 2)).view(len(x), *h.shape[2:], 2, 2, -1)
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def case(seed=0, net=Features):
+    net = net()
     curvature = Curvature(net.last, NOISE)
     curvature.add(torch.tanh(rand(3, 5, 4, 4)), T)
-    return net, curvature.posterior(1.0), rand(3, 3, 4, 4, seed=seed)
+    return net, curvature.posterior(1.0), rand(3, 3, 4, 6, seed=seed)
 
 
+@pytest.mark.parametrize("net", [Features, Tokens])
+def test_a_moved_layer_is_one_with_other_weights(net):
+    net, posterior, x = case(net=net)
+    (by,) = posterior.draws(1, len(net.last.weight))
+    with torch.no_grad():
+        with laplace.moved(net.last, by):
+            got = net(x, 1000 * T)
+        net.last.weight += by[:, :-1].view_as(net.last.weight)
+        net.last.bias += by[:, -1]
+        torch.testing.assert_close(got, net(x, 1000 * T), rtol=1e-5, atol=1e-5)
+    walk = lambda: net(x, 1000 * T).detach()  # noqa: E731
+    spread = shared(walk, net.last, posterior, 2, seed=1)
+    assert not torch.equal(*spread)
+
+
+@pytest.mark.parametrize("net", [Features, Tokens])
 @pytest.mark.parametrize("method", ["euler", "heun", "ab2", "ddim", "dpmpp_2m"])
-def test_integrated_leaves_the_samples_alone_and_is_exact_where_features_do_not_see_x(method):
-    net, posterior, x = case()
+def test_integrated_leaves_the_samples_alone_and_is_exact_where_features_do_not_see_x(method, net):
+    every = 2 if net is Tokens else 1  # of a token, the first output is that of one pixel
+    net, posterior, x = case(net=net)
     predict = guided(make_objective("fm"), net)
     plain = sample(predict, x, method=method, steps=5)
     s, variance = integrated(predict, net.last, posterior, x, method=method, steps=5)
-    assert torch.equal(s.x, plain.x) and s.nfe == plain.nfe and variance.shape == (3, 4, 4)
+    assert torch.equal(s.x, plain.x) and s.nfe == plain.nfe and variance.shape == (3, 4, 6)
     with torch.no_grad():
         net.first.weight.zero_()
     walk = lambda: sample(predict, x, method=method, steps=5).x  # noqa: E731
     _, variance = integrated(predict, net.last, posterior, x, method=method, steps=5)
     along = tangent(walk, net.last, Whole(posterior), 0)[:, :, 0]
-    torch.testing.assert_close(variance, along.square().sum(0), rtol=1e-3, atol=0)
+    exact = along.square().sum(0)[:, ::every, ::every]
+    whole = exact.repeat_interleave(every, 1).repeat_interleave(every, 2)
+    torch.testing.assert_close(variance, whole, rtol=1e-3, atol=0)
 
 
 class Whole:
@@ -285,8 +339,8 @@ def test_of_another_target_the_features_are_scaled_as_the_velocity_is():
     phi = 0
     for k in range(4):
         seen = torch.tanh(net.first.bias.view(1, 5, 1, 1) + float(rows[k]) / 1000)
-        phi = phi + 0.25 / t[k] * seen.expand(1, 5, 4, 4)
-    ones = torch.full((1, 1, 4, 4), float((0.25 / t).sum()))
+        phi = phi + 0.25 / t[k] * seen.expand(1, 5, 4, 6)
+    ones = torch.full((1, 1, 4, 6), float((0.25 / t).sum()))
     torch.testing.assert_close(got[:1], posterior.variance(phi.detach(), ones), rtol=1e-3, atol=0)
 
 
