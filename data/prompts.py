@@ -159,8 +159,8 @@ def embedded(flags: Any, net: Any) -> Conditions:
     null = {name: tensors[f"null_{name}"] for name in cond if f"null_{name}" in tensors}
     if not null and flags.cfg != 1.0 and not net_guided(net) and not flags.guide_ckpt:
         raise UserError(
-            f"--cfg {flags.cfg:g}: this network is told no strength of guidance, it is led away from "
-            f"a null text, and {file} has none",
+            f"--cfg {flags.cfg:g}: this network is told no strength of guidance, it is led away "
+            f"from a null text, and {file} has none",
             wanted=context_form(net, "null_", "1"),
             do="Add it to the file, or leave --cfg out.",
         )
