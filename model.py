@@ -449,7 +449,7 @@ def check_labels(y: Tensor, B: int, classes: int) -> None:
     if y.device.type == "cpu" and B and not torch.compiler.is_compiling():
         low, high = y.min().item(), y.max().item()
         if low < -1 or high >= classes:
-            raise ValueError(f"y: labels {low} to {high}, wanted 0 to {classes - 1} or -1 = none.")
+            raise ValueError(f"y: labels {low} to {high}: wanted 0 to {classes - 1}, or -1 = none.")
 
 
 def num_params(cfg: Any) -> int:
