@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from ckpt import load_unet
+from ckpt import convert, load_unet
 from data import heldout
 from data.dataset import open_dataset
 from harness.cli import UserError
@@ -52,8 +52,12 @@ def check_close(place: Path, losses: list, alone: tuple) -> None:
         assert (x - y).abs().max() < 2e-4
 
 
-def test_two_shards_train_as_one_process(alone, two):
+def test_two_shards_train_as_one_process_and_become_one_file(alone, two, tmp_path):
     check_close(*two, alone)
+    convert(two[0] / "run", tmp_path / "one.safetensors", "native")
+    one = load_unet(tmp_path / "one.safetensors")[0].state_dict()
+    own = network(two[0], "ema-0.050").state_dict()
+    assert one.keys() == own.keys() and all(torch.equal(one[key], own[key]) for key in own)
 
 
 @pytest.mark.parametrize(
