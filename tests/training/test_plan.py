@@ -11,6 +11,7 @@ import train
 import training.plan
 from harness.cli import UserError
 from harness.ranks import Ranks, autocast
+from miniature import write_pictures
 from model import PRESETS, build
 from training.casts import cast_together
 from training.plan import Plan, activations, check_plan, plan_of, vae_by_name
@@ -253,3 +254,15 @@ def test_of_buckets_the_largest_is_counted_whoever_holds_the_network(tmp_path, m
     told = training.plan.memory_text(cfg, train.objective_of(cfg)).splitlines()
     row = next(line for line in told if line.strip().startswith("activations"))
     assert float(row.split()[1]) == pytest.approx(plan.activations / 1e9, abs=1e-3)
+
+
+def test_a_run_with_buckets_asks_for_room_for_its_largest(tmp_path, monkeypatch):
+    shapes = []
+    keep = lambda what, micro, side, shape, *_: shapes.append(shape)  # noqa: E731
+    monkeypatch.setattr(training.start, "check_batch_memory", keep)
+    monkeypatch.setattr(train, "check_plan", lambda net, vae, shape, *_: shapes.append(shape))
+    data = str(write_pictures(tmp_path / "pictures", 1))
+    small = dict(model="nano", data=data, vae="pixel:8", batch=2, images=2, dtype="fp32")
+    words = dict(buckets=True, area="92x92", step=16, out=str(tmp_path / "runs"), workers=0)
+    train.setup(train.resolve(train.Config(**small, **words)), ALONE)
+    assert [sorted(shape[1:]) for shape in shapes] == [[8, 16]] * 2  # 64×128 pixels, not 80×80
