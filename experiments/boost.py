@@ -39,7 +39,7 @@ from data.images import to_float
 from diffusion.boosting import Stage, boost
 from diffusion.coupling import enlarged, resize
 from experiments.page import band, cell, paragraphs
-from experiments.paired import ALPHA, Paired, holm, paired
+from experiments.paired import ALPHA, Paired, check_each, holm, paired
 from experiments.report import Chart, Panel, Picture, Report, Section, Series, Table, number, write
 from harness import record
 from harness.cli import cli, flag, parse
@@ -473,6 +473,7 @@ def command(
 ) -> None:
     """An experiment's command: cls are its flags, with `out`, where answered() finds OUT/cards."""
     cfg, dry_run = parse(cls, doc)
+    check_each("--seeds", cfg.seeds)
     if dry_run:
         print(json.dumps(asdict(cfg), indent=1))
         return

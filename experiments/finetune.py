@@ -36,7 +36,7 @@ from experiments.arms import Sampler
 from experiments.boost import Verdict, says, shown
 from experiments.measures import References, held_out_u, in_u, open_references, sampled, sampling
 from experiments.page import band, cell, paragraphs
-from experiments.paired import Paired, mean_over_log, paired
+from experiments.paired import Paired, check_each, mean_over_log, paired
 from experiments.parts import Stopped
 from experiments.report import Chart, Panel, Picture, Report, Section, Table, number, write
 from harness import record
@@ -108,7 +108,7 @@ Card = dict[str, Any]
 class Config:
     size: Literal["cpu", "dry"] = flag("cpu", "how much of everything")
     seeds: tuple[int, ...] = flag((0, 1, 2), "of the runs", low=0, high=1e6)
-    rates: tuple[float, ...] = flag((1e-3,), "learning rates that each arm tries", low=0, high=1)
+    rates: tuple[float, ...] = flag((1e-3,), "learning rates that each arm tries", above=0, high=1)
     only: bool = flag(False, "train these and stop: another process does the rest")
     out: str = flag("runs/finetune", "runs, cards and report", writes="folder")
 
@@ -370,6 +370,8 @@ def draw_grid(bench: Bench, cards: list[Card], seed: int) -> Path:
 
 def main() -> None:
     cfg, dry_run = parse(Config, __doc__)
+    check_each("--seeds", cfg.seeds)
+    check_each("--rates", cfg.rates)
     if dry_run:
         print(json.dumps(asdict(cfg), indent=1))
         return

@@ -18,6 +18,8 @@ from functools import lru_cache
 
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
+from harness.cli import UserError, shown
+
 ALPHA = 0.05
 POWER = 0.8
 
@@ -72,6 +74,13 @@ class Paired:
     def visible(self) -> float:
         """The smallest difference that these seeds would have shown, see detectable()."""
         return detectable(self.n) * self.sd if self.n > 1 else math.inf
+
+
+def check_each(flag: str, values: Sequence[int | float]) -> None:
+    """Refuse a flag that names none, or one twice, which would count as two."""
+    if not values or len(set(values)) < len(values):
+        got = f"{flag} {shown(tuple(values))}".strip()
+        raise UserError(got, wanted="one at least, and none twice", do="Name each once.")
 
 
 def p_value(mean: float, error: float, n: int) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.boosting import flops, pipelines
+from benchmarks.boosting import flops, main, pipelines
 
 PARTS = ("sd15", "toy-281m enlarger", "sd encoder", "sd decoder")
 
@@ -28,3 +28,9 @@ def test_a_pipeline_is_the_sum_of_its_calls():
     assert found["sd15 at 512 px, enlarged"] == 49 * 2 + 2000 + 10 * 40 + 400 + 4000
     both = 49 + 1000 + (10 * 20 + 200 + 2000) + (10 * 40 + 400 + 4000)
     assert found["sd15 at 256 px, enlarged"] == both
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "many"], ["--rounds", 1], ["--round", 3]])
+def test_a_wrong_flag_is_refused_before_anything_is_measured(user, flags):
+    code, out, err = user(main, *flags)
+    assert code == 2 and len(err) == 1 and not out and "--round" in err[0], err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments import boost, end_to_end, finetune
 from experiments.paired import at_level, crossing, detectable, equivalent, holm, mean_over_log
 from experiments.paired import paired
 
@@ -94,3 +95,17 @@ def test_at_level_is_on_the_last_line_that_passes():
     assert at_level([0.1, 0.5, 0.3, 0.9], [1.0, 2.0, 3.0, 4.0], 0.4) == pytest.approx(3 + 1 / 6)
     assert at_level([0.1, 0.5], [1.0, 2.0], 0.9) == 2.0
     assert at_level([0.1, 0.5], [1.0, 2.0], 0.0) == 1.0
+
+
+@pytest.mark.parametrize("main", [boost.main, end_to_end.main, finetune.main])
+@pytest.mark.parametrize("seeds", [",", "1,2,1"])
+def test_a_seed_counts_once_and_one_at_least(user, tmp_path, main, seeds):
+    code, _, err = user(main, "--size", "dry", "--seeds", seeds, "--out", tmp_path / "out")
+    assert code == 2 and len(err) == 1 and "--seeds" in err[0] and "none twice" in err[0], err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rates", [",", "0", "1e-3,1e-3"])
+def test_a_rate_is_above_0_and_counts_once(user, tmp_path, rates):
+    code, _, err = user(finetune.main, "--size", "dry", "--rates", rates, "--out", tmp_path / "out")
+    assert code == 2 and len(err) == 1 and "--rates" in err[0], err
