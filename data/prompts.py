@@ -123,10 +123,10 @@ def read_context(file: str, net: Any, null: bool = False) -> dict[str, Tensor]:
     has_null = not nulls.keys().isdisjoint(shapes)
     both = wanted | nulls if has_null else wanted
     fits = shapes.keys() == both.keys() and all(
-        (len(shapes[name]), shapes[name][-1]) == shape for name, shape in both.items()
+        (len(shapes[name]), *shapes[name][-1:]) == shape for name, shape in both.items()
     )
-    rows = {shapes[name][0] for name in wanted if name in shapes}
-    fits = fits and len(rows) == 1 and 0 not in rows
+    rows = {shapes[name][:1] for name in wanted if name in shapes}
+    fits = fits and len(rows) == 1 and not any(0 in shape for shape in shapes.values())
     if has_null:
         fits = fits and all(shapes[name][0] == 1 for name in nulls)
         fits = fits and shapes["null_context"][1:] == shapes["context"][1:]
@@ -153,7 +153,8 @@ def embedded(flags: Any, net: Any) -> Conditions:
     tensors = read_context(file, net, null=True)
     count = len(tensors["context"])
     if row is not None and row >= count:
-        raise UserError(f"--context {flags.context}: {file} has {count} rows", do="From 0 on.")
+        what = f"--context {flags.context}: {file} has {count} rows"
+        raise UserError(what, do="Rows count from 0.")
     keep = slice(None) if row is None else slice(row, row + 1)
     cond = {name: tensors[name][keep] for name in ("context", "y") if name in tensors}
     null = {name: tensors[f"null_{name}"] for name in cond if f"null_{name}" in tensors}

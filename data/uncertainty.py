@@ -56,8 +56,8 @@ class Uncertain:
 
     uncertainty: int | Literal["integrated"] = flag(
         0,
-        "K: the spread of K networks, at K times the cost | integrated: an estimate that costs "
-        "no evaluations",
+        "K: the spread of K networks, which draw all K times more | integrated: an estimate that "
+        "costs no evaluations",
         low=0,
         high=1e4,
         head="how sure the network is of each place",
