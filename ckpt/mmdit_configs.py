@@ -71,7 +71,8 @@ def of_dit(shapes: Shapes, known: Mapping[str, Any], objective: str | None) -> M
         raise ValueError(f"no tensor shows the number of attention heads (width {W}).")
     if objective not in ("fm", "eps"):
         raise ValueError(
-            "a SiT and a DiT have the same tensors.  Add --objective fm (SiT) or eps (DiT)."
+            "a SiT and a DiT have the same tensors.  Add --objective fm (SiT) or eps (DiT); for "
+            "--init, convert the file with it first (python -m ckpt convert)."
         )
     values = sizes | {
         "heads": heads,

@@ -344,6 +344,21 @@ def test_another_presets_file_is_refused_by_name(tmp_path):
     )
 
 
+def test_another_presets_file_is_refused_by_shape(tmp_path):
+    """Files that say nothing of themselves; of a DiT's, once it is said that it is one."""
+    _, flux = written(tmp_path, "flux1")
+    refused(
+        lambda: load_like(flux, PRESETS["sd3-medium"], "sd3-medium"),
+        "it has width 256, heads 2, joint 1", "--model sd3-medium is width 1536, heads 24",
+    )  # fmt: skip
+    net, dit = written(tmp_path, "dit")
+    refused(lambda: load_like(dit, net.cfg, "dit"), "for --init, convert the file with it first")
+    convert(dit, tmp_path / "own.safetensors", "native", **FLAGS["dit"])
+    deeper = replace(net.cfg, blocks=3)
+    refused(lambda: load_like(tmp_path / "own.safetensors", deeper, "deeper"), "it has blocks 2")
+    assert same(load_like(tmp_path / "own.safetensors", net.cfg, "dit")[0], net)
+
+
 def test_diffusers_is_not_given_what_it_computes_otherwise(tmp_path):
     _, path = written(tmp_path, "dit")
     refused(
