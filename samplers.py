@@ -265,7 +265,7 @@ class Sampling:
     negative: str | None = flag(
         None,
         "what --cfg leads away from; default the text of nothing",
-        of="--prompt",
+        of=("--prompt", "--cfg"),
         head="prompts",
     )
     text: str = flag(

@@ -267,7 +267,10 @@ def describe_teacher(
     source = open_unet(name)
     cfg, meta = source.cfg, source.meta
     if not isinstance(cfg, Config):
-        raise UserError(f"{name} holds no U-Net, and a teacher is one", do="Choose another.")
+        raise UserError(
+            f"{name} holds no U-Net or transformer of ckpt/, and a teacher is one",
+            do="Choose another.",
+        )
     if isinstance(cfg, ByteUNetConfig) and text != "bytes":
         raise UserError(
             f"{name} reads texts by an encoder of its own",

@@ -248,6 +248,8 @@ def test_prompts_that_cannot_be_read(home, refused):
     assert "No such file" in refused(*small, "--prompt", f"@{home}/nowhere.txt")
     assert 'Add --prompt "' in refused(*small)
     assert "--negative changes nothing here" in refused(*small, "--negative", "bad")
+    alone = refused(*small, "--prompt", "a cat", "--negative", "bad")
+    assert "--negative changes nothing here: it is of --cfg" in alone
 
 
 def test_networks_and_encoders_that_do_not_fit(home, net_file, refused):

@@ -177,5 +177,5 @@ def test_a_students_classes_are_its_teachers_in_their_order(classes, names, mess
 def test_a_network_of_another_kind_is_no_teacher(monkeypatch):
     source = SimpleNamespace(cfg=SimpleNamespace(in_channels=4, out_channels=4), meta={})
     monkeypatch.setattr(teachers, "open_unet", lambda name: source)
-    with pytest.raises(UserError, match="other.safetensors holds no U-Net"):
+    with pytest.raises(UserError, match="other.safetensors holds no U-Net or transformer"):
         teachers.describe_teacher("other.safetensors", "fm")
