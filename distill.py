@@ -437,6 +437,7 @@ class DistillLoss:
     heads: LocalHeads | None = None
     texts: Any = None  # of --text (training/texts.py)
     tally: Tally = field(init=False)
+    parts: int = field(init=False, default=0)  # of --accum, since the run began
 
     def __post_init__(self) -> None:
         self.tally = Tally(
@@ -560,9 +561,10 @@ class DistillLoss:
         lam, metrics = self.lambdas(features, wanted, answer.t)
         terms = self.cfg.kd_weight * kd
         if self.heads:
-            if next(self.net.parameters()).grad is None:
+            if self.parts % self.cfg.accum == 0:
                 # A step begins: what one that was skipped left in the heads goes.
                 self.heads.zero_grad()
+            self.parts += 1
             goal = self.objective.goal(answer.x0, answer.eps, column(answer.t))
             terms = terms + self.heads.losses(features, goal)
         metrics = torch.cat([metrics[:, :2], kd.detach()[:, None], metrics[:, 2:]], 1)

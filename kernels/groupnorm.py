@@ -269,8 +269,9 @@ class GroupNormSilu(torch.autograd.Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 8
-        dx, dw, db, *film = BACKWARD(dy, *ctx.saved_tensors, ctx.silu)
-        if ctx.saved_tensors[3] is None:
+        saved = ctx.saved_tensors  # once: under checkpointing each may be unpacked only once
+        dx, dw, db, *film = BACKWARD(dy, *saved, ctx.silu)
+        if saved[3] is None:
             film = (None, None)
         return dx, dw, db, *film, None, None, None
 

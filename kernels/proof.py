@@ -173,7 +173,9 @@ def examine(
 ) -> Verdict:
     """Compare two paths on random tensors like these, and time them, on a GPU."""
     device = tensors[0].device.type
-    with alone(), torch.enable_grad(), torch.autocast(device, enabled=False):
+    # Within a checkpointed block: what is compared here keeps its own tensors, not the block's.
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with alone(), torch.enable_grad(), torch.autocast(device, enabled=False), keep:
         return compare(kernel, plain, tensors, timing)
 
 

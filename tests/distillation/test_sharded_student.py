@@ -21,11 +21,11 @@ def teacher(tmp_path_factory):
     return place / "run"
 
 
-@pytest.mark.parametrize("how", ["full", "grad"])
+@pytest.mark.parametrize("how, accum", [("full", 1), ("grad", 2)])
 def test_a_student_in_two_shards_learns_as_in_one_process_and_goes_on_bitwise(
-    teacher, tmp_path, how
+    teacher, tmp_path, how, accum
 ):
-    flags = LEARN | {"teacher": str(teacher)}
+    flags = LEARN | {"teacher": str(teacher), "accum": accum}
     alone = trained(ONE, tmp_path / "alone", flags)
     flags |= FULL | {"shard": how}
     said = ranks(2, trained, tmp_path / "two", flags)

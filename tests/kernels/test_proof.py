@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernel_cases import GPU
 
@@ -61,6 +62,27 @@ def test_a_right_kernel_is_taken_after_one_check_a_kind(monkeypatch):
     assert len(checks) == 2 and set(proof.choices.values()) == {"triton"}
     norm(channels=64)
     assert len(checks) == 3
+
+
+def test_a_kernel_is_examined_and_used_within_a_checkpointed_block(monkeypatch):
+    """Its first call there decides; both ways give the gradients of a block that keeps all."""
+    monkeypatch.setattr(proof, "timed", lambda fn, *_: 0.0)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 32, 4, 4), torch.randn(32)
+    q = torch.randn(1, 2, 9, 32).bfloat16()
+
+    def block(x, weight, q):
+        x = x * 2
+        return group_norm_silu(x, weight, weight, 32).square().sum() + attention(q, q * 2, q).sum()
+
+    found = []
+    for again in (True, False):
+        own = [part.clone().requires_grad_() for part in (x, weight, q)]
+        loss = checkpoint(block, *own, use_reentrant=False) if again else block(*own)
+        found.append(torch.autograd.grad(loss, own))
+    assert set(proof.choices.values()) == {"triton"} and len(proof.choices) == 2
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
