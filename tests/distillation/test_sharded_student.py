@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from harness.run import checkpoints
 from harness.whole import state_files
@@ -21,6 +22,12 @@ def teacher(tmp_path_factory):
     return place / "run"
 
 
+def own(state):
+    """Moments of the heads, of what newest() returns."""
+    parts = {key.partition(":own/")[2]: x for key, x in state.items()}
+    return {key: x for key, x in parts.items() if key.startswith("head_exp_avg/")}
+
+
 @pytest.mark.parametrize("how, accum", [("full", 1), ("grad", 2)])
 def test_a_student_in_two_shards_learns_as_in_one_process_and_goes_on_bitwise(
     teacher, tmp_path, how, accum
@@ -32,6 +39,10 @@ def test_a_student_in_two_shards_learns_as_in_one_process_and_goes_on_bitwise(
     assert said[0] == said[1] and len(alone) == 4
     check_losses(said[0], alone)
     last, whole = checkpoints(tmp_path / "two/run")[-1], newest(tmp_path / "two")
+    mine, theirs = own(newest(tmp_path / "alone")), own(whole)
+    assert mine.keys() == theirs.keys() and len(mine) > 1
+    for key, x in mine.items():  # moments: a head's gradients are those of all micro-batches
+        assert torch.allclose(theirs[key], x, rtol=1e-3, atol=1e-3 * float(x.abs().max())), key
     assert len(state_files(last)) == 2 and last.name == f"{32:012d}"
     assert sum(":own/" in key for key in whole) > 4  # of the heads, and the tally
     shutil.rmtree(last)
