@@ -273,8 +273,8 @@ def held_out_u(gen: Generator, held: Dataset, ranks: Ranks) -> dict[str, Any]:
 
 def in_u(loss_by_t: list[float], objective: Objective) -> list[float]:
     """A held-out loss by t of train.py's log, a plain mean square of what an objective asks for, as
-    L_u: at one time the two differ by a factor. Beyond the end of an eps network's table they nearly
-    do; predict() divides by 1 - t_max there."""
+    L_u: at one time the two differ by a factor. Beyond the end of an eps network's table this is
+    nearly so; predict() divides by 1 - t_max there."""
     if objective.aligned:
         return list(loss_by_t)
     n = len(loss_by_t)

@@ -66,8 +66,8 @@ def test_a_png_says_how_it_was_drawn_and_is_drawn_again(sd1, tmp_path, user):
 
 @pytest.mark.parametrize("dialect", ["none", "a1111", "comfy"])
 def test_a_network_is_told_what_a_dialect_reads(sd1, dialect):
-    flags = {"prompt": "a (red:1.3) cat", "negative": "[dog]", "resolution": 64}
-    flags["prompt_weights"] = dialect
+    flags = {"prompt": "a (red:1.3) cat", "negative": "[dog]", "cfg": 3.0}
+    flags |= {"resolution": 64, "prompt_weights": dialect}
     gen = samplers.open_generator(samplers.Sampling(str(sd1), **flags), torch.device("cpu"))
     texts = weighted(open_texts(sd1), dialect)
     assert torch.equal(gen.told.cond["context"], texts.tell(["a (red:1.3) cat"]).context)

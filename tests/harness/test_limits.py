@@ -128,7 +128,8 @@ def test_every_command_is_here():
         if parts[0].startswith((".", "tests", "runs", "venv")) or parts == ("harness", "cli"):
             continue
         text = path.read_text()
-        reads = " = parse(" in text or " = read_flags(" in text or "parse_like(Config" in text
+        ways = (" = parse(", " = read_flags(", "parse_like(Config", "    command(Config")
+        reads = any(way in text for way in ways)
         if reads and '__name__ == "__main__"' in text:
             found.add(".".join(parts))
     assert found == {command.split()[0] for command in COMMANDS}

@@ -170,6 +170,7 @@ def test_passes_that_differ_by_themselves_may_differ_as_much(recorder):
         ("cuda", {"world": 2}, {}, "several ranks share a step"),
         ("cuda", {"accum": 2}, {}, "--accum"),
         ("cuda", {"compile": True}, {}, "--compile"),
+        ("cuda", {"checkpointing": True}, {}, "--checkpointing"),
         ("cuda", {"dropout": 0.1}, {}, "dropout"),
         ("cuda", {"coupling": "ot"}, {}, "--coupling ot"),
         ("cuda", {"frames": "buckets"}, {}, "--buckets"),
@@ -179,7 +180,8 @@ def test_passes_that_differ_by_themselves_may_differ_as_much(recorder):
 )
 def test_what_stands_against_a_graph(device, fields, own, reason):
     given = {"world": 1, "accum": 1, "compile": False, "dropout": 0.0, "coupling": "none"}
-    given = SimpleNamespace(**(given | {"frames": None} | fields))
+    given |= {"frames": None, "checkpointing": False}
+    given = SimpleNamespace(**(given | fields))
     tr = SimpleNamespace(
         ranks=SimpleNamespace(device=torch.device(device), world=given.world),
         cfg=given,
