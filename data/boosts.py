@@ -136,15 +136,17 @@ def open_enlarger(cfg: Any, gen: Any) -> Enlarger | None:
 
 def enlarger_of(cfg: Any, loaded: list[Loaded], before: Before, device: torch.device) -> Enlarger:
     """Networks one after the other, the first of which is given `before`."""
-    stages, sizes = [], []
+    stages, sizes, about = [], [], []
     for each in loaded:
         stage, before = stage_of(each, before, device, cfg.dtype)
         stages.append(stage)
+        guided_by = {} if before.strength == 1.0 or not stage.told else {"cfg": before.strength}
+        about.append(each.about() | guided_by)
         sizes.append(before.size)
     how: dict[str, Any] = {"method": cfg.boost_method}
     if cfg.boost_method != "dopri5":
         how["steps"] = cfg.boost_steps
-    return Enlarger(stages, sizes, how, [each.about() for each in loaded])
+    return Enlarger(stages, sizes, how, about)
 
 
 def without_base(cfg: Any) -> Any:

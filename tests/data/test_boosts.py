@@ -268,6 +268,9 @@ def test_guidance_reaches_networks_with_classes(tmp_path, user, cfg):
     pixels = open_generator(said, CPU).images([0, 1, 2], y).pixels
     wanted = by_hand(path, pixels, {"y": y}, {"y": torch.full_like(y, -1)}, cfg)
     assert abs(drawn(tmp_path / "s") - wanted).max() <= 1
+    asked = samplers.Config(said.ckpt, steps=2, labels=("dog",), cfg=cfg, boost=(str(path),))
+    (about,) = data.boosts.open_enlarger(asked, open_generator(asked, CPU)).sampled()["boost"]
+    assert about.get("cfg", 1.0) == cfg  # kept features of another strength are others
     # Autoguidance is of the base's own network: the strength is its, too.
     if cfg != 1.0:
         more = ["--guide-ckpt", tmp_path / "base"]
