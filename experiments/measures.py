@@ -279,9 +279,10 @@ def in_u(loss_by_t: list[float], objective: Objective) -> list[float]:
         return list(loss_by_t)
     n = len(loss_by_t)
     t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    factor = x0_share(t, objective.what) / x0_share(t, "u")
     if objective.target == "eps":
         factor = (1 + t / (1 - t).clamp(min=1 - objective.t_max)).square()
+    else:
+        factor = x0_share(t, objective.what) / x0_share(t, "u")
     return (torch.tensor(loss_by_t, dtype=torch.float64) * factor).tolist()
 
 
